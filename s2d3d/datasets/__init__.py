@@ -1,0 +1,89 @@
+"""Data sets: a name and a folder in, clouds (N, 3) z up and labels out."""
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from ..errors import InputError, did_you_mean
+from .base import PointCloudDataset, split_train_validation
+from .loader import BatchLoader
+from .modelnet40 import load_modelnet40
+from .transforms import Transform, build_augmentation
+
+__all__ = [
+    "BatchLoader",
+    "PointCloudDataset",
+    "build_augmentation",
+    "create_dataset",
+    "list_datasets",
+    "split_train_validation",
+]
+
+_DATASETS: dict[str, Callable[..., PointCloudDataset]] = {
+    "modelnet40": load_modelnet40,
+    "shapes": partial(load_modelnet40, prepare="make it with: python tools/prepare_data.py shapes --output"),
+}
+"""A reader takes (root, split) and the keywords of `create_dataset`."""
+
+
+def list_datasets() -> list[str]:
+    """List the names that `create_dataset` knows.
+
+    Example:
+        >>> "modelnet40" in list_datasets()
+        True
+    """
+    return sorted(_DATASETS)
+
+
+def create_dataset(
+    name: str,
+    root: str | os.PathLike,
+    split: str,
+    *,
+    num_points: int = 1024,
+    transform: Transform | None = None,
+    up_axis: str | None = None,
+    normalize: bool = True,
+    classes: Sequence[str] | None = None,
+    fraction: float = 1.0,
+    seed: int = 0,
+    cache_dir: str | os.PathLike | None = None,
+) -> PointCloudDataset:
+    """Read one split of a data set; its points are turned z up.
+
+    Args:
+        name: one of `list_datasets()`.
+        root: its folder; data/README.md says what it must hold.
+        split: "train" or "test".
+        num_points: points of a sample, at most those stored.
+        transform: augmentation, `transform(points (B, N, 3), generator)`, as `build_augmentation` makes it.
+        up_axis: vertical axis of the stored points, "y" or "z"; by default what the files say.
+        normalize: centre each cloud and scale it into the unit sphere.
+        classes: names of the classes to keep, numbered in this order; default all.
+        fraction: share of the training shapes of each class, in (0, 1], at least one; the test split is kept whole.
+        seed: chooses that share.
+        cache_dir: where farthest-point prefixes are kept, when fewer points are asked for than are stored; by
+            default beside the set, or in the user's cache folder when the set is read-only.
+
+    Raises:
+        InputError: an unknown name, a missing or wrong file, a value out of range.
+
+    Example:
+        >>> test = create_dataset("modelnet40", "data/modelnet40", "test")  # doctest: +SKIP
+        >>> points, label = test[0]  # doctest: +SKIP
+    """
+    if name not in _DATASETS:
+        raise InputError(f"unknown data set '{name}'{did_you_mean(name, _DATASETS)} (known: {', '.join(list_datasets())})")
+    return _DATASETS[name](
+        root,
+        split,
+        num_points=num_points,
+        transform=transform,
+        up_axis=up_axis,
+        normalize=normalize,
+        classes=classes,
+        fraction=fraction,
+        seed=seed,
+        cache_dir=cache_dir,
+    )

@@ -1,0 +1,321 @@
+"""The data set in memory: labelled clouds, the sampling rule, subsets."""
+
+import copy
+import hashlib
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Generator, Tensor
+
+from ..errors import InputError, did_you_mean
+from ..ops import gather_points
+from .prefix import farthest_prefix
+from .transforms import Transform, normalize_unit_sphere
+
+TRAIN = "train"
+
+
+def derived_generator(*keys: int | str) -> Generator:
+    """Make a CPU generator that is a function of the keys alone, on every machine and in every process.
+
+    Example:
+        >>> derived_generator(0, "epoch", 3).initial_seed() == derived_generator(0, "epoch", 3).initial_seed()
+        True
+    """
+    digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()
+    return Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+class PointCloudDataset(torch.utils.data.Dataset):
+    """Labelled point clouds in memory, z up, with the rule that samples N of P stored points.
+
+    - P = N: all points; training shuffles their order in each sample.
+    - P > N: farthest point sampling to 1.2 N (at most P) is computed once and cached; training takes N of
+      those at random, a test the first N, which is plain farthest point sampling.
+    - P < N: an error.
+
+    Training means `split == "train"`. Indexing works with a plain `torch.utils.data.DataLoader`; `BatchLoader` is
+    faster and resumes exactly.
+
+    Args:
+        points: (n, P, 3) float16 or float32, z up; not changed.
+        labels: (n,) int64 in [0, len(class_names)).
+        class_names: one name for each class.
+        names: one name for each shape.
+        split: "train", "test" or "val".
+        num_points: N.
+        transform: `transform(points (B, N, 3), generator)`; the augmentation of a training set. Given to another
+            split it is applied too, with random numbers that depend on the indices of the batch only.
+        normalize: centre each stored cloud and scale it into the unit sphere, once.
+        cache_dirs: where farthest-point prefixes may be kept; the first that can be written is used.
+        source: what to call this set in errors.
+
+    Attributes:
+        up_axis: "z", the vertical of `points`.
+        stored_points: P.
+
+    Raises:
+        InputError: no shapes, or P < N.
+    """
+
+    up_axis = "z"
+
+    def __init__(
+        self,
+        points: Tensor,
+        labels: Tensor,
+        class_names: Sequence[str],
+        *,
+        names: Sequence[str] | None = None,
+        split: str = TRAIN,
+        num_points: int = 1024,
+        transform: Transform | None = None,
+        normalize: bool = True,
+        cache_dirs: Sequence[Path] = (),
+        source: str = "data set",
+    ) -> None:
+        count, stored_points = points.shape[:2]
+        if count == 0:
+            raise InputError(f"{source}: no shapes in split '{split}'")
+        if num_points < 1:
+            raise InputError(f"{source}: num_points is {num_points}, must be at least 1")
+        if stored_points < num_points:
+            raise InputError(
+                f"{source}: {stored_points} points stored for each shape, num_points asks for {num_points}; "
+                f"lower data.num_points to {stored_points} or less"
+            )
+        points = _normalize_stored(points) if normalize else points
+        if stored_points > num_points:
+            length = min(stored_points, num_points * 6 // 5)
+            points = gather_points(points, farthest_prefix(points, length, cache_dirs))
+        self._storage = _share(points)
+        self._storage_labels = labels.to(torch.int64)
+        self._rows = torch.arange(count)
+        self.class_names = list(class_names)
+        self.names = list(names) if names is not None else [f"{split}_{index:05d}" for index in range(count)]
+        self.split = split
+        self.num_points = num_points
+        self.stored_points = stored_points
+        self.transform = transform
+        self.source = source
+        self._item_generator: tuple[int, Generator] | None = None
+        assert len(self.names) == len(labels) == count, "one label and one name for each shape"
+
+    @property
+    def points(self) -> Tensor:
+        """(n, M, 3) float16 or float32: the points in use, M = P, or the prefix of about 1.2 N when P > N."""
+        whole = len(self._rows) == len(self._storage)
+        return self._storage if whole else self._storage[self._rows]
+
+    @property
+    def labels(self) -> Tensor:
+        """(n,) int64."""
+        return self._storage_labels[self._rows]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def training(self) -> bool:
+        """Whether samples are drawn at random: the training split."""
+        return self.split == TRAIN
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Return one sample: points (num_points, 3) float32, label.
+
+        Randomness comes from a generator of this process seeded with `torch.initial_seed()`, which differs in each
+        DataLoader worker and epoch; it runs on from sample to sample, and the global generator is not touched.
+
+        Raises:
+            IndexError: outside [-n, n).
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        points, labels = self.batch(torch.tensor([index % len(self)]))
+        return points[0], int(labels[0])
+
+    def batch(
+        self, indices: Tensor, *, generator: Generator | None = None, augment: bool | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Sample many shapes at once.
+
+        Args:
+            indices: (B,) int64 in [0, n).
+            generator: where random numbers come from. Without it: as `__getitem__` when training, else a
+                function of the indices, so that a test batch is always the same.
+            augment: True draws points at random and applies `transform`, False gives the plain points, None does
+                what the split asks for.
+
+        Returns:
+            points (B, num_points, 3) float32, contiguous; labels (B,) int64.
+        """
+        random = self.training if augment is None else augment
+        if generator is None:
+            generator = self._own_generator() if random else derived_generator("plain", *indices.tolist())
+        points, labels = self.sample(indices, generator if random else None)
+        if self.transform is not None and augment is not False:
+            points = self.transform(points, generator).contiguous()
+        return points, labels
+
+    def sample(self, indices: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Apply the sampling rule without `transform`: at random with a generator, plain without one.
+
+        Args:
+            indices: (B,) int64 in [0, n).
+            generator: as said.
+
+        Returns:
+            points (B, num_points, 3) float32, contiguous; labels (B,) int64.
+        """
+        rows = self._rows[indices]
+        points = self._storage[rows]
+        if generator is None:
+            points = points[:, : self.num_points]
+        else:
+            order = torch.rand(points.shape[:2], generator=generator).argsort(dim=1)[:, : self.num_points]
+            points = gather_points(points, order)
+        return points.float().contiguous(), self._storage_labels[rows]
+
+    def subset(self, indices: Tensor | Sequence[int]) -> "PointCloudDataset":
+        """Return the shapes at `indices`, in that order; the stored points are shared, not copied.
+
+        Raises:
+            InputError: no index, or one outside [0, n).
+        """
+        indices = torch.as_tensor(indices, dtype=torch.int64).reshape(-1)
+        if len(indices) == 0:
+            raise InputError(f"{self.source}: a subset of no shapes")
+        if int(indices.min()) < 0 or int(indices.max()) >= len(self):
+            raise InputError(f"{self.source}: a subset index is outside the {len(self)} shapes of split '{self.split}'")
+        part = copy.copy(self)
+        part._rows = self._rows[indices]
+        part.names = [self.names[index] for index in indices.tolist()]
+        part._item_generator = None
+        return part
+
+    def _own_generator(self) -> Generator:
+        seed = torch.initial_seed()
+        if self._item_generator is None or self._item_generator[0] != seed:
+            self._item_generator = (seed, derived_generator("item", seed))
+        return self._item_generator[1]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_item_generator": None}
+
+
+def split_train_validation(
+    dataset: PointCloudDataset, fraction: float, seed: int = 0
+) -> tuple[PointCloudDataset, PointCloudDataset]:
+    """Set part of a training set aside for validation, the same share of each class.
+
+    Args:
+        dataset: the training set.
+        fraction: share of each class, in (0, 1), rounded; every class of two or more shapes keeps at least one
+            in training.
+        seed: chooses the shapes; the same seed always chooses the same.
+
+    Returns:
+        The training part, and the validation part: split "val", no transform, sampled like a test set.
+
+    Raises:
+        InputError: `fraction` is out of range, or leaves one of the parts empty.
+    """
+    if not 0 < fraction < 1:
+        raise InputError(f"validation fraction is {fraction}, must be between 0 and 1")
+    held_out = torch.cat(
+        [members[: min(round(len(members) * fraction), len(members) - 1)] for members in _shuffled_classes(dataset.labels, seed)]
+    )
+    if len(held_out) == 0:
+        raise InputError(f"validation fraction {fraction} of {len(dataset)} shapes is not one shape of any class; raise it")
+    is_held_out = torch.zeros(len(dataset), dtype=torch.bool)
+    is_held_out[held_out] = True
+    validation = dataset.subset(is_held_out.nonzero())
+    validation.split, validation.transform = "val", None
+    return dataset.subset((~is_held_out).nonzero()), validation
+
+
+def stratified_fraction(labels: Tensor, fraction: float, seed: int) -> Tensor:
+    """Choose a share of the shapes of each class, at least one.
+
+    Args:
+        labels: (n,) int64.
+        fraction: in (0, 1].
+        seed: chooses the shapes. A smaller fraction of the same seed is contained in a larger.
+
+    Returns:
+        (m,) int64 indices, ascending.
+
+    Raises:
+        InputError: `fraction` is out of range.
+    """
+    if not 0 < fraction <= 1:
+        raise InputError(f"fraction is {fraction}, must be above 0 and at most 1")
+    chosen = [members[: max(1, round(len(members) * fraction))] for members in _shuffled_classes(labels, seed)]
+    return torch.cat(chosen).sort().values
+
+
+def select_classes(labels: Tensor, class_names: Sequence[str], classes: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Keep the shapes of some classes and number these in the order given.
+
+    Args:
+        labels: (n,) int64.
+        class_names: what the labels mean.
+        classes: the names to keep.
+
+    Returns:
+        (m,) int64 indices, ascending, and their (m,) new labels.
+
+    Raises:
+        InputError: an unknown or repeated name, or none.
+    """
+    if not classes:
+        raise InputError("classes is empty, name at least one")
+    renumber = torch.full((len(class_names),), -1)
+    for new, name in enumerate(classes):
+        if name not in class_names:
+            raise InputError(f"unknown class '{name}'{did_you_mean(name, class_names)}")
+        if name in classes[:new]:
+            raise InputError(f"class '{name}' is named twice")
+        renumber[list(class_names).index(name)] = new
+    new_labels = renumber[labels]
+    kept = (new_labels >= 0).nonzero().flatten()
+    return kept, new_labels[kept]
+
+
+def _shuffled_classes(labels: Tensor, seed: int) -> list[Tensor]:
+    """Return the shuffled indices of each class that occurs; a class's order depends on the seed and itself alone."""
+    groups = []
+    for label in labels.unique().tolist():
+        members = (labels == label).nonzero().flatten()
+        groups.append(members[torch.randperm(len(members), generator=derived_generator(seed, "class", label))])
+    return groups
+
+
+def _normalize_stored(points: Tensor, chunk: int = 512) -> Tensor:
+    """Normalise each cloud, except float16 ones that are so up to rounding: a second rounding would only add error."""
+    parts = []
+    for part in points.split(chunk):
+        normalized = normalize_unit_sphere(part)
+        if part.dtype == torch.float16:
+            change = (normalized.float() - part.float()).abs().amax(dim=(1, 2), keepdim=True)
+            normalized = torch.where(change <= torch.finfo(torch.float16).eps, part, normalized)
+        parts.append(normalized)
+    return torch.cat(parts)
+
+
+def _share(points: Tensor) -> Tensor:
+    """Move points to shared memory where it has room.
+
+    Forked workers read ordinary memory just as well; only spawned ones would copy it. Containers often have 64 MB of
+    /dev/shm, where asking for more than there is kills the process.
+    """
+    shm = Path("/dev/shm")
+    if shm.is_dir() and shutil.disk_usage(shm).free < 2 * points.nbytes:
+        return points.contiguous()
+    return points.contiguous().share_memory_()

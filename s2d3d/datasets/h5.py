@@ -1,0 +1,240 @@
+"""One reader and one writer for HDF5 files of point clouds, with every check in one place."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from ..errors import InputError
+
+MAX_BYTES = 64 * 2**30
+"""Largest dataset that is read: a declared shape above it is a broken or hostile file."""
+
+UP_AXES = ("y", "z")
+SEE = "see data/README.md"
+
+
+@dataclass(frozen=True)
+class CloudFile:
+    """What one HDF5 file holds.
+
+    Attributes:
+        points: (n, P, 3) float16 or float32, as stored.
+        label: (n,) int64.
+        names: n names of shapes, or None.
+        normal: (n, P, 3) of the dtype of `points`, or None.
+        mask: (n, P) int64 part or foreground labels, or None.
+        up_axis: "y" or "z", the file's attribute of that name, or None.
+    """
+
+    points: np.ndarray
+    label: np.ndarray
+    names: list[str] | None = None
+    normal: np.ndarray | None = None
+    mask: np.ndarray | None = None
+    up_axis: str | None = None
+
+
+def read_h5(
+    path: str | os.PathLike, *, num_classes: int | None = None, extras: bool = True, max_bytes: int = MAX_BYTES
+) -> CloudFile:
+    """Read and check one file: `data` (n, P, 3) float, `label` (n,) or (n, 1) whole numbers.
+
+    Optional: `name` (n,), `normal` (n, P, 3), `mask` (n, P), attribute `up_axis`. Other keys are ignored. Links to
+    other places and raw data outside the file are refused; float64 coordinates become float32.
+
+    Args:
+        path: the file.
+        num_classes: labels must lie in [0, num_classes); without it, be at least 0.
+        extras: read `normal` and `mask` too.
+        max_bytes: refuse a dataset that declares more than this.
+
+    Raises:
+        InputError: whatever is wrong with the file, with its name and the dataset's.
+
+    Example:
+        >>> write_h5("/tmp/two.h5", np.zeros((2, 8, 3), np.float32), [0, 1], up_axis="z")
+        >>> read_h5("/tmp/two.h5", num_classes=2).label.tolist()
+        [0, 1]
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; {SEE}")
+    try:
+        with h5py.File(path, "r") as file:
+            points = _read_points(path, file, max_bytes)
+            count = len(points)
+            return CloudFile(
+                points=points,
+                label=_read_label(path, file, count, num_classes, max_bytes),
+                names=_read_names(path, file, count, max_bytes),
+                normal=_read_normal(path, file, points, max_bytes) if extras else None,
+                mask=_read_mask(path, file, points.shape[:2], max_bytes) if extras else None,
+                up_axis=_read_up_axis(path, file),
+            )
+    except (OSError, RuntimeError) as error:
+        # h5py reports a foreign file, a truncated one, a broken chunk and a missing filter alike.
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: not a readable HDF5 file, or truncated ({reason}); fetch it again, {SEE}") from error
+
+
+def write_h5(
+    path: str | os.PathLike,
+    points: np.ndarray,
+    label: Sequence[int] | np.ndarray,
+    *,
+    names: Sequence[str] | None = None,
+    normal: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
+    up_axis: str | None = None,
+) -> None:
+    """Write a file that `read_h5` reads; it appears whole or not at all.
+
+    Args:
+        path: replaced when it exists.
+        points: (n, P, 3) float16 or float32, kept as it is.
+        label: (n,) class indices.
+        names: n names.
+        normal: (n, P, 3).
+        mask: (n, P).
+        up_axis: "y" or "z", stored as an attribute.
+
+    Raises:
+        InputError: `up_axis` is neither.
+    """
+    if up_axis is not None:
+        check_up_axis(up_axis)
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with h5py.File(temporary, "w") as file:
+            _write_array(file, "data", np.asarray(points))
+            file["label"] = np.asarray(label, dtype=np.int64).reshape(-1, 1)
+            if names is not None:
+                file["name"] = np.array([name.encode() for name in names], dtype=np.bytes_)
+            for key, extra in (("normal", normal), ("mask", mask)):
+                if extra is not None:
+                    _write_array(file, key, np.asarray(extra))
+            if up_axis is not None:
+                file.attrs["up_axis"] = up_axis
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_up_axis(up_axis: str, where: str = "up_axis") -> None:
+    """Raise InputError unless `up_axis` is "y" or "z"."""
+    if up_axis not in UP_AXES:
+        raise InputError(f"{where} is {up_axis!r}, must be 'y' or 'z'")
+
+
+def _write_array(file: h5py.File, key: str, array: np.ndarray) -> None:
+    chunks = (min(64, len(array)), *array.shape[1:])
+    file.create_dataset(key, data=array, chunks=chunks, compression="gzip", compression_opts=4, shuffle=True)
+
+
+def _dataset(path: Path, file: h5py.File, key: str, max_bytes: int) -> h5py.Dataset | None:
+    """Return a dataset that lies in this very file and has a sane size, None when there is none of this name."""
+    link = file.get(key, getlink=True)
+    if link is None:
+        return None
+    if not isinstance(link, h5py.HardLink):
+        raise InputError(f"{path}: dataset '{key}' is a link to another place, which is not followed; store it in the file")
+    item = file[key]
+    if not isinstance(item, h5py.Dataset):
+        raise InputError(f"{path}: '{key}' is a group, must be a dataset; {SEE}")
+    if item.external or item.is_virtual:
+        raise InputError(f"{path}: dataset '{key}' keeps its values in other files, which are not read; store it in the file")
+    if item.shape is None:
+        raise InputError(f"{path}: dataset '{key}' is empty; {SEE}")
+    if item.size * item.dtype.itemsize > max_bytes:
+        raise InputError(f"{path}: dataset '{key}' declares shape {item.shape}, more than {max_bytes} bytes; is the file broken?")
+    return item
+
+
+def _required(path: Path, file: h5py.File, key: str, max_bytes: int) -> h5py.Dataset:
+    item = _dataset(path, file, key, max_bytes)
+    if item is None:
+        raise InputError(f"{path}: dataset '{key}' missing, found {sorted(file)}; {SEE}")
+    return item
+
+
+def _read_points(path: Path, file: h5py.File, max_bytes: int) -> np.ndarray:
+    item = _required(path, file, "data", max_bytes)
+    if item.ndim != 3 or item.shape[2] != 3:
+        raise InputError(f"{path}: dataset 'data' has shape {item.shape}, must be (shapes, points, 3); {SEE}")
+    if 0 in item.shape:
+        raise InputError(f"{path}: dataset 'data' is empty, shape {item.shape}; {SEE}")
+    if item.dtype.kind != "f":
+        raise InputError(f"{path}: dataset 'data' has dtype {item.dtype}, must be float32 or float16; {SEE}")
+    with np.errstate(over="ignore"):
+        points = item[()].astype(np.float16 if item.dtype.itemsize == 2 else np.float32, copy=False)
+    # The sum over a shape is not finite if any coordinate is not: cheaper than a mask as large as the data.
+    with np.errstate(invalid="ignore"):
+        finite = np.isfinite(points.sum(axis=(1, 2), dtype=np.float64))
+    if not finite.all():
+        raise InputError(f"{path}: dataset 'data' holds NaN or infinity in sample {int(finite.argmin())}; remove that sample")
+    return points
+
+
+def _read_label(path: Path, file: h5py.File, count: int, num_classes: int | None, max_bytes: int) -> np.ndarray:
+    item = _required(path, file, "label", max_bytes)
+    if item.shape not in ((item.size,), (item.size, 1)):
+        raise InputError(f"{path}: dataset 'label' has shape {item.shape}, must be (shapes,) or (shapes, 1); {SEE}")
+    if item.size != count:
+        raise InputError(f"{path}: dataset 'label' has {item.size} entries, 'data' has {count} shapes; {SEE}")
+    if item.dtype.kind not in "iuf":
+        raise InputError(f"{path}: dataset 'label' has dtype {item.dtype}, must be an integer; {SEE}")
+    label = item[()].reshape(-1)
+    bad = ~np.isfinite(label) | (label != np.floor(label))
+    if bad.any():
+        first = int(bad.argmax())
+        raise InputError(f"{path}: dataset 'label' holds {label[first]} in sample {first}, must be a whole number")
+    bad = (label < 0) | (label >= (2**31 if num_classes is None else num_classes))
+    if bad.any():
+        first = int(bad.argmax())
+        bound = "at least 0" if num_classes is None else f"in [0, {num_classes})"
+        raise InputError(f"{path}: dataset 'label' holds {int(label[first])} in sample {first}, must be {bound}")
+    return label.astype(np.int64)
+
+
+def _read_names(path: Path, file: h5py.File, count: int, max_bytes: int) -> list[str] | None:
+    item = _dataset(path, file, "name", max_bytes)
+    if item is None:
+        return None
+    if item.size != count or h5py.check_string_dtype(item.dtype) is None:
+        raise InputError(f"{path}: dataset 'name' has shape {item.shape} of {item.dtype}, must be {count} strings")
+    try:
+        return [name.decode() for name in item[()].reshape(-1)]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: dataset 'name' is not UTF-8 text ({error.reason})") from error
+
+
+def _read_normal(path: Path, file: h5py.File, points: np.ndarray, max_bytes: int) -> np.ndarray | None:
+    item = _dataset(path, file, "normal", max_bytes)
+    if item is None:
+        return None
+    if item.shape != points.shape or item.dtype.kind != "f":
+        raise InputError(f"{path}: dataset 'normal' is {item.shape} {item.dtype}, must be {points.shape} float like 'data'")
+    return item[()].astype(points.dtype, copy=False)
+
+
+def _read_mask(path: Path, file: h5py.File, shape: tuple[int, ...], max_bytes: int) -> np.ndarray | None:
+    item = _dataset(path, file, "mask", max_bytes)
+    if item is None:
+        return None
+    if item.shape != shape or item.dtype.kind not in "iufb":
+        raise InputError(f"{path}: dataset 'mask' is {item.shape} {item.dtype}, must be {shape} numbers, one for each point")
+    return item[()].astype(np.int64)
+
+
+def _read_up_axis(path: Path, file: h5py.File) -> str | None:
+    value = file.attrs.get("up_axis")
+    if value is None:
+        return None
+    value = value.decode(errors="replace") if isinstance(value, bytes) else value
+    check_up_axis(value if isinstance(value, str) else repr(value), f"{path}: attribute 'up_axis'")
+    return value

@@ -1,0 +1,161 @@
+"""Batches as a function of seed, epoch, step and rank alone, so that a run resumes exactly where it stopped."""
+
+import copy
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .base import PointCloudDataset, derived_generator
+from .transforms import Transform
+
+
+class BatchLoader:
+    """Iterate over a data set in batches, vectorised, without worker processes.
+
+    Nothing random survives from one batch to the next: each has its own generator, made from (seed, epoch, step,
+    rank). The order of an epoch depends on (seed, epoch), the same on every rank.
+
+    Args:
+        dataset: where samples come from.
+        batch_size: shapes of a *global* batch; each rank yields its equal part.
+        shuffle: draw a new order each epoch; otherwise in the order of the set.
+        drop_last: leave out the last batch when it is not full.
+        seed: of everything random.
+        rank: this process, in [0, world_size).
+        world_size: number of processes. Together they yield each shape once. The last parts may be uneven;
+            of a shuffled set, a last batch with fewer shapes than ranks is left out, because ranks must take equally
+            many steps.
+        augment: replaces the transform of the data set. A training set is sampled at random and augmented; any
+            other set is given plain, and this is the augmentation of its votes. False: plain in any case.
+        prefetch: batches prepared ahead in a background thread; the batches are the same.
+
+    Raises:
+        InputError: `batch_size` is not a positive multiple of `world_size`; no full batch with `drop_last`.
+
+    Example:
+        >>> shapes = PointCloudDataset(torch.rand(10, 64, 3), torch.zeros(10), ["any"], num_points=64)
+        >>> [len(labels) for points, labels in BatchLoader(shapes, 4, shuffle=True)]
+        [4, 4, 2]
+    """
+
+    def __init__(
+        self,
+        dataset: PointCloudDataset,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        augment: Transform | bool | None = None,
+        prefetch: int = 0,
+    ) -> None:
+        if world_size < 1 or not 0 <= rank < world_size:
+            raise InputError(f"rank is {rank} of world_size {world_size}, must be in [0, world_size)")
+        if batch_size < 1 or batch_size % world_size:
+            raise InputError(f"batch_size is {batch_size}, must be a positive multiple of the {world_size} processes")
+        if drop_last and len(dataset) < batch_size:
+            raise InputError(
+                f"batch_size is {batch_size}, more than the {len(dataset)} shapes of split '{dataset.split}': "
+                "no full batch is left; lower it"
+            )
+        if prefetch < 0:
+            raise InputError(f"prefetch is {prefetch}, must be at least 0")
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.augment = augment
+        self.prefetch = prefetch
+        self._vote: int | None = None
+        self._epoch = self._step = 0
+
+    def __len__(self) -> int:
+        """Batches that this rank yields in an epoch."""
+        full, rest = divmod(len(self.dataset), self.batch_size)
+        # array_split order: the first ranks get the larger parts, so a rank has a share when its number is below rest.
+        has_rest = rest >= self.world_size if self.shuffle else rest > self.rank
+        return full + (has_rest and not self.drop_last)
+
+    def set_position(self, epoch: int, step: int = 0) -> None:
+        """Let the next iteration start before batch `step` of `epoch`, and run to the end of that epoch.
+
+        Without it, iterations of a shuffled loader are epochs 0, 1, 2, ...; others repeat the same epoch.
+
+        Raises:
+            InputError: negative, or `step` beyond the end of an epoch.
+        """
+        if epoch < 0 or not 0 <= step <= len(self):
+            raise InputError(f"position is epoch {epoch}, step {step}; an epoch has {len(self)} steps")
+        self._epoch, self._step = epoch, step
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield points (b, N, 3) float32 and labels (b,) int64."""
+        epoch, first = self._epoch, self._step
+        self._epoch, self._step = epoch + self.shuffle, 0
+        return self._batches(epoch, first)
+
+    def vote(self, index: int, augment: Transform | None = None) -> "BatchLoader":
+        """Return a loader for one pass of a vote: the same shapes in the same order.
+
+        Args:
+            index: 0 is the plain pass; i > 0 draws the points of each shape and augments them, as a function of
+                (seed, i) alone.
+            augment: instead of the loader's own augmentation.
+
+        Raises:
+            InputError: `index` is negative, or the loader shuffles.
+        """
+        if index < 0:
+            raise InputError(f"vote is {index}, must be at least 0")
+        if self.shuffle:
+            raise InputError("votes need a loader that does not shuffle: logits are averaged shape by shape")
+        voter = copy.copy(self)
+        voter._vote = index
+        voter._epoch = voter._step = 0
+        voter.augment = self.augment if augment is None else augment
+        return voter
+
+    def _batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        count = len(self.dataset)
+        order = torch.arange(count)
+        if self.shuffle:
+            order = torch.randperm(count, generator=derived_generator(self.seed, "order", epoch))
+        steps = range(first, len(self))
+        if not self.prefetch:
+            for step in steps:
+                yield self._load(order, epoch, step)
+            return
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            pending: deque = deque()
+            try:
+                for step in steps:
+                    pending.append(pool.submit(self._load, order, epoch, step))
+                    if len(pending) > self.prefetch:
+                        yield pending.popleft().result()
+                while pending:
+                    yield pending.popleft().result()
+            finally:  # the consumer may stop early
+                for future in pending:
+                    future.cancel()
+
+    def _load(self, order: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+        indices = batch.tensor_split(self.world_size)[self.rank]
+        random = self.dataset.training if self._vote is None else self._vote > 0
+        if self.augment is False or not random:
+            plain = self.augment is False or self.dataset.training
+            return self.dataset.batch(indices, augment=False if plain else None)
+        generator = derived_generator(self.seed, self._vote or 0, epoch, step, self.rank)
+        if not callable(self.augment):
+            return self.dataset.batch(indices, generator=generator, augment=True)
+        points, labels = self.dataset.sample(indices, generator)
+        return self.augment(points, generator).contiguous(), labels

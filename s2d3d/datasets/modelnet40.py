@@ -1,0 +1,172 @@
+"""Folders in the layout of the public `modelnet40_ply_hdf5_2048`.
+
+    shape_names.txt                     one class name a line
+    train_files.txt, test_files.txt     one HDF5 file a line
+    ply_data_train0.h5, ...             data (n, P, 3), label (n,) or (n, 1), optional name, normal
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import numpy as np
+import torch
+
+from ..errors import InputError, did_you_mean
+from .base import TRAIN, PointCloudDataset, select_classes, stratified_fraction
+from .h5 import SEE, CloudFile, check_up_axis, read_h5
+from .prefix import cache_folders
+from .transforms import Transform, turn_up_axis
+
+SPLITS = ("train", "test")
+PREPARE = "python tools/prepare_data.py modelnet40 --from DIR --output"
+
+
+def load_modelnet40(
+    root: str | os.PathLike,
+    split: str,
+    *,
+    num_points: int = 1024,
+    transform: Transform | None = None,
+    up_axis: str | None = None,
+    normalize: bool = True,
+    classes: Sequence[str] | None = None,
+    fraction: float = 1.0,
+    seed: int = 0,
+    cache_dir: str | os.PathLike | None = None,
+    prepare: str = "put ModelNet40 there (see data/README.md) or run: " + PREPARE,
+) -> PointCloudDataset:
+    """Read one split of a folder in ModelNet layout.
+
+    Args:
+        root: the folder.
+        split: "train" or "test".
+        num_points: points of a sample; see `PointCloudDataset`.
+        transform: augmentation.
+        up_axis: the vertical of the stored points, "y" or "z"; default `stored_up_axis`. They are turned z up.
+        normalize: centre the clouds and scale them into the unit sphere.
+        classes: keep these classes only, numbered in this order.
+        fraction: share of the training shapes of each class to keep, in (0, 1]; the test split is kept whole.
+        seed: chooses that share.
+        cache_dir: where farthest-point prefixes are kept; default beside the set.
+        prepare: what a missing folder's message advises; the folder is appended.
+
+    Raises:
+        InputError: the folder or a file in it is missing or wrong; an argument is out of range.
+
+    Example:
+        >>> train = load_modelnet40("data/modelnet40", "train", num_points=1024)  # doctest: +SKIP
+        >>> train[0][0].shape  # doctest: +SKIP
+        torch.Size([1024, 3])
+    """
+    root = Path(root)
+    if split not in SPLITS:
+        raise InputError(f"unknown split '{split}'{did_you_mean(split, SPLITS)} (known: {', '.join(SPLITS)})")
+    if up_axis is not None:
+        check_up_axis(up_axis)
+    if not root.is_dir():
+        raise InputError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}; {prepare} {root}")
+    class_names = read_class_names(root)
+    points, labels, names = [], [], []
+    for path, file in read_split(root, split, extras=False):
+        if points and file.points.shape[1] != points[0].shape[1]:
+            raise InputError(f"{path}: {file.points.shape[1]} points a shape, the files before it {points[0].shape[1]}; {SEE}")
+        points.append(turn_up_axis(torch.from_numpy(file.points), up_axis or stored_up_axis(file)))
+        labels.append(file.label)
+        names.extend(file.names or [f"{path.stem}_{index:04d}" for index in range(len(file.label))])
+    stored, all_labels = torch.cat(points), torch.from_numpy(np.concatenate(labels))
+    kept = torch.arange(len(stored))
+    if classes is not None:
+        kept, all_labels = select_classes(all_labels, class_names, classes)
+        class_names = list(classes)
+    if split == TRAIN and fraction != 1.0:
+        share = stratified_fraction(all_labels, fraction, seed)
+        kept, all_labels = kept[share], all_labels[share]
+    return PointCloudDataset(
+        stored if len(kept) == len(stored) else stored[kept],
+        all_labels,
+        class_names,
+        names=[names[index] for index in kept.tolist()],
+        split=split,
+        num_points=num_points,
+        transform=transform,
+        normalize=normalize,
+        cache_dirs=cache_folders(root, cache_dir),
+        source=str(root),
+    )
+
+
+def read_class_names(root: Path) -> list[str]:
+    """Read `shape_names.txt`; its lines are the classes, in the order of their labels.
+
+    Raises:
+        InputError: it is missing, empty, or names a class twice.
+    """
+    path = root / "shape_names.txt"
+    names = _read_lines(path)
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise InputError(f"{path}: class '{name}' is listed twice; {SEE}")
+    return names
+
+
+def read_split(root: Path, split: str, *, extras: bool = True) -> Iterator[tuple[Path, CloudFile]]:
+    """Read the files of a split one by one, in the order of its list, each checked.
+
+    Raises:
+        InputError: the list or a file is missing or wrong, or lies outside the folder.
+    """
+    num_classes = len(read_class_names(root))
+    for path in list_files(root, split):
+        yield path, read_h5(path, num_classes=num_classes, extras=extras)
+
+
+def list_files(root: Path, split: str) -> list[Path]:
+    """Find the files that `{split}_files.txt` lists.
+
+    Public lists hold paths such as `data/modelnet40_ply_hdf5_2048/ply_data_train0.h5`, written for another working
+    directory: the file of that name in `root` is taken and, only if there is none, that path below `root`.
+
+    Raises:
+        InputError: no list, a file that is not there, is listed twice, or is not inside `root`.
+    """
+    list_path = root / f"{split}_files.txt"
+    files: list[Path] = []
+    for entry in _read_lines(list_path):
+        relative = PurePosixPath(entry.replace("\\", "/"))
+        if relative.is_absolute() or PureWindowsPath(entry).drive or ".." in relative.parts:
+            raise InputError(f"{list_path}: '{entry}' leads out of the folder; list files inside {root}")
+        candidates = [root / relative.name, root / relative]
+        path = next((candidate for candidate in candidates if candidate.is_file()), None)
+        if path is None:
+            raise InputError(f"{list_path}: '{entry}' is not in {root}; {SEE}")
+        if not path.resolve().is_relative_to(root.resolve()):
+            raise InputError(f"{list_path}: '{entry}' is a link that leads out of the folder; copy the file into {root}")
+        if path in files:
+            raise InputError(f"{list_path}: '{entry}' is listed twice; {SEE}")
+        files.append(path)
+    return files
+
+
+def stored_up_axis(file: CloudFile) -> str:
+    """Tell which axis of a file's points is vertical.
+
+    Its attribute `up_axis` where there is one, as in every file that this package writes. Without it, float32 is the
+    public `modelnet40_ply_hdf5_2048` and copies of it, y up; float16, which no public copy uses, is z up.
+    """
+    if file.up_axis is not None:
+        return file.up_axis
+    return "z" if file.points.dtype == np.float16 else "y"
+
+
+def _read_lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; {SEE}")
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not a text file ({error.reason}); {SEE}") from error
+    lines = [line for line in lines if line]
+    if not lines:
+        raise InputError(f"{path}: the file is empty; {SEE}")
+    return lines

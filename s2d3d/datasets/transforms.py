@@ -1,0 +1,207 @@
+"""Batch transforms of point clouds: (B, N, 3) in, a new (B, N, 3) out, randomness from an explicit generator.
+
+Every transform is called as `transform(points, generator)`. Numbers are drawn on the generator's device and moved
+to that of the points, so that a CPU generator gives the same augmentation on every device.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from ..errors import InputError
+
+Transform = Callable[[Tensor, Generator], Tensor]
+
+
+def turn_up_axis(points: Tensor, source: str, target: str = "z") -> Tensor:
+    """Rotate clouds so that what pointed along `source` points along `target`.
+
+    y to z is (x, y, z) -> (x, -z, y), a quarter turn about x; z to y is its inverse, (x, y, z) -> (x, z, -y).
+    Both are proper rotations (determinant 1): nothing is mirrored.
+
+    Args:
+        points: (..., 3).
+        source: "y" or "z", the present vertical.
+        target: "y" or "z", the wanted one.
+
+    Raises:
+        InputError: another axis.
+
+    Example:
+        >>> turn_up_axis(torch.tensor([1., 2., 3.]), "y", "z").tolist()
+        [1.0, -3.0, 2.0]
+    """
+    if source not in ("y", "z") or target not in ("y", "z"):
+        raise InputError(f"up axis is {source!r} to {target!r}, must be 'y' or 'z'")
+    if source == target:
+        return points.clone()
+    x, y, z = points.unbind(-1)
+    return torch.stack((x, -z, y) if target == "z" else (x, z, -y), dim=-1)
+
+
+def normalize_unit_sphere(points: Tensor) -> Tensor:
+    """Move the mean of each cloud to the origin and scale its farthest point to distance 1.
+
+    Args:
+        points: (B, N, 3); computed in float32, returned in the dtype it came in. A cloud of equal points becomes zeros.
+
+    Example:
+        >>> normalize_unit_sphere(torch.tensor([[[0., 0, 0], [4, 0, 0]]])).tolist()
+        [[[-1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]]
+    """
+    centered = points.float() - points.float().mean(dim=1, keepdim=True)
+    radius = centered.norm(dim=-1).amax(dim=1).view(-1, 1, 1)
+    return (centered / radius.clamp_min(torch.finfo(torch.float32).tiny)).to(points.dtype)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Multiply each axis of each cloud by its own factor from U(low, high)."""
+
+    low: float = 2 / 3
+    high: float = 3 / 2
+
+    def __post_init__(self) -> None:
+        _check(0 < self.low <= self.high < math.inf, f"scale is ({self.low}, {self.high}), must be 0 < low <= high")
+
+    def __call__(self, points: Tensor, generator: Generator) -> Tensor:
+        return points * _uniform(points, (len(points), 1, 3), self.low, self.high, generator)
+
+
+@dataclass(frozen=True)
+class Shift:
+    """Add to each axis of each cloud its own offset from U(-limit, limit)."""
+
+    limit: float = 0.2
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.limit < math.inf, f"shift is {self.limit}, must be at least 0")
+
+    def __call__(self, points: Tensor, generator: Generator) -> Tensor:
+        return points + _uniform(points, (len(points), 1, 3), -self.limit, self.limit, generator)
+
+
+@dataclass(frozen=True)
+class RotateVertical:
+    """Turn each cloud about the vertical axis by its own angle from U(-limit, limit), in radians."""
+
+    limit: float = math.pi
+    up_axis: str = "z"
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.limit <= math.pi, f"rotation limit is {self.limit}, must be in [0, pi]")
+        _check(self.up_axis in ("y", "z"), f"up_axis is {self.up_axis!r}, must be 'y' or 'z'")
+
+    def __call__(self, points: Tensor, generator: Generator) -> Tensor:
+        angle = _uniform(points, (len(points), 1), -self.limit, self.limit, generator)
+        cos, sin = angle.cos(), angle.sin()
+        x, y, z = points.unbind(-1)
+        if self.up_axis == "z":
+            return torch.stack((cos * x - sin * y, sin * x + cos * y, z), dim=-1)
+        return torch.stack((cos * x + sin * z, y, cos * z - sin * x), dim=-1)
+
+
+@dataclass(frozen=True)
+class Jitter:
+    """Add normal noise of deviation `std` to every coordinate, cut at `clip` (default 5 deviations)."""
+
+    std: float = 0.01
+    clip: float | None = None
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.std < math.inf, f"jitter is {self.std}, must be at least 0")
+        _check(self.clip is None or self.clip >= 0, f"jitter clip is {self.clip}, must be at least 0")
+
+    def __call__(self, points: Tensor, generator: Generator) -> Tensor:
+        clip = 5 * self.std if self.clip is None else self.clip
+        noise = torch.randn(points.shape, generator=generator, device=generator.device).mul_(self.std).clamp_(-clip, clip)
+        return points + noise.to(points)
+
+
+@dataclass(frozen=True)
+class PointDropout:
+    """Replace points by the first of their cloud, each with a chance drawn per cloud from U(0, max_ratio).
+
+    Source: Qi et al. 2017, PointNet++, "random input dropout".
+    """
+
+    max_ratio: float = 0.875
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.max_ratio < 1, f"dropout is {self.max_ratio}, must be in [0, 1)")
+
+    def __call__(self, points: Tensor, generator: Generator) -> Tensor:
+        ratio = _uniform(points, (len(points), 1), 0.0, self.max_ratio, generator)
+        dropped = _uniform(points, points.shape[:2], 0.0, 1.0, generator) < ratio
+        return torch.where(dropped.unsqueeze(-1), points[:, :1], points)
+
+
+@dataclass(frozen=True)
+class NormalizeUnitSphere:
+    """`normalize_unit_sphere` as a transform; it draws nothing."""
+
+    def __call__(self, points: Tensor, generator: Generator) -> Tensor:
+        return normalize_unit_sphere(points)
+
+
+@dataclass(frozen=True)
+class Compose:
+    """Apply transforms one after the other; none at all leaves the points as they are."""
+
+    transforms: Sequence[Transform] = ()
+
+    def __call__(self, points: Tensor, generator: Generator) -> Tensor:
+        for transform in self.transforms:
+            points = transform(points, generator)
+        return points
+
+
+def build_augmentation(
+    *,
+    scale: tuple[float, float] | None = (2 / 3, 3 / 2),
+    shift: float = 0.2,
+    rotate: bool = False,
+    jitter: float = 0.0,
+    dropout: float = 0.0,
+) -> Compose:
+    """Build the training augmentation: rotation, scale, shift, jitter, dropout, in this order; zero or None is off.
+
+    Args:
+        scale: low and high factor, drawn for each axis of each cloud.
+        shift: largest offset, drawn likewise.
+        rotate: any angle about the vertical axis z.
+        jitter: deviation of the noise on each coordinate, cut at 5 deviations.
+        dropout: largest share of points replaced by the first, in [0, 1).
+
+    Raises:
+        InputError: a value out of its range.
+
+    Example:
+        >>> augment = build_augmentation(jitter=0.01)
+        >>> augment(torch.rand(2, 64, 3), torch.Generator().manual_seed(0)).shape
+        torch.Size([2, 64, 3])
+    """
+    transforms: list[Transform] = []
+    if rotate:
+        transforms.append(RotateVertical())
+    if scale is not None:
+        _check(len(scale) == 2, f"scale is {tuple(scale)}, must be a pair (low, high)")
+        transforms.append(Scale(*scale))
+    for value, build in ((shift, Shift), (jitter, Jitter), (dropout, PointDropout)):
+        transform = build(value)  # built in any case: a negative value is an error, not "off"
+        if value:
+            transforms.append(transform)
+    return Compose(tuple(transforms))
+
+
+def _uniform(points: Tensor, shape: Sequence[int], low: float, high: float, generator: Generator) -> Tensor:
+    drawn = torch.rand(tuple(shape), generator=generator, device=generator.device)
+    return drawn.mul_(high - low).add_(low).to(points)
+
+
+def _check(holds: bool, message: str) -> None:
+    if not holds:
+        raise InputError(message)

@@ -1,0 +1,300 @@
+"""YAML in, one line per problem out: strict reading, overrides, and the wording of what a schema refuses."""
+
+import re
+import reprlib
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ..errors import InputError, did_you_mean
+
+_MAX_BYTES = 256 * 1024
+_MAX_DEPTH = 20
+
+_WORDS = {
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
+    "string_unicode": "must be valid Unicode text",
+    "tuple_type": "must be a list",
+    "model_type": "must be a section of keys and values",
+    "literal_error": "must be {expected}",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "string_too_short": "must not be empty",
+}
+
+
+class Problem(NamedTuple):
+    """What is wrong with the value at a place in the config."""
+
+    loc: tuple[str | int, ...]
+    text: str
+
+    def line(self, where: str) -> str:
+        """Word the problem as one line that starts with the file or override it comes from."""
+        path = ".".join(key if str(key).isprintable() else repr(key)[1:-1] for key in map(str, self.loc))
+        return f"{where}: {path}: {self.text}" if path else f"{where}: {self.text}"
+
+
+def read_yaml(path: str | Path) -> tuple[dict[str, object], list[str]]:
+    """Read the mapping in a YAML file.
+
+    Aliases, tags, deep nesting and large files are refused, so that reading is safe and takes bounded time.
+
+    Returns:
+        The mapping, and one line for each duplicate key (the last value is kept).
+
+    Raises:
+        InputError: the file cannot be read, is not YAML, or holds no mapping.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a directory, expected a YAML file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(data) > _MAX_BYTES:
+        raise InputError(f"{path}: larger than {_MAX_BYTES // 1024} KiB, this is no config")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise InputError(f"{path}: line {line}: not UTF-8 text") from None
+    try:
+        mapping, problems = _parse(text)
+    except yaml.YAMLError as error:
+        line, problem = _yaml_error(error, text)
+        raise InputError(f"{path}: line {line}: {problem}") from None
+    if mapping is None:
+        raise InputError(f"{path}: the file is empty, expected a config")
+    if not isinstance(mapping, dict):
+        raise InputError(f"{path}: must be a mapping of sections, got {show(mapping)}")
+    return mapping, [problem.line(str(path)) for problem in problems]
+
+
+def apply_overrides(mapping: dict, overrides: Sequence[str]) -> tuple[dict[tuple[str, ...], str], list[str]]:
+    """Set `section.key=value` overrides in `mapping`, in place; of two for one key the later wins.
+
+    Returns:
+        Which override each place that was set comes from, and one line per problem.
+    """
+    origins, lines = {}, []
+    for override in overrides:
+        where = override_name(override)
+        key, equals, text = override.partition("=")
+        loc = tuple(part.strip() for part in key.split("."))
+        if not equals or not all(loc):
+            lines.append(f"{where}: expected section.key=value")
+            continue
+        try:
+            value, problems = _parse(text)
+        except yaml.YAMLError as error:
+            lines.append(f"{where}: {_yaml_error(error, text)[1]}")
+            continue
+        lines += [Problem(loc + problem.loc, problem.text).line(where) for problem in problems]
+        section = mapping
+        for depth, part in enumerate(loc[:-1], 1):
+            if part not in section:
+                section[part] = {}
+                origins[loc[:depth]] = where
+            section = section[part]
+            if not isinstance(section, dict):
+                lines.append(Problem(loc, f"'{'.'.join(loc[:depth])}' is not a section").line(where))
+                break
+        else:
+            section[loc[-1]] = value
+            origins = {place: name for place, name in origins.items() if place[: len(loc)] != loc} | {loc: where}
+    return origins, lines
+
+
+def override_name(override: str) -> str:
+    """Name an override in an error message."""
+    return f"override {show(override)}"
+
+
+def schema_problems(error: ValidationError, schema: type[BaseModel]) -> list[Problem]:
+    """Word what pydantic found: values by what they must be, unknown keys with the nearest valid one.
+
+    A validator reports several problems of its own by a custom error of type "problems" whose context holds them.
+    """
+    problems = []
+    for item in error.errors(include_url=False):
+        kind, loc, context = item["type"], item["loc"], item.get("ctx", {})
+        if kind == "problems":
+            problems += [Problem(loc + problem.loc, problem.text) for problem in context["problems"]]
+        elif kind == "missing":
+            problems.append(Problem(loc, "required key is missing"))
+        elif kind == "extra_forbidden":
+            problems.append(Problem(loc, _unknown_key(schema, loc)))
+        elif kind == "value_error":
+            problems.append(Problem(loc, one_line(context["error"])))
+        elif kind == "invalid_key":
+            problems.append(Problem(loc, "keys must be text"))
+        else:
+            problems.append(Problem(loc, _refused(schema, item)))
+    return problems
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
+    """Word that a name is none of the known ones; short lists are shown."""
+    known = sorted(known)
+    hint = did_you_mean(name, known)
+    listed = f" (known: {', '.join(known)})" if len(known) <= 20 else ""
+    return f"unknown {kind} {show(name)}{hint}{listed}"
+
+
+def show(value: object) -> str:
+    """Return a value as short text on one line, the way YAML writes it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    short = _SHORT.repr(value)
+    return short if isinstance(value, str) else one_line(short)
+
+
+def one_line(error: object) -> str:
+    """Return the message of an error without line breaks."""
+    return " ".join(str(error).split())
+
+
+class _Short(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 80
+        self.maxlevel = 3
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if x.bit_length() <= 128 else "a very large number"
+
+
+_SHORT = _Short()
+
+
+class _Refused(yaml.MarkedYAMLError):
+    """Valid YAML that a config must not hold."""
+
+    def __init__(self, text: str, mark: yaml.Mark) -> None:
+        super().__init__(problem=text, problem_mark=mark)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's plain data only: null, booleans, numbers, text, lists and mappings."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in rules if tag.rpartition(":")[2] in ("null", "bool", "int", "float")]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            raise _Refused(f"aliases (*{event.anchor}) are not allowed, write the value out", event.start_mark)
+        if event.tag:
+            raise _Refused(f"tags ({event.tag}) are not allowed", event.start_mark)
+        if self.depth >= _MAX_DEPTH:
+            raise _Refused(f"nested more than {_MAX_DEPTH} levels deep", event.start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+def _parse(text: str) -> tuple[object, list[Problem]]:
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        problems: list[Problem] = []
+        return (None if node is None else _build(loader, node, (), problems)), problems
+    finally:
+        loader.dispose()
+
+
+def _build(loader: _Loader, node: yaml.Node, loc: tuple[str | int, ...], problems: list[Problem]) -> object:
+    if isinstance(node, yaml.SequenceNode):
+        return [_build(loader, item, (*loc, index), problems) for index, item in enumerate(node.value)]
+    if isinstance(node, yaml.ScalarNode):
+        try:
+            return loader.construct_object(node)
+        except ValueError:
+            raise _Refused(f"{show(node.value)} is not a number", node.start_mark) from None
+    result: dict[str, object] = {}
+    lines: dict[str, int] = {}
+    for key_node, value_node in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise _Refused("a key must be text", key_node.start_mark)
+        key, line = key_node.value, key_node.start_mark.line + 1
+        if key in result:
+            problems.append(Problem((*loc, key), f"duplicate key (lines {lines[key]} and {line})"))
+        lines[key] = line
+        result[key] = _build(loader, value_node, (*loc, key), problems)
+    return result
+
+
+def _yaml_error(error: yaml.YAMLError, text: str) -> tuple[int, str]:
+    if isinstance(error, _Refused):
+        return error.problem_mark.line + 1, error.problem
+    if isinstance(error, yaml.MarkedYAMLError):
+        mark = error.problem_mark or error.context_mark
+        return mark.line + 1, "not valid YAML: " + one_line(f"{error.context or ''} {error.problem or ''}")
+    # The reader's error has a position instead of a mark.
+    line = text.count("\n", 0, error.position) + 1
+    return line, f"not valid YAML: character U+{ord(text[error.position]):04X}"
+
+
+def _unknown_key(schema: type[BaseModel], loc: tuple[str | int, ...]) -> str:
+    key = str(loc[-1])
+    section = _schema_at(schema, loc[:-1])
+    hint = did_you_mean(key, section.model_fields)
+    if not hint:
+        elsewhere = [path for path in _paths(schema) if path.split(".")[-1] == key]
+        hint = f"; did you mean '{elsewhere[0]}'?" if len(elsewhere) == 1 else ""
+    return f"unknown key{hint or '; valid keys: ' + ', '.join(section.model_fields)}"
+
+
+def _refused(schema: type[BaseModel], item: Mapping) -> str:
+    context = {key: f"{value:g}" if isinstance(value, float) else value for key, value in item.get("ctx", {}).items()}
+    kind = "int_type" if item["type"].startswith("int_") else item["type"]
+    must = _WORDS[kind].format(**context) if kind in _WORDS else one_line(item["msg"])
+    nullable = " (or null)" if _is_nullable(schema, item["loc"]) else ""
+    got = item["input"]
+    hint = did_you_mean(got, re.findall("'(.*?)'", must)) if kind == "literal_error" and isinstance(got, str) else ""
+    return f"{must}{nullable}, got {show(got)}{hint}"
+
+
+def _schema_at(schema: type[BaseModel], loc: tuple[str | int, ...]) -> type[BaseModel]:
+    for key in loc:
+        schema = schema.model_fields[key].annotation
+    return schema
+
+
+def _is_nullable(schema: type[BaseModel], loc: tuple[str | int, ...]) -> bool:
+    for index, key in enumerate(loc):
+        annotation = schema.model_fields[key].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
+            return union and index == len(loc) - 1 and types.NoneType in typing.get_args(annotation)
+        schema = annotation
+    return False
+
+
+def _paths(schema: type[BaseModel], prefix: str = "") -> list[str]:
+    paths = []
+    for key, field in schema.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            paths += _paths(field.annotation, f"{prefix}{key}.")
+        else:
+            paths.append(prefix + key)
+    return paths

@@ -1,0 +1,76 @@
+"""Backbones: points (B, N, C) in, logits (B, num_classes) out."""
+
+import inspect
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from ..errors import InputError, did_you_mean
+from .point_bert import PointBERT
+
+_MODELS: dict[str, tuple[Callable[..., nn.Module], dict[str, object]]] = {
+    "point_bert": (PointBERT, {}),
+    "point_bert_small": (
+        PointBERT,
+        dict(trans_dim=192, depth=6, num_heads=3, num_group=64, group_size=16, encoder_dims=128, encoder_width=48),
+    ),
+    "point_bert_tiny": (
+        PointBERT,
+        dict(trans_dim=96, depth=4, num_heads=3, num_group=32, group_size=16, encoder_dims=64, encoder_width=32),
+    ),
+}
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """List the names that `create_model` knows, those that match the glob `pattern`.
+
+    Example:
+        >>> list_models("*_tiny")
+        ['point_bert_tiny']
+    """
+    return [name for name in sorted(_MODELS) if fnmatchcase(name, pattern)]
+
+
+def model_kwargs(name: str) -> dict[str, object]:
+    """Return the keyword arguments of a model with their defaults, without `num_classes` and `in_channels`.
+
+    Raises:
+        InputError: unknown name.
+    """
+    build, preset = _lookup(name)
+    parameters = inspect.signature(build).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    return {**defaults, **preset}
+
+
+def create_model(name: str, *, num_classes: int, in_channels: int = 3, **kwargs) -> nn.Module:
+    """Build a backbone with fresh weights.
+
+    Args:
+        name: one of `list_models()`.
+        num_classes: outputs of the head.
+        in_channels: channels of a point; the first three are its coordinates.
+        **kwargs: replace the defaults that `model_kwargs(name)` returns.
+
+    Raises:
+        InputError: unknown name or keyword.
+        ValueError: a value out of range.
+
+    Example:
+        >>> import torch
+        >>> create_model("point_bert_tiny", num_classes=40)(torch.rand(2, 256, 3)).shape
+        torch.Size([2, 40])
+    """
+    build, preset = _lookup(name)
+    known = model_kwargs(name)
+    for key in kwargs:
+        if key not in known:
+            raise InputError(f"model '{name}' has no parameter '{key}'{did_you_mean(key, known)}")
+    return build(num_classes, in_channels, **{**preset, **kwargs})
+
+
+def _lookup(name: str) -> tuple[Callable[..., nn.Module], dict[str, object]]:
+    if name not in _MODELS:
+        raise InputError(f"unknown model '{name}'{did_you_mean(name, _MODELS)} (known: {', '.join(sorted(_MODELS))})")
+    return _MODELS[name]

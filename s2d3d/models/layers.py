@@ -1,0 +1,106 @@
+"""Building blocks of the Point-BERT family: attention, transformer block and the mini-PointNet group encoder."""
+
+import torch
+from timm.layers import DropPath, Mlp
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; `qkv` has no bias, as in Point-BERT and Point-MAE."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        """Build it for tokens of `dim` channels, which `num_heads` must divide."""
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads is {num_heads}, must divide trans_dim {dim}")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map tokens x (B, T, C) to (B, T, C)."""
+        batch, tokens, channels = x.shape
+        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, channels // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        x = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(x.transpose(1, 2).reshape(batch, tokens, channels))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention and FFN, each behind a LayerNorm and on a residual path."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float) -> None:
+        """Build it; `drop_path` in [0, 1) is the probability to drop a residual path for a sample."""
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-5)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-5)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map tokens x (B, T, C) to (B, T, C)."""
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class TransformerEncoder(nn.Module):
+    """A stack of blocks; the position embedding is added in front of each of them.
+
+    Source: Yu et al. 2022, Point-BERT.
+    """
+
+    def __init__(self, dim: int, depth: int, num_heads: int, mlp_ratio: float, drop_path_rate: float) -> None:
+        """Build `depth` blocks; drop path grows linearly from 0 to `drop_path_rate` over them."""
+        super().__init__()
+        rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
+        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, rate) for rate in rates)
+
+    def forward(self, x: Tensor, pos: Tensor) -> Tensor:
+        """Map tokens x (B, T, C) with positions pos (B, T, C) to (B, T, C)."""
+        for block in self.blocks:
+            x = block(x + pos)
+        return x
+
+
+class GroupEncoder(nn.Module):
+    """Mini-PointNet: one token for each group of points.
+
+    The weights are those of 1x1 convolutions, for compatibility with published checkpoints; the arithmetic is that of
+    linear layers on (points, channels) rows. The layer behind the first pooling sees [group maximum, point feature];
+    its product is split, W [g, f] = W_g g + W_f f, so that the group's half is computed once per group instead of
+    once per point: the same result with about half the arithmetic of the largest layer.
+
+    Source: Yu et al. 2022, Point-BERT, section 3.1; Qi et al. 2017, PointNet.
+    """
+
+    def __init__(self, in_channels: int, encoder_dims: int, encoder_width: int = 128) -> None:
+        """Build it with layers of width w, 2w, 4w and `encoder_dims`, where w is `encoder_width` (128 as published)."""
+        super().__init__()
+        width = encoder_width
+        self.first_conv = nn.Sequential(
+            nn.Conv1d(in_channels, width, 1), nn.BatchNorm1d(width), nn.ReLU(inplace=True), nn.Conv1d(width, 2 * width, 1)
+        )
+        self.second_conv = nn.Sequential(
+            nn.Conv1d(4 * width, 4 * width, 1), nn.BatchNorm1d(4 * width), nn.ReLU(inplace=True), nn.Conv1d(4 * width, encoder_dims, 1)
+        )
+
+    def forward(self, groups: Tensor) -> Tensor:
+        """Map groups (B, G, S, C) to tokens (B, G, encoder_dims)."""
+        batch, num_group, group_size, channels = groups.shape
+        conv1, norm1, relu1, conv2 = self.first_conv
+        conv3, norm2, relu2, conv4 = self.second_conv
+        points = groups.reshape(-1, channels)
+        points = _rowwise(conv2, relu1(norm1(_rowwise(conv1, points))))
+        width = points.shape[-1]
+        pooled = points.view(-1, group_size, width).amax(1)
+        of_group, of_point = conv3.weight[:, :width, 0], conv3.weight[:, width:, 0]
+        points = F.linear(points, of_point).view(-1, group_size, of_point.shape[0])
+        points = (points + F.linear(pooled, of_group, conv3.bias).unsqueeze(1)).flatten(0, 1)
+        points = _rowwise(conv4, relu2(norm2(points)))
+        return points.view(batch, num_group, group_size, -1).amax(2)
+
+
+def _rowwise(conv: nn.Conv1d, rows: Tensor) -> Tensor:
+    return F.linear(rows, conv.weight.squeeze(-1), conv.bias)

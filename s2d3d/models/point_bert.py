@@ -1,0 +1,125 @@
+"""Point-BERT style classifiers: point groups become tokens of a plain transformer.
+
+State-dict keys and shapes are those of the published classifiers, so that their checkpoints load.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import group_points
+from .layers import GroupEncoder, TransformerEncoder
+
+
+class PointBERT(nn.Module):
+    """Point-BERT classifier (Yu et al. 2022, arXiv 2111.14819).
+
+    Farthest-point centres and their neighbours form groups; a mini-PointNet makes a token of each; a transformer with
+    a class token follows; the head reads the class token concatenated with the maximum over the others.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int = 3,
+        *,
+        trans_dim: int = 384,
+        depth: int = 12,
+        num_heads: int = 6,
+        num_group: int = 64,
+        group_size: int = 32,
+        encoder_dims: int = 256,
+        encoder_width: int = 128,
+        mlp_ratio: float = 4.0,
+        drop_path_rate: float = 0.1,
+        head_dropout: float = 0.5,
+        fps_skip_origin: bool = True,
+    ) -> None:
+        """Build the classifier; the defaults are the published ViT-S.
+
+        Args:
+            num_classes: outputs of the head.
+            in_channels: channels of a point; the first three are its coordinates.
+            trans_dim: width of the transformer.
+            depth: number of blocks.
+            num_heads: attention heads, a divisor of `trans_dim`.
+            num_group: groups per cloud, each one token.
+            group_size: points per group.
+            encoder_dims: output width of the group encoder.
+            encoder_width: width of the group encoder's first layer; the others are 2x and 4x of it.
+            mlp_ratio: hidden width of an FFN over `trans_dim`.
+            drop_path_rate: of the last block, growing linearly from 0; in [0, 1).
+            head_dropout: in the classification head, in [0, 1).
+            fps_skip_origin: farthest point sampling never picks points within sqrt(1e-3) of the origin, as published.
+
+        Raises:
+            ValueError: a value out of range.
+        """
+        super().__init__()
+        _check_ranges(
+            at_least_one=dict(
+                num_classes=num_classes, trans_dim=trans_dim, depth=depth, num_group=num_group, group_size=group_size,
+                encoder_dims=encoder_dims, encoder_width=encoder_width, head_dim=int(trans_dim * mlp_ratio),
+            ),
+            fractions=dict(drop_path_rate=drop_path_rate, head_dropout=head_dropout),
+        )
+        if in_channels < 3:
+            raise ValueError(f"in_channels is {in_channels}, must be at least 3 (x, y, z)")
+        self.num_group, self.group_size, self.fps_skip_origin = num_group, group_size, fps_skip_origin
+        self.encoder = GroupEncoder(in_channels, encoder_dims, encoder_width)
+        self.reduce_dim = nn.Linear(encoder_dims, trans_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, trans_dim))
+        self.cls_pos = nn.Parameter(torch.randn(1, 1, trans_dim))
+        self.pos_embed = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, trans_dim))
+        self.blocks = TransformerEncoder(trans_dim, depth, num_heads, mlp_ratio, drop_path_rate)
+        self.norm = nn.LayerNorm(trans_dim, eps=1e-5)
+        self.cls_head_finetune = nn.Sequential(
+            nn.Linear(2 * trans_dim, 256), nn.ReLU(inplace=True), nn.Dropout(head_dropout), nn.Linear(256, num_classes)
+        )
+        self.apply(self._init_weights)
+
+    @staticmethod
+    def _init_weights(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters without weight decay beside biases and norms (timm's convention)."""
+        return {"cls_token"}
+
+    def forward_features(self, points: Tensor) -> Tensor:
+        """Map points (B, N, C) to normalised tokens (B, 1 + num_group, trans_dim), the class token first.
+
+        Raises:
+            ValueError: fewer points than `num_group` or `group_size`.
+        """
+        if points.shape[1] < max(self.num_group, self.group_size):
+            raise ValueError(
+                f"{points.shape[1]} points per cloud are too few for num_group={self.num_group} and group_size={self.group_size}"
+            )
+        groups, centers = group_points(points, self.num_group, self.group_size, skip_origin=self.fps_skip_origin)
+        tokens = self.reduce_dim(self.encoder(groups))
+        batch = points.shape[0]
+        x = torch.cat([self.cls_token.expand(batch, -1, -1).to(tokens.dtype), tokens], dim=1)
+        position = self.pos_embed(centers)
+        pos = torch.cat([self.cls_pos.expand(batch, -1, -1).to(position.dtype), position], dim=1)
+        return self.norm(self.blocks(x, pos))
+
+    def forward_head(self, tokens: Tensor) -> Tensor:
+        """Map tokens (B, 1 + G, trans_dim) to logits (B, num_classes)."""
+        return self.cls_head_finetune(torch.cat([tokens[:, 0], tokens[:, 1:].amax(1)], dim=-1))
+
+    def forward(self, points: Tensor) -> Tensor:
+        """Map points (B, N, in_channels) to logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(points))
+
+
+def _check_ranges(at_least_one: dict[str, int], fractions: dict[str, float]) -> None:
+    for name, value in at_least_one.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}, must be at least 1")
+    for name, value in fractions.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} is {value}, must be in [0, 1)")

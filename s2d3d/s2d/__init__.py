@@ -1,0 +1,7 @@
+"""The method: Sparse-to-Dense training. Depends on torch and torch-scatter alone and knows nothing of point clouds."""
+
+from .convert import MoFConfig, convert_to_mof_, is_sparse, merge_experts
+from .ewa import EWA, apply_ewa_
+from .mof import RUPMoF
+
+__all__ = ["EWA", "MoFConfig", "RUPMoF", "apply_ewa_", "convert_to_mof_", "is_sparse", "merge_experts"]

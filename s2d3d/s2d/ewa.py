@@ -1,0 +1,147 @@
+"""Experts Weights Averaging: after each optimizer update, pull the experts towards their mean."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .mof import RUPMoF
+
+SCHEDULES = ("linear", "constant")
+
+
+def apply_ewa_(model: nn.Module, share_rate: float) -> int:
+    """Average the experts' weights once, in place: `W_i <- (1 - b) W_i + b * mean_{j != i} W_j`.
+
+    Computed as `lerp(W_i, mean_j W_j, b * K / (K - 1))`, which is the same. The mean of the experts stays, deviations
+    from it shrink by `1 - b * K / (K - 1)`. A single expert is left alone. b = (K - 1) / K makes the experts equal;
+    above it they overshoot their mean. Under DDP each rank computes the same result without communication.
+
+    Args:
+        model: any module with RUP-MoF layers inside.
+        share_rate: b, in [0, 1].
+
+    Returns:
+        The number of RUP-MoF layers that were averaged.
+
+    Raises:
+        ValueError: `share_rate` outside [0, 1], or no expert layer in the model.
+
+    Source: arXiv 2308.06093, equation of the EWA update; Sparse-to-Dense Training, IEEE TCSVT 2025.
+
+    Example:
+        >>> from timm.layers import Mlp
+        >>> from s2d3d import RUPMoF
+        >>> apply_ewa_(RUPMoF(Mlp(8, 32), num_experts=4), share_rate=0.3)
+        1
+    """
+    _check_share_rate(share_rate)
+    return _average_layers_(expert_layers(model), share_rate)
+
+
+class EWA:
+    """Applies `apply_ewa_` with a scheduled share rate; call `step()` after every `optimizer.step()`.
+
+    With `schedule="linear"` update t of T (t = 0 .. T-1) uses `share_rate * t / (T - 1)`, from 0 to `share_rate`;
+    with "constant" each uses `share_rate`. Updates past T keep the last value. Skip `step()` when the optimizer's own
+    step was skipped (gradient scaler found infinities).
+
+    Example:
+        >>> import timm
+        >>> from s2d3d import convert_to_mof_
+        >>> model = timm.create_model("vit_tiny_patch16_224", depth=2)
+        >>> _ = convert_to_mof_(model)
+        >>> ewa = EWA(model, share_rate=0.3, total_steps=3)
+        >>> [round(ewa.step(), 2) for _ in range(3)]
+        [0.0, 0.15, 0.3]
+    """
+
+    def __init__(self, model: nn.Module, *, share_rate: float, schedule: str = "linear", total_steps: int) -> None:
+        """Prepare averaging for all expert layers that `model` has now.
+
+        Args:
+            model: the converted model; a DDP or compiled wrapper around it works too.
+            share_rate: b at the end of the schedule, in [0, (K - 1) / K] for K experts (any of [0, 1] for K = 1).
+            schedule: "linear" or "constant".
+            total_steps: optimizer updates of the whole training, at least 1.
+
+        Raises:
+            ValueError: an argument out of range, or no expert layer in the model.
+        """
+        _check_share_rate(share_rate)
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule is '{schedule}', must be one of {', '.join(SCHEDULES)}")
+        if total_steps < 1:
+            raise ValueError(f"total_steps is {total_steps}, must be at least 1")
+        self.layers = expert_layers(model)
+        for num_experts in {layer.num_experts for layer in self.layers}:
+            bound = max_share_rate(num_experts)
+            if share_rate > bound:
+                raise ValueError(
+                    f"share_rate is {share_rate}: above (K-1)/K = {bound:.4g} the {num_experts} experts overshoot their mean"
+                )
+        self.share_rate, self.schedule, self.total_steps = share_rate, schedule, total_steps
+        self.num_steps = 0
+
+    def current_share_rate(self) -> float:
+        """Return the share rate of the next step."""
+        if self.schedule == "constant":
+            return self.share_rate
+        return self.share_rate * min(1.0, self.num_steps / max(1, self.total_steps - 1))
+
+    def step(self) -> float:
+        """Average the experts once; return the share rate used."""
+        share_rate = self.current_share_rate()
+        _average_layers_(self.layers, share_rate)
+        self.num_steps += 1
+        return share_rate
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the position in the schedule; rate, schedule and length come from the constructor."""
+        return {"num_steps": self.num_steps}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue from the position in `state`."""
+        self.num_steps = int(state["num_steps"])
+
+
+def max_share_rate(num_experts: int) -> float:
+    """Return (K - 1) / K, the share rate that makes K experts identical; 1 for a single expert, which never moves."""
+    return 1.0 if num_experts == 1 else (num_experts - 1) / num_experts
+
+
+def expert_layers(model: nn.Module) -> list[RUPMoF]:
+    """Return the expert layers of a model.
+
+    Raises:
+        ValueError: there is none.
+    """
+    layers = [m for m in model.modules() if isinstance(m, RUPMoF)]
+    if not layers:
+        raise ValueError("the model has no RUP-MoF layer to average: call convert_to_mof_ first")
+    return layers
+
+
+@torch.no_grad()
+def _average_layers_(layers: list[RUPMoF], share_rate: float) -> int:
+    for layer in layers:
+        for parameter in layer.parameters():
+            _average_(parameter, share_rate)
+    return len(layers)
+
+
+def _average_(stacked: Tensor, share_rate: float) -> None:
+    num_experts = stacked.shape[0]
+    if num_experts == 1 or share_rate == 0:
+        return
+    weight = share_rate * num_experts / (num_experts - 1)
+    if stacked.dtype in (torch.float32, torch.float64):
+        stacked.lerp_(stacked.mean(0, keepdim=True), weight)
+    else:
+        exact = stacked.float()
+        stacked.copy_(exact.lerp_(exact.mean(0, keepdim=True), weight))
+
+
+def _check_share_rate(share_rate: float) -> None:
+    if not (math.isfinite(share_rate) and 0 <= share_rate <= 1):
+        raise ValueError(f"share_rate is {share_rate}, must be in [0, 1]")

@@ -1,0 +1,40 @@
+"""Metadata and dependencies of s2d3d; `make setup` installs it in the tested versions of constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = next(
+    line.split('"')[1] for line in (HERE / "s2d3d" / "version.py").read_text().splitlines() if line.startswith("__version__")
+)
+
+setup(
+    name="s2d3d",
+    version=VERSION,
+    description="Sparse-to-Dense training of 3D point-cloud transformers",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["s2d3d", "s2d3d.*"]),
+    install_requires=[
+        "torch>=2.6",
+        "torch-scatter>=2.1.2",
+        "open3d>=0.18",
+        "h5py>=3.8",
+        "timm>=1.0.15",
+        "pyyaml>=6",
+        "numpy>=1.24",
+        "pydantic>=2.6",
+        "torchmetrics>=1.3",
+        "tqdm>=4.64",
+        "matplotlib>=3.7",
+    ],
+    extras_require={"test": ["pytest>=8", "hypothesis>=6.100"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "License :: OSI Approved :: MIT License",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,545 @@
+"""Configs: what is accepted, and that everything else is one clear line, all problems together."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from s2d3d.datasets import list_datasets
+from s2d3d.engine.config import Config, dump_config, load_config, parse_config
+from s2d3d.engine.config_io import override_name
+from s2d3d.errors import InputError
+from s2d3d.models import list_models, model_kwargs
+from s2d3d.models import create_model as build
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
+BASE = {
+    "output_dir": "runs/test",
+    "data": {"name": "modelnet40", "root": "data/modelnet40"},
+    "model": {"name": "point_bert_tiny"},
+}
+SECTIONS = ("data", "model", "s2d", "optim", "train", "eval", "log")
+
+
+def changed(path: str, value: object) -> dict:
+    mapping = copy.deepcopy(BASE)
+    *sections, key = path.split(".")
+    place = mapping
+    for section in sections:
+        place = place.setdefault(section, {})
+    place[key] = value
+    return mapping
+
+
+def lines_of(mapping: object) -> list[str]:
+    with pytest.raises(InputError) as caught:
+        parse_config(mapping, where="a.yaml")
+    return str(caught.value).split("\n")
+
+
+def problem_of_text(tmp_path: Path, text: str | bytes) -> str:
+    path = tmp_path / "a.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError) as caught:
+        load_config(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    return str(caught.value).removeprefix(f"{path}: ")
+
+
+@pytest.fixture
+def base(tmp_path):
+    path = tmp_path / "base.yaml"
+    path.write_text(yaml.safe_dump(BASE))
+    return path
+
+
+# Accepted
+
+
+def test_defaults_are_those_of_the_published_recipe():
+    config = parse_config(BASE, where="base")
+    assert config.seed == 0 and config.output_dir == "runs/test"
+    assert config.data.num_points == 1024 and config.data.augment.scale == (0.6666667, 1.5)
+    assert (config.s2d.kind, config.s2d.num_experts, config.s2d.targets, config.s2d.every) == ("rup", 4, ("*.mlp",), 2)
+    assert (config.optim.name, config.optim.lr, config.optim.weight_decay) == ("adamw", 5e-4, 0.05)
+    assert (config.train.epochs, config.train.batch_size, config.train.max_steps) == (300, 32, None)
+    assert config.eval.every == 10 and config.log.interval == 20
+
+
+def test_model_section_is_filled_with_the_models_own_defaults():
+    config = parse_config(changed("model.depth", 3), where="base")
+    assert config.model.kwargs == model_kwargs("point_bert_tiny") | {"depth": 3}
+    assert len(build(config.model.name, num_classes=5, **config.model.kwargs).blocks.blocks) == 3
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        ("optim.lr", "5e-4", 5e-4),
+        ("optim.lr", "1", 1.0),
+        ("optim.lr", " .5e-3 ".strip(), 5e-4),
+        ("optim.weight_decay", 0, 0.0),
+        ("optim.clip_grad", None, None),
+        ("optim.warmup_epochs", 0.5, 0.5),
+        ("model.mlp_ratio", "2e0", 2.0),
+        ("data.augment.scale", ["8e-1", 1], (0.8, 1.0)),
+        ("data.augment.scale", None, None),
+        ("data.up_axis", "y", "y"),
+        ("data.classes", ["chair", "sofa"], ("chair", "sofa")),
+        ("train.device", "cuda:1", "cuda:1"),
+        ("train.ema_decay", 0.999, 0.999),
+        ("s2d.share_rate", 0.75, 0.75),
+        ("s2d.targets", ["*.0.mlp", "*.1.mlp"], ("*.0.mlp", "*.1.mlp")),
+        ("seed", 2**32 - 1, 2**32 - 1),
+        ("eval.every", 0, 0),
+    ],
+)
+def test_accepted_values(path, value, expected):
+    got = parse_config(changed(path, value), where="base")
+    for key in path.split("."):
+        got = getattr(got, key)
+    assert got == expected and type(got) is type(expected)
+
+
+def test_unquoted_exponent_in_a_file_is_the_number_that_the_user_meant(base):
+    base.write_text(base.read_text() + "optim: {lr: 5e-4, min_lr: 1e-5}\n")
+    config = load_config(base)
+    assert (config.optim.lr, config.optim.min_lr) == (0.0005, 0.00001)
+
+
+def test_dense_section_may_be_its_kind_alone():
+    config = parse_config(changed("s2d", {"kind": "none"}), where="base")
+    assert config.s2d.kind == "none"
+
+
+def test_one_expert_has_no_bound_on_the_share_rate():
+    parse_config(changed("s2d", {"num_experts": 1, "share_rate": 1}), where="base")
+
+
+def test_a_config_is_frozen():
+    config = parse_config(BASE, where="base")
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.epochs = 3
+    with pytest.raises(ValueError, match="frozen"):
+        config.model.depth = 3
+
+
+def test_loading_leaves_the_random_state_alone():
+    before = torch.get_rng_state()
+    parse_config(changed("s2d", {"init": "independent", "init_noise": 0.1}), where="base")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_loading_leaves_the_given_mapping_alone():
+    mapping = copy.deepcopy(BASE)
+    parse_config(mapping, where="base")
+    assert mapping == BASE
+
+
+def test_every_key_is_described():
+    def check(schema):
+        for key, field in schema.model_fields.items():
+            assert field.description and field.description.endswith("."), f"{schema.__name__}.{key}"
+            if hasattr(field.annotation, "model_fields"):
+                check(field.annotation)
+
+    check(Config)
+
+
+# Refused values: what stands after `a.yaml: `
+
+REFUSED = [
+    ("train.epochs", "ten", "train.epochs: must be a whole number, got 'ten'"),
+    ("train.epochs", "10", "train.epochs: must be a whole number, got '10'"),
+    ("train.epochs", 10.0, "train.epochs: must be a whole number, got 10.0"),
+    ("train.epochs", True, "train.epochs: must be a whole number, got true"),
+    ("train.epochs", None, "train.epochs: must be a whole number, got null"),
+    ("train.epochs", 0, "train.epochs: must be at least 1, got 0"),
+    ("train.epochs", 10**30, "train.epochs: must be at most 9223372036854775807, got 1" + "0" * 30),
+    ("train.checkpoint_every", 0, "train.checkpoint_every: must be at least 1 (or null), got 0"),
+    ("train.compile", 1, "train.compile: must be true or false, got 1"),
+    ("train.compile", "true", "train.compile: must be true or false, got 'true'"),
+    ("train.amp", "fp16", "train.amp: must be 'none' or 'bf16', got 'fp16'; did you mean 'bf16'?"),
+    ("train.device", "gpu", "train.device: must be 'auto', 'cpu', 'cuda' or 'cuda:N', got 'gpu'"),
+    ("train.device", "cuda:", "train.device: must be 'auto', 'cpu', 'cuda' or 'cuda:N', got 'cuda:'"),
+    ("train.ema_decay", 1, "train.ema_decay: must be less than 1 (or null), got 1"),
+    ("train.label_smoothing", 1.0, "train.label_smoothing: must be less than 1, got 1.0"),
+    ("optim.lr", -1, "optim.lr: must be greater than 0, got -1"),
+    ("optim.lr", 0, "optim.lr: must be greater than 0, got 0"),
+    ("optim.lr", "fast", "optim.lr: must be a number, got 'fast'"),
+    ("optim.lr", "nan", "optim.lr: must be a number, got 'nan'"),
+    ("optim.lr", "", "optim.lr: must be a number, got ''"),
+    ("optim.lr", True, "optim.lr: must be a number, got true"),
+    ("optim.lr", [1], "optim.lr: must be a number, got [1]"),
+    ("optim.lr", float("nan"), "optim.lr: must be a finite number, got nan"),
+    ("optim.lr", float("inf"), "optim.lr: must be a finite number, got inf"),
+    ("optim.lr", "1e999", "optim.lr: must be a finite number, got inf"),
+    ("optim.lr", 10**400, "optim.lr: must be a finite number, got inf"),
+    ("optim.name", "adamwx", "optim.name: unknown optimizer 'adamwx'; did you mean 'adamw'?"),
+    ("optim.clip_grad", 0, "optim.clip_grad: must be greater than 0 (or null), got 0"),
+    ("optim.schedule", "cosin", "optim.schedule: must be 'cosine' or 'constant', got 'cosin'; did you mean 'cosine'?"),
+    ("seed", -1, "seed: must be at least 0, got -1"),
+    ("seed", 2**32, "seed: must be at most 4294967295, got 4294967296"),
+    ("output_dir", "", "output_dir: must be a path, got ''"),
+    ("output_dir", 3, "output_dir: must be text, got 3"),
+    ("output_dir", None, "output_dir: must be text, got null"),
+    ("data.root", "a\0b", "data.root: must be a path, got 'a\\x00b'"),
+    ("data.fraction", 0, "data.fraction: must be greater than 0, got 0"),
+    ("data.val_fraction", 0.6, "data.val_fraction: must be at most 0.5, got 0.6"),
+    ("data.up_axis", "x", "data.up_axis: must be 'y' or 'z' (or null), got 'x'"),
+    ("data.classes", [], "data.classes: must not be empty"),
+    ("data.classes", "chair", "data.classes: must be a list (or null), got 'chair'"),
+    ("data.classes", ["sofa", "sofa"], "data.classes: names 'sofa' twice"),
+    ("data.classes", ["sofa", 3], "data.classes.1: must be text, got 3"),
+    ("data.augment", None, "data.augment: must be a section of keys and values, got null"),
+    ("data.augment.scale", [1, 2, 3], "data.augment.scale: must be [low, high], got [1, 2, 3]"),
+    ("data.augment.scale", 1, "data.augment.scale: must be a list (or null), got 1"),
+    (
+        "data.augment.scale",
+        [1.5, 0.5],
+        "data.augment.scale: must be [low, high] with 0 < low <= high, got [1.5, 0.5]",
+    ),
+    ("data.augment.scale", [1, "a"], "data.augment.scale.1: must be a number, got 'a'"),
+    ("data.augment.dropout", 1, "data.augment.dropout: must be less than 1, got 1"),
+    ("data.augment.scales", [1, 2], "data.augment.scales: unknown key; did you mean 'scale'?"),
+    ("s2d.num_expert", 4, "s2d.num_expert: unknown key; did you mean 'num_experts'?"),
+    ("s2d.kind", "rups", "s2d.kind: must be 'none' or 'rup', got 'rups'; did you mean 'rup'?"),
+    ("s2d.kind", None, "s2d.kind: must be 'none' or 'rup', got null"),
+    ("s2d.targets", "*.mlp", "s2d.targets: must be a list, got '*.mlp'"),
+    ("s2d.targets", [], "s2d.targets: must not be empty"),
+    ("s2d.targets", [""], "s2d.targets.0: must not be empty, got ''"),
+    ("s2d.share_rate", 1.1, "s2d.share_rate: must be at most 1, got 1.1"),
+    ("s2d", [], "s2d: must be a section of keys and values, got []"),
+    ("lr", 1, "lr: unknown key; did you mean 'optim.lr'?"),
+    ("log.votes", 1, "log.votes: unknown key; did you mean 'eval.votes'?"),
+    ("log.zzz", 1, "log.zzz: unknown key; valid keys: interval, progress"),
+    ("log.a\nb", 1, "log.a\\nb: unknown key; valid keys: interval, progress"),
+    ("model.depht", 3, "model.depht: unknown key; did you mean 'depth'?"),
+    ("model.depth", 3.0, "model.depth: must be a whole number, got 3.0"),
+    ("model.depth", None, "model.depth: must be a whole number, got null"),
+    ("model.drop_path_rate", "much", "model.drop_path_rate: must be a number, got 'much'"),
+    ("model.num_classes", 40, "model.num_classes: comes from the data, remove it"),
+    ("model.in_channels", 3, "model.in_channels: comes from the data, remove it"),
+    ("model.name", 3, "model.name: must be text, got 3"),
+    ("model.name", ["a"], "model.name: must be text, got ['a']"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "expected"), REFUSED, ids=lambda item: repr(item)[:30])
+def test_refused_value(path, value, expected):
+    assert lines_of(changed(path, value)) == [f"a.yaml: {expected}"]
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "known"), [("model.name", "model", list_models), ("data.name", "dataset", list_datasets)]
+)
+def test_unknown_name_gets_the_nearest_and_the_list(path, kind, known):
+    name = known()[0]
+    (line,) = lines_of(changed(path, name + "x"))
+    assert line.startswith(f"a.yaml: {path}: unknown {kind} '{name}x'; did you mean '{name}'?")
+    assert all(other in line for other in known())
+
+
+def test_values_that_the_models_constructor_refuses():
+    (line,) = lines_of(changed("model.num_heads", 7))
+    assert line.startswith("a.yaml: model: ") and "num_heads" in line and "7" in line
+
+
+def test_targets_that_match_nothing_name_the_candidates():
+    (line,) = lines_of(changed("s2d.targets", ["*.mpl"]))
+    assert line.startswith("a.yaml: s2d: no module matches '*.mpl'") and "blocks.blocks.0.mlp" in line
+
+
+@pytest.mark.parametrize("missing", ["output_dir", "data", "model", "data.name", "data.root", "model.name"])
+def test_missing_key(missing):
+    mapping = copy.deepcopy(BASE)
+    *section, key = missing.split(".")
+    del (mapping[section[0]] if section else mapping)[key]
+    assert lines_of(mapping) == [f"a.yaml: {missing}: required key is missing"]
+
+
+@pytest.mark.parametrize(
+    ("mapping", "expected"),
+    [
+        ({"optim": {"lr": 1e-7}, "train": {"epochs": 5}}, [
+            "optim.warmup_lr: must be at most optim.lr (1e-07), got 1e-06",
+            "optim.min_lr: must be at most optim.lr (1e-07), got 1e-06",
+            "optim.warmup_epochs: must be less than train.epochs (5), got 10",
+        ]),
+        ({"train": {"epochs": 10}}, ["optim.warmup_epochs: must be less than train.epochs (10), got 10"]),
+        ({"train": {"accum_steps": 5}}, ["train.accum_steps: must divide train.batch_size (32), got 5"]),
+        ({"s2d": {"num_experts": 2, "share_rate": 0.6}}, [
+            "s2d.share_rate: must be at most 0.5 = (2 - 1) / 2, above which the 2 experts overshoot their mean, got 0.6"
+        ]),
+        ({"s2d": {"num_experts": 3, "share_rate": 0.7}}, [
+            "s2d.share_rate: must be at most 0.666667 = (3 - 1) / 3, above which the 3 experts overshoot their mean, "
+            "got 0.7"
+        ]),
+    ],
+)  # fmt: skip
+def test_values_that_do_not_go_together(mapping, expected):
+    assert lines_of(BASE | mapping) == [f"a.yaml: {line}" for line in expected]
+
+
+def test_all_problems_are_reported_together(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "seed: 1\nseed: -2\ndata: {name: modelnet40}\nmodel: {name: point_bert_tiny, depht: 3, num_heads: x}\n"
+        "s2d: {num_expert: 4}\ntrain: {epochs: ten, foo: 1}\noptim: {lr: -1}\nextra: {}\n"
+    )
+    with pytest.raises(InputError) as caught:
+        load_config(path, ["train.compile=maybe", "log.interval=0", "broken", "data.x=["])
+    places = [line.split(": ")[:2] for line in str(caught.value).split("\n")]
+    assert sorted(places) == sorted([
+        [f"{path}", "seed"], [f"{path}", "seed"], [f"{path}", "output_dir"], [f"{path}", "data.root"],
+        [f"{path}", "model.depht"], [f"{path}", "model.num_heads"], [f"{path}", "s2d.num_expert"],
+        [f"{path}", "train.epochs"], [f"{path}", "train.foo"], [f"{path}", "optim.lr"], [f"{path}", "extra"],
+        ["override 'train.compile=maybe'", "train.compile"], ["override 'log.interval=0'", "log.interval"],
+        ["override 'broken'", "expected section.key=value"], ["override 'data.x=['", "not valid YAML"],
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("mapping", [None, [], "text", 3])
+def test_what_is_no_mapping(mapping):
+    (line,) = lines_of(mapping)
+    assert line.startswith("a.yaml: must be a mapping of sections, got ")
+
+
+def test_keys_that_are_not_text():
+    lines = lines_of(BASE | {3: 4})
+    assert len(lines) == 1 and "keys must be text" in lines[0]
+
+
+# Files
+
+
+def test_duplicate_keys_with_their_lines(tmp_path):
+    text = yaml.safe_dump(BASE) + "optim:\n  lr: 1e-3\n  schedule: cosine\n  lr: 1e-4\n"
+    first = text.split("\n").index("  lr: 1e-3") + 1
+    assert problem_of_text(tmp_path, text) == f"optim.lr: duplicate key (lines {first} and {first + 2})"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "the file is empty, expected a config"),
+        ("# a comment\n---\n", "the file is empty, expected a config"),
+        ("- a\n- b\n", "must be a mapping of sections, got ['a', 'b']"),
+        ("just text\n", "must be a mapping of sections, got 'just text'"),
+        ("seed: 1\na: b: c\n", "line 2: not valid YAML: mapping values are not allowed here"),
+        ("seed: 1\ndata:\n\tname: x\n", "line 3: not valid YAML: while scanning for the next token found character "
+         "'\\t' that cannot start any token"),
+        ("seed: [1\n", "line 2: not valid YAML: while parsing a flow sequence expected ',' or ']', "
+         "but got '<stream end>'"),
+        ("seed: 1\n---\nseed: 2\n", "line 2: not valid YAML: expected a single document in the stream "
+         "but found another document"),
+        ("seed: 1\nx: \x07\n", "line 2: not valid YAML: character U+0007"),
+        ("seed: 1\n? [a]\n: 2\n", "line 2: a key must be text"),
+        ("seed: 1\na: 0b_\n", "line 2: '0b_' is not a number"),
+        ("a: !!python/object/apply:os.system [ls]\n", "line 1: tags (tag:yaml.org,2002:python/object/apply:os.system) "
+         "are not allowed"),
+        ("a: !!binary aGk=\n", "line 1: tags (tag:yaml.org,2002:binary) are not allowed"),
+        ("a: &x [1]\nb: *x\n", "line 2: aliases (*x) are not allowed, write the value out"),
+        ("[" * 5000, "line 1: nested more than 20 levels deep"),
+        ("a:\n" + "".join(" " * n + "a:\n" for n in range(1, 50)), "line 20: nested more than 20 levels deep"),
+        (b"seed: 1\nname: caf\xe9\n", "line 2: not UTF-8 text"),
+        ("x: " + "a" * 300_000, "larger than 256 KiB, this is no config"),
+    ],
+    ids=lambda item: repr(item)[:30],
+)  # fmt: skip
+def test_files_that_are_no_config(tmp_path, text, expected):
+    assert problem_of_text(tmp_path, text) == expected
+
+
+def test_alias_bomb_is_refused_at_its_first_alias(tmp_path):
+    bomb = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 40))
+    assert problem_of_text(tmp_path, bomb) == "line 2: aliases (*a0) are not allowed, write the value out"
+
+
+def test_merge_keys_are_unknown_keys(tmp_path):
+    assert "<<: unknown key" in problem_of_text(tmp_path, yaml.safe_dump(BASE) + "<<: {seed: 1}\n")
+
+
+def test_dates_and_ids_stay_text(base):
+    base.write_text(base.read_text().replace("runs/test", "2024-13-45"))
+    assert load_config(base).output_dir == "2024-13-45"
+
+
+def test_missing_file_and_directory(tmp_path):
+    with pytest.raises(InputError) as caught:
+        load_config(tmp_path / "no.yaml")
+    assert str(caught.value) == f"{tmp_path / 'no.yaml'}: no such file"
+    with pytest.raises(InputError) as caught:
+        load_config(tmp_path)
+    assert str(caught.value) == f"{tmp_path}: is a directory, expected a YAML file"
+
+
+def test_byte_order_mark_and_windows_line_ends_are_read(base):
+    base.write_bytes(b"\xef\xbb\xbf" + base.read_bytes().replace(b"\n", b"\r\n"))
+    assert load_config(base) == parse_config(BASE, where="base")
+
+
+# Overrides
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "expected"),
+    [
+        ("s2d.share_rate=1e-1", "s2d.share_rate", 0.1),
+        ("data.augment.scale=[0.8, 1.2]", "data.augment.scale", (0.8, 1.2)),
+        ("data.augment.scale=null", "data.augment.scale", None),
+        ("optim.clip_grad=", "optim.clip_grad", None),
+        ("output_dir=a=b", "output_dir", "a=b"),
+        ("output_dir='3'", "output_dir", "3"),
+        ("train.compile=true", "train.compile", True),
+        ("s2d={kind: none}", "s2d.kind", "none"),
+        ("model.depth=2", "model.depth", 2),
+        (" seed =7", "seed", 7),
+    ],
+)
+def test_override(base, override, path, expected):
+    got = load_config(base, [override])
+    for key in path.split("."):
+        got = getattr(got, key)
+    assert got == expected
+
+
+def test_of_two_overrides_the_later_wins(base):
+    assert load_config(base, ["seed=1", "seed=2"]).seed == 2
+    assert load_config(base, ["s2d.every=1", "s2d={num_experts: 2}"]).s2d.every == 2
+    assert load_config(base, ["seed=-1", "seed=2"]).seed == 2
+
+
+def test_an_override_can_repair_the_file(base):
+    base.write_text(base.read_text() + "seed: -1\n")
+    assert load_config(base, ["seed=1"]).seed == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("s2d.foo=1", "s2d.foo: unknown key; valid keys: kind, num_experts"),
+        ("s2d.num_expert=1", "s2d.num_expert: unknown key; did you mean 'num_experts'?"),
+        ("sd2.num_experts=1", "sd2: unknown key; did you mean 's2d'?"),
+        ("s2d.share_rate=null", "s2d.share_rate: must be a number, got null"),
+        ("train.epochs=ten", "train.epochs: must be a whole number, got 'ten'"),
+        ("data.augment.scale=[2, 1]", "data.augment.scale: must be [low, high] with 0 < low <= high, got [2.0, 1.0]"),
+        ("data.augment.scale=[2, x]", "data.augment.scale.1: must be a number, got 'x'"),
+        ("data.augment.scale=[2, 1", "not valid YAML: "),
+        ("train={epochs: 20, epochs: 30}", "train.epochs: duplicate key"),
+        ("train={epochs: 0}", "train.epochs: must be at least 1, got 0"),
+        ("train.epochs.x=1", "train.epochs: must be a whole number, got {'x': 1}"),
+        ("model.depht=1", "model.depht: unknown key; did you mean 'depth'?"),
+        ("output_dir.x=1", "output_dir.x: 'output_dir' is not a section"),
+        ("seed", "expected section.key=value"),
+        ("--seed", "expected section.key=value"),
+        ("=1", "expected section.key=value"),
+        ("s2d.=1", "expected section.key=value"),
+        ("s2d..every=1", "expected section.key=value"),
+        ("", "expected section.key=value"),
+        ("seed=!!python/name:os.system", "tags (tag:yaml.org,2002:python/name:os.system) are not allowed"),
+        ("seed=*x", "aliases (*x) are not allowed"),
+    ],
+)
+def test_refused_override(base, override, expected):
+    with pytest.raises(InputError) as caught:
+        load_config(base, [override])
+    lines = str(caught.value).split("\n")
+    assert lines[0].startswith(f"{override_name(override)}: {expected}")
+    assert all(line.startswith(override_name(override)) for line in lines)
+
+
+# Round trip
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_config_is_valid_and_round_trips(path, tmp_path):
+    config = load_config(path)
+    dumped = tmp_path / "config.yaml"
+    dumped.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(dumped) == config
+    assert parse_config(json.loads(json.dumps(config.to_dict())), where="json") == config
+    assert config.output_dir.startswith("runs/")
+
+
+def test_the_dense_twin_differs_only_in_s2d_and_output_dir():
+    sparse, dense = (yaml.safe_load((CONFIGS / f"modelnet_{kind}.yaml").read_text()) for kind in ("s2d", "dense"))
+    assert dense.pop("s2d") == {"kind": "none"} and sparse.pop("s2d")["kind"] == "rup"
+    assert (sparse.pop("output_dir"), dense.pop("output_dir")) == ("runs/modelnet_s2d", "runs/modelnet_dense")
+    assert sparse == dense
+
+
+def test_to_dict_is_complete():
+    resolved = parse_config(BASE, where="base").to_dict()
+    for section in SECTIONS:
+        assert set(resolved[section]) >= set(Config.model_fields[section].annotation.model_fields)
+    assert set(resolved["model"]) == {"name", *model_kwargs("point_bert_tiny")}
+
+
+# Junk: nothing but InputError, and what is accepted round-trips
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
+    max_leaves=8,
+)
+# The constructor's time grows with these counts; nothing else about them is special.
+COUNTS = ("model.depth", "s2d.num_experts")
+
+
+def leaf_paths(mapping: dict, prefix: str = "") -> list[str]:
+    paths = []
+    for key, value in mapping.items():
+        paths += [prefix + key, *(leaf_paths(value, f"{prefix}{key}.") if isinstance(value, dict) else [])]
+    return paths
+
+
+PATHS = [path for path in leaf_paths(parse_config(BASE, where="base").to_dict()) if path not in COUNTS]
+QUICK = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@QUICK
+@given(junk=JUNK)
+def test_junk_files_raise_input_errors_only(junk, tmp_path):
+    path = tmp_path / "junk.yaml"
+    path.write_text(yaml.safe_dump(junk), encoding="utf-8")
+    with pytest.raises(InputError):
+        load_config(path)
+
+
+@QUICK
+@given(data=st.binary(max_size=40) | st.text(alphabet="abc:-[]{}&*!|>%@`'\"\n\t ?,#<0x_.e", max_size=40))
+def test_junk_bytes_raise_input_errors_only(data, tmp_path):
+    path = tmp_path / "junk.yaml"
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    with pytest.raises(InputError):
+        load_config(path)
+
+
+@QUICK
+@given(path=st.sampled_from(PATHS), junk=JUNK, key=st.text(max_size=6))
+def test_junk_values_and_keys_raise_input_errors_only(path, junk, key):
+    for mapping in (changed(path, junk), BASE | {key: junk}):
+        try:
+            config = parse_config(mapping, where="junk")
+        except InputError as error:
+            assert all(line.startswith("junk: ") for line in str(error).split("\n"))
+        else:
+            assert parse_config(yaml.safe_load(dump_config(config)), where="again") == config
+
+
+@QUICK
+@given(override=st.text(max_size=20) | st.builds("{}={}".format, st.sampled_from(PATHS), st.text(max_size=8)))
+def test_junk_overrides_raise_input_errors_only(override, tmp_path):
+    path = tmp_path / "base.yaml"
+    path.write_text(yaml.safe_dump(BASE))
+    try:
+        load_config(path, [override])
+    except InputError as error:
+        assert str(error)

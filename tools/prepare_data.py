@@ -1,0 +1,51 @@
+"""Make or check a data set: `shapes` generates the procedural one, `modelnet40` takes over a downloaded folder."""
+
+import argparse
+import sys
+
+from s2d3d.datasets.folder import copy_modelnet40
+from s2d3d.datasets.shapes import write_shapes
+from s2d3d.engine.cli import run_tool
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="prepare_data.py", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    shapes = commands.add_parser("shapes", help="generate the procedural data set from a seed")
+    shapes.add_argument("--num-train", type=int, default=1200, help="training shapes (default: %(default)s)")
+    shapes.add_argument("--num-test", type=int, default=360, help="test shapes (default: %(default)s)")
+    shapes.add_argument("--num-points", type=int, default=1024, help="points of a shape (default: %(default)s)")
+    shapes.add_argument("--seed", type=int, default=0, help="seed of everything (default: %(default)s)")
+
+    modelnet40 = commands.add_parser("modelnet40", help="check a folder in the public HDF5 layout and copy it")
+    modelnet40.add_argument("--from", dest="source", required=True, metavar="DIR", help="folder that holds shape_names.txt")
+    modelnet40.add_argument("--up-axis", choices=("y", "z"), help="vertical of the stored points (default: see data/README.md)")
+
+    for command in (shapes, modelnet40):
+        command.add_argument("--output", required=True, metavar="DIR", help="folder to make")
+        command.add_argument("--force", action="store_true", help="replace the data set that is there")
+    return parser
+
+
+def body(args: argparse.Namespace) -> None:
+    if args.command == "shapes":
+        counts = write_shapes(
+            args.output,
+            num_train=args.num_train,
+            num_test=args.num_test,
+            num_points=args.num_points,
+            seed=args.seed,
+            force=args.force,
+        )
+    else:
+        counts = copy_modelnet40(args.source, args.output, up_axis=args.up_axis, force=args.force)
+    print(f"{args.output}: {counts['train']} training and {counts['test']} test shapes")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_tool(build_parser(), body, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
