@@ -1,11 +1,15 @@
-"""The one error that bad input raises: what is wrong, where, what to do."""
+"""What goes wrong in a user's hands, each with a message that a tool prints as it is."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Bad input from a user: a file, a key, a value. The message is one line that a tool prints as it is."""
+    """Bad input from a user: a file, a key, a value. Says what, where, what to do; one line for each problem."""
+
+
+class TrainingError(RuntimeError):
+    """A training that cannot go on. Says at which step, and where its last good checkpoint lies."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

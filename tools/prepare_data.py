@@ -19,8 +19,8 @@ def build_parser() -> argparse.ArgumentParser:
     shapes.add_argument("--seed", type=int, default=0, help="seed of everything (default: %(default)s)")
 
     modelnet40 = commands.add_parser("modelnet40", help="check a folder in the public HDF5 layout and copy it")
-    modelnet40.add_argument("--from", dest="source", required=True, metavar="DIR", help="folder that holds shape_names.txt")
-    modelnet40.add_argument("--up-axis", choices=("y", "z"), help="vertical of the stored points (default: see data/README.md)")
+    modelnet40.add_argument("--from", dest="source", required=True, metavar="DIR", help="the folder as downloaded")
+    modelnet40.add_argument("--up-axis", choices=("y", "z"), help="vertical of the points (default: data/README.md)")
 
     for command in (shapes, modelnet40):
         command.add_argument("--output", required=True, metavar="DIR", help="folder to make")

@@ -74,7 +74,8 @@ def create_dataset(
         >>> points, label = test[0]  # doctest: +SKIP
     """
     if name not in _DATASETS:
-        raise InputError(f"unknown data set '{name}'{did_you_mean(name, _DATASETS)} (known: {', '.join(list_datasets())})")
+        known = ", ".join(list_datasets())
+        raise InputError(f"unknown data set '{name}'{did_you_mean(name, _DATASETS)} (known: {known})")
     return _DATASETS[name](
         root,
         split,

@@ -106,7 +106,7 @@ class PointCloudDataset(torch.utils.data.Dataset):
     @property
     def points(self) -> Tensor:
         """(n, M, 3) float16 or float32: the points in use, M = P, or the prefix of about 1.2 N when P > N."""
-        whole = len(self._rows) == len(self._storage)
+        whole = torch.equal(self._rows, torch.arange(len(self._storage)))
         return self._storage if whole else self._storage[self._rows]
 
     @property
@@ -228,11 +228,12 @@ def split_train_validation(
     """
     if not 0 < fraction < 1:
         raise InputError(f"validation fraction is {fraction}, must be between 0 and 1")
-    held_out = torch.cat(
-        [members[: min(round(len(members) * fraction), len(members) - 1)] for members in _shuffled_classes(dataset.labels, seed)]
-    )
+    groups = _shuffled_classes(dataset.labels, seed)
+    held_out = torch.cat([members[: min(round(len(members) * fraction), len(members) - 1)] for members in groups])
     if len(held_out) == 0:
-        raise InputError(f"validation fraction {fraction} of {len(dataset)} shapes is not one shape of any class; raise it")
+        raise InputError(
+            f"validation fraction {fraction} of {len(dataset)} shapes is less than one of any class; raise it"
+        )
     is_held_out = torch.zeros(len(dataset), dtype=torch.bool)
     is_held_out[held_out] = True
     validation = dataset.subset(is_held_out.nonzero())

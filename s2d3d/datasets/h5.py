@@ -13,6 +13,9 @@ from ..errors import InputError
 MAX_BYTES = 64 * 2**30
 """Largest dataset that is read: a declared shape above it is a broken or hostile file."""
 
+MAX_RATIO = 2000
+"""Declared bytes for each stored one; gzip reaches about 1000."""
+
 UP_AXES = ("y", "z")
 SEE = "see data/README.md"
 
@@ -75,10 +78,12 @@ def read_h5(
                 mask=_read_mask(path, file, points.shape[:2], max_bytes) if extras else None,
                 up_axis=_read_up_axis(path, file),
             )
-    except (OSError, RuntimeError) as error:
-        # h5py reports a foreign file, a truncated one, a broken chunk and a missing filter alike.
+    except InputError:
+        raise
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as error:
+        # What h5py raises on a foreign, truncated or damaged file: the kind depends on the byte that is wrong.
         reason = " ".join(str(error).split())
-        raise InputError(f"{path}: not a readable HDF5 file, or truncated ({reason}); fetch it again, {SEE}") from error
+        raise InputError(f"{path}: not an HDF5 file, truncated or damaged ({reason}); fetch it again, {SEE}") from error
 
 
 def write_h5(
@@ -119,7 +124,7 @@ def write_h5(
                 if extra is not None:
                     _write_array(file, key, np.asarray(extra))
             if up_axis is not None:
-                file.attrs["up_axis"] = up_axis
+                file.attrs["up_axis"] = np.bytes_(up_axis)  # fixed length: HDF5 can hang on a damaged string heap
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -142,23 +147,26 @@ def _dataset(path: Path, file: h5py.File, key: str, max_bytes: int) -> h5py.Data
     if link is None:
         return None
     if not isinstance(link, h5py.HardLink):
-        raise InputError(f"{path}: dataset '{key}' is a link to another place, which is not followed; store it in the file")
+        raise InputError(f"{path}: '{key}' is a link, which is not followed; store the dataset in the file itself")
     item = file[key]
     if not isinstance(item, h5py.Dataset):
         raise InputError(f"{path}: '{key}' is a group, must be a dataset; {SEE}")
     if item.external or item.is_virtual:
-        raise InputError(f"{path}: dataset '{key}' keeps its values in other files, which are not read; store it in the file")
+        raise InputError(f"{path}: dataset '{key}' keeps its values in other files, which are not read")
     if item.shape is None:
         raise InputError(f"{path}: dataset '{key}' is empty; {SEE}")
-    if item.size * item.dtype.itemsize > max_bytes:
-        raise InputError(f"{path}: dataset '{key}' declares shape {item.shape}, more than {max_bytes} bytes; is the file broken?")
+    num_bytes = item.size * item.dtype.itemsize
+    if num_bytes > max_bytes:
+        raise InputError(f"{path}: dataset '{key}' declares shape {item.shape}, above {max_bytes} bytes; is it broken?")
+    if num_bytes > MAX_RATIO * max(item.id.get_storage_size(), 1024):
+        raise InputError(f"{path}: dataset '{key}' declares shape {item.shape} but stores next to nothing; {SEE}")
     return item
 
 
 def _required(path: Path, file: h5py.File, key: str, max_bytes: int) -> h5py.Dataset:
     item = _dataset(path, file, key, max_bytes)
     if item is None:
-        raise InputError(f"{path}: dataset '{key}' missing, found {sorted(file)}; {SEE}")
+        raise InputError(f"{path}: dataset '{key}' missing, found {sorted(map(str, file))}; {SEE}")
     return item
 
 
@@ -176,7 +184,7 @@ def _read_points(path: Path, file: h5py.File, max_bytes: int) -> np.ndarray:
     with np.errstate(invalid="ignore"):
         finite = np.isfinite(points.sum(axis=(1, 2), dtype=np.float64))
     if not finite.all():
-        raise InputError(f"{path}: dataset 'data' holds NaN or infinity in sample {int(finite.argmin())}; remove that sample")
+        raise InputError(f"{path}: dataset 'data' holds NaN or infinity in sample {int(finite.argmin())}; remove it")
     return points
 
 
@@ -218,7 +226,7 @@ def _read_normal(path: Path, file: h5py.File, points: np.ndarray, max_bytes: int
     if item is None:
         return None
     if item.shape != points.shape or item.dtype.kind != "f":
-        raise InputError(f"{path}: dataset 'normal' is {item.shape} {item.dtype}, must be {points.shape} float like 'data'")
+        raise InputError(f"{path}: dataset 'normal' is {item.shape} {item.dtype}, must be {points.shape} float")
     return item[()].astype(points.dtype, copy=False)
 
 
@@ -227,8 +235,11 @@ def _read_mask(path: Path, file: h5py.File, shape: tuple[int, ...], max_bytes: i
     if item is None:
         return None
     if item.shape != shape or item.dtype.kind not in "iufb":
-        raise InputError(f"{path}: dataset 'mask' is {item.shape} {item.dtype}, must be {shape} numbers, one for each point")
-    return item[()].astype(np.int64)
+        raise InputError(f"{path}: dataset 'mask' is {item.shape} {item.dtype}, must be {shape} numbers")
+    mask = item[()]
+    if not np.isfinite(mask).all():
+        raise InputError(f"{path}: dataset 'mask' holds NaN or infinity; {SEE}")
+    return mask.astype(np.int64)
 
 
 def _read_up_axis(path: Path, file: h5py.File) -> str | None:

@@ -152,8 +152,9 @@ class BatchLoader:
         indices = batch.tensor_split(self.world_size)[self.rank]
         random = self.dataset.training if self._vote is None else self._vote > 0
         if self.augment is False or not random:
-            plain = self.augment is False or self.dataset.training
-            return self.dataset.batch(indices, augment=False if plain else None)
+            # None keeps a transform that the user gave to a test set; the one of a training set is an augmentation.
+            off = self.augment is False or self.dataset.training
+            return self.dataset.batch(indices, augment=False if off else None)
         generator = derived_generator(self.seed, self._vote or 0, epoch, step, self.rank)
         if not callable(self.augment):
             return self.dataset.batch(indices, generator=generator, augment=True)

@@ -1,8 +1,8 @@
 """Folders in the layout of the public `modelnet40_ply_hdf5_2048`.
 
-    shape_names.txt                     one class name a line
-    train_files.txt, test_files.txt     one HDF5 file a line
-    ply_data_train0.h5, ...             data (n, P, 3), label (n,) or (n, 1), optional name, normal
+shape_names.txt                     one class name a line
+train_files.txt, test_files.txt     one HDF5 file a line
+ply_data_train0.h5, ...             data (n, P, 3), label (n,) or (n, 1), optional name, normal
 """
 
 import os
@@ -69,8 +69,9 @@ def load_modelnet40(
     class_names = read_class_names(root)
     points, labels, names = [], [], []
     for path, file in read_split(root, split, extras=False):
-        if points and file.points.shape[1] != points[0].shape[1]:
-            raise InputError(f"{path}: {file.points.shape[1]} points a shape, the files before it {points[0].shape[1]}; {SEE}")
+        stored_points = file.points.shape[1]
+        if points and stored_points != points[0].shape[1]:
+            raise InputError(f"{path}: {stored_points} points a shape, the files before it {points[0].shape[1]}; {SEE}")
         points.append(turn_up_axis(torch.from_numpy(file.points), up_axis or stored_up_axis(file)))
         labels.append(file.label)
         names.extend(file.names or [f"{path.stem}_{index:04d}" for index in range(len(file.label))])
@@ -141,7 +142,7 @@ def list_files(root: Path, split: str) -> list[Path]:
         if path is None:
             raise InputError(f"{list_path}: '{entry}' is not in {root}; {SEE}")
         if not path.resolve().is_relative_to(root.resolve()):
-            raise InputError(f"{list_path}: '{entry}' is a link that leads out of the folder; copy the file into {root}")
+            raise InputError(f"{list_path}: '{entry}' is a link out of the folder; copy the file into {root}")
         if path in files:
             raise InputError(f"{list_path}: '{entry}' is listed twice; {SEE}")
         files.append(path)

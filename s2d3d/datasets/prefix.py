@@ -58,7 +58,7 @@ def cache_folders(root: Path, cache_dir: str | os.PathLike | None = None) -> lis
         try:
             Path(cache_dir).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"{cache_dir}: cannot be made a cache folder ({error.strerror}); choose another") from error
+            raise InputError(f"{cache_dir}: cannot be a cache folder ({error.strerror}); choose another") from error
         return [Path(cache_dir)]
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return [root / ".fps_cache", user_cache / "s2d3d"]
@@ -76,7 +76,9 @@ def _read(path: Path, shape: tuple[int, int], stored_points: int) -> Tensor | No
             selected = archive["selected"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
-    if selected.shape != shape or selected.dtype.kind not in "iu" or selected.max() >= stored_points or selected.min() < 0:
+    if selected.shape != shape or selected.dtype.kind not in "iu":
+        return None
+    if selected.min() < 0 or selected.max() >= stored_points:
         return None
     return torch.from_numpy(selected.astype(np.int64))
 

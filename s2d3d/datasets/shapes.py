@@ -104,11 +104,10 @@ def make_shape(seed: int, split: str, index: int, num_points: int) -> np.ndarray
 Pieces = list[np.ndarray]
 
 
-def _surface(function: Callable, u_range: tuple[float, float], v_range: tuple[float, float], cells: int = 24) -> np.ndarray:
+def _surface(function: Callable, u_range: tuple, v_range: tuple, cells: int = 24) -> np.ndarray:
     """Triangulate the parametric surface `function(u, v) -> x, y, z` on a grid: (2 cells^2, 3, 3)."""
     u, v = np.meshgrid(np.linspace(*u_range, cells + 1), np.linspace(*v_range, cells + 1), indexing="ij")
-    x, y, z = np.broadcast_arrays(*function(u, v), u)[:3]
-    grid = np.stack([x, y, z], axis=-1)
+    grid = np.stack(function(u, v), axis=-1)
     corners = grid[:-1, :-1], grid[1:, :-1], grid[1:, 1:], grid[:-1, 1:]
     lower, upper = np.stack([corners[i] for i in (0, 1, 2)], axis=2), np.stack([corners[i] for i in (0, 2, 3)], axis=2)
     return np.concatenate([lower.reshape(-1, 3, 3), upper.reshape(-1, 3, 3)])
@@ -116,21 +115,19 @@ def _surface(function: Callable, u_range: tuple[float, float], v_range: tuple[fl
 
 def _block(low: tuple[float, float, float], high: tuple[float, float, float]) -> np.ndarray:
     """Triangulate the six faces of an axis-parallel box."""
-    low_, high_ = np.asarray(low, float), np.asarray(high, float)
-    faces = []
-    for axis in range(3):
-        a, b = (axis + 1) % 3, (axis + 2) % 3
-        for side in (low_, high_):
+    return np.concatenate([_face(low, high, axis, side[axis]) for axis in range(3) for side in (low, high)])
 
-            def face(u: np.ndarray, v: np.ndarray, side: np.ndarray = side) -> list[np.ndarray]:
-                xyz = [np.zeros_like(u)] * 3
-                xyz[axis] = np.full_like(u, side[axis])
-                xyz[a] = low_[a] + u * (high_[a] - low_[a])
-                xyz[b] = low_[b] + v * (high_[b] - low_[b])
-                return xyz
 
-            faces.append(_surface(face, (0, 1), (0, 1), cells=6))
-    return np.concatenate(faces)
+def _face(low: tuple[float, ...], high: tuple[float, ...], axis: int, level: float) -> np.ndarray:
+    """Triangulate the rectangle between two corners at `level` of `axis`."""
+    a, b = (axis + 1) % 3, (axis + 2) % 3
+
+    def surface(u: np.ndarray, v: np.ndarray) -> list[np.ndarray]:
+        xyz = [np.full_like(u, level)] * 3
+        xyz[a], xyz[b] = u, v
+        return xyz
+
+    return _surface(surface, (low[a], high[a]), (low[b], high[b]), cells=6)
 
 
 def _turned(profile: Callable, sides: int = 24, power: float = 1.0) -> np.ndarray:
@@ -227,7 +224,8 @@ def _table(rng: Generator) -> Pieces:
     plate, leg = rng.uniform(0.03, 0.15), rng.uniform(0.05, 0.12)
     pieces = [_block((-x, -y, 0), (x, y, plate))]
     if rng.random() < 0.3:  # one pillar on a foot instead of four legs
-        return [*pieces, _block((-leg, -leg, -height), (leg, leg, 0)), _block((-x / 2, -y / 2, -height - plate), (x / 2, y / 2, -height))]
+        pillar = _block((-leg, -leg, -height), (leg, leg, 0))
+        return [*pieces, pillar, _block((-x / 2, -y / 2, -height - plate), (x / 2, y / 2, -height))]
     return pieces + _legs(x, y, -height, leg)
 
 

@@ -117,8 +117,8 @@ class Jitter:
 
     def __call__(self, points: Tensor, generator: Generator) -> Tensor:
         clip = 5 * self.std if self.clip is None else self.clip
-        noise = torch.randn(points.shape, generator=generator, device=generator.device).mul_(self.std).clamp_(-clip, clip)
-        return points + noise.to(points)
+        noise = torch.randn(points.shape, generator=generator, device=generator.device)
+        return points + noise.mul_(self.std).clamp_(-clip, clip).to(points)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,33 @@
+"""s2d3d: Sparse-to-Dense training of 3D point-cloud transformers."""
+
+from .datasets import create_dataset
+from .engine.checkpoint import load_checkpoint, load_model, save_checkpoint
+from .engine.config import Config, load_config
+from .engine.evaluator import ClassificationReport, evaluate, recalibrate_batchnorm_
+from .engine.trainer import Trainer
+from .models import create_model, list_models
+from .s2d import EWA, MoFConfig, RUPMoF, apply_ewa_, convert_to_mof_, is_sparse, merge_experts
+from .version import __version__
+
+__all__ = [
+    "EWA",
+    "ClassificationReport",
+    "Config",
+    "MoFConfig",
+    "RUPMoF",
+    "Trainer",
+    "__version__",
+    "apply_ewa_",
+    "convert_to_mof_",
+    "create_dataset",
+    "create_model",
+    "evaluate",
+    "is_sparse",
+    "list_models",
+    "load_checkpoint",
+    "load_config",
+    "load_model",
+    "merge_experts",
+    "recalibrate_batchnorm_",
+    "save_checkpoint",
+]

@@ -1,0 +1,166 @@
+"""Checkpoint files: written atomically, read without running code, complete enough to rebuild the model."""
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import InputError
+from ..models import create_model
+from ..s2d import MoFConfig, convert_to_mof_, is_sparse, merge_experts
+from ..version import __version__
+
+FORMAT = "s2d3d"
+FORMAT_VERSION = 1
+_REQUIRED = ("model", "s2d", "state_dict", "class_names")
+
+
+def save_checkpoint(path: str | Path, payload: dict[str, Any]) -> Path:
+    """Write a checkpoint atomically: after a crash `path` holds either the old file or the new one, whole.
+
+    Args:
+        path: where to; its folder exists.
+        payload: as `model_payload` makes it, possibly with more keys; tensors and plain Python types only.
+    """
+    path = Path(path)
+    payload = {"format": FORMAT, "format_version": FORMAT_VERSION, "s2d3d_version": __version__, **payload}
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(payload, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def load_checkpoint(path: str | Path, *, map_location: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read a checkpoint of this package; pickled code is never run.
+
+    Raises:
+        InputError: the file is missing, damaged, not a checkpoint of this package, or of a newer format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint file")
+    try:
+        payload = torch.load(path, map_location=map_location, weights_only=True)
+    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: cannot be read as a checkpoint ({_first_line(error)})") from error
+    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
+        raise InputError(f"{path}: not a checkpoint of s2d3d; it needs one written by tools/train.py or tools/merge.py")
+    version = payload.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise InputError(f"{path}: checkpoint format {version}, this s2d3d {__version__} reads up to {FORMAT_VERSION}; update s2d3d")
+    missing = [key for key in _REQUIRED if key not in payload]
+    if missing:
+        raise InputError(f"{path}: checkpoint is incomplete, {', '.join(missing)} missing")
+    return payload
+
+
+def model_payload(
+    model: nn.Module,
+    *,
+    name: str,
+    in_channels: int,
+    kwargs: dict[str, Any],
+    class_names: list[str],
+    mof: MoFConfig | None,
+    config: dict[str, Any],
+) -> dict[str, Any]:
+    """Describe a model completely enough for `load_model`: architecture, experts, weights, classes, run config.
+
+    Args:
+        model: the bare model (no DDP or compile wrapper); dense, or converted with `mof`.
+        name: for `create_model`, as are `in_channels` and `kwargs`.
+        class_names: in the order of the logits.
+        mof: how it was converted; ignored when the model is dense.
+        config: the run's config as plain types.
+    """
+    experts = None
+    if is_sparse(model):
+        assert mof is not None, "a sparse model needs its MoFConfig"
+        experts = {"kind": "rup", "num_experts": mof.num_experts, "targets": list(mof.targets), "every": mof.every}
+    return {
+        "model": {"name": name, "num_classes": len(class_names), "in_channels": in_channels, "kwargs": kwargs},
+        "s2d": experts,
+        "state_dict": model.state_dict(),
+        "class_names": list(class_names),
+        "config": config,
+    }
+
+
+def load_model(path: str | Path, *, merge: bool = False) -> nn.Module:
+    """Rebuild the model of a checkpoint on the CPU, in eval mode.
+
+    Args:
+        path: a sparse or dense checkpoint.
+        merge: turn experts into dense FFNs; a dense checkpoint is not changed by it.
+
+    Raises:
+        InputError: the checkpoint cannot be read, or its weights do not fit its own description.
+
+    Example:
+        >>> model = load_model("runs/demo/merged.pt")  # doctest: +SKIP
+    """
+    return build_model(load_checkpoint(path), where=str(path), merge=merge)
+
+
+def build_model(payload: dict[str, Any], *, where: str, merge: bool = False) -> nn.Module:
+    """As `load_model`, from a checkpoint that has been read already; `where` names it in errors."""
+    description, experts = payload["model"], payload["s2d"]
+    try:
+        model = create_model(
+            description["name"],
+            num_classes=description["num_classes"],
+            in_channels=description["in_channels"],
+            **description["kwargs"],
+        )
+        if experts is not None:
+            convert_to_mof_(model, MoFConfig(experts["num_experts"], tuple(experts["targets"]), experts["every"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{where}: the checkpoint's model description is unusable ({_first_line(error)})") from error
+    load_weights_(model, payload["state_dict"], where=where)
+    return (merge_experts(model, inplace=True) if merge else model).eval()
+
+
+def load_weights_(model: nn.Module, state_dict: dict[str, torch.Tensor], *, where: str) -> None:
+    """Load weights strictly, in place.
+
+    Raises:
+        InputError: keys or shapes differ; the message counts and names them.
+    """
+    own = model.state_dict()
+    missing, unexpected = own.keys() - state_dict.keys(), state_dict.keys() - own.keys()
+    shapes = [key for key in own.keys() & state_dict.keys() if own[key].shape != state_dict[key].shape]
+    problems = [
+        f"{len(keys)} {what} (such as '{min(keys)}')"
+        for what, keys in (("weights missing", missing), ("unknown weights", unexpected), ("weights of another shape", shapes))
+        if keys
+    ]
+    if problems:
+        raise InputError(f"{where}: does not fit the model: {', '.join(problems)}")
+    model.load_state_dict(state_dict)
+
+
+def require_sparse(payload: dict[str, Any], where: str) -> None:
+    """Raise InputError when a checkpoint has no experts."""
+    if payload["s2d"] is None:
+        raise InputError(f"{where}: is dense, a sparse checkpoint is needed, such as checkpoints/last.pt of an S2D run")
+
+
+def require_dense(payload: dict[str, Any], where: str) -> None:
+    """Raise InputError when a checkpoint still has experts."""
+    if payload["s2d"] is not None:
+        raise InputError(f"{where}: is sparse, a dense checkpoint is needed; merge it first: python tools/merge.py --checkpoint {where} --output FILE")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".:") if lines else type(error).__name__

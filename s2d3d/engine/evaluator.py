@@ -1,0 +1,203 @@
+"""Evaluation: accuracy of a classifier on a loader, and BatchNorm statistics re-estimated for a merged model."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.functional.classification import multiclass_confusion_matrix
+from tqdm import tqdm
+
+from ..errors import InputError
+
+
+@dataclass(frozen=True)
+class ClassificationReport:
+    """Accuracy of one evaluation; fractions in [0, 1].
+
+    Attributes:
+        oa: overall accuracy, the share of samples classified correctly.
+        macc: mean class accuracy, over the classes that occur.
+        loss: mean cross-entropy, nats.
+        per_class: accuracy of each class by name; None where it has no sample.
+        confusion: `confusion[true][predicted]`, counts.
+        class_names: in the order of `confusion`.
+        num_samples: samples evaluated.
+        votes: passes whose logits were averaged.
+    """
+
+    oa: float
+    macc: float
+    loss: float
+    per_class: dict[str, float | None]
+    confusion: list[list[int]]
+    class_names: list[str]
+    num_samples: int
+    votes: int = 1
+
+    def to_dict(self) -> dict[str, object]:
+        """Return plain types for JSON."""
+        return asdict(self)
+
+    def table(self) -> str:
+        """Return the per-class table as text, percent."""
+        width = max(10, *(len(name) for name in self.class_names))
+        lines = [f"{'class':<{width}}  samples  correct  accuracy  most often taken for"]
+        for index, (name, row) in enumerate(zip(self.class_names, self.confusion)):
+            wrong = max((count, -other) for other, count in enumerate(row) if other != index) if len(row) > 1 else (0, 0)
+            mistake = f"{self.class_names[-wrong[1]]} ({wrong[0]})" if wrong[0] else ""
+            accuracy = "-" if self.per_class[name] is None else f"{100 * self.per_class[name]:.1f} %"
+            lines.append(f"{name:<{width}}  {sum(row):>7}  {row[index]:>7}  {accuracy:>8}  {mistake}".rstrip())
+        return "\n".join(lines)
+
+    def summary(self) -> str:
+        """Return one line: OA, mAcc and what they were measured on."""
+        votes = f", {self.votes} votes" if self.votes > 1 else ""
+        return f"OA {100 * self.oa:.2f} %, mAcc {100 * self.macc:.2f} % ({self.num_samples} samples{votes})"
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    device: torch.device | str,
+    votes: int = 1,
+    progress: bool = True,
+    class_names: list[str] | None = None,
+) -> ClassificationReport:
+    """Classify every sample of a loader in eval mode; the model's mode is restored afterwards.
+
+    Args:
+        model: points (B, N, C) -> logits (B, num_classes), already on `device`.
+        loader: yields points (B, N, C) and labels (B,), the same samples in the same order at every pass. When it is
+            one rank's part (`loader.world_size` > 1), the counts of all ranks are added up.
+        device: where to compute.
+        votes: passes whose logits are averaged, at least 1. Pass 0 is the plain one; the others come from
+            `loader.vote(i)`, a seeded augmentation. More than 1 needs a `BatchLoader`.
+        progress: show a progress bar on a terminal.
+        class_names: default those of `loader.dataset`, else "0", "1", ....
+
+    Raises:
+        InputError: an empty loader, `votes` below 1, or votes asked of a loader that has none.
+    """
+    if votes < 1:
+        raise InputError(f"votes is {votes}, must be at least 1")
+    if votes > 1 and not hasattr(loader, "vote"):
+        raise InputError(f"votes is {votes}, but a {type(loader).__name__} cannot repeat a pass with other points; use BatchLoader")
+    was_training = model.training
+    model.eval()
+    try:
+        passes = []
+        for vote in range(votes):
+            batches = loader if vote == 0 else loader.vote(vote)
+            title = "evaluate" if votes == 1 else f"vote {vote + 1}/{votes}"
+            passes.append(list(_logits(model, batches, torch.device(device), title, progress)))
+    finally:
+        model.train(was_training)
+    ranks = getattr(loader, "world_size", 1)
+    if not passes[0] and ranks == 1:
+        raise InputError("the loader yields no batch to evaluate")
+    classes = passes[0][0][0].shape[1] if passes[0] else 0
+    if class_names is None:
+        class_names = list(getattr(getattr(loader, "dataset", None), "class_names", [])) or [str(i) for i in range(classes)]
+    confusion, loss_sum = torch.zeros(len(class_names), len(class_names), dtype=torch.int64), torch.zeros((), dtype=torch.float64)
+    if passes[0]:
+        labels = torch.cat([label for _, label in passes[0]])
+        logits = sum(torch.cat([logit for logit, _ in batches]) for batches in passes) / votes
+        if logits.shape[1] != len(class_names):
+            raise InputError(f"the model has {logits.shape[1]} classes, the data {len(class_names)}")
+        confusion = multiclass_confusion_matrix(logits.argmax(1), labels, num_classes=len(class_names))
+        loss_sum = F.cross_entropy(logits.double(), labels, reduction="sum")
+    if ranks > 1:
+        for counts in (confusion, loss_sum):
+            _all_reduce(counts, torch.device(device))
+    return _report(confusion, float(loss_sum), class_names, votes)
+
+
+def batchnorms_behind(model: nn.Module, module_name: str) -> list[nn.Module]:
+    """Return the BatchNorm layers registered after a module, which thus may see its output."""
+    modules = list(model.named_modules())
+    start = [name for name, _ in modules].index(module_name)
+    return [m for _, m in modules[start + 1 :] if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+@torch.no_grad()
+def recalibrate_batchnorm_(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    device: torch.device | str = "cpu",
+    layers: list[nn.Module] | None = None,
+) -> int:
+    """Re-estimate BatchNorm statistics as plain averages over a loader, in place.
+
+    BatchNorm behind expert layers has seen sparse outputs in training, not those of the merged model. Everything but
+    the BatchNorm layers runs in eval mode. Use training data without augmentation.
+
+    Args:
+        model: the merged model, on `device`.
+        loader: yields points and labels; labels are not used.
+        device: where to compute.
+        layers: the BatchNorm layers to treat; default all.
+
+    Returns:
+        The number of layers treated; with 0 the loader is not read.
+
+    Raises:
+        InputError: an empty loader.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] if layers is None else layers
+    norms = [m for m in norms if m.track_running_stats]
+    if not norms:
+        return 0
+    was_training, momenta = model.training, [m.momentum for m in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative average
+        norm.train()
+    batches = 0
+    try:
+        for points, _ in loader:
+            model(points.to(device))
+            batches += 1
+    finally:
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
+        model.train(was_training)
+    if not batches:
+        raise InputError("the loader yields no batch to re-estimate BatchNorm statistics from")
+    return len(norms)
+
+
+def _logits(
+    model: nn.Module, loader: Iterable, device: torch.device, title: str, progress: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    for points, labels in tqdm(loader, desc=title, leave=False, disable=None if progress else True):
+        yield model(points.to(device, non_blocking=True)).float().cpu(), torch.as_tensor(labels).cpu()
+
+
+def _all_reduce(counts: Tensor, device: torch.device) -> None:
+    reduced = counts.to(device)
+    dist.all_reduce(reduced)
+    counts.copy_(reduced)
+
+
+def _report(confusion: Tensor, loss_sum: float, class_names: list[str], votes: int) -> ClassificationReport:
+    support, correct = confusion.sum(1), confusion.diag()
+    accuracy = [int(c) / int(s) if s else None for c, s in zip(correct, support)]
+    present = [a for a in accuracy if a is not None]
+    total = int(support.sum())
+    return ClassificationReport(
+        oa=int(correct.sum()) / total,
+        macc=sum(present) / len(present),
+        loss=loss_sum / total,
+        per_class=dict(zip(class_names, accuracy)),
+        confusion=confusion.tolist(),
+        class_names=list(class_names),
+        num_samples=total,
+        votes=votes,
+    )

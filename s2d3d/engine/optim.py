@@ -1,0 +1,61 @@
+"""Optimizer and learning-rate schedule: timm's, with the package's rule for weight decay."""
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+
+
+def no_decay_names(model: nn.Module) -> set[str]:
+    """Name the parameters that are not decayed: biases, norm layers, and what `model.no_weight_decay()` lists.
+
+    Decided by name and owner, never by the number of dimensions: stacked expert biases are (K, d).
+    """
+    names = {name for name, _ in model.named_parameters() if name.endswith(".bias") or name == "bias"}
+    for prefix, module in model.named_modules():
+        if isinstance(module, _NORMS):
+            names |= {f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters(recurse=False)}
+    listed = getattr(model, "no_weight_decay", set)()
+    return names | set(listed)
+
+
+def build_optimizer(model: nn.Module, *, name: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """Build timm's optimizer `name` with two groups of parameters: decayed and not.
+
+    AdamW and Adam are the fused ones: the default implementation is several times slower on stacked weights.
+    """
+    skip = no_decay_names(model)
+    trainable = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for key, p in trainable if key not in skip], "weight_decay": weight_decay},
+        {"params": [p for key, p in trainable if key in skip], "weight_decay": 0.0},
+    ]
+    options = {"fused": True} if name in ("adam", "adamw") else {}
+    return create_optimizer_v2([group for group in groups if group["params"]], opt=name, lr=lr, weight_decay=weight_decay, **options)
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer,
+    *,
+    schedule: str,
+    min_lr: float,
+    warmup_lr: float,
+    warmup_steps: int,
+    total_steps: int,
+) -> CosineLRScheduler:
+    """Build the schedule over optimizer updates; `step_update(n)` sets the rate of update n = 0, 1, ....
+
+    Linear warm-up from `warmup_lr`, then "cosine" to `min_lr`, or "constant". The rate depends on n alone.
+    """
+    lr = optimizer.param_groups[0]["lr"]
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=total_steps,
+        lr_min=min_lr if schedule == "cosine" else lr,
+        warmup_t=warmup_steps,
+        warmup_lr_init=warmup_lr,
+        cycle_limit=1,
+        t_in_epochs=False,
+    )

@@ -1,0 +1,100 @@
+"""The folder of one run: what lies where, and how it is written."""
+
+import csv
+import io
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+
+
+class RunFolder:
+    """Paths and writers of a run folder; every file appears whole or not at all.
+
+    `config.yaml` (resolved), `environment.json`, `log.csv`, `metrics.json`, `checkpoints/last.pt`,
+    `checkpoints/best.pt` and `merged.pt`.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self.config = self.root / "config.yaml"
+        self.environment = self.root / "environment.json"
+        self.log = self.root / "log.csv"
+        self.metrics = self.root / "metrics.json"
+        self.last = self.root / "checkpoints" / "last.pt"
+        self.best = self.root / "checkpoints" / "best.pt"
+        self.merged = self.root / "merged.pt"
+
+    def create(self, *, resume: bool, force: bool) -> None:
+        """Make the folder for a new run, or for one that continues.
+
+        Raises:
+            InputError: it holds a run already, and neither `resume` nor `force` is set.
+        """
+        files = (self.config, self.environment, self.log, self.metrics, self.last, self.best, self.merged)
+        present = [path for path in files if path.exists()]
+        if present and not resume:
+            if not force:
+                raise InputError(
+                    f"{self.root}: holds a run already; continue it with --resume {self.root}, "
+                    "choose another output_dir, or pass --force to replace it"
+                )
+            for path in present:
+                path.unlink()
+        self.last.parent.mkdir(parents=True, exist_ok=True)
+
+    def mark_best(self) -> None:
+        """Let best.pt be what last.pt is now, without writing it again where the file system can link."""
+        temporary = self.best.with_name("best.pt.tmp")
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(self.last, temporary)
+        except OSError:
+            shutil.copyfile(self.last, temporary)
+        os.replace(temporary, self.best)
+
+    def write_log(self, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
+        """Write all rows so far as CSV; values that a row lacks stay empty."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: _short(value) for key, value in row.items()} for row in rows)
+        write_text(self.log, text.getvalue())
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file atomically."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write a JSON file atomically."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """Return the checkpoint that `path` means: a file, or the last one of a run folder.
+
+    Raises:
+        InputError: there is none.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = RunFolder(path).last
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint to resume from")
+    return path
+
+
+def _short(value: Any) -> Any:
+    return f"{value:.6g}" if isinstance(value, float) else value

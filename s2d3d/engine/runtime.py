@@ -1,0 +1,180 @@
+"""The machine a run lives on: device, processes, threads, memory allocator, random state, versions."""
+
+import ctypes
+import importlib.metadata
+import os
+import platform
+import random
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ..errors import InputError
+from ..version import __version__
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process computes.
+
+    Attributes:
+        device: of model and batches.
+        rank: this process, in [0, world_size).
+        world_size: number of processes; more than 1 under torchrun.
+    """
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_distributed(self) -> bool:
+        return self.world_size > 1
+
+
+def start_runtime(device: str = "auto", num_threads: int | None = None) -> Runtime:
+    """Choose the device and join the process group that torchrun announces (nccl on GPUs, gloo on CPUs).
+
+    Raises:
+        InputError: a CUDA device is asked for and there is none, or not that one.
+    """
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    keep_large_allocations()
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    chosen = choose_device(device)
+    if world_size == 1:
+        return Runtime(chosen)
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(chosen)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return Runtime(chosen, dist.get_rank(), dist.get_world_size())
+
+
+def stop_runtime(runtime: Runtime) -> None:
+    """Leave the process group."""
+    if runtime.is_distributed and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def choose_device(name: str) -> torch.device:
+    """Turn "auto", "cpu", "cuda" or "cuda:N" into a device that exists.
+
+    Raises:
+        InputError: the name is none of these, or there is no such GPU.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device '{name}' is unknown; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device '{name}': this machine has {torch.cuda.device_count()} CUDA devices; use device cpu or auto")
+    return device
+
+
+def keep_large_allocations() -> None:
+    """Let glibc keep freed activations instead of returning them to the system at every step.
+
+    Activations are larger than malloc's threshold for mapped memory, so that each step maps, zeroes page by page and
+    unmaps the same gigabytes. Raising the two thresholds keeps them in the heap. Nothing happens outside glibc, or
+    when the user has chosen an allocator or thresholds.
+    """
+    chosen = any(key.startswith("MALLOC_") for key in os.environ) or "LD_PRELOAD" in os.environ
+    if chosen or platform.libc_ver()[0] != "glibc":
+        return
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    libc = ctypes.CDLL(None)
+    libc.mallopt(m_mmap_threshold, 1 << 30)
+    libc.mallopt(m_trim_threshold, (1 << 31) - 1)
+
+
+def rng_state(device: torch.device) -> dict[str, object]:
+    """Return the state of every global generator: Python, NumPy, torch on the CPU and on `device`."""
+    name, keys, *rest = np.random.get_state()
+    state: dict[str, object] = {
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: dict, device: torch.device) -> None:
+    """Restore what `rng_state` returned."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def seed_all(seed: int) -> None:
+    """Seed every global generator."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def environment() -> dict[str, object]:
+    """Describe versions, hardware, code and command line of this process."""
+    packages = ("torch", "torch-scatter", "timm", "numpy", "h5py", "open3d", "torchmetrics", "pydantic")
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "s2d3d": __version__,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in packages},
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "num_threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """Return the commit of the checkout that this package runs from, with "+" when its files differ from it."""
+    here = Path(__file__).resolve().parent
+    git = ["git", "-C", str(here)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if commit.returncode:
+        return None
+    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':', 1)[1].strip()}, {os.cpu_count()} cores"
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"

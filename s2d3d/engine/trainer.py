@@ -1,0 +1,530 @@
+"""The training recipe: setup -> train -> evaluate -> merge, resumable at every step."""
+
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from ..datasets import BatchLoader, build_augmentation, create_dataset, split_train_validation
+from ..errors import InputError, TrainingError
+from ..models import create_model
+from ..s2d import EWA, MoFConfig, convert_to_mof_, merge_experts
+from .checkpoint import load_checkpoint, load_weights_, model_payload, save_checkpoint
+from .config import Config, dump_config
+from .evaluator import ClassificationReport, batchnorms_behind, evaluate, recalibrate_batchnorm_
+from .optim import build_optimizer, build_scheduler
+from .run_folder import RunFolder, find_checkpoint, write_json, write_text
+from .runtime import Runtime, environment, rng_state, seed_all, set_rng_state, start_runtime, stop_runtime
+
+logger = logging.getLogger(__name__)
+
+LOG_COLUMNS = (
+    "epoch", "updates", "lr", "share_rate", "train_loss", "train_oa", "grad_norm", "val_oa", "test_oa", "test_macc", "seconds",
+)  # fmt: skip
+MAY_CHANGE = (
+    "output_dir", "data.root", "data.cache_dir", "train.device", "train.num_threads", "train.compile",
+    "train.checkpoint_every", "train.max_steps", "eval", "log",
+)  # fmt: skip
+"""Config keys that a resumed run may change: they do not alter the trajectory of the weights."""
+
+
+class StoppedBySignal(Exception):
+    """The run saved its state and left because of a signal."""
+
+    def __init__(self, signum: int, checkpoint: Path) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}; continue with --resume {checkpoint}")
+        self.exit_code = 128 + signum
+
+
+@dataclass
+class Progress:
+    """How far a run is, and the sums of the epoch under way."""
+
+    epoch: int = 0
+    """Epochs completed."""
+    step: int = 0
+    """Optimizer updates completed in the epoch under way."""
+    updates: int = 0
+    """Optimizer updates completed in all."""
+    seconds: float = 0.0
+    """Training time of the epoch under way, without evaluation."""
+    best: float | None = None
+    """Best selection score so far, see `Trainer._select`."""
+
+
+class Trainer:
+    """Trains the model that a config describes; one object, one run.
+
+    Example:
+        >>> from s2d3d import load_config
+        >>> merged = Trainer(load_config("configs/demo.yaml")).fit()  # doctest: +SKIP
+    """
+
+    def __init__(self, config: Config, *, force: bool = False) -> None:
+        """Keep the config; nothing is read or written before `fit`.
+
+        Args:
+            config: from `load_config`.
+            force: replace a run that the output folder holds.
+        """
+        self.config, self.force = config, force
+        self.folder = RunFolder(config.output_dir)
+
+    def fit(self, resume: str | Path | None = None) -> Path:
+        """Train to the last epoch, evaluate, merge; return the path of the dense model.
+
+        With `train.max_steps` a run may end earlier; the path is then that of its checkpoint.
+
+        Args:
+            resume: a checkpoint, or a run folder whose last checkpoint is meant. The run continues bit for bit on a CPU.
+
+        Raises:
+            InputError: bad data, an output folder that holds a run, a checkpoint of another run.
+            TrainingError: loss or gradient is not finite.
+            StoppedBySignal: SIGTERM or Ctrl-C; the state has been saved.
+        """
+        cfg = self.config
+        self.runtime = start_runtime(cfg.train.device, cfg.train.num_threads)
+        try:
+            self._setup(resume)
+            with self._signals(), logging_redirect_tqdm():
+                while self.progress.epoch < cfg.train.epochs:
+                    self._train_epoch()
+                    if self._reached_max_steps():
+                        return self._stop_early()
+                    self._finish_epoch()
+            return self._finish_run()
+        finally:
+            stop_runtime(self.runtime)
+
+    # ------------------------------------------------------------------ setup
+
+    def _setup(self, resume: str | Path | None) -> None:
+        cfg, runtime = self.config, self.runtime
+        state = load_checkpoint(find_checkpoint(resume)) if resume else None
+        if state:
+            self._check_same_run(state, find_checkpoint(resume))
+        self._build_data()
+        self._build_model()
+        self._build_optimizer()
+        self.progress, self.history = Progress(), []
+        self.sums = torch.zeros(4, dtype=torch.float64, device=runtime.device)  # loss, correct, samples, gradient norm
+        self.bad_update = torch.full((), -1, dtype=torch.int64, device=runtime.device)
+        seed_all(cfg.seed * 1000 + runtime.rank)  # ranks draw different partitions and drop different paths
+        if state:
+            self._load_state(state, str(resume))
+        if runtime.is_main:
+            self.folder.create(resume=resume is not None, force=self.force)
+            write_text(self.folder.config, dump_config(cfg))
+            write_json(self.folder.environment, environment())
+        if runtime.is_distributed:
+            dist.barrier()
+        if not state:
+            self._save()  # a run that is killed in its first epoch resumes as well
+        if runtime.is_main:
+            logger.info(self._describe())
+
+    def _build_data(self) -> None:
+        cfg, runtime = self.config, self.runtime
+        augment = build_augmentation(**cfg.data.augment.model_dump())
+        common = dict(
+            num_points=cfg.data.num_points, up_axis=cfg.data.up_axis, normalize=cfg.data.normalize,
+            classes=cfg.data.classes, seed=cfg.seed, cache_dir=cfg.data.cache_dir,
+        )  # fmt: skip
+        train = create_dataset(cfg.data.name, cfg.data.root, "train", transform=augment, fraction=cfg.data.fraction, **common)
+        test = create_dataset(cfg.data.name, cfg.data.root, "test", **common)
+        if train.class_names != test.class_names:
+            raise InputError(f"{cfg.data.root}: training and test split have different classes")
+        validation = None
+        if cfg.data.val_fraction:
+            train, validation = split_train_validation(train, cfg.data.val_fraction, cfg.seed)
+        self.class_names = train.class_names
+        ranks = dict(rank=runtime.rank, world_size=runtime.world_size)
+        micro = cfg.train.accum_steps * runtime.world_size
+        if cfg.train.batch_size % micro:
+            raise InputError(
+                f"train.batch_size is {cfg.train.batch_size}, must be divisible by accum_steps x processes = {micro}"
+            )
+        self.train_loader = BatchLoader(
+            train, cfg.train.batch_size, shuffle=True, drop_last=cfg.train.drop_last, seed=cfg.seed, prefetch=2, **ranks
+        )
+        # Votes see the training scale and shift; the plain pass sees neither.
+        scale_shift = build_augmentation(scale=cfg.data.augment.scale, shift=cfg.data.augment.shift)
+        eval_batch = cfg.eval.batch_size * runtime.world_size
+        self.test_loader = BatchLoader(test, eval_batch, seed=cfg.seed, augment=scale_shift, **ranks)
+        self.val_loader = BatchLoader(validation, eval_batch, seed=cfg.seed, **ranks) if validation else None
+        self.plain_train_loader = BatchLoader(train, cfg.eval.batch_size, augment=False)
+        self.steps_per_epoch = len(self.train_loader)
+        self.total_updates = self.steps_per_epoch * cfg.train.epochs
+
+    def _build_model(self) -> None:
+        cfg, runtime = self.config, self.runtime
+        # Seeded here: a dense and a sparse run of one seed start from the same dense weights.
+        seed_all(cfg.seed)
+        dense = create_model(cfg.model.name, num_classes=len(self.class_names), **cfg.model.kwargs)
+        self.dense_parameters = sum(p.numel() for p in dense.parameters())
+        self.mof = MoFConfig(cfg.s2d.num_experts, cfg.s2d.targets, cfg.s2d.every, cfg.s2d.init, cfg.s2d.init_noise)
+        self.converted = convert_to_mof_(dense, self.mof) if cfg.s2d.kind == "rup" else []
+        self.model = dense.to(runtime.device)
+        self.network: nn.Module = self.model
+        if runtime.is_distributed:
+            devices = [runtime.device] if runtime.device.type == "cuda" else None
+            self.network = DistributedDataParallel(self.model, device_ids=devices)
+        if cfg.train.compile:
+            self.network = torch.compile(self.network)
+
+    def _build_optimizer(self) -> None:
+        cfg = self.config
+        self.optimizer = build_optimizer(self.model, name=cfg.optim.name, lr=cfg.optim.lr, weight_decay=cfg.optim.weight_decay)
+        self.scheduler = build_scheduler(
+            self.optimizer,
+            schedule=cfg.optim.schedule,
+            min_lr=cfg.optim.min_lr,
+            warmup_lr=cfg.optim.warmup_lr,
+            warmup_steps=round(cfg.optim.warmup_epochs * self.steps_per_epoch),
+            total_steps=self.total_updates,
+        )
+        self.ewa = None
+        if self.converted:
+            self.ewa = EWA(
+                self.model, share_rate=cfg.s2d.share_rate, schedule=cfg.s2d.schedule, total_steps=self.total_updates
+            )
+        self.ema = ModelEmaV3(self.model, decay=cfg.train.ema_decay) if cfg.train.ema_decay else None
+
+    def _describe(self) -> str:
+        sparse = sum(p.numel() for p in self.model.parameters())
+        experts = f", {len(self.converted)} FFNs as {self.mof.num_experts} experts ({sparse:,} while training)" if self.converted else ""
+        return (
+            f"{self.config.model.name}: {self.dense_parameters:,} parameters{experts}; {len(self.train_loader.dataset)} training and "
+            f"{len(self.test_loader.dataset)} test shapes; {self.steps_per_epoch} updates an epoch on {self.runtime.device}, "
+            f"{self.runtime.world_size} process(es), {torch.get_num_threads()} threads"
+        )
+
+    # --------------------------------------------------------------- training
+
+    def _train_epoch(self) -> None:
+        cfg, progress = self.config, self.progress
+        self.network.train()
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        max_norm = cfg.optim.clip_grad or float("inf")
+        self.train_loader.set_position(progress.epoch, progress.step)
+        bar = tqdm(
+            total=self.steps_per_epoch, initial=progress.step, desc=f"epoch {progress.epoch + 1}/{cfg.train.epochs}",
+            leave=False, disable=None if self.runtime.is_main and cfg.log.progress else True,
+        )  # fmt: skip
+        started = time.perf_counter()
+        self.share_rate = 0.0
+        with bar:
+            for points, labels in self.train_loader:
+                self.scheduler.step_update(progress.updates)
+                self.optimizer.zero_grad(set_to_none=True)
+                loss = self._forward_backward(points, labels)
+                grad_norm = nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
+                self._note_finite(loss, grad_norm)
+                self.optimizer.step()
+                if self.ewa:
+                    self.share_rate = self.ewa.step()
+                if self.ema:
+                    self.ema.update(self.model, step=progress.updates)
+
+                self.sums[3] += grad_norm
+                progress.step += 1
+                progress.updates += 1
+                now = time.perf_counter()
+                progress.seconds += now - started
+                started = now
+                self._after_update(bar)
+                if self._reached_max_steps():
+                    return
+
+    def _forward_backward(self, points: Tensor, labels: Tensor) -> Tensor:
+        """Accumulate the gradient of one global batch; return this rank's mean loss, detached."""
+        cfg, device = self.config, self.runtime.device
+        points, labels = points.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        micro = cfg.train.accum_steps
+        total = torch.zeros((), device=device)
+        parts = [part for part in zip(points.tensor_split(micro), labels.tensor_split(micro)) if len(part[1])]
+        for index, (part, target) in enumerate(parts):
+            last = index == len(parts) - 1
+            synchronise = contextlib.nullcontext() if last or not self.runtime.is_distributed else self.network.no_sync()
+            with synchronise:
+                with torch.autocast(device.type, torch.bfloat16, enabled=cfg.train.amp == "bf16"):
+                    logits = self.network(part)
+                loss = F.cross_entropy(logits.float(), target, label_smoothing=cfg.train.label_smoothing)
+                weighted = loss * (len(target) / len(labels))
+                weighted.backward()
+            total += weighted.detach()
+            self.sums[1] += (logits.detach().argmax(1) == target).sum()
+        self.sums[0] += total.double() * len(labels)
+        self.sums[2] += len(labels)
+        return total
+
+    def _note_finite(self, loss: Tensor, grad_norm: Tensor) -> None:
+        """Remember the first update with a non-finite loss or gradient, without waiting for the device."""
+        bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
+        self.bad_update = torch.where(bad & (self.bad_update < 0), self.progress.updates, self.bad_update)
+        if self.runtime.device.type == "cpu":
+            self._raise_if_bad()
+
+    def _raise_if_bad(self) -> None:
+        update = int(self.bad_update)
+        if update >= 0:
+            good = self.folder.last if self.folder.last.exists() else "none"
+            raise TrainingError(
+                f"loss or gradient is not finite at update {update + 1} (epoch {update // self.steps_per_epoch + 1}); "
+                f"last good checkpoint: {good}; lower optim.lr or optim.clip_grad"
+            )
+
+    def _after_update(self, bar: tqdm) -> None:
+        """Do what must happen between two updates: refresh the display, save, obey signals."""
+        cfg, progress = self.config, self.progress
+        interval = progress.updates % cfg.log.interval == 0
+        bar.update()
+        if interval:
+            self._raise_if_bad()
+            if not bar.disable:
+                loss, correct, samples, _ = self.sums.tolist()
+                bar.set_postfix(loss=f"{loss / samples:.3f}", oa=f"{correct / samples:.3f}")
+        every = cfg.train.checkpoint_every
+        if every and progress.updates % every == 0:
+            self._save()
+        if self._signal_received(check=interval):
+            self._save()
+            raise StoppedBySignal(self.signum, self.folder.last)
+
+    def _reached_max_steps(self) -> bool:
+        limit = self.config.train.max_steps
+        if limit is None or self.progress.updates < limit:
+            return False
+        return self.progress.updates < self.total_updates
+
+    def _stop_early(self) -> Path:
+        self._save()
+        if self.runtime.is_main:
+            limit = self.config.train.max_steps
+            logger.info(f"stopped after {limit} updates (train.max_steps); continue with --resume {self.folder.root}")
+        return self.folder.last
+
+    def _finish_epoch(self) -> None:
+        cfg, progress = self.config, self.progress
+        self._raise_if_bad()
+        sums = self.sums.clone()
+        if self.runtime.is_distributed:
+            dist.all_reduce(sums)
+            sums[3] /= self.runtime.world_size
+            for buffer in self.model.buffers():  # BatchNorm statistics differ between ranks
+                dist.broadcast(buffer, 0)
+        loss, correct, samples, norms = sums.tolist()
+        row: dict[str, Any] = {
+            "epoch": progress.epoch + 1, "updates": progress.updates, "lr": self.optimizer.param_groups[0]["lr"],
+            "share_rate": self.share_rate, "train_loss": loss / samples, "train_oa": correct / samples,
+            "grad_norm": norms / self.steps_per_epoch, "seconds": progress.seconds,
+        }  # fmt: skip
+        if self.val_loader:
+            row["val_oa"] = self._evaluate(self.model, self.val_loader).oa
+        if cfg.eval.every and (progress.epoch + 1) % cfg.eval.every == 0 and progress.epoch + 1 < cfg.train.epochs:
+            report = self._evaluate(self.model, self.test_loader)
+            row["test_oa"], row["test_macc"] = report.oa, report.macc
+        self.history.append(row)
+        progress.epoch, progress.step, progress.seconds = progress.epoch + 1, 0, 0.0
+        self.sums.zero_()
+        is_best = self._select(row)
+        self._save()
+        if self.runtime.is_main:
+            if is_best:
+                self.folder.mark_best()
+            self.folder.write_log(self.history, LOG_COLUMNS)
+            tested = "".join(f", {key} {100 * row[key]:.2f} %" for key in ("val_oa", "test_oa") if key in row)
+            logger.info(
+                f"epoch {row['epoch']}/{cfg.train.epochs}: loss {row['train_loss']:.4f}, train_oa {100 * row['train_oa']:.2f} %"
+                f"{tested}, lr {row['lr']:.2e}, share_rate {row['share_rate']:.3f}, {row['seconds']:.0f} s"
+            )
+
+    def _select(self, row: dict[str, Any]) -> bool:
+        """Tell whether this epoch is the best so far: by validation OA, or by training loss without a validation part."""
+        score = row.get("val_oa", -row["train_loss"])
+        if self.progress.best is not None and score <= self.progress.best:
+            return False
+        self.progress.best = score
+        return True
+
+    # ----------------------------------------------------------------- ending
+
+    def _finish_run(self) -> Path:
+        """Evaluate the sparse model, merge it, evaluate the merged one, and write both results."""
+        cfg = self.config
+        merged = merge_experts(self.model)
+        reports = {"sparse": self._evaluate(self.model, self.test_loader)} if self.converted else {}
+        reports["merged"] = self._evaluate(merged, self.test_loader)
+        if self.ema:
+            reports["ema"] = self._evaluate(merge_experts(self.ema.module), self.test_loader)
+        if cfg.eval.recalibrate_batchnorm and (norms := self._norms_behind_experts(merged)):
+            recalibrate_batchnorm_(merged, self.plain_train_loader, device=self.runtime.device, layers=norms)
+            reports["recalibrated"] = self._evaluate(merged, self.test_loader)
+        if cfg.eval.votes > 1:
+            reports["voting"] = self._evaluate(merged, self.test_loader, votes=cfg.eval.votes)
+        if self.runtime.is_main:
+            save_checkpoint(self.folder.merged, self._payload(merged))
+            write_json(self.folder.metrics, self._metrics(reports))
+            self.folder.write_log(self.history, LOG_COLUMNS)
+        if self.runtime.is_distributed:
+            dist.barrier()
+        self.reports = reports
+        return self.folder.merged
+
+    def _norms_behind_experts(self, model: nn.Module) -> list[nn.Module]:
+        """BatchNorm layers behind the first FFN that is, or in a dense twin would be, an expert layer."""
+        names = self.converted
+        if not names:
+            with torch.device("meta"):
+                twin = create_model(self.config.model.name, num_classes=2, **self.config.model.kwargs)
+                with contextlib.suppress(ValueError, TypeError):  # a dense model need not have an FFN
+                    names = convert_to_mof_(twin, self.mof)
+        return batchnorms_behind(model, names[0]) if names else []
+
+    def _metrics(self, reports: dict[str, ClassificationReport]) -> dict[str, Any]:
+        return {
+            "epochs": self.progress.epoch,
+            "updates": self.progress.updates,
+            "seed": self.config.seed,
+            "selection": "last epoch",
+            "train_seconds": sum(row["seconds"] for row in self.history),
+            "parameters": {
+                "training": sum(p.numel() for p in self.model.parameters()),
+                "merged": self.dense_parameters,
+            },
+            **{name: report.to_dict() for name, report in reports.items()},
+        }
+
+    def summary(self) -> str:
+        """Return the table that ends a finished run: accuracies, parameters, run folder."""
+        titles = {
+            "sparse": "before merge (sparse, eval mode)", "merged": "after merge" if self.converted else "dense",
+            "ema": "moving average, merged", "recalibrated": "merged, BatchNorm recalibrated", "voting": "merged, voting",
+        }  # fmt: skip
+        training = sum(p.numel() for p in self.model.parameters())
+        rows = [(titles[name], report.summary()) for name, report in self.reports.items()]
+        rows += [
+            ("parameters while training", f"{training:,}"),
+            ("parameters after", f"{self.dense_parameters:,}"),
+            ("dense model", str(self.folder.merged)),
+            ("run folder", str(self.folder.root)),
+        ]
+        return "\n".join(f"{title:<34}{value}" for title, value in rows)
+
+    def _evaluate(self, model: nn.Module, loader: BatchLoader, votes: int = 1) -> ClassificationReport:
+        progress = self.runtime.is_main and self.config.log.progress
+        return evaluate(model, loader, device=self.runtime.device, votes=votes, progress=progress)
+
+    # ------------------------------------------------------------------ state
+
+    def _payload(self, model: nn.Module) -> dict[str, Any]:
+        cfg = self.config
+        return model_payload(
+            model, name=cfg.model.name, in_channels=3, kwargs=cfg.model.kwargs, class_names=self.class_names,
+            mof=self.mof, config=cfg.to_dict(),
+        )  # fmt: skip
+
+    def _save(self) -> None:
+        """Write last.pt; every rank takes part, because each has random state of its own."""
+        self._raise_if_bad()
+        states: list[Any] = [rng_state(self.runtime.device)]
+        if self.runtime.is_distributed:
+            states = [None] * self.runtime.world_size
+            dist.all_gather_object(states, rng_state(self.runtime.device))
+            sums = [torch.zeros_like(self.sums) for _ in states]
+            dist.all_gather(sums, self.sums)
+        else:
+            sums = [self.sums]
+        if self.runtime.is_main:
+            payload = self._payload(self.model) | {
+                "optimizer": self.optimizer.state_dict(),
+                "ewa": self.ewa.state_dict() if self.ewa else None,
+                "ema": self.ema.state_dict() if self.ema else None,
+                "progress": vars(self.progress).copy(),
+                "sums": [part.cpu() for part in sums],
+                "history": self.history,
+                "rng": states,
+            }
+            save_checkpoint(self.folder.last, payload)
+        if self.runtime.is_distributed:
+            dist.barrier()
+
+    def _load_state(self, state: dict[str, Any], where: str) -> None:
+        if len(state["rng"]) != self.runtime.world_size:
+            raise InputError(f"{where}: was written by {len(state['rng'])} processes, this run has {self.runtime.world_size}")
+        load_weights_(self.model, state["state_dict"], where=where)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ewa:
+            self.ewa.load_state_dict(state["ewa"])
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
+        self.progress, self.history = Progress(**state["progress"]), list(state["history"])
+        self.sums.copy_(state["sums"][self.runtime.rank])
+        set_rng_state(state["rng"][self.runtime.rank], self.runtime.device)
+
+    def _check_same_run(self, state: dict[str, Any], path: Path) -> None:
+        if "optimizer" not in state:
+            raise InputError(f"{path}: holds a model but no training state; resume from checkpoints/last.pt")
+        theirs, ours = _flatten(state["config"]), _flatten(self.config.to_dict())
+        for key in sorted(theirs.keys() | ours.keys()):
+            if any(key == free or key.startswith(free + ".") for free in MAY_CHANGE):
+                continue
+            if theirs.get(key) != ours.get(key):
+                raise InputError(
+                    f"{path}: was trained with {key}={theirs.get(key)!r}, the config says {ours.get(key)!r}; "
+                    "resume with the run's own config.yaml"
+                )
+
+    # ---------------------------------------------------------------- signals
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Note SIGTERM and Ctrl-C instead of dying in the middle of an update; a second Ctrl-C interrupts at once."""
+        self.signum = 0
+
+        def note(signum: int, frame: object) -> None:
+            if self.signum and signum == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.signum = signum
+
+        previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _signal_received(self, check: bool) -> bool:
+        """Tell whether any rank was told to stop; ranks agree every `log.interval` updates."""
+        if not self.runtime.is_distributed:
+            return self.signum != 0
+        if not check:
+            return False
+        received = torch.tensor(self.signum, device=self.runtime.device)
+        dist.all_reduce(received, op=dist.ReduceOp.MAX)
+        self.signum = int(received)
+        return self.signum != 0
+
+
+def _flatten(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in mapping.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

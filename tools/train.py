@@ -1,0 +1,49 @@
+"""Train a model, with experts (S2D) or without, then merge and evaluate it."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from s2d3d import Trainer, load_config
+from s2d3d.engine.cli import add_overrides, run_tool
+from s2d3d.engine.config import dump_config
+from s2d3d.engine.trainer import StoppedBySignal
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__)
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, see configs/")
+    add_overrides(parser)
+    parser.add_argument("--resume", metavar="PATH", help="continue from a checkpoint, or from the last one of a run folder")
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; the same as train.device=")
+    parser.add_argument("--dry-run", action="store_true", help="check the config, print it resolved, and stop")
+    parser.add_argument("--force", action="store_true", help="replace a run that output_dir holds")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    overrides = list(arguments.overrides)
+    if arguments.device:
+        overrides.append(f"train.device={arguments.device}")
+    config = load_config(arguments.config, overrides)
+    if arguments.dry_run:
+        print(dump_config(config), end="")
+        return 0
+    trainer = Trainer(config, force=arguments.force)
+    try:
+        path = trainer.fit(resume=arguments.resume)
+    except StoppedBySignal as stop:
+        if trainer.runtime.is_main:
+            print(stop, file=sys.stderr)
+        return stop.exit_code
+    if trainer.runtime.is_main and path == trainer.folder.merged:
+        print(trainer.summary())
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_tool(build_parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
