@@ -13,7 +13,7 @@ _MODELS: dict[str, tuple[Callable[..., nn.Module], dict[str, object]]] = {
     "point_bert": (PointBERT, {}),
     "point_bert_small": (
         PointBERT,
-        dict(trans_dim=192, depth=6, num_heads=3, num_group=64, group_size=16, encoder_dims=128, encoder_width=48),
+        dict(trans_dim=128, depth=6, num_heads=4, num_group=64, group_size=16, encoder_dims=128, encoder_width=32),
     ),
     "point_bert_tiny": (
         PointBERT,
