@@ -16,7 +16,8 @@ from ..version import __version__
 
 FORMAT = "s2d3d"
 FORMAT_VERSION = 1
-_REQUIRED = ("model", "s2d", "state_dict", "class_names")
+MODEL_KEYS = ("model", "s2d", "state_dict", "class_names", "config")
+"""What every checkpoint holds; one of a run under way has its training state besides."""
 
 
 def save_checkpoint(path: str | Path, payload: dict[str, Any]) -> Path:
@@ -58,7 +59,7 @@ def load_checkpoint(path: str | Path, *, map_location: torch.device | str = "cpu
     version = payload.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise InputError(f"{path}: checkpoint format {version}, this s2d3d {__version__} reads up to {FORMAT_VERSION}; update s2d3d")
-    missing = [key for key in _REQUIRED if key not in payload]
+    missing = [key for key in MODEL_KEYS if key not in payload]
     if missing:
         raise InputError(f"{path}: checkpoint is incomplete, {', '.join(missing)} missing")
     return payload

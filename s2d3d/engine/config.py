@@ -4,6 +4,7 @@ The section names and keys are the constructor keywords of what they configure. 
 trainer and the tools read it and pass plain arguments on.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -255,12 +256,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return _validate(mapping, str(path), origins, lines + override_lines)
 
 
-def parse_config(mapping: Mapping[str, object], *, where: str) -> Config:
+def parse_config(mapping: Mapping[str, object], *, where: str, overrides: Sequence[str] = ()) -> Config:
     """Validate a config that is a mapping already, such as the one stored in a checkpoint.
 
     Args:
-        mapping: what `Config.to_dict` returned.
+        mapping: what `Config.to_dict` returned; it is not changed.
         where: what the mapping comes from, for error messages.
+        overrides: as for `load_config`.
 
     Raises:
         InputError: anything wrong; one line per problem.
@@ -272,7 +274,9 @@ def parse_config(mapping: Mapping[str, object], *, where: str) -> Config:
     """
     if not isinstance(mapping, Mapping):
         raise InputError(f"{where}: must be a mapping of sections, got {show(mapping)}")
-    return _validate(dict(mapping), where, {}, [])
+    mapping = copy.deepcopy(dict(mapping))
+    origins, lines = apply_overrides(mapping, overrides)
+    return _validate(mapping, where, origins, lines)
 
 
 def dump_config(config: Config) -> str:

@@ -18,12 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..datasets import BatchLoader, build_augmentation, create_dataset, split_train_validation
+from ..datasets import BatchLoader, split_train_validation
 from ..errors import InputError, TrainingError
 from ..models import create_model
 from ..s2d import EWA, MoFConfig, convert_to_mof_, merge_experts
 from .checkpoint import load_checkpoint, load_weights_, model_payload, save_checkpoint
 from .config import Config, dump_config
+from .data import build_dataset, build_test_loader
 from .evaluator import ClassificationReport, batchnorms_behind, evaluate, recalibrate_batchnorm_
 from .optim import build_optimizer, build_scheduler
 from .run_folder import RunFolder, find_checkpoint, write_json, write_text
@@ -139,13 +140,8 @@ class Trainer:
 
     def _build_data(self) -> None:
         cfg, runtime = self.config, self.runtime
-        augment = build_augmentation(**cfg.data.augment.model_dump())
-        common = dict(
-            num_points=cfg.data.num_points, up_axis=cfg.data.up_axis, normalize=cfg.data.normalize,
-            classes=cfg.data.classes, seed=cfg.seed, cache_dir=cfg.data.cache_dir,
-        )  # fmt: skip
-        train = create_dataset(cfg.data.name, cfg.data.root, "train", transform=augment, fraction=cfg.data.fraction, **common)
-        test = create_dataset(cfg.data.name, cfg.data.root, "test", **common)
+        train = build_dataset(cfg.data, "train", seed=cfg.seed)
+        test = build_dataset(cfg.data, "test", seed=cfg.seed)
         if train.class_names != test.class_names:
             raise InputError(f"{cfg.data.root}: training and test split have different classes")
         validation = None
@@ -161,11 +157,9 @@ class Trainer:
         self.train_loader = BatchLoader(
             train, cfg.train.batch_size, shuffle=True, drop_last=cfg.train.drop_last, seed=cfg.seed, prefetch=2, **ranks
         )
-        # Votes see the training scale and shift; the plain pass sees neither.
-        scale_shift = build_augmentation(scale=cfg.data.augment.scale, shift=cfg.data.augment.shift)
-        eval_batch = cfg.eval.batch_size * runtime.world_size
-        self.test_loader = BatchLoader(test, eval_batch, seed=cfg.seed, augment=scale_shift, **ranks)
-        self.val_loader = BatchLoader(validation, eval_batch, seed=cfg.seed, **ranks) if validation else None
+        tests = dict(batch_size=cfg.eval.batch_size, seed=cfg.seed, **ranks)
+        self.test_loader = build_test_loader(test, cfg.data, **tests)
+        self.val_loader = build_test_loader(validation, cfg.data, **tests) if validation else None
         self.plain_train_loader = BatchLoader(train, cfg.eval.batch_size, augment=False)
         self.steps_per_epoch = len(self.train_loader)
         self.total_updates = self.steps_per_epoch * cfg.train.epochs

@@ -1,0 +1,74 @@
+# make demo   environment, procedural data, S2D training of a tiny model, merge, evaluation, a picture
+# make test   environment and the default test suite
+# make setup  the environment alone: .venv in tested versions
+#
+# Needs Python >= 3.10 with venv, a C++ compiler and make. Nothing is done twice.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# ninja, installed first, must be found by the compilation of torch-scatter
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: setup demo test lint clean
+
+setup: $(VENV)/.s2d3d
+
+demo: $(VENV)/.s2d3d data/shapes/train_files.txt
+	$(RUN) tools/train.py configs/demo.yaml $(if $(wildcard runs/demo/checkpoints/last.pt),--resume runs/demo)
+	@$(RUN) tools/visualize.py --checkpoint runs/demo/merged.pt --output runs/demo/predictions.png --force \
+		|| echo "no picture this time, for the reason above; training and evaluation do not need it"
+
+test: $(VENV)/.s2d3d
+	$(RUN) -m pytest
+
+lint: $(VENV)/.s2d3d
+	$(RUN) -m ruff check .
+
+data/shapes/train_files.txt: | $(VENV)/.s2d3d
+	$(RUN) tools/prepare_data.py shapes --output data/shapes
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "Python 3.10 or newer is needed; name one: make PYTHON=python3.11 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools wheel ninja
+	@touch $@
+
+# torch comes first and from the ordinary index: torch-scatter compiles against it, and the ordinary torchvision,
+# which timm imports, does not load with a CPU-only torch.
+$(VENV)/.torch: $(VENV)/.python constraints.txt
+	$(PIP) torch torchvision
+	@touch $@
+
+# Compiled once (4 to 8 minutes on 2 cores); pip keeps the wheel in its cache. A cached wheel may have been compiled
+# against another torch, hence the check.
+$(VENV)/.scatter: $(VENV)/.torch
+	@echo "installing torch-scatter; without a wheel in pip's cache this compiles for several minutes"
+	$(PIP) --no-build-isolation torch-scatter
+	@$(RUN) -c 'import torch_scatter' 2>/dev/null \
+		|| $(PIP) --no-build-isolation --no-cache-dir --force-reinstall --no-deps torch-scatter
+	@touch $@
+
+$(VENV)/.s2d3d: $(VENV)/.scatter $(VENV)/.system setup.py
+	$(PIP) --no-build-isolation --editable ".[test]"
+	@touch $@
+
+# System libraries of Open3D, which draws pictures. Installed where that is possible, named otherwise.
+SYSTEM_PACKAGES := libusb-1.0-0 libegl1 libgl1 libgl1-mesa-dri libgomp1
+$(VENV)/.system: | $(VENV)/.python
+	@ldconfig=$$(command -v ldconfig || echo /sbin/ldconfig); missing=; \
+	for library in libusb-1.0.so.0 libEGL.so.1 libGL.so.1 libgomp.so.1; do \
+		$$ldconfig -p 2>/dev/null | grep -q "$$library" || missing="$$missing $$library"; \
+	done; \
+	if [ -z "$$missing" ]; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $(SYSTEM_PACKAGES) >/dev/null; \
+	else \
+		echo "for pictures, install what Open3D needs ($$missing ): sudo apt-get install $(SYSTEM_PACKAGES)"; \
+	fi
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,46 @@
+"""Apply Experts Weights Averaging once to a sparse checkpoint."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from s2d3d import apply_ewa_, load_checkpoint, save_checkpoint
+from s2d3d.engine.checkpoint import MODEL_KEYS, build_model, require_sparse
+from s2d3d.engine.cli import refuse_existing, run_tool
+from s2d3d.s2d.analysis import expert_divergence
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="apply_ewa.py", description=__doc__)
+    parser.add_argument("--checkpoint", required=True, metavar="SPARSE", help="a sparse checkpoint")
+    parser.add_argument("--share-rate", required=True, type=float, metavar="B", help="share rate in [0, 1]")
+    parser.add_argument("--output", required=True, metavar="FILE", help="sparse checkpoint to write, without training state")
+    parser.add_argument("--force", action="store_true", help="replace the output if it exists")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    output = refuse_existing(arguments.output, arguments.force)
+    payload = load_checkpoint(arguments.checkpoint)
+    require_sparse(payload, arguments.checkpoint)
+    model = build_model(payload, where=arguments.checkpoint)
+    before = expert_divergence(model)
+    apply_ewa_(model, arguments.share_rate)
+    after = expert_divergence(model)
+    kept = {key: payload[key] for key in MODEL_KEYS if key in payload}
+    save_checkpoint(output, kept | {"state_dict": model.state_dict()})
+
+    width = max(len("layer"), *map(len, before))
+    print(f"{'layer':<{width}}  divergence before  after")
+    for name in before:
+        print(f"{name:<{width}}  {before[name]:>17.6f}  {after[name]:.6f}")
+    print("The mean of the experts stays, so the merged model is unchanged by this.")
+    print(f"written to {output}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_tool(build_parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

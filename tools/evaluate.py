@@ -1,0 +1,53 @@
+"""Evaluate a checkpoint, sparse or dense, on the test split of its data set."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from s2d3d import evaluate, load_checkpoint
+from s2d3d.engine.checkpoint import build_model
+from s2d3d.engine.cli import add_overrides, refuse_existing, run_tool
+from s2d3d.engine.config import parse_config
+from s2d3d.engine.data import build_dataset, build_test_loader
+from s2d3d.engine.run_folder import write_json
+from s2d3d.engine.runtime import choose_device, keep_large_allocations
+from s2d3d.errors import InputError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__)
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a checkpoint, sparse or dense")
+    add_overrides(parser)
+    parser.add_argument("--votes", type=int, metavar="N", help="passes whose logits are averaged; default: eval.votes")
+    parser.add_argument("--output", metavar="FILE.json", help="write the report there as well")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--force", action="store_true", help="replace the output if it exists")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    output = refuse_existing(arguments.output, arguments.force) if arguments.output else None
+    payload = load_checkpoint(arguments.checkpoint)
+    config = parse_config(payload["config"], where=arguments.checkpoint, overrides=arguments.overrides)
+    device = choose_device(arguments.device)
+    keep_large_allocations()
+    model = build_model(payload, where=arguments.checkpoint).to(device)
+    dataset = build_dataset(config.data, "test", seed=config.seed)
+    if dataset.class_names != payload["class_names"]:
+        raise InputError(f"{config.data.root}: its classes are not those of {arguments.checkpoint}")
+    loader = build_test_loader(dataset, config.data, batch_size=config.eval.batch_size, seed=config.seed)
+    votes = config.eval.votes if arguments.votes is None else arguments.votes
+    report = evaluate(model, loader, device=device, votes=votes, progress=config.log.progress)
+    print(report.table())
+    print(report.summary())
+    if output:
+        write_json(output, {"checkpoint": str(arguments.checkpoint), **report.to_dict()})
+        print(f"written to {output}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_tool(build_parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""Merge the experts of a sparse checkpoint into the dense model."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from s2d3d import load_checkpoint, merge_experts, save_checkpoint
+from s2d3d.engine.checkpoint import MODEL_KEYS, build_model, require_sparse
+from s2d3d.engine.cli import refuse_existing, run_tool
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="merge.py", description=__doc__)
+    parser.add_argument("--checkpoint", required=True, metavar="SPARSE", help="a sparse checkpoint")
+    parser.add_argument("--output", required=True, metavar="FILE", help="dense checkpoint to write")
+    parser.add_argument("--force", action="store_true", help="replace the output if it exists")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    output = refuse_existing(arguments.output, arguments.force)
+    payload = load_checkpoint(arguments.checkpoint)
+    require_sparse(payload, arguments.checkpoint)
+    model = build_model(payload, where=arguments.checkpoint)
+    before = sum(p.numel() for p in model.parameters())
+    merge_experts(model, inplace=True)
+    after = sum(p.numel() for p in model.parameters())
+    kept = {key: payload[key] for key in MODEL_KEYS if key in payload}
+    save_checkpoint(output, kept | {"s2d": None, "state_dict": model.state_dict()})
+    print(f"{payload['model']['name']}: {before:,} parameters with experts, {after:,} merged")
+    print(f"written to {output}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_tool(build_parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
