@@ -1,11 +1,13 @@
 """Fixtures for all tests."""
 
+import importlib.util
 import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from s2d3d import load_config
 from s2d3d.datasets.shapes import write_shapes
 
 REPOSITORY = Path(__file__).parent.parent
@@ -37,3 +39,44 @@ def shapes_root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("data") / "shapes"
     write_shapes(root, num_train=96, num_test=36, num_points=128, seed=0)
     return root
+
+
+@pytest.fixture
+def tiny_config(shapes_root, tmp_path, repository):
+    """Make a valid config of a run that takes a second or two: 6 updates an epoch, 2 epochs, experts in 1 of 2 blocks."""
+
+    def make(*overrides: str):
+        return load_config(
+            repository / "configs" / "demo.yaml",
+            [
+                f"data.root={shapes_root}",
+                f"output_dir={tmp_path / 'run'}",
+                "data.num_points=128",
+                "model.depth=2",
+                "model.trans_dim=24",
+                "model.num_heads=2",
+                "model.num_group=12",
+                "model.group_size=8",
+                "model.encoder_dims=16",
+                "model.encoder_width=8",
+                "optim.warmup_epochs=1",
+                "train.epochs=2",
+                "train.batch_size=16",
+                *overrides,
+            ],
+        )
+
+    return make
+
+
+@pytest.fixture
+def tool(repository):
+    """Import a command line from tools/ by name; its `main(argv)` returns the exit code."""
+
+    def load(name: str):
+        spec = importlib.util.spec_from_file_location(f"tools_{name}", repository / "tools" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load

@@ -46,7 +46,7 @@ def write_shapes(
         InputError: the folder exists, or a number is too small.
 
     Example:
-        >>> write_shapes("/tmp/shapes", num_train=24, num_test=12, num_points=64, force=True)
+        >>> write_shapes("data/shapes", num_train=24, num_test=12, num_points=64)  # doctest: +SKIP
         {'train': 24, 'test': 12}
     """
     counts = {"train": num_train, "test": num_test}
