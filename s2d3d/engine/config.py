@@ -170,6 +170,9 @@ class TrainConfig(Section):
     checkpoint_every: Int | None = Field(
         None, ge=1, description="Updates between checkpoints within an epoch; null: only at the end of each epoch."
     )
+    keep_every: Int | None = Field(
+        None, ge=1, description="Epochs between models kept for analysis (checkpoints/epoch_NNN.pt); null: none."
+    )
     max_steps: Int | None = Field(
         None, ge=1, description="Stop, with a checkpoint, after this many updates in total; schedules span all epochs."
     )

@@ -16,7 +16,7 @@ class RunFolder:
     """Paths and writers of a run folder; every file appears whole or not at all.
 
     `config.yaml` (resolved), `environment.json`, `log.csv`, `metrics.json`, `checkpoints/last.pt`,
-    `checkpoints/best.pt` and `merged.pt`.
+    `checkpoints/best.pt` and `merged.pt`; with `train.keep_every` also `checkpoints/epoch_NNN.pt`.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -36,7 +36,7 @@ class RunFolder:
             InputError: it holds a run already, and neither `resume` nor `force` is set.
         """
         files = (self.config, self.environment, self.log, self.metrics, self.last, self.best, self.merged)
-        present = [path for path in files if path.exists()]
+        present = [path for path in (*files, *self.all_kept().values()) if path.exists()]
         if present and not resume:
             if not force:
                 raise InputError(
@@ -46,6 +46,15 @@ class RunFolder:
             for path in present:
                 path.unlink()
         self.last.parent.mkdir(parents=True, exist_ok=True)
+
+    def kept(self, epoch: int) -> Path:
+        """Return where the model after `epoch` epochs is kept."""
+        return self.last.with_name(f"epoch_{epoch:03d}.pt")
+
+    def all_kept(self) -> dict[int, Path]:
+        """Return the models kept so far by epoch, in order."""
+        names = ((path.stem.removeprefix("epoch_"), path) for path in self.last.parent.glob("epoch_*.pt"))
+        return dict(sorted((int(name), path) for name, path in names if name.isdecimal()))
 
     def mark_best(self) -> None:
         """Let best.pt be what last.pt is now, without writing it again where the file system can link."""

@@ -18,10 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..datasets import BatchLoader, split_train_validation
+from ..datasets import BatchLoader, PointCloudDataset, split_train_validation
 from ..errors import InputError, TrainingError
 from ..models import create_model
 from ..s2d import EWA, MoFConfig, convert_to_mof_, merge_experts
+from ..s2d.analysis import expert_divergence
 from .checkpoint import load_checkpoint, load_weights_, model_payload, save_checkpoint
 from .config import Config, dump_config
 from .data import build_dataset, build_test_loader
@@ -33,11 +34,12 @@ from .runtime import Runtime, environment, rng_state, seed_all, set_rng_state, s
 logger = logging.getLogger(__name__)
 
 LOG_COLUMNS = (
-    "epoch", "updates", "lr", "share_rate", "train_loss", "train_oa", "grad_norm", "val_oa", "test_oa", "test_macc", "seconds",
+    "epoch", "updates", "lr", "share_rate", "divergence", "train_loss", "train_oa", "grad_norm", "val_oa", "test_oa",
+    "test_macc", "seconds",
 )  # fmt: skip
 MAY_CHANGE = (
     "output_dir", "data.root", "data.cache_dir", "train.device", "train.num_threads", "train.compile",
-    "train.checkpoint_every", "train.max_steps", "eval", "log",
+    "train.checkpoint_every", "train.keep_every", "train.max_steps", "eval", "log",
 )  # fmt: skip
 """Config keys that a resumed run may change: they do not alter the trajectory of the weights."""
 
@@ -74,14 +76,22 @@ class Trainer:
         >>> merged = Trainer(load_config("configs/demo.yaml")).fit()  # doctest: +SKIP
     """
 
-    def __init__(self, config: Config, *, force: bool = False) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        force: bool = False,
+        datasets: tuple[PointCloudDataset, PointCloudDataset] | None = None,
+    ) -> None:
         """Keep the config; nothing is read or written before `fit`.
 
         Args:
             config: from `load_config`.
             force: replace a run that the output folder holds.
+            datasets: training and test set to use; default those that `config.data` describes. A run that resumes
+                must be given the same again.
         """
-        self.config, self.force = config, force
+        self.config, self.force, self.datasets = config, force, datasets
         self.folder = RunFolder(config.output_dir)
 
     def fit(self, resume: str | Path | None = None) -> Path:
@@ -140,8 +150,7 @@ class Trainer:
 
     def _build_data(self) -> None:
         cfg, runtime = self.config, self.runtime
-        train = build_dataset(cfg.data, "train", seed=cfg.seed)
-        test = build_dataset(cfg.data, "test", seed=cfg.seed)
+        train, test = self.datasets or (build_dataset(cfg.data, split, seed=cfg.seed) for split in ("train", "test"))
         if train.class_names != test.class_names:
             raise InputError(f"{cfg.data.root}: training and test split have different classes")
         validation = None
@@ -327,6 +336,9 @@ class Trainer:
             "share_rate": self.share_rate, "train_loss": loss / samples, "train_oa": correct / samples,
             "grad_norm": norms / self.steps_per_epoch, "seconds": progress.seconds,
         }  # fmt: skip
+        if self.converted:
+            by_layer = expert_divergence(self.model)
+            row["divergence"] = sum(by_layer.values()) / len(by_layer)
         if self.val_loader:
             row["val_oa"] = self._evaluate(self.model, self.val_loader).oa
         if cfg.eval.every and (progress.epoch + 1) % cfg.eval.every == 0 and progress.epoch + 1 < cfg.train.epochs:
@@ -340,6 +352,8 @@ class Trainer:
         if self.runtime.is_main:
             if is_best:
                 self.folder.mark_best()
+            if cfg.train.keep_every and progress.epoch % cfg.train.keep_every == 0:
+                save_checkpoint(self.folder.kept(progress.epoch), self._payload(self.model))
             self.folder.write_log(self.history, LOG_COLUMNS)
             tested = "".join(f", {key} {100 * row[key]:.2f} %" for key in ("val_oa", "test_oa") if key in row)
             logger.info(
