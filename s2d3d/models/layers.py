@@ -94,12 +94,33 @@ class GroupEncoder(nn.Module):
         points = groups.reshape(-1, channels)
         points = _rowwise(conv2, relu1(norm1(_rowwise(conv1, points))))
         width = points.shape[-1]
-        pooled = points.view(-1, group_size, width).amax(1)
+        pooled = max_over_group(points.view(-1, group_size, width))
         of_group, of_point = conv3.weight[:, :width, 0], conv3.weight[:, width:, 0]
         points = F.linear(points, of_point).view(-1, group_size, of_point.shape[0])
         points = (points + F.linear(pooled, of_group, conv3.bias).unsqueeze(1)).flatten(0, 1)
         points = _rowwise(conv4, relu2(norm2(points)))
-        return points.view(batch, num_group, group_size, -1).amax(2)
+        return max_over_group(points.view(batch * num_group, group_size, -1)).view(batch, num_group, -1)
+
+
+def max_over_group(x: Tensor) -> Tensor:
+    """Map x (G, S, C) to the maximum over S, (G, C); equal maxima share the gradient, as with `amax`."""
+    return _GroupMax.apply(x) if torch.is_grad_enabled() and x.requires_grad else x.amax(1)
+
+
+class _GroupMax(torch.autograd.Function):
+    """`amax` over dimension 1. Its own backward counts equal maxima in int64, which costs several times the rest."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+        largest = x.amax(1)
+        ctx.save_for_backward(x, largest)
+        return largest
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
+        x, largest = ctx.saved_tensors
+        is_largest = torch.eq(x, largest.unsqueeze(1)).to(gradient.dtype)
+        return is_largest.mul_((gradient / is_largest.sum(1)).unsqueeze(1))
 
 
 def _rowwise(conv: nn.Conv1d, rows: Tensor) -> Tensor:
