@@ -8,11 +8,11 @@ from .ewa import expert_layers
 
 @torch.no_grad()
 def expert_divergence(model: nn.Module) -> dict[str, float]:
-    """Measure how far the experts of each RUP-MoF layer are from their mean.
+    """Measure how far the experts of each expert layer are from their mean.
 
     Returns:
         For each layer by name: the root mean square over experts of `|W_i - mean|`, relative to `|mean|`, over all
-        weights and biases of the layer. 0 means identical experts. EWA multiplies it by `|1 - b * K / (K - 1)|`.
+        weights and biases of its experts. 0 means identical experts. EWA multiplies it by `|1 - b * K / (K - 1)|`.
 
     Raises:
         ValueError: the model has no expert layer.
@@ -21,7 +21,7 @@ def expert_divergence(model: nn.Module) -> dict[str, float]:
     result = {}
     for layer in expert_layers(model):
         apart = size = 0.0
-        for parameter in layer.parameters():
+        for parameter in layer.expert_parameters():
             stacked = parameter.double()
             mean = stacked.mean(0)
             apart += float((stacked - mean).square().sum()) / layer.num_experts

@@ -1,12 +1,13 @@
-"""Grouped dispatch: cut all tokens into K random groups of equal size, and put the results back.
+"""Grouped dispatch: spread tokens over the slots of K experts, at random or by choice, and put the results back.
 
-Random Uniform Partition (RUP) needs no router, so the whole plan is two index vectors of a length known
-on the host: nothing here waits for the device.
+Random Uniform Partition (RUP) needs no router, so its whole plan is two index vectors of a length known
+on the host: nothing there waits for the device.
 """
 
 import logging
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +18,9 @@ logger = logging.getLogger(__name__)
 class Partition(NamedTuple):
     """Which token stands in which slot of which expert.
 
-    Slots form a (K, capacity) table, flattened. When K does not divide the number of tokens, the last slot
-    of the later experts is idle: it reads token `source` like any other, and its result goes to row
-    `num_tokens`, one past the last token, which `combine` cuts off.
+    Slots form a (K, capacity) table, flattened. Some are idle, such as the last slot of the later experts when K
+    does not divide the number of tokens: an idle slot reads token `source` like any other, and its result goes to
+    row `num_tokens`, one past the last token, which `combine` cuts off.
     """
 
     source: Tensor
@@ -66,17 +67,56 @@ def random_partition(num_tokens: int, num_experts: int, device: torch.device | s
     return Partition(source, target, num_experts, num_tokens)
 
 
+def chosen_partition(chosen: Tensor, num_experts: int, capacity: int | None = None) -> tuple[Partition, Tensor]:
+    """Give every token a slot of each expert that it chose, as long as there are slots.
+
+    First choices come before second ones, earlier tokens before later ones.
+
+    Args:
+        chosen: (num_tokens, k) int64 experts by token, the first choice in column 0.
+        num_experts: K.
+        capacity: slots of an expert; None makes as many as the most wanted expert needs, which waits for the device.
+
+    Returns:
+        The partition, and for each slot (K * capacity,) the index of the choice it serves in `chosen.T.flatten()`;
+        idle slots have the index one past the last.
+
+    Raises:
+        ValueError: there is no token.
+
+    Source: GShard, arXiv 2006.16668, algorithm 1.
+    """
+    num_tokens, num_choices = chosen.shape[0], chosen.numel()
+    _check_counts(num_tokens, 1)
+    choices = chosen.t().flatten()
+    counts = choices.new_zeros(num_experts).scatter_add_(0, choices, torch.ones_like(choices))
+    if capacity is None:
+        capacity = int(counts.max())
+    order = choices.argsort(stable=True)
+    place = torch.arange(num_choices, device=chosen.device) - (counts.cumsum(0) - counts)[choices[order]]
+    # Choices beyond the capacity share one more slot, which is cut off.
+    slot = torch.where(place < capacity, choices[order] * capacity + place, num_experts * capacity)
+    served = choices.new_full((num_experts * capacity + 1,), num_choices).scatter_(0, slot, order)[:-1]
+    token = served % num_tokens
+    return Partition(token, torch.where(served < num_choices, token, num_tokens), num_experts, num_tokens), served
+
+
 def dispatch(tokens: Tensor, partition: Partition) -> Tensor:
     """Gather (num_tokens, C) tokens into their experts' slots: (K, capacity, C)."""
     return tokens.index_select(0, partition.source).view(partition.num_experts, -1, tokens.shape[-1])
 
 
-def combine(outputs: Tensor, partition: Partition) -> Tensor:
-    """Return the experts' (K, capacity, C) outputs to their places: (num_tokens, C), in the dtype of `outputs`."""
-    idle = 0 if partition.target.numel() == partition.num_tokens else 1
-    rows = outputs.new_zeros(partition.num_tokens + idle, outputs.shape[-1])
+def combine(outputs: Tensor, partition: Partition, weights: Tensor | None = None) -> Tensor:
+    """Return the experts' (K, capacity, C) outputs to their places: (num_tokens, C), in the dtype of `outputs`.
+
+    A token in several slots gets the sum of their outputs, each times its entry in `weights` (K * capacity,).
+    """
+    slots = outputs.flatten(0, 1)
+    if weights is not None:
+        slots = (slots * weights.unsqueeze(1)).to(outputs.dtype)
+    rows = outputs.new_zeros(partition.num_tokens + 1, outputs.shape[-1])
     # With `out` given, scatter_sum never reads index.max() on the host.
-    rows = scatter_backend()(outputs.flatten(0, 1), partition.target.unsqueeze(1).expand(-1, outputs.shape[-1]), rows)
+    rows = scatter_backend()(slots, partition.target.unsqueeze(1).expand(-1, outputs.shape[-1]), rows)
     return rows[: partition.num_tokens]
 
 
@@ -85,11 +125,11 @@ def scatter_backend() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Choose the summation once: torch-scatter where it is installed, the same operation of torch otherwise."""
     try:
         from torch_scatter import scatter_sum
-    except (ImportError, OSError) as error:  # OSError: compiled for another torch
+    except (ImportError, OSError, RuntimeError) as error:  # OSError, RuntimeError: compiled for another torch or CUDA
         logger.warning(
             "torch-scatter is not usable (%s); using torch's own scatter_add_, which computes the same. "
             "To install it: pip install --no-build-isolation torch-scatter",
-            str(error).splitlines()[0],
+            str(error).partition("\n")[0],
         )
         return native_scatter_sum
     return lambda source, index, out: scatter_sum(source, index, dim=0, out=out)

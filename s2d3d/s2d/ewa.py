@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .mof import RUPMoF
+from .mof import ExpertLayer
 
 SCHEDULES = ("linear", "constant")
 
@@ -15,14 +15,15 @@ def apply_ewa_(model: nn.Module, share_rate: float) -> int:
 
     Computed as `lerp(W_i, mean_j W_j, b * K / (K - 1))`, which is the same. The mean of the experts stays, deviations
     from it shrink by `1 - b * K / (K - 1)`. A single expert is left alone. b = (K - 1) / K makes the experts equal;
-    above it they overshoot their mean. Under DDP each rank computes the same result without communication.
+    above it they overshoot their mean. Frozen experts are averaged like others. Under DDP each rank computes the same
+    result without communication.
 
     Args:
-        model: any module with RUP-MoF layers inside.
+        model: any module with expert layers inside: RUPMoF, or TopKMoE, whose routers are left alone.
         share_rate: b, in [0, 1].
 
     Returns:
-        The number of RUP-MoF layers that were averaged.
+        The number of expert layers that were averaged.
 
     Raises:
         ValueError: `share_rate` outside [0, 1], or no expert layer in the model.
@@ -43,8 +44,9 @@ class EWA:
     """Applies `apply_ewa_` with a scheduled share rate; call `step()` after every `optimizer.step()`.
 
     With `schedule="linear"` update t of T (t = 0 .. T-1) uses `share_rate * t / (T - 1)`, from 0 to `share_rate`;
-    with "constant" each uses `share_rate`. Updates past T keep the last value. Skip `step()` when the optimizer's own
-    step was skipped (gradient scaler found infinities).
+    with "constant" each uses `share_rate`. Updates past T keep the last value. Early EWA, `stop_fraction` below 1,
+    follows the same schedule for the first `round(stop_fraction * T)` updates and leaves the experts alone after them.
+    Skip `step()` when the optimizer's own step was skipped (gradient scaler found infinities).
 
     Example:
         >>> import timm
@@ -56,7 +58,15 @@ class EWA:
         [0.0, 0.15, 0.3]
     """
 
-    def __init__(self, model: nn.Module, *, share_rate: float, schedule: str = "linear", total_steps: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        share_rate: float,
+        schedule: str = "linear",
+        total_steps: int,
+        stop_fraction: float = 1.0,
+    ) -> None:
         """Prepare averaging for all expert layers that `model` has now.
 
         Args:
@@ -64,6 +74,7 @@ class EWA:
             share_rate: b at the end of the schedule, in [0, (K - 1) / K] for K experts (any of [0, 1] for K = 1).
             schedule: "linear" or "constant".
             total_steps: optimizer updates of the whole training, at least 1.
+            stop_fraction: share of the training after which averaging stops, in (0, 1]; 1 never stops.
 
         Raises:
             ValueError: an argument out of range, or no expert layer in the model.
@@ -73,18 +84,24 @@ class EWA:
             raise ValueError(f"schedule is '{schedule}', must be one of {', '.join(SCHEDULES)}")
         if total_steps < 1:
             raise ValueError(f"total_steps is {total_steps}, must be at least 1")
+        if not 0 < stop_fraction <= 1:
+            raise ValueError(f"stop_fraction is {stop_fraction}, must be in (0, 1]")
         self.layers = expert_layers(model)
         for num_experts in {layer.num_experts for layer in self.layers}:
             bound = max_share_rate(num_experts)
             if share_rate > bound:
                 raise ValueError(
-                    f"share_rate is {share_rate}: above (K-1)/K = {bound:.4g} the {num_experts} experts overshoot their mean"
+                    f"share_rate is {share_rate}: above (K-1)/K = {bound:.4g} "
+                    f"the {num_experts} experts overshoot their mean"
                 )
         self.share_rate, self.schedule, self.total_steps = share_rate, schedule, total_steps
+        self.stop_step = math.inf if stop_fraction == 1 else round(stop_fraction * total_steps)
         self.num_steps = 0
 
     def current_share_rate(self) -> float:
         """Return the share rate of the next step."""
+        if self.num_steps >= self.stop_step:
+            return 0.0
         if self.schedule == "constant":
             return self.share_rate
         return self.share_rate * min(1.0, self.num_steps / max(1, self.total_steps - 1))
@@ -110,22 +127,22 @@ def max_share_rate(num_experts: int) -> float:
     return 1.0 if num_experts == 1 else (num_experts - 1) / num_experts
 
 
-def expert_layers(model: nn.Module) -> list[RUPMoF]:
+def expert_layers(model: nn.Module) -> list[ExpertLayer]:
     """Return the expert layers of a model.
 
     Raises:
         ValueError: there is none.
     """
-    layers = [m for m in model.modules() if isinstance(m, RUPMoF)]
+    layers = [m for m in model.modules() if isinstance(m, ExpertLayer)]
     if not layers:
         raise ValueError("the model has no RUP-MoF layer to average: call convert_to_mof_ first")
     return layers
 
 
 @torch.no_grad()
-def _average_layers_(layers: list[RUPMoF], share_rate: float) -> int:
+def _average_layers_(layers: list[ExpertLayer], share_rate: float) -> int:
     for layer in layers:
-        for parameter in layer.parameters():
+        for parameter in layer.expert_parameters():
             _average_(parameter, share_rate)
     return len(layers)
 

@@ -1,13 +1,14 @@
-"""RUP-MoF: a mixture of FFNs in which every token passes exactly one expert, chosen by random uniform partition."""
+"""Expert layers: K stacked FFNs in the place of one. RUP-MoF gives every token one expert by random uniform partition."""
 
 import copy
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .dispatch import combine, dispatch, random_partition
+from .dispatch import Partition, combine, dispatch, random_partition
 
 
 class StackedLinear(nn.Module):
@@ -17,42 +18,53 @@ class StackedLinear(nn.Module):
     of `nn.Linear`, so that optimizer helpers which go by name do not decay the biases.
     """
 
-    def __init__(self, linear: nn.Linear, num_experts: int) -> None:
-        """Stack `num_experts` copies of `linear`, in its dtype and on its device."""
+    def __init__(self, linear: nn.Module, num_experts: int, averaged_in_eval: bool = True) -> None:
+        """Stack `num_experts` copies of `linear`, in its dtype and on its device.
+
+        Args:
+            linear: see `is_linear`.
+            num_experts: K.
+            averaged_in_eval: in evaluation use the mean of the experts; otherwise the experts as in training.
+        """
         super().__init__()
-        self.num_experts, self.in_features, self.out_features = num_experts, linear.in_features, linear.out_features
-        self.weight = _stack(linear.weight, num_experts, transpose=True)
+        self.num_experts, self.averaged_in_eval = num_experts, averaged_in_eval
+        self.input_first = not isinstance(linear, nn.Linear)
+        self.in_features, self.out_features = linear_features(linear)
+        self.weight = _stack(linear.weight, num_experts, transpose=not self.input_first)
         self.bias = None if linear.bias is None else _stack(linear.bias, num_experts)
+        # The linear layer without its weights: what `averaged_linear` fills again.
+        object.__setattr__(self, "_shell", copy.deepcopy(linear, {id(parameter): None for parameter in linear.parameters()}))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Training: x (K, capacity, in), one slice for each expert. Evaluation: x (..., in) through the mean expert."""
-        if not self.training:
+        """Map x (K, capacity, in), one slice for each expert; in evaluation x (..., in) through the mean expert."""
+        if self.averaged_in_eval and not self.training:
             weight, bias = self.averaged()
-            return F.linear(x, weight, bias)
+            return F.linear(x, weight.t() if self.input_first else weight, bias)
         if self.bias is None:
             return torch.bmm(x, self.weight)
         return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight)
 
     def averaged(self) -> tuple[Tensor, Tensor | None]:
-        """Return the mean over experts in `nn.Linear` layout: weight (out, in), bias (out,) or None."""
+        """Return the mean over experts in the layout of the linear layer: weight (out, in), bias (out,) or None."""
         # One contiguous copy here and in `averaged_linear`: equal layout, hence equal bits before and after a merge.
-        weight = mean_over_experts(self.weight).t().contiguous()
+        weight = mean_over_experts(self.weight)
+        weight = weight if self.input_first else weight.t().contiguous()
         return weight, None if self.bias is None else mean_over_experts(self.bias)
 
     @torch.no_grad()
-    def averaged_linear(self) -> nn.Linear:
-        """Build the `nn.Linear` that holds the mean of the experts; keeps dtype, device, requires_grad and mode."""
+    def averaged_linear(self) -> nn.Module:
+        """Build the linear layer that holds the mean of the experts; keeps class, dtype, device, requires_grad and mode."""
         weight, bias = self.averaged()
-        linear = nn.utils.skip_init(nn.Linear, self.in_features, self.out_features, bias=bias is not None, device="cpu")
+        linear = copy.deepcopy(self._shell)
         linear.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
         if bias is not None:
             linear.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
         return linear.train(self.training)
 
     @torch.no_grad()
-    def load_expert_(self, expert: int, linear: nn.Linear) -> None:
+    def load_expert_(self, expert: int, linear: nn.Module) -> None:
         """Overwrite one expert with the weights of `linear`."""
-        self.weight[expert].copy_(linear.weight.t())
+        self.weight[expert].copy_(linear.weight if self.input_first else linear.weight.t())
         if self.bias is not None:
             self.bias[expert].copy_(linear.bias)
 
@@ -60,25 +72,26 @@ class StackedLinear(nn.Module):
         return f"{self.num_experts} x ({self.in_features} -> {self.out_features}), bias={self.bias is not None}"
 
 
-class RUPMoF(nn.Module):
-    """K experts of one FFN's form and size. No router, no balancing loss, no dropped token.
+class Plan(NamedTuple):
+    """How one call of an expert layer spread its tokens, for the way back."""
 
-    In training all tokens of the batch are shuffled and cut into K groups whose sizes differ by at most one;
-    group i passes expert i. In evaluation every token passes the mean of the experts, which is the dense FFN
-    that `averaged_expert` returns and `merge_experts` leaves behind. Both cost the FLOPs of one FFN.
+    partition: Partition
+    weights: Tensor | None
+    """(K * capacity,): factor of each slot's output; None means 1."""
+    shape: torch.Size
+    """Shape of the tokens without channels."""
+
+
+class ExpertLayer(nn.Module):
+    """K experts of one FFN's form and size; what decides which tokens pass which expert is up to `dispatch`.
 
     The experts run the forward method of the FFN that they replace, on (K, capacity, C) tensors with its linear
-    layers stacked, so any FFN works that treats tokens independently through `nn.Linear` layers, activations
-    and dropout: plain, gated, or with several activations. Linear layers keep their names (`mlp.fc1.weight`).
-
-    Source: Sparse-to-Dense Training, IEEE TCSVT 2025 (doi 10.1109/TCSVT.2025.3586550); arXiv 2308.06093, section 3.
-
-    Example:
-        >>> import timm
-        >>> layer = RUPMoF(timm.layers.Mlp(8, 32), num_experts=4)
-        >>> layer(torch.randn(2, 6, 8)).shape
-        torch.Size([2, 6, 8])
+    layers stacked, so any FFN works that treats tokens independently through linear layers, activations and dropout:
+    plain, gated, or with several activations. Linear layers keep their names (`mlp.fc1.weight`); norm layers over the
+    channels between them stay single, the experts share them.
     """
+
+    averaged_in_eval = True
 
     def __init__(self, ffn: nn.Module, num_experts: int) -> None:
         """Build K copies of `ffn`, which is left untouched.
@@ -89,14 +102,15 @@ class RUPMoF(nn.Module):
 
         Raises:
             ValueError: `num_experts` below 1.
-            TypeError: `ffn` has no linear layer, or parameters or buffers outside its linear layers.
+            TypeError: `ffn` has no linear layer, or state that experts cannot have, see `check_ffn`.
         """
         super().__init__()
         if num_experts < 1:
             raise ValueError(f"num_experts is {num_experts}, must be at least 1")
         check_ffn(ffn)
         self.num_experts = num_experts
-        template = copy.deepcopy(ffn, {id(m): StackedLinear(m, num_experts) for m in ffn.modules() if isinstance(m, nn.Linear)})
+        linears = [m for m in ffn.modules() if is_linear(m)]
+        template = copy.deepcopy(ffn, {id(m): StackedLinear(m, num_experts, self.averaged_in_eval) for m in linears})
         # The children are registered here, under their own names; the template only lends its forward method.
         object.__setattr__(self, "_template", template)
         self._modules.update(template._modules)
@@ -106,14 +120,20 @@ class RUPMoF(nn.Module):
         """Map tokens x (..., C) to (..., D).
 
         Raises:
-            ValueError: in training, when the batch has fewer tokens than experts.
+            ValueError: the batch has too few tokens.
         """
-        if not self.training:
-            return self._template(x)
-        tokens = x.reshape(-1, x.shape[-1])
-        partition = random_partition(tokens.shape[0], self.num_experts, x.device)
-        outputs = self._template(dispatch(tokens, partition))
-        return combine(outputs, partition).view(*x.shape[:-1], outputs.shape[-1])
+        slots, plan = self.dispatch(x)
+        return self.combine(self._template(slots), plan)
+
+    def dispatch(self, x: Tensor) -> tuple[Tensor, Plan | None]:
+        """Spread tokens x (..., C) over the slots (K, capacity, C) of the experts; plan None: x goes on as it is."""
+        raise NotImplementedError
+
+    def combine(self, outputs: Tensor, plan: Plan | None) -> Tensor:
+        """Return the outputs (K, capacity, D) of the slots to the places of their tokens: (..., D)."""
+        if plan is None:
+            return outputs
+        return combine(outputs, plan.partition, plan.weights).view(*plan.shape, outputs.shape[-1])
 
     def averaged_expert(self) -> nn.Module:
         """Return the mean of the experts as an FFN of the original class, with keys as before the conversion."""
@@ -123,7 +143,11 @@ class RUPMoF(nn.Module):
         """Iterate over (name, layer) of the stacked linear layers."""
         return ((name, m) for name, m in self.named_modules() if isinstance(m, StackedLinear))
 
-    def train(self, mode: bool = True) -> "RUPMoF":
+    def expert_parameters(self) -> Iterator[nn.Parameter]:
+        """Iterate over the parameters that each expert has for itself, stacked: dimension 0 is the expert."""
+        return (parameter for _, layer in self.stacked_layers() for parameter in layer.parameters())
+
+    def train(self, mode: bool = True) -> "ExpertLayer":
         """Set the mode here and in the template, whose forward may look at its own `training`."""
         super().train(mode)
         self._template.train(mode)
@@ -133,20 +157,66 @@ class RUPMoF(nn.Module):
         return f"{type(self._template).__name__}, num_experts={self.num_experts}"
 
 
+class RUPMoF(ExpertLayer):
+    """K experts of one FFN's form and size. No router, no balancing loss, no dropped token.
+
+    In training all tokens of the batch are shuffled and cut into K groups whose sizes differ by at most one;
+    group i passes expert i. In evaluation every token passes the mean of the experts, which is the dense FFN
+    that `averaged_expert` returns and `merge_experts` leaves behind. Both cost the FLOPs of one FFN.
+
+    Source: Sparse-to-Dense Training, IEEE TCSVT 2025 (doi 10.1109/TCSVT.2025.3586550); arXiv 2308.06093, section 3.
+
+    Example:
+        >>> import timm
+        >>> layer = RUPMoF(timm.layers.Mlp(8, 32), num_experts=4)
+        >>> layer(torch.randn(2, 6, 8)).shape
+        torch.Size([2, 6, 8])
+    """
+
+    def dispatch(self, x: Tensor) -> tuple[Tensor, Plan | None]:
+        """Training: cut the tokens at random, raising ValueError when there are fewer than experts; evaluation: none."""
+        if not self.training:
+            return x, None
+        tokens = x.reshape(-1, x.shape[-1])
+        partition = random_partition(tokens.shape[0], self.num_experts, x.device)
+        return dispatch(tokens, partition), Plan(partition, None, x.shape[:-1])
+
+
 def check_ffn(ffn: nn.Module) -> None:
     """Refuse a module that cannot become experts.
 
     Raises:
-        TypeError: it has no linear layer, or parameters or buffers that do not belong to a linear layer.
+        TypeError: it has no linear layer, or parameters or buffers that belong neither to a linear layer nor to a norm
+            layer between the linear layers.
     """
-    owned = [m for m in ffn.modules() if isinstance(m, nn.Linear)]
-    if not owned or isinstance(ffn, nn.Linear):
+    linears = [m for m in ffn.modules() if is_linear(m)]
+    if not linears or is_linear(ffn):
         raise TypeError(f"{type(ffn).__name__} is not an FFN with nn.Linear layers inside")
-    known = {id(tensor) for m in owned for tensor in m.parameters(recurse=False)}
+    owners = list(linears)
+    if len(linears) > 1 and all(any(linear is child for child in ffn.children()) for linear in linears):
+        # Norms over the channels treat tokens one by one. Deeper linear layers might be those of an attention.
+        owners += [m for m in ffn.children() if isinstance(m, (nn.LayerNorm, nn.RMSNorm))]
+    known = {id(parameter) for m in owners for parameter in (m.weight, getattr(m, "bias", None))}
     state = [*ffn.named_parameters(), *ffn.named_buffers()]
     foreign = [name for name, tensor in state if id(tensor) not in known]
     if foreign:
         raise TypeError(f"{type(ffn).__name__} holds state outside its linear layers ({', '.join(foreign)})")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Tell whether a module is `nn.Linear`, or the same with weight (in, out) and its output features as `nf` (GPT-2)."""
+    if isinstance(module, nn.Linear):
+        return True
+    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+    if weight is None or bias is None or len(list(module.parameters())) > 2:
+        return False
+    return weight.dim() == 2 and weight.shape[1:] == bias.shape == (getattr(module, "nf", None),)
+
+
+def linear_features(linear: nn.Module) -> tuple[int, int]:
+    """Return the input and output features of a linear layer."""
+    shape = linear.weight.shape
+    return (shape[1], shape[0]) if isinstance(linear, nn.Linear) else (shape[0], shape[1])
 
 
 def mean_over_experts(stacked: Tensor) -> Tensor:

@@ -1,0 +1,136 @@
+"""The classic mixture of experts: a learned top-k gate with a load-balancing loss, the baseline of RUP-MoF."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .dispatch import chosen_partition, dispatch
+from .mof import ExpertLayer, Plan
+
+
+class TopKMoE(ExpertLayer):
+    """K experts of one FFN's form and size, of which a router chooses `top_k` for each token.
+
+    The gate is a softmax over all experts of a linear router without bias, in float32. A token's output is the sum of
+    its experts' outputs, weighted by their gates. Routing is the same in training and in evaluation, so the experts
+    stay: no dense FFN equals this layer. It costs the FLOPs of `top_k` FFNs.
+
+    After each forward pass `balance_loss` holds the load-balancing loss `K * sum_i f_i P_i`, where f_i is the share of
+    all choices that fell on expert i and P_i its mean gate over the tokens: 1 when balanced, K when all choose one
+    expert and are sure of it. `dropped_fraction` holds the share of choices that found no free slot.
+
+    Source: Shazeer et al. 2017, arXiv 1701.06538; GShard, arXiv 2006.16668; Switch Transformer, arXiv 2101.03961,
+    equations 4 to 6 (the loss, there with top_k = 1).
+
+    Example:
+        >>> import timm
+        >>> layer = TopKMoE(timm.layers.Mlp(8, 32), num_experts=4, top_k=2)
+        >>> layer(torch.randn(2, 6, 8)).shape
+        torch.Size([2, 6, 8])
+        >>> bool(1 <= layer.balance_loss <= 4), float(layer.dropped_fraction)
+        (True, 0.0)
+    """
+
+    averaged_in_eval = False
+    balance_loss: Tensor | None = None
+    dropped_fraction: Tensor | None = None
+
+    def __init__(
+        self,
+        ffn: nn.Module,
+        num_experts: int,
+        top_k: int = 2,
+        *,
+        capacity_factor: float | None = None,
+        renormalize: bool | None = None,
+    ) -> None:
+        """Build K copies of `ffn`, which is left untouched, and a router.
+
+        Args:
+            ffn: maps (..., C) to (..., D) token by token; its first linear layer reads the tokens.
+            num_experts: K, at least 1.
+            top_k: experts of a token, in [1, K].
+            capacity_factor: in training an expert serves at most `ceil(capacity_factor * top_k * num_tokens / K)`
+                tokens of the batch and drops further ones, which get nothing from it; greater than 0. None drops
+                nothing. Evaluation never drops: a sample's result does not depend on the rest of its batch.
+            renormalize: divide the gates of a token by their sum over its `top_k` experts. Default: for `top_k > 1`,
+                as in GShard; with one expert the gate would always be 1 and teach the router nothing.
+
+        Raises:
+            ValueError: an argument out of range.
+            TypeError: `ffn` cannot become experts.
+        """
+        super().__init__(ffn, num_experts)
+        check_top_k(num_experts, top_k, capacity_factor)
+        self.top_k, self.capacity_factor = top_k, capacity_factor
+        self.renormalize = top_k > 1 if renormalize is None else renormalize
+        first = next(layer for _, layer in self.stacked_layers())
+        dtype = torch.promote_types(first.weight.dtype, torch.float32)
+        self.router = nn.Linear(first.in_features, num_experts, bias=False, device=first.weight.device, dtype=dtype)
+        nn.init.normal_(self.router.weight, std=0.02)
+
+    def dispatch(self, x: Tensor) -> tuple[Tensor, Plan]:
+        """Let every token choose its experts; raises ValueError when there is none."""
+        tokens = x.reshape(-1, x.shape[-1])
+        probabilities = self._gate(tokens)
+        gates, chosen = probabilities.topk(self.top_k, dim=1)
+        if self.renormalize:
+            gates = gates / gates.sum(1, keepdim=True)
+        capacity = None
+        if self.capacity_factor is not None and self.training:
+            capacity = min(math.ceil(self.capacity_factor * chosen.numel() / self.num_experts), tokens.shape[0])
+        partition, served = chosen_partition(chosen, self.num_experts, capacity)
+        weights = F.pad(gates.t().flatten(), (0, 1)).index_select(0, served)
+
+        load = F.one_hot(chosen, self.num_experts).to(gates.dtype).mean((0, 1))
+        self.balance_loss = self.num_experts * (load * probabilities.mean(0)).sum()
+        self.dropped_fraction = 1 - (served < chosen.numel()).sum() / chosen.numel()
+        return dispatch(tokens, partition), Plan(partition, weights, x.shape[:-1])
+
+    def _gate(self, tokens: Tensor) -> Tensor:
+        """Return the gates (num_tokens, K) of all experts, in float32 (float64 for tokens in float64)."""
+        dtype = torch.promote_types(tokens.dtype, torch.float32)
+        with torch.autocast(tokens.device.type, enabled=False):
+            return F.linear(tokens.to(dtype), self.router.weight.to(dtype)).softmax(1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What the last batch left is part of its autograd graph, which can be neither copied nor pickled.
+        return {key: value for key, value in self.__dict__.items() if key not in ("balance_loss", "dropped_fraction")}
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, top_k={self.top_k}, capacity_factor={self.capacity_factor}"
+
+
+def balance_loss(model: nn.Module) -> Tensor:
+    """Add up the load-balancing losses that the TopKMoE layers of a model have of their last forward pass.
+
+    Add it to the task's loss, times a weight such as 0.01.
+
+    Raises:
+        ValueError: the model has no such layer, or one that has not run yet.
+
+    Example:
+        >>> import timm
+        >>> from s2d3d import MoFConfig, convert_to_mof_
+        >>> model = timm.create_model("vit_tiny_patch16_224", depth=2)
+        >>> _ = convert_to_mof_(model, MoFConfig(kind="topk"))
+        >>> loss = model(torch.randn(1, 3, 224, 224)).square().mean() + 0.01 * balance_loss(model)
+        >>> loss.backward()
+    """
+    losses = [module.balance_loss for module in model.modules() if isinstance(module, TopKMoE)]
+    if not losses:
+        raise ValueError("the model has no TopKMoE layer: convert it with MoFConfig(kind='topk')")
+    if any(loss is None for loss in losses):
+        raise ValueError("a TopKMoE layer has not run yet: call the model first")
+    return torch.stack(losses).sum()
+
+
+def check_top_k(num_experts: int, top_k: int, capacity_factor: float | None) -> None:
+    """Raise ValueError when a setting of the router is out of range."""
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k is {top_k}, must be in [1, num_experts] = [1, {num_experts}]")
+    if capacity_factor is not None and not (math.isfinite(capacity_factor) and capacity_factor > 0):
+        raise ValueError(f"capacity_factor is {capacity_factor}, must be greater than 0, or None to drop nothing")
