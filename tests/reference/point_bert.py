@@ -136,7 +136,7 @@ class TransformerEncoder(nn.Module):
 
     def __init__(self, dim, depth, num_heads, mlp_ratio, drop_path_rate):
         super().__init__()
-        rates = torch.linspace(0, drop_path_rate, depth).tolist()
+        rates = [drop_path_rate * index / max(depth - 1, 1) for index in range(depth)]
         self.blocks = nn.ModuleList([Block(dim, num_heads, mlp_ratio, rate) for rate in rates])
 
     def forward(self, x, pos):

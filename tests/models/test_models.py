@@ -1,0 +1,215 @@
+"""What holds for every model of the registry, and for the layers they are made of."""
+
+import inspect
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from s2d3d.engine.optim import no_decay_names
+from s2d3d.errors import InputError
+from s2d3d.models import create_model, list_models, model_kwargs
+from s2d3d.models.layers import GroupEncoder, max_over_group
+
+SHALLOW = {"depth": 2}
+"""Full width, two blocks: every kind of layer at a fraction of the time."""
+
+
+def build(name, **kwargs):
+    shallow = {key: value for key, value in SHALLOW.items() if key in model_kwargs(name)}
+    return create_model(name, num_classes=7, **{**shallow, **kwargs})
+
+
+def clouds(batch=2, count=128, channels=3):
+    return torch.rand(batch, count, channels) * 2 - 1
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_shapes_finite_outputs_and_determinism(name):
+    model = build(name).eval()
+    points = clouds()
+    copy = points.clone()
+    with torch.no_grad():
+        logits = model(points)
+        again = model(points)
+        single = model(points[1:])
+    assert logits.shape == (2, 7) and logits.dtype == torch.float32 and torch.isfinite(logits).all()
+    assert torch.equal(logits, again) and torch.equal(points, copy)
+    assert torch.allclose(single, logits[1:], atol=1e-5), "a cloud's logits do not depend on its batch"
+    assert (logits[0] - logits[1]).abs().max() > 1e-6, "they do depend on the cloud"
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_parameter_gets_a_gradient(name):
+    model = build(name, drop_path_rate=0.0).train()
+    model(clouds(batch=4)).square().sum().backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), key
+        assert parameter.grad.any(), key
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_training_mode_is_random_and_follows_the_global_generator(name):
+    model = build(name).train()
+    points = clouds(batch=4)
+    torch.manual_seed(1)
+    first = model(points)
+    second = model(points)
+    torch.manual_seed(1)
+    assert not torch.equal(first, second) and torch.equal(first, model(points))
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_one_seed_gives_one_model(name):
+    torch.manual_seed(3)
+    first = build(name).state_dict()
+    torch.manual_seed(3)
+    second = build(name).state_dict()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_initial_weights_are_small_and_biases_zero(name):
+    for key, module in build(name).named_modules():
+        if isinstance(module, nn.Linear):
+            assert 0.015 < module.weight.std() < 0.025, key
+            assert module.bias is None or not module.bias.any(), key
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_additional_channels_are_used_and_do_not_move_the_groups(name):
+    model = build(name, in_channels=6).eval()
+    points = clouds(channels=6)
+    changed = points.clone()
+    changed[..., 3:] += 1
+    with torch.no_grad():
+        assert not torch.equal(model(points), model(changed))
+        model.encoder.first_conv[0].weight[:, 3:] = 0
+        assert torch.equal(model(points), model(changed))
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_order_of_points_does_not_matter_behind_the_first(name):
+    """Sampling starts at index 0; all that follows is a function of the set."""
+    model = build(name).eval()
+    points = clouds()
+    shuffled = torch.cat([points[:, :1], points[:, 1:].flip(1)], dim=1)
+    with torch.no_grad():
+        assert torch.allclose(model(points), model(shuffled), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_fewer_points_than_groups_or_than_a_group(name):
+    model = build(name, num_group=24, group_size=16)
+    with pytest.raises(ValueError, match=r"23 points per cloud are too few for num_group=24 and group_size=16"):
+        model(clouds(count=23))
+    with pytest.raises(ValueError, match=r"23 points per cloud are too few"):
+        build(name, num_group=16, group_size=24)(clouds(count=23))
+    assert model.eval()(clouds(count=24)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"num_heads": 5}, "num_heads is 5, must divide trans_dim"),
+        ({"num_heads": 0}, "num_heads is 0, must divide trans_dim"),
+        ({"depth": 0}, "depth is 0, must be at least 1"),
+        ({"trans_dim": 0}, "trans_dim is 0, must be at least 1"),
+        ({"num_group": 0}, "num_group is 0, must be at least 1"),
+        ({"group_size": -1}, "group_size is -1, must be at least 1"),
+        ({"encoder_dims": 0}, "encoder_dims is 0, must be at least 1"),
+        ({"encoder_width": 0}, "encoder_width is 0, must be at least 1"),
+        ({"mlp_ratio": 0.0}, "head_dim is 0"),
+        ({"drop_path_rate": 1.0}, r"drop_path_rate is 1.0, must be in \[0, 1\)"),
+        ({"head_dropout": -0.1}, r"head_dropout is -0.1, must be in \[0, 1\)"),
+        ({"in_channels": 2}, r"in_channels is 2, must be at least 3"),
+    ],
+)
+def test_values_out_of_range(name, kwargs, message):
+    with torch.device("meta"), pytest.raises(ValueError, match=message):
+        build(name, **kwargs)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_no_classes(name):
+    with pytest.raises(ValueError, match="num_classes is 0, must be at least 1"):
+        create_model(name, num_classes=0)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_weight_decay_spares_vectors_and_the_class_token_alone(name):
+    """As published: `cls_pos` is decayed."""
+    model = build(name)
+    spared = no_decay_names(model)
+    assert spared == {key for key, p in model.named_parameters() if p.dim() == 1} | {"cls_token"}
+    assert "cls_pos" not in spared
+
+
+# Registry
+
+
+def test_list_models_filters_by_pattern():
+    assert list_models() == sorted(list_models())
+    assert list_models("point_bert*") == ["point_bert", "point_bert_small", "point_bert_tiny"]
+    assert list_models("resnet*") == []
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_model_kwargs_are_what_create_model_takes(name):
+    defaults = model_kwargs(name)
+    assert not {"num_classes", "in_channels"} & defaults.keys()
+    with torch.device("meta"):
+        plain, spelled_out = create_model(name, num_classes=3), create_model(name, num_classes=3, **defaults)
+    assert repr(plain) == repr(spelled_out)
+
+
+def test_unknown_names_get_the_nearest():
+    with pytest.raises(InputError, match=r"unknown model 'point_brt'; did you mean 'point_bert'\? \(known: .*_tiny"):
+        create_model("point_brt", num_classes=2)
+    with pytest.raises(InputError, match=r"model 'point_bert' has no parameter 'dept'; did you mean 'depth'\?"):
+        create_model("point_bert", num_classes=2, dept=3)
+    with pytest.raises(InputError, match="unknown model 'x'"):
+        model_kwargs("x")
+
+
+def test_sizes_are_ordered():
+    sizes = []
+    for name in ("point_bert_tiny", "point_bert_small", "point_bert"):
+        with torch.device("meta"):
+            sizes.append(sum(p.numel() for p in create_model(name, num_classes=40).parameters()))
+    assert all(2 * small < large for small, large in itertools.pairwise(sizes))
+
+
+def test_models_know_nothing_of_the_engine():
+    import s2d3d.models as package
+
+    for module in (package, package.layers, package.point_bert):
+        imports = [line for line in inspect.getsource(module).splitlines() if line.startswith(("import", "from"))]
+        assert not [line for line in imports if "engine" in line or "datasets" in line]
+
+
+# Layers
+
+
+def test_maximum_over_a_group_equals_amax_in_value_and_gradient_with_ties():
+    x = torch.randint(4, (5, 6, 7)).double()
+    x[0] = 1.0
+    ours, theirs = (x.clone().requires_grad_() for _ in range(2))
+    weight = torch.randn(5, 7, dtype=torch.double)
+    (max_over_group(ours) * weight).sum().backward()
+    (theirs.amax(1) * weight).sum().backward()
+    assert torch.equal(max_over_group(ours), theirs.amax(1))
+    assert torch.allclose(ours.grad, theirs.grad, atol=1e-12) and ours.grad.any()
+    with torch.no_grad():
+        assert torch.equal(max_over_group(x), x.amax(1))
+
+
+def test_group_encoder_equals_its_convolutions_without_the_split():
+    encoder = GroupEncoder(5, 24, encoder_width=8).eval()
+    groups = torch.randn(2, 3, 4, 5)
+    points = encoder.first_conv(groups.flatten(0, 1).transpose(1, 2))
+    points = torch.cat([points.amax(2, keepdim=True).expand_as(points), points], dim=1)
+    expected = encoder.second_conv(points).amax(2).view(2, 3, 24)
+    assert torch.allclose(encoder(groups), expected, atol=1e-6)
