@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -22,9 +23,10 @@ class MoFConfig:
     Attributes:
         num_experts: K, at least 1.
         targets: glob patterns over module names (`*` matches dots too); a module matches if any of them does.
-        every: take every n-th match in module order: matches n, 2n, 3n, ... (12 blocks and n = 2: blocks 1, 3, ..., 11).
+        every: take every n-th match in module order: matches n, 2n, 3n, ... (12 blocks, n = 2: blocks 1, 3, ..., 11).
         init: "copy" starts all experts as the dense FFN; "independent" keeps it as expert 0 and draws the others with
-            the model's own initialiser.
+            the model's own initialiser: the `_init_weights(module)` of the outermost module around the FFN that has
+            one (as in timm and Hugging Face), that of `nn.Linear` where none has.
         init_noise: standard deviation of Gaussian noise added to every expert, relative to that of each tensor, >= 0.
 
     Raises:
@@ -56,7 +58,8 @@ class MoFConfig:
 def convert_to_mof_(model: nn.Module, config: MoFConfig = MoFConfig(), filter_fn: FilterFn | None = None) -> list[str]:
     """Replace FFNs of a transformer by RUP-MoF layers, in place.
 
-    Call it before the optimizer, DDP and `torch.compile` take hold of the parameters.
+    Call it before the optimizer, DDP and `torch.compile` take hold of the parameters. An FFN that the model uses in
+    several places is replaced in all of them and counts as one match. The model itself is never a match.
 
     Args:
         model: any model whose FFNs are sub-modules; unchanged when an error is raised.
@@ -67,7 +70,8 @@ def convert_to_mof_(model: nn.Module, config: MoFConfig = MoFConfig(), filter_fn
         The names of the replaced modules, in module order.
 
     Raises:
-        ValueError: nothing matches (the message lists candidates), or the model has experts already.
+        ValueError: nothing matches (the message lists candidates), the model has experts already, a match lies inside
+            another, or shares a parameter with another module.
         TypeError: a match is not an FFN that can become experts.
 
     Source: Sparse-to-Dense Training, IEEE TCSVT 2025 (doi 10.1109/TCSVT.2025.3586550).
@@ -79,23 +83,23 @@ def convert_to_mof_(model: nn.Module, config: MoFConfig = MoFConfig(), filter_fn
     """
     if is_sparse(model):
         raise ValueError("the model has experts already: convert the dense model, or merge it first")
-    matches = [
-        name
-        for name, module in model.named_modules()
-        if any(fnmatchcase(name, target) for target in config.targets) and (filter_fn is None or filter_fn(module, name))
-    ]
-    chosen = matches[config.every - 1 :: config.every]
+    matches = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        wanted = name and any(fnmatchcase(name, target) for target in config.targets)
+        if wanted and module not in matches and (filter_fn is None or filter_fn(module, name)):
+            matches[module] = name
+    chosen = dict(list(matches.items())[config.every - 1 :: config.every])
     if not chosen:
-        raise ValueError(_nothing_to_convert(model, config, matches))
+        raise ValueError(_nothing_to_convert(model, config, len(matches)))
+    _check_apart(model, chosen)
     layers = {}
-    for name in chosen:
+    for ffn, name in chosen.items():
         try:
-            layers[name] = _to_experts(model.get_submodule(name), config, getattr(model, "_init_weights", None))
+            layers[ffn] = _to_experts(ffn, config, _initialiser(model, name))
         except TypeError as error:
             raise TypeError(f"module '{name}' cannot become experts: {error}") from None
-    for name, layer in layers.items():
-        model.set_submodule(name, layer)
-    return chosen
+    _replace_(model, layers)
+    return list(chosen.values())
 
 
 def merge_experts(model: nn.Module, *, inplace: bool = False, check_finite: bool = True) -> nn.Module:
@@ -113,7 +117,8 @@ def merge_experts(model: nn.Module, *, inplace: bool = False, check_finite: bool
         The dense model.
 
     Raises:
-        ValueError: merged weights are not finite (the message names the layer).
+        ValueError: merged weights are not finite (the message names the layer), or `model` is itself a RUP-MoF layer
+            and `inplace` is set.
 
     Example:
         >>> import timm
@@ -123,20 +128,19 @@ def merge_experts(model: nn.Module, *, inplace: bool = False, check_finite: bool
         >>> merge_experts(model).state_dict().keys() == keys
         True
     """
+    if inplace and isinstance(model, RUPMoF):
+        raise ValueError("a RUP-MoF layer cannot turn into its FFN in place: use the result of inplace=False")
     merged = {}
     for name, layer in model.named_modules():
         if isinstance(layer, RUPMoF):
-            merged[name] = layer.averaged_expert()
+            merged[layer] = layer.averaged_expert()
             if check_finite:
-                _check_finite(merged[name], name)
-    if "" in merged:
-        return merged[""]
-    # The memo hands deepcopy the dense layers instead of the experts, which are thus never copied.
-    result = model if inplace else copy.deepcopy(model, {id(model.get_submodule(n)): ffn for n, ffn in merged.items()})
+                _check_finite(merged[layer], name)
     if inplace:
-        for name, ffn in merged.items():
-            model.set_submodule(name, ffn)
-    return result
+        _replace_(model, merged)
+        return model
+    # The memo hands deepcopy the dense layers instead of the experts, which are thus never copied.
+    return copy.deepcopy(model, {id(layer): ffn for layer, ffn in merged.items()})
 
 
 def is_sparse(model: nn.Module) -> bool:
@@ -148,13 +152,16 @@ def _to_experts(ffn: nn.Module, config: MoFConfig, initialise: Callable[[nn.Modu
     experts = RUPMoF(ffn, config.num_experts)
     stacked = dict(experts.stacked_layers())
     if config.init == "independent":
+
+        def redraw(module: nn.Module) -> None:
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+            if initialise is not None:
+                initialise(module)
+
         for expert in range(1, config.num_experts):
-            drawn = copy.deepcopy(ffn)
-            for module in drawn.modules():
-                if isinstance(module, nn.Linear):
-                    module.reset_parameters()
-                if initialise is not None:
-                    initialise(module)
+            # Children first, as everywhere in torch: a gated FFN's own initialiser changes what its layers' have drawn.
+            drawn = copy.deepcopy(ffn).apply(redraw)
             for name, layer in stacked.items():
                 layer.load_expert_(expert, drawn.get_submodule(name))
     if config.init_noise:
@@ -176,10 +183,36 @@ def _check_finite(ffn: nn.Module, name: str) -> None:
         raise ValueError(f"merging '{name}' gives non-finite weights in {', '.join(bad)}: the training has diverged")
 
 
-def _nothing_to_convert(model: nn.Module, config: MoFConfig, matches: list[str]) -> str:
+def _initialiser(model: nn.Module, name: str) -> Callable[[nn.Module], None] | None:
+    parts = name.split(".")
+    owners = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts)))
+    return next((owner._init_weights for owner in owners if hasattr(owner, "_init_weights")), None)
+
+
+def _replace_(model: nn.Module, layers: dict[nn.Module, nn.Module]) -> None:
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in layers:
+            model.set_submodule(name, layers[module])
+
+
+def _check_apart(model: nn.Module, chosen: dict[nn.Module, str]) -> None:
+    uses = Counter(parameter for module in model.modules() for parameter in module.parameters(recurse=False))
+    for ffn, name in chosen.items():
+        for other in ffn.modules():
+            if other is not ffn and other in chosen:
+                raise ValueError(f"module '{chosen[other]}' lies inside '{name}', which matches too: narrow targets")
+        tied = [key for key, parameter in ffn.named_parameters() if uses[parameter] > 1]
+        if tied:
+            raise ValueError(f"module '{name}' shares {', '.join(tied)} with another module, experts would untie them")
+
+
+def _nothing_to_convert(model: nn.Module, config: MoFConfig, num_matches: int) -> str:
     wanted = ", ".join(f"'{target}'" for target in config.targets)
-    if matches:
-        return f"every={config.every} takes none of the {len(matches)} modules that match {wanted}: use every <= {len(matches)}"
+    if num_matches:
+        return (
+            f"every={config.every} takes none of the {num_matches} modules that match {wanted}: "
+            f"use every <= {num_matches}"
+        )
     candidates = [name for name, module in model.named_modules() if name and _is_ffn_like(module)]
     if not candidates:
         return f"no module matches {wanted}, and the model has no FFN to convert"
@@ -196,5 +229,3 @@ def _is_ffn_like(module: nn.Module) -> bool:
     except TypeError:
         return False
     return linears[0].in_features == linears[-1].out_features
-
-
