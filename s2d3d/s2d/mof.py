@@ -108,6 +108,7 @@ class ExpertLayer(nn.Module):
         if num_experts < 1:
             raise ValueError(f"num_experts is {num_experts}, must be at least 1")
         check_ffn(ffn)
+        _check_token_by_token(ffn)
         self.num_experts = num_experts
         linears = [m for m in ffn.modules() if is_linear(m)]
         template = copy.deepcopy(ffn, {id(m): StackedLinear(m, num_experts, self.averaged_in_eval) for m in linears})
@@ -192,6 +193,9 @@ def check_ffn(ffn: nn.Module) -> None:
     linears = [m for m in ffn.modules() if is_linear(m)]
     if not linears or is_linear(ffn):
         raise TypeError(f"{type(ffn).__name__} is not an FFN with nn.Linear layers inside")
+    for linear in linears:
+        if isinstance(linear, nn.Linear) and type(linear).forward is not nn.Linear.forward:
+            raise TypeError(f"{type(ffn).__name__} holds a {type(linear).__name__}, which is more than an nn.Linear")
     owners = list(linears)
     if len(linears) > 1 and all(any(linear is child for child in ffn.children()) for linear in linears):
         # Norms over the channels treat tokens one by one. Deeper linear layers might be those of an attention.
@@ -201,6 +205,29 @@ def check_ffn(ffn: nn.Module) -> None:
     foreign = [name for name, tensor in state if id(tensor) not in known]
     if foreign:
         raise TypeError(f"{type(ffn).__name__} holds state outside its linear layers ({', '.join(foreign)})")
+
+
+@torch.no_grad()
+def _check_token_by_token(ffn: nn.Module) -> None:
+    """Run a copy of `ffn` on a few tokens and on one of them alone: attention, for one, gives another result."""
+    linears = [m for m in ffn.modules() if is_linear(m)]
+    if any(m.weight.is_meta for m in linears) or type(ffn).forward is nn.Module.forward:
+        return
+    probe, problems = copy.deepcopy(ffn).float().eval(), []
+    for width in dict.fromkeys(linear_features(m)[0] for m in linears):  # the first one need not read the input
+        tokens = torch.arange(6.0 * width, device=linears[0].weight.device).sin().view(2, 3, width)
+        try:
+            together, alone = probe(tokens), probe(tokens[:1, :1])
+        except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+            problems.append(str(error).partition("\n")[0])
+            continue
+        if not isinstance(together, Tensor) or together.shape[:-1] != tokens.shape[:-1]:
+            raise TypeError(f"{type(ffn).__name__} does not return one vector for each token")
+        # Loose, for autocast; other tokens change an output by far more.
+        if not torch.allclose(together[:1, :1], alone, rtol=0, atol=0.01 * float(together.abs().max()), equal_nan=True):
+            raise TypeError(f"{type(ffn).__name__} mixes tokens; an FFN treats each of them by itself")
+        return
+    raise TypeError(f"{type(ffn).__name__} does not run on tokens (groups, tokens, channels): {problems[0]}")
 
 
 def is_linear(module: nn.Module) -> bool:
