@@ -19,6 +19,7 @@ _MODELS: dict[str, tuple[Callable[..., nn.Module], dict[str, object]]] = {
         PointBERT,
         dict(trans_dim=96, depth=4, num_heads=3, num_group=32, group_size=16, encoder_dims=64, encoder_width=32),
     ),
+    "point_mae": (PointBERT, dict(encoder_dims=384, variant="mae")),
 }
 
 

@@ -1,4 +1,4 @@
-"""Point-BERT style classifiers: point groups become tokens of a plain transformer.
+"""Point-BERT and Point-MAE style classifiers: point groups become tokens of a plain transformer.
 
 State-dict keys and shapes are those of the published classifiers, so that their checkpoints load.
 """
@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from ..ops import group_points
 from .layers import GroupEncoder, TransformerEncoder
 
+VARIANTS = ("bert", "mae")
+
 
 class PointBERT(nn.Module):
-    """Point-BERT classifier (Yu et al. 2022, arXiv 2111.14819).
+    """Point-BERT classifier (Yu et al. 2022, arXiv 2111.14819), and Point-MAE's (Pang et al. 2022, arXiv 2203.06604).
 
     Farthest-point centres and their neighbours form groups; a mini-PointNet makes a token of each; a transformer with
     a class token follows; the head reads the class token concatenated with the maximum over the others.
@@ -33,8 +35,9 @@ class PointBERT(nn.Module):
         drop_path_rate: float = 0.1,
         head_dropout: float = 0.5,
         fps_skip_origin: bool = True,
+        variant: str = "bert",
     ) -> None:
-        """Build the classifier; the defaults are the published ViT-S.
+        """Build the classifier; the defaults are the published Point-BERT of ViT-S size.
 
         Args:
             num_classes: outputs of the head.
@@ -50,6 +53,8 @@ class PointBERT(nn.Module):
             drop_path_rate: of the last block, growing linearly from 0; in [0, 1).
             head_dropout: in the classification head, in [0, 1).
             fps_skip_origin: farthest point sampling never picks points within sqrt(1e-3) of the origin, as published.
+            variant: "bert", or "mae": tokens straight from the group encoder, without `reduce_dim` between; a deeper
+                head with BatchNorm; class token and position drawn from a truncated normal of deviation 0.02.
 
         Raises:
             ValueError: a value out of range.
@@ -64,18 +69,23 @@ class PointBERT(nn.Module):
         )
         if in_channels < 3:
             raise ValueError(f"in_channels is {in_channels}, must be at least 3 (x, y, z)")
+        if variant not in VARIANTS:
+            raise ValueError(f"variant is '{variant}', must be one of {', '.join(VARIANTS)}")
+        if variant == "mae" and encoder_dims != trans_dim:
+            raise ValueError(f"encoder_dims is {encoder_dims}, must equal trans_dim {trans_dim} in variant 'mae'")
         self.num_group, self.group_size, self.fps_skip_origin = num_group, group_size, fps_skip_origin
         self.encoder = GroupEncoder(in_channels, encoder_dims, encoder_width)
-        self.reduce_dim = nn.Linear(encoder_dims, trans_dim)
+        self.reduce_dim = nn.Linear(encoder_dims, trans_dim) if variant == "bert" else nn.Identity()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, trans_dim))
         self.cls_pos = nn.Parameter(torch.randn(1, 1, trans_dim))
         self.pos_embed = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, trans_dim))
         self.blocks = TransformerEncoder(trans_dim, depth, num_heads, mlp_ratio, drop_path_rate)
         self.norm = nn.LayerNorm(trans_dim, eps=1e-5)
-        self.cls_head_finetune = nn.Sequential(
-            nn.Linear(2 * trans_dim, 256), nn.ReLU(inplace=True), nn.Dropout(head_dropout), nn.Linear(256, num_classes)
-        )
+        self.cls_head_finetune = _head(variant, 2 * trans_dim, num_classes, head_dropout)
         self.apply(self._init_weights)
+        if variant == "mae":
+            nn.init.trunc_normal_(self.cls_token, std=0.02)
+            nn.init.trunc_normal_(self.cls_pos, std=0.02)
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
@@ -114,6 +124,17 @@ class PointBERT(nn.Module):
     def forward(self, points: Tensor) -> Tensor:
         """Map points (B, N, in_channels) to logits (B, num_classes)."""
         return self.forward_head(self.forward_features(points))
+
+
+def _head(variant: str, in_features: int, num_classes: int, dropout: float) -> nn.Sequential:
+    """Build the classification head; the indices of its layers are part of the state-dict keys."""
+
+    def hidden(inputs: int) -> list[nn.Module]:
+        norm = [nn.BatchNorm1d(256)] if variant == "mae" else []
+        return [nn.Linear(inputs, 256), *norm, nn.ReLU(inplace=True), nn.Dropout(dropout)]
+
+    layers = hidden(in_features) + (hidden(256) if variant == "mae" else [])
+    return nn.Sequential(*layers, nn.Linear(256, num_classes))
 
 
 def _check_ranges(at_least_one: dict[str, int], fractions: dict[str, float]) -> None:
