@@ -6,7 +6,7 @@ from .engine.config import Config, load_config
 from .engine.evaluator import ClassificationReport, evaluate, recalibrate_batchnorm_
 from .engine.trainer import Trainer
 from .models import create_model, list_models
-from .s2d import EWA, MoFConfig, RUPMoF, apply_ewa_, convert_to_mof_, is_sparse, merge_experts
+from .s2d import EWA, MoFConfig, RUPMoF, TopKMoE, apply_ewa_, balance_loss, convert_to_mof_, is_sparse, merge_experts
 from .version import __version__
 
 __all__ = [
@@ -15,9 +15,11 @@ __all__ = [
     "Config",
     "MoFConfig",
     "RUPMoF",
+    "TopKMoE",
     "Trainer",
     "__version__",
     "apply_ewa_",
+    "balance_loss",
     "convert_to_mof_",
     "create_dataset",
     "create_model",

@@ -2,6 +2,17 @@
 
 from .convert import MoFConfig, convert_to_mof_, is_sparse, merge_experts
 from .ewa import EWA, apply_ewa_
+from .moe import TopKMoE, balance_loss
 from .mof import RUPMoF
 
-__all__ = ["EWA", "MoFConfig", "RUPMoF", "apply_ewa_", "convert_to_mof_", "is_sparse", "merge_experts"]
+__all__ = [
+    "EWA",
+    "MoFConfig",
+    "RUPMoF",
+    "TopKMoE",
+    "apply_ewa_",
+    "balance_loss",
+    "convert_to_mof_",
+    "is_sparse",
+    "merge_experts",
+]

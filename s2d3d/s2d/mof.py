@@ -1,4 +1,4 @@
-"""Expert layers: K stacked FFNs in the place of one. RUP-MoF gives every token one expert by random uniform partition."""
+"""Expert layers: K stacked FFNs in the place of one. RUP-MoF partitions the tokens among them at random, uniformly."""
 
 import copy
 from collections.abc import Iterator
@@ -33,7 +33,8 @@ class StackedLinear(nn.Module):
         self.weight = _stack(linear.weight, num_experts, transpose=not self.input_first)
         self.bias = None if linear.bias is None else _stack(linear.bias, num_experts)
         # The linear layer without its weights: what `averaged_linear` fills again.
-        object.__setattr__(self, "_shell", copy.deepcopy(linear, {id(parameter): None for parameter in linear.parameters()}))
+        without_weights = {id(parameter): None for parameter in linear.parameters()}
+        object.__setattr__(self, "_shell", copy.deepcopy(linear, without_weights))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (K, capacity, in), one slice for each expert; in evaluation x (..., in) through the mean expert."""
@@ -53,7 +54,7 @@ class StackedLinear(nn.Module):
 
     @torch.no_grad()
     def averaged_linear(self) -> nn.Module:
-        """Build the linear layer that holds the mean of the experts; keeps class, dtype, device, requires_grad and mode."""
+        """Build the linear layer with the mean of the experts; keeps class, dtype, device, requires_grad and mode."""
         weight, bias = self.averaged()
         linear = copy.deepcopy(self._shell)
         linear.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
@@ -175,7 +176,7 @@ class RUPMoF(ExpertLayer):
     """
 
     def dispatch(self, x: Tensor) -> tuple[Tensor, Plan | None]:
-        """Training: cut the tokens at random, raising ValueError when there are fewer than experts; evaluation: none."""
+        """Cut the tokens at random; raises ValueError when there are fewer than experts. Evaluation has no plan."""
         if not self.training:
             return x, None
         tokens = x.reshape(-1, x.shape[-1])
@@ -231,7 +232,7 @@ def _check_token_by_token(ffn: nn.Module) -> None:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Tell whether a module is `nn.Linear`, or the same with weight (in, out) and its output features as `nf` (GPT-2)."""
+    """Tell whether a module is `nn.Linear`, or GPT-2's form of it: weight (in, out), its output features as `nf`."""
     if isinstance(module, nn.Linear):
         return True
     weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
