@@ -8,6 +8,7 @@ from ..errors import InputError, did_you_mean
 from .base import PointCloudDataset, split_train_validation
 from .loader import BatchLoader
 from .modelnet40 import load_modelnet40
+from .scanobjectnn import load_scanobjectnn
 from .transforms import Transform, build_augmentation
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
 
 _DATASETS: dict[str, Callable[..., PointCloudDataset]] = {
     "modelnet40": load_modelnet40,
+    "scanobjectnn": load_scanobjectnn,
     "shapes": partial(load_modelnet40, prepare="make it with: python tools/prepare_data.py shapes --output"),
 }
 """A reader takes (root, split) and the keywords of `create_dataset`."""
@@ -44,11 +46,13 @@ def create_dataset(
     num_points: int = 1024,
     transform: Transform | None = None,
     up_axis: str | None = None,
-    normalize: bool = True,
+    normalize: bool | None = None,
     classes: Sequence[str] | None = None,
     fraction: float = 1.0,
     seed: int = 0,
     cache_dir: str | os.PathLike | None = None,
+    variant: str | None = None,
+    background: bool | None = None,
 ) -> PointCloudDataset:
     """Read one split of a data set; its points are turned z up.
 
@@ -59,12 +63,15 @@ def create_dataset(
         num_points: points of a sample, at most those stored.
         transform: augmentation, `transform(points (B, N, 3), generator)`, as `build_augmentation` makes it.
         up_axis: vertical axis of the stored points, "y" or "z"; by default what the files say.
-        normalize: centre each cloud and scale it into the unit sphere.
+        normalize: centre each cloud and scale it into the unit sphere; default as published results do, which is
+            no for scanobjectnn and yes for all others.
         classes: names of the classes to keep, numbered in this order; default all.
         fraction: share of the training shapes of each class, in (0, 1], at least one; the test split is kept whole.
         seed: chooses that share.
         cache_dir: where farthest-point prefixes are kept, when fewer points are asked for than are stored; by
             default beside the set, or in the user's cache folder when the set is read-only.
+        variant: of scanobjectnn alone, see `load_scanobjectnn`.
+        background: of scanobjectnn alone, likewise.
 
     Raises:
         InputError: an unknown name, a missing or wrong file, a value out of range.
@@ -76,15 +83,20 @@ def create_dataset(
     if name not in _DATASETS:
         known = ", ".join(list_datasets())
         raise InputError(f"unknown data set '{name}'{did_you_mean(name, _DATASETS)} (known: {known})")
+    own = {"normalize": normalize, "variant": variant, "background": background}
+    own = {key: value for key, value in own.items() if value is not None}
+    foreign = [key for key in own if key != "normalize" and name != "scanobjectnn"]
+    if foreign:
+        raise InputError(f"data set '{name}' has no {foreign[0]}; only scanobjectnn has")
     return _DATASETS[name](
         root,
         split,
         num_points=num_points,
         transform=transform,
         up_axis=up_axis,
-        normalize=normalize,
         classes=classes,
         fraction=fraction,
         seed=seed,
         cache_dir=cache_dir,
+        **own,
     )

@@ -44,6 +44,7 @@ class PointCloudDataset(torch.utils.data.Dataset):
         labels: (n,) int64 in [0, len(class_names)).
         class_names: one name for each class.
         names: one name for each shape.
+        mask: (n, P) int64, a value for each stored point, or None.
         split: "train", "test" or "val".
         num_points: N.
         transform: `transform(points (B, N, 3), generator)`; the augmentation of a training set. Given to another
@@ -69,6 +70,7 @@ class PointCloudDataset(torch.utils.data.Dataset):
         class_names: Sequence[str],
         *,
         names: Sequence[str] | None = None,
+        mask: Tensor | None = None,
         split: str = TRAIN,
         num_points: int = 1024,
         transform: Transform | None = None,
@@ -89,9 +91,12 @@ class PointCloudDataset(torch.utils.data.Dataset):
         points = _normalize_stored(points) if normalize else points
         if stored_points > num_points:
             length = min(stored_points, num_points * 6 // 5)
-            points = gather_points(points, farthest_prefix(points, length, cache_dirs))
+            prefix = farthest_prefix(points, length, cache_dirs)
+            points = gather_points(points, prefix)
+            mask = mask.gather(1, prefix) if mask is not None else None
         self._storage = _share(points)
         self._storage_labels = labels.to(torch.int64)
+        self._storage_mask = None if mask is None else mask.to(torch.int32)
         self._rows = torch.arange(count)
         self.class_names = list(class_names)
         self.names = list(names) if names is not None else [f"{split}_{index:05d}" for index in range(count)]
@@ -102,6 +107,7 @@ class PointCloudDataset(torch.utils.data.Dataset):
         self.source = source
         self._item_generator: tuple[int, Generator] | None = None
         assert len(self.names) == len(labels) == count, "one label and one name for each shape"
+        assert mask is None or mask.shape == points.shape[:2], "one mask value for each point"
 
     @property
     def points(self) -> Tensor:
@@ -113,6 +119,11 @@ class PointCloudDataset(torch.utils.data.Dataset):
     def labels(self) -> Tensor:
         """(n,) int64."""
         return self._storage_labels[self._rows]
+
+    @property
+    def mask(self) -> Tensor | None:
+        """(n, M) int64: the value of each of `points`, None where the files hold no mask."""
+        return None if self._storage_mask is None else self._storage_mask[self._rows].long()
 
     @property
     def num_classes(self) -> int:
@@ -178,9 +189,26 @@ class PointCloudDataset(torch.utils.data.Dataset):
         if generator is None:
             points = points[:, : self.num_points]
         else:
-            order = torch.rand(points.shape[:2], generator=generator).argsort(dim=1)[:, : self.num_points]
-            points = gather_points(points, order)
+            points = gather_points(points, self._draw(len(rows), generator))
         return points.float().contiguous(), self._storage_labels[rows]
+
+    def sample_mask(self, indices: Tensor, generator: Generator | None = None) -> Tensor:
+        """Return the mask of the points that `sample` gives for a generator in the same state.
+
+        Args:
+            indices: (B,) int64 in [0, n).
+            generator: as for `sample`.
+
+        Returns:
+            (B, num_points) int64.
+
+        Raises:
+            InputError: the set has no mask.
+        """
+        if self._storage_mask is None:
+            raise InputError(f"{self.source}: its files hold no mask")
+        mask = self._storage_mask[self._rows[indices]].long()
+        return mask[:, : self.num_points] if generator is None else mask.gather(1, self._draw(len(mask), generator))
 
     def subset(self, indices: Tensor | Sequence[int]) -> "PointCloudDataset":
         """Return the shapes at `indices`, in that order; the stored points are shared, not copied.
@@ -198,6 +226,10 @@ class PointCloudDataset(torch.utils.data.Dataset):
         part.names = [self.names[index] for index in indices.tolist()]
         part._item_generator = None
         return part
+
+    def _draw(self, count: int, generator: Generator) -> Tensor:
+        """Draw (count, num_points) indices of points, without repetition in a row."""
+        return torch.rand(count, self._storage.shape[1], generator=generator).argsort(dim=1)[:, : self.num_points]
 
     def _own_generator(self) -> Generator:
         seed = torch.initial_seed()
@@ -287,6 +319,32 @@ def select_classes(labels: Tensor, class_names: Sequence[str], classes: Sequence
     new_labels = renumber[labels]
     kept = (new_labels >= 0).nonzero().flatten()
     return kept, new_labels[kept]
+
+
+def choose_shapes(
+    labels: Tensor,
+    class_names: Sequence[str],
+    *,
+    split: str,
+    classes: Sequence[str] | None = None,
+    fraction: float = 1.0,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, list[str]]:
+    """Apply `classes` and, to the training split, `fraction`, as `create_dataset` describes them.
+
+    Returns:
+        (m,) int64 indices of the shapes to keep, ascending; their (m,) labels; the names of the classes.
+
+    Raises:
+        InputError: see `select_classes` and `stratified_fraction`.
+    """
+    kept = torch.arange(len(labels))
+    if classes is not None:
+        kept, labels = select_classes(labels, class_names, classes)
+    if split == TRAIN and fraction != 1.0:
+        share = stratified_fraction(labels, fraction, seed)
+        kept, labels = kept[share], labels[share]
+    return kept, labels, list(class_names if classes is None else classes)
 
 
 def _shuffled_classes(labels: Tensor, seed: int) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """One reader and one writer for HDF5 files of point clouds, with every check in one place."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,6 +95,7 @@ def write_h5(
     normal: np.ndarray | None = None,
     mask: np.ndarray | None = None,
     up_axis: str | None = None,
+    attributes: Mapping[str, str | int | bool] | None = None,
 ) -> None:
     """Write a file that `read_h5` reads; it appears whole or not at all.
 
@@ -106,6 +107,7 @@ def write_h5(
         normal: (n, P, 3).
         mask: (n, P).
         up_axis: "y" or "z", stored as an attribute.
+        attributes: more attributes of the file.
 
     Raises:
         InputError: `up_axis` is neither.
@@ -123,8 +125,10 @@ def write_h5(
             for key, extra in (("normal", normal), ("mask", mask)):
                 if extra is not None:
                     _write_array(file, key, np.asarray(extra))
-            if up_axis is not None:
-                file.attrs["up_axis"] = np.bytes_(up_axis)  # fixed length: HDF5 can hang on a damaged string heap
+            attributes = dict(attributes or {}, **({} if up_axis is None else {"up_axis": up_axis}))
+            for key, value in attributes.items():
+                # Fixed length: HDF5 can hang on a damaged string heap.
+                file.attrs[key] = np.bytes_(value.encode()) if isinstance(value, str) else value
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..errors import InputError, did_you_mean
-from .base import TRAIN, PointCloudDataset, select_classes, stratified_fraction
+from .base import PointCloudDataset, choose_shapes
 from .h5 import SEE, CloudFile, check_up_axis, read_h5
 from .prefix import cache_folders
 from .transforms import Transform, turn_up_axis
@@ -76,13 +76,9 @@ def load_modelnet40(
         labels.append(file.label)
         names.extend(file.names or [f"{path.stem}_{index:04d}" for index in range(len(file.label))])
     stored, all_labels = torch.cat(points), torch.from_numpy(np.concatenate(labels))
-    kept = torch.arange(len(stored))
-    if classes is not None:
-        kept, all_labels = select_classes(all_labels, class_names, classes)
-        class_names = list(classes)
-    if split == TRAIN and fraction != 1.0:
-        share = stratified_fraction(all_labels, fraction, seed)
-        kept, all_labels = kept[share], all_labels[share]
+    kept, all_labels, class_names = choose_shapes(
+        all_labels, class_names, split=split, classes=classes, fraction=fraction, seed=seed
+    )
     return PointCloudDataset(
         stored if len(kept) == len(stored) else stored[kept],
         all_labels,

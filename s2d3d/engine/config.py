@@ -73,7 +73,25 @@ class DataConfig(Section):
         None,
         description="Folder for derived files; null: beside the dataset or, where that is read-only, in the user's cache.",
     )
+    variant: Literal["OBJ_BG", "OBJ_ONLY", "PB_T25", "PB_T25_R", "PB_T50_R", "PB_T50_RS"] | None = Field(
+        None, description="Variant of scanobjectnn; null: PB_T50_RS. Null for every other dataset."
+    )
+    background: Bool | None = Field(
+        None, description="Background points of scanobjectnn; null: as its variant says. Null for every other dataset."
+    )
     augment: AugmentConfig = Field(AugmentConfig(), description="Random changes of a training cloud.")
+
+    @model_validator(mode="after")
+    def _check_variant(self) -> "DataConfig":
+        problems = []
+        if self.name != "scanobjectnn":
+            given = [key for key in ("variant", "background") if getattr(self, key) is not None]
+            text = f"only scanobjectnn has one, '{self.name}' has not; remove it or set it to null"
+            problems = [Problem((key,), text) for key in given]
+        elif self.variant == "OBJ_ONLY" and self.background:
+            problems = [Problem(("background",), "OBJ_ONLY is without background; with it the variant is OBJ_BG")]
+        _raise_problems(problems)
+        return self
 
 
 class ModelConfig(Section, extra="allow"):

@@ -19,6 +19,8 @@ def build_dataset(data: DataConfig, split: str, *, seed: int) -> PointCloudDatas
         fraction=data.fraction if training else 1.0,
         seed=seed,
         cache_dir=data.cache_dir,
+        variant=data.variant,
+        background=data.background,
     )
 
 

@@ -1,0 +1,163 @@
+"""ScanObjectNN in its public HDF5 layout, and simulated scans written in the same layout.
+
+main_split/                         objects with their background
+main_split_nobg/                    objects alone
+    training_objectdataset{suffix}.h5, test_objectdataset{suffix}.h5
+                                    data (n, 2048, 3), label (n,), mask (n, 2048): -1 is background; y up
+shape_names.txt                     simulated sets only: their classes
+
+Source: Uy et al. 2019, "Revisiting Point Cloud Classification: A New Benchmark Dataset and Classification Model on
+Real-World Data", ICCV.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..errors import InputError, did_you_mean
+from .base import TRAIN, PointCloudDataset, choose_shapes
+from .h5 import SEE, check_up_axis, read_h5
+from .modelnet40 import SPLITS, read_class_names
+from .prefix import cache_folders
+from .transforms import Transform, turn_up_axis
+
+CLASS_NAMES = (
+    "bag",
+    "bin",
+    "box",
+    "cabinet",
+    "chair",
+    "desk",
+    "display",
+    "door",
+    "shelf",
+    "table",
+    "bed",
+    "pillow",
+    "sink",
+    "sofa",
+    "toilet",
+)
+"""The published classes, in the order of their labels."""
+
+BACKGROUND = -1
+"""Mask value of a point that is not the object's."""
+
+OBJECT_ONLY = "OBJ_ONLY"
+VARIANTS = {
+    "OBJ_BG": "",
+    OBJECT_ONLY: "",
+    "PB_T25": "_augmented25_norot",
+    "PB_T25_R": "_augmented25rot",
+    "PB_T50_R": "_augmentedrot",
+    "PB_T50_RS": "_augmentedrot_scale75",
+}
+"""Variant -> what its file names end in. PB: perturbed boxes; T: moved by up to 25 or 50 %; R: turned; S: scaled."""
+
+SOURCE = "https://hkust-vgd.github.io/scanobjectnn"
+PREPARE = "python tools/prepare_data.py scan --from DIR --output"
+
+
+def load_scanobjectnn(
+    root: str | os.PathLike,
+    split: str,
+    *,
+    variant: str = "PB_T50_RS",
+    background: bool | None = None,
+    num_points: int = 1024,
+    transform: Transform | None = None,
+    up_axis: str | None = None,
+    normalize: bool = False,
+    classes: Sequence[str] | None = None,
+    fraction: float = 1.0,
+    seed: int = 0,
+    cache_dir: str | os.PathLike | None = None,
+) -> PointCloudDataset:
+    """Read one split of one variant; the mask of its points is the data set's `mask`.
+
+    Args:
+        root: the folder that holds `main_split`, called `h5_files` in the public archive.
+        split: "train" or "test".
+        variant: one of `VARIANTS`.
+        background: True reads `main_split`, False `main_split_nobg`; default True, for OBJ_ONLY False.
+        num_points: points of a sample; see `PointCloudDataset`.
+        transform: augmentation.
+        up_axis: the vertical of the stored points; default the file's attribute, without one "y". They are turned z up.
+        normalize: centre the clouds and scale them into the unit sphere; published results do not.
+        classes: keep these classes only, numbered in this order.
+        fraction: share of the training shapes of each class to keep, in (0, 1]; the test split is kept whole.
+        seed: chooses that share.
+        cache_dir: where farthest-point prefixes are kept; default beside the set.
+
+    Raises:
+        InputError: the folder or a file in it is missing or wrong; an argument is out of range.
+
+    Example:
+        >>> test = load_scanobjectnn("data/scanobjectnn", "test", variant="OBJ_BG", num_points=2048)  # doctest: +SKIP
+        >>> (test.mask == BACKGROUND).float().mean()  # doctest: +SKIP
+    """
+    root = Path(root)
+    if split not in SPLITS:
+        raise InputError(f"unknown split '{split}'{did_you_mean(split, SPLITS)} (known: {', '.join(SPLITS)})")
+    if up_axis is not None:
+        check_up_axis(up_axis)
+    path = find_file(root, split, variant, background)
+    class_names = read_class_names(root) if (root / "shape_names.txt").is_file() else CLASS_NAMES
+    file = read_h5(path, num_classes=len(class_names))
+    kept, labels, class_names = choose_shapes(
+        torch.from_numpy(file.label), class_names, split=split, classes=classes, fraction=fraction, seed=seed
+    )
+    names = file.names or [f"{path.stem}_{index:05d}" for index in range(len(file.label))]
+    points = torch.from_numpy(file.points)
+    return PointCloudDataset(
+        turn_up_axis(points if len(kept) == len(points) else points[kept], up_axis or file.up_axis or "y"),
+        labels,
+        class_names,
+        names=[names[index] for index in kept.tolist()],
+        mask=None if file.mask is None else torch.from_numpy(file.mask)[kept],
+        split=split,
+        num_points=num_points,
+        transform=transform,
+        normalize=normalize,
+        cache_dirs=cache_folders(root, cache_dir),
+        source=str(path),
+    )
+
+
+def find_file(root: Path, split: str, variant: str, background: bool | None = None) -> Path:
+    """Return the file of a split and variant.
+
+    Raises:
+        InputError: an unknown variant, OBJ_ONLY with a background, or the file is not there.
+    """
+    if variant not in VARIANTS:
+        raise InputError(f"unknown variant '{variant}'{did_you_mean(variant, VARIANTS)} (known: {', '.join(VARIANTS)})")
+    if variant == OBJECT_ONLY and background:
+        raise InputError("variant 'OBJ_ONLY' is without background; with it the variant is 'OBJ_BG'")
+    if background is None:
+        background = variant != OBJECT_ONLY
+    if not root.is_dir():
+        what = "not a folder" if root.exists() else "no such folder"
+        advice = f"get ScanObjectNN from {SOURCE} ({SEE}) or simulate it: {PREPARE} {root}"
+        raise InputError(f"{root}: {what}; {advice}")
+    path = root / relative_path(split, variant, background)
+    if path.is_file():
+        return path
+    if not path.parent.is_dir():
+        if any((root / name).is_file() for name in (path.name, f"test_objectdataset{VARIANTS[variant]}.h5")):
+            raise InputError(f"{root}: holds the files themselves; name the folder above, that of {path.parent.name}")
+        raise InputError(f"{root}: no folder {path.parent.name} in it; get it from {SOURCE}, {SEE}")
+    raise InputError(f"{path}: no such file, variant {variant} needs it; get it from {SOURCE}, {SEE}")
+
+
+def relative_path(split: str, variant: str, background: bool) -> Path:
+    """Return where a file lies below the root.
+
+    Example:
+        >>> relative_path("train", "PB_T25", True).as_posix()
+        'main_split/training_objectdataset_augmented25_norot.h5'
+    """
+    folder = "main_split" if background else "main_split_nobg"
+    return Path(folder, f"{'training' if split == TRAIN else 'test'}_objectdataset{VARIANTS[variant]}.h5")
