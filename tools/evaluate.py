@@ -3,12 +3,23 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from s2d3d import evaluate, load_checkpoint
+from s2d3d.datasets.corruptions import CorruptedDataset, parse_corruption
 from s2d3d.engine.checkpoint import build_model
 from s2d3d.engine.cli import add_overrides, refuse_existing, run_tool
 from s2d3d.engine.config import parse_config
 from s2d3d.engine.data import build_dataset, build_test_loader
+from s2d3d.engine.robustness import (
+    SEED,
+    add_corruption_errors,
+    check_comparable,
+    evaluate_corruptions,
+    find_reference,
+    read_robustness,
+    robustness_table,
+)
 from s2d3d.engine.run_folder import write_json
 from s2d3d.engine.runtime import choose_device, keep_large_allocations
 from s2d3d.errors import InputError
@@ -19,6 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a checkpoint, sparse or dense")
     add_overrides(parser)
     parser.add_argument("--votes", type=int, metavar="N", help="passes whose logits are averaged; default: eval.votes")
+    parser.add_argument("--corruption", metavar="NAME:SEVERITY|all", help="corrupt the clouds; all: table and mCE")
+    parser.add_argument("--reference", metavar="FILE.json", help="for mCE; default: robustness.json of the dense twin")
     parser.add_argument("--output", metavar="FILE.json", help="write the report there as well")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--force", action="store_true", help="replace the output if it exists")
@@ -27,6 +40,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     output = refuse_existing(arguments.output, arguments.force) if arguments.output else None
+    corruption, everything = None, arguments.corruption == "all"
+    if arguments.corruption and not everything:
+        corruption = parse_corruption(arguments.corruption)
+    if arguments.reference and not everything:
+        raise InputError("--reference: is for --corruption all only")
+    reference = arguments.reference or (find_reference(arguments.checkpoint) if everything else None)
+    compared = read_robustness(reference) if reference else None
     payload = load_checkpoint(arguments.checkpoint)
     config = parse_config(payload["config"], where=arguments.checkpoint, overrides=arguments.overrides)
     device = choose_device(arguments.device)
@@ -35,13 +55,24 @@ def run(arguments: argparse.Namespace) -> None:
     dataset = build_dataset(config.data, "test", seed=config.seed)
     if dataset.class_names != payload["class_names"]:
         raise InputError(f"{config.data.root}: its classes are not those of {arguments.checkpoint}")
-    loader = build_test_loader(dataset, config.data, batch_size=config.eval.batch_size, seed=config.seed)
     votes = config.eval.votes if arguments.votes is None else arguments.votes
-    report = evaluate(model, loader, device=device, votes=votes, progress=config.log.progress)
-    print(report.table())
-    print(report.summary())
+    make_loader = partial(build_test_loader, data=config.data, batch_size=config.eval.batch_size, seed=config.seed)
+    options = dict(device=device, votes=votes, progress=config.log.progress)
+    if everything:
+        setting = {"num_points": dataset.num_points, "num_samples": len(dataset), "votes": votes, "seed": SEED}
+        if compared:
+            check_comparable(setting, compared)
+        result = evaluate_corruptions(model, dataset, make_loader, **options).to_dict()
+        result = add_corruption_errors(result, compared, reference) if compared else result
+        print(robustness_table(result))
+    else:
+        dataset = CorruptedDataset(dataset, *corruption, seed=SEED) if corruption else dataset
+        report = evaluate(model, make_loader(dataset), **options)
+        result = {"corruption": arguments.corruption, **report.to_dict()} if corruption else report.to_dict()
+        print(report.table())
+        print(report.summary())
     if output:
-        write_json(output, {"checkpoint": str(arguments.checkpoint), **report.to_dict()})
+        write_json(output, {"checkpoint": str(arguments.checkpoint), **result})
         print(f"written to {output}")
 
 

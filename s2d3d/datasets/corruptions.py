@@ -1,0 +1,237 @@
+"""Corrupted test clouds: seven corruptions of five severities, computed on the fly as functions of a shape's number.
+
+The parameters are those of ModelNet-C, see docs/robustness.md. Its counts of points are meant for clouds of 1024; for
+other clouds they are scaled in proportion.
+
+Source: Ren et al. 2022, "Benchmarking and Analyzing Point Cloud Classification under Corruptions", arXiv 2202.03377,
+and the generator published with it.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Generator, Tensor
+
+from ..errors import InputError, did_you_mean
+from ..ops import gather_points
+from .base import PointCloudDataset, derived_generator
+from .transforms import normalize_unit_sphere
+
+SEVERITIES = (1, 2, 3, 4, 5)
+REFERENCE_POINTS = 1024
+"""Points of a cloud for which the published counts are meant."""
+DROP_RATES = (0.25, 0.375, 0.5, 0.625, 0.75)
+COUNTS = {"drop_local": 100, "add_global": 10, "add_local": 100}
+"""Points dropped or added per step of severity."""
+MAX_CLUSTERS = 7
+CLUSTER_STD = (0.075, 0.125)
+
+
+def corrupt(points: Tensor, name: str, severity: int, *, seed: int, index: int) -> Tensor:
+    """Corrupt one cloud.
+
+    Args:
+        points: (N, 3) float32, z up, unit sphere; not changed.
+        name: one of `CORRUPTIONS`.
+        severity: 1 (mild) to 5; 0 returns the points as they are.
+        seed: of the corrupted set.
+        index: number of the shape. The result is a function of the points, name, severity, seed and index.
+
+    Returns:
+        (M, 3) float32; M is `corrupted_size(N, name, severity)`.
+
+    Raises:
+        InputError: an unknown name, or a severity outside 0 .. 5.
+
+    Example:
+        >>> corrupt(torch.rand(1024, 3), "drop_local", 2, seed=0, index=7).shape
+        torch.Size([824, 3])
+    """
+    check_corruption(name, severity)
+    if severity == 0:
+        return points
+    return CORRUPTIONS[name](points, severity, derived_generator(seed, "corruption", name, severity, index))
+
+
+def corrupted_size(num_points: int, name: str, severity: int) -> int:
+    """Return how many points a corruption leaves of `num_points`; it depends on nothing else, so batches stack.
+
+    Example:
+        >>> [corrupted_size(1024, name, 5) for name in ("jitter", "drop_global", "drop_local", "add_local")]
+        [1024, 256, 524, 1524]
+    """
+    check_corruption(name, severity)
+    if severity == 0:
+        return num_points
+    if name == "drop_global":
+        return max(1, int(num_points * (1 - DROP_RATES[severity - 1])))
+    if name not in COUNTS:
+        return num_points
+    changed = max(1, round(COUNTS[name] * severity * num_points / REFERENCE_POINTS))
+    return max(1, num_points - changed) if name == "drop_local" else num_points + changed
+
+
+def parse_corruption(text: str) -> tuple[str, int]:
+    """Read `NAME:SEVERITY`.
+
+    Raises:
+        InputError: another form, an unknown name, or a severity outside 1 .. 5.
+
+    Example:
+        >>> parse_corruption("jitter:3")
+        ('jitter', 3)
+    """
+    name, colon, severity = text.partition(":")
+    if not colon or not severity.isdecimal():
+        raise InputError(f"corruption '{text}': write NAME:SEVERITY, such as jitter:3, or all")
+    check_corruption(name, int(severity))
+    if int(severity) == 0:
+        raise InputError(f"corruption '{text}': severity must be 1 .. {SEVERITIES[-1]}")
+    return name, int(severity)
+
+
+def check_corruption(name: str, severity: int) -> None:
+    """Raise InputError for an unknown name, or a severity outside 0 .. 5."""
+    if name not in CORRUPTIONS:
+        known = ", ".join(CORRUPTIONS)
+        raise InputError(f"unknown corruption '{name}'{did_you_mean(name, CORRUPTIONS)} (known: {known})")
+    if severity not in (0, *SEVERITIES):
+        raise InputError(f"corruption {name}: severity is {severity}, must be 1 .. {SEVERITIES[-1]}")
+
+
+class CorruptedDataset(PointCloudDataset):
+    """A test set seen through a corruption; its storage is shared with the clean set.
+
+    All samples have `corrupted_size(num_points, name, severity)` points. A shape's corruption depends on its number in
+    the set as it was read: neither on batch size, order, process, nor on a `subset` taken before or after.
+
+    Votes corrupt the plain cloud first; then come the vote's order of points and its augmentation.
+
+    Example:
+        >>> test = PointCloudDataset(torch.rand(3, 256, 3), torch.zeros(3), ["any"], split="test", num_points=256)
+        >>> CorruptedDataset(test, "drop_global", 3)[0][0].shape
+        torch.Size([128, 3])
+    """
+
+    def __init__(self, dataset: PointCloudDataset, name: str, severity: int, *, seed: int = 0) -> None:
+        """Corrupt what `dataset` samples.
+
+        Args:
+            dataset: any split but the training one.
+            name: one of `CORRUPTIONS`.
+            severity: 1 to 5; 0 changes nothing.
+            seed: of the corrupted set; keep it for all models that are compared.
+
+        Raises:
+            InputError: an unknown name or severity, a training set, or a set that is corrupted already.
+        """
+        check_corruption(name, severity)
+        if dataset.training or isinstance(dataset, CorruptedDataset):
+            kind = "a training set" if dataset.training else "corrupted already"
+            raise InputError(f"{dataset.source}: is {kind}; corruptions are for clean test sets")
+        self.__dict__.update(dataset.__dict__)
+        self.corruption, self.severity, self.corruption_seed = name, severity, seed
+
+    def sample(self, indices: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Return corrupted points (B, M, 3) float32 and labels (B,); a generator shuffles the order of the points."""
+        points, labels = super().sample(indices)
+        rows = self._rows[indices].tolist()
+        seed = self.corruption_seed
+        corrupted = [corrupt(p, self.corruption, self.severity, seed=seed, index=i) for p, i in zip(points, rows)]
+        points = torch.stack(corrupted)
+        if generator is not None:
+            points = gather_points(points, torch.rand(points.shape[:2], generator=generator).argsort(dim=1))
+        return points.contiguous(), labels
+
+
+def _jitter(points: Tensor, severity: int, generator: Generator) -> Tensor:
+    """Add normal noise to every coordinate."""
+    return points + 0.01 * severity * torch.randn(points.shape, generator=generator)
+
+
+def _scale(points: Tensor, severity: int, generator: Generator) -> Tensor:
+    """Scale each axis by its own factor from U(1/S, S), then bring the cloud back into the unit sphere."""
+    high = 1.5 + 0.1 * severity
+    factors = 1 / high + (high - 1 / high) * torch.rand(3, generator=generator)
+    return normalize_unit_sphere((points * factors).unsqueeze(0))[0]
+
+
+def _rotate(points: Tensor, severity: int, generator: Generator) -> Tensor:
+    """Rotate about each axis by its own angle from U(-a, a).
+
+    The published order of the three turns, for clouds with y up, is z, y, x: here that is y, z (the vertical), x.
+    """
+    limit = math.pi / 30 * severity
+    x, y, z = ((2 * torch.rand(3, generator=generator) - 1) * limit).tolist()
+    turn = _rotation(0, x) @ _rotation(2, z) @ _rotation(1, y)
+    return points @ turn.T
+
+
+def _drop_global(points: Tensor, severity: int, generator: Generator) -> Tensor:
+    """Keep a random subset."""
+    kept = corrupted_size(len(points), "drop_global", severity)
+    return points[torch.randperm(len(points), generator=generator)[:kept]]
+
+
+def _drop_local(points: Tensor, severity: int, generator: Generator) -> Tensor:
+    """Drop random clusters: one after the other, a random remaining point with its nearest neighbours."""
+    total = len(points) - corrupted_size(len(points), "drop_local", severity)
+    for size in _cluster_sizes(total, MAX_CLUSTERS, generator):
+        center = points[_randint(len(points), generator)]
+        nearest = (points - center).square().sum(1).argsort(stable=True)
+        points = points[nearest[size:].sort().values]
+    return points
+
+
+def _add_global(points: Tensor, severity: int, generator: Generator) -> Tensor:
+    """Add points uniform in the unit ball."""
+    added = corrupted_size(len(points), "add_global", severity) - len(points)
+    directions = torch.nn.functional.normalize(torch.randn(added, 3, generator=generator), dim=1)
+    return torch.cat([points, directions * torch.rand(added, 1, generator=generator) ** (1 / 3)])
+
+
+def _add_local(points: Tensor, severity: int, generator: Generator) -> Tensor:
+    """Add normal clusters around random points of the cloud.
+
+    As published, an added point p outside the unit sphere is moved inside to p / |p|^2.
+    """
+    total = corrupted_size(len(points), "add_local", severity) - len(points)
+    sizes = _cluster_sizes(total, min(MAX_CLUSTERS, len(points)), generator)
+    centers = points[torch.randperm(len(points), generator=generator)[: len(sizes)]]
+    low, high = CLUSTER_STD
+    deviations = low + (high - low) * torch.rand(len(centers), generator=generator)
+    cluster = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    added = centers[cluster] + deviations[cluster, None] * torch.randn(len(cluster), 3, generator=generator)
+    return torch.cat([points, added / added.square().sum(1, keepdim=True).clamp_min(1)])
+
+
+CORRUPTIONS: dict[str, Callable[[Tensor, int, Generator], Tensor]] = {
+    "scale": _scale,
+    "jitter": _jitter,
+    "rotate": _rotate,
+    "drop_global": _drop_global,
+    "drop_local": _drop_local,
+    "add_global": _add_global,
+    "add_local": _add_local,
+}
+"""Name -> function of (points (N, 3), severity 1 .. 5, generator)."""
+
+
+def _cluster_sizes(total: int, max_clusters: int, generator: Generator) -> list[int]:
+    """Share `total` points out among 1 to `max_clusters` clusters; each point chooses its cluster independently."""
+    clusters = 1 + _randint(max_clusters, generator)
+    return torch.randint(clusters, (total,), generator=generator).bincount(minlength=clusters).tolist()
+
+
+def _randint(high: int, generator: Generator) -> int:
+    return int(torch.randint(high, (), generator=generator))
+
+
+def _rotation(axis: int, angle: float) -> Tensor:
+    """Return the matrix that turns column vectors about an axis."""
+    a, b = (axis + 1) % 3, (axis + 2) % 3
+    matrix = torch.eye(3)
+    matrix[a, a] = matrix[b, b] = math.cos(angle)
+    matrix[a, b], matrix[b, a] = -math.sin(angle), math.sin(angle)
+    return matrix
