@@ -24,7 +24,7 @@ from ..models import create_model
 from ..s2d import EWA, MoFConfig, convert_to_mof_, merge_experts
 from ..s2d.analysis import expert_divergence
 from .checkpoint import load_checkpoint, load_weights_, model_payload, save_checkpoint
-from .config import Config, dump_config
+from .config import Config, dump_config, parse_config
 from .data import build_dataset, build_test_loader
 from .evaluator import ClassificationReport, batchnorms_behind, evaluate, recalibrate_batchnorm_
 from .optim import build_optimizer, build_scheduler
@@ -487,7 +487,9 @@ class Trainer:
     def _check_same_run(self, state: dict[str, Any], path: Path) -> None:
         if "optimizer" not in state:
             raise InputError(f"{path}: holds a model but no training state; resume from checkpoints/last.pt")
-        theirs, ours = _flatten(state["config"]), _flatten(self.config.to_dict())
+        # Parsed, so that a key that came after the checkpoint has its default on both sides.
+        stored = parse_config(state["config"], where=str(path))
+        theirs, ours = _flatten(stored.to_dict()), _flatten(self.config.to_dict())
         for key in sorted(theirs.keys() | ours.keys()):
             if any(key == free or key.startswith(free + ".") for free in MAY_CHANGE):
                 continue

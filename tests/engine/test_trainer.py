@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from s2d3d import Trainer, create_model, load_checkpoint, load_model
+from s2d3d import Trainer, create_model, load_checkpoint, load_model, save_checkpoint
 from s2d3d.engine.config import dump_config
 from s2d3d.engine.trainer import StoppedBySignal
 from s2d3d.errors import InputError, TrainingError
@@ -204,6 +204,18 @@ def test_resuming_another_run_is_refused(tiny_config, overrides, message):
     trainer.fit()
     with pytest.raises(InputError, match=message):
         Trainer(tiny_config(*overrides)).fit(resume=trainer.folder.root)
+
+
+def test_a_checkpoint_from_before_a_key_existed_resumes_with_its_default(tiny_config):
+    trainer = Trainer(tiny_config("train.max_steps=2"))
+    path = trainer.fit()
+    payload = load_checkpoint(path)
+    del payload["config"]["model"]["variant"], payload["config"]["train"]["ema_decay"]
+    save_checkpoint(path, payload)
+    with pytest.raises(InputError, match=r"train\.ema_decay=None, the config says 0\.9"):
+        Trainer(tiny_config("train.ema_decay=0.9")).fit(resume=path)
+    Trainer(tiny_config("train.max_steps=3")).fit(resume=path)
+    assert load_checkpoint(path)["progress"]["updates"] == 3
 
 
 def test_resuming_a_model_file_is_refused(tiny_config):
