@@ -131,6 +131,7 @@ class CorruptedDataset(PointCloudDataset):
             kind = "a training set" if dataset.training else "corrupted already"
             raise InputError(f"{dataset.source}: is {kind}; corruptions are for clean test sets")
         self.__dict__.update(dataset.__dict__)
+        self._storage_mask = None  # would belong to the clean points
         self.corruption, self.severity, self.corruption_seed = name, severity, seed
 
     def sample(self, indices: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:

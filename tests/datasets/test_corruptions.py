@@ -218,7 +218,7 @@ def test_add_local_mirrors_what_falls_outside_the_unit_sphere():
     extra = torch.cat([corrupt(surface, "add_local", 5, seed=0, index=i)[1024:] for i in range(10)])
     radius = extra.norm(dim=1)
     assert radius.max() <= 1 + 1e-6
-    # More than half of the points fell outside. Mirrored, they are near the sphere but not on it: p / |p|^2, not p / |p|.
+    # More than half of the points fell outside. Mirrored, they are near the sphere, not on it: p / |p|^2, not p / |p|.
     assert (radius > 1 - 1e-4).float().mean() < 0.02
     assert (radius > 0.9).float().mean() > 0.55
 
