@@ -155,6 +155,12 @@ class ExpertLayer(nn.Module):
         self._template.train(mode)
         return self
 
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        template = self.__dict__.get("_template")
+        if template is not None and name in template._modules:  # a child that is replaced here is replaced there
+            template._modules[name] = self._modules[name]
+
     def extra_repr(self) -> str:
         return f"{type(self._template).__name__}, num_experts={self.num_experts}"
 
