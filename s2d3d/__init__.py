@@ -5,7 +5,7 @@ from .engine.checkpoint import load_checkpoint, load_model, save_checkpoint
 from .engine.config import Config, load_config
 from .engine.evaluator import ClassificationReport, evaluate, recalibrate_batchnorm_
 from .engine.trainer import Trainer
-from .models import create_model, list_models
+from .models import create_model, list_models, load_pretrained_
 from .s2d import EWA, MoFConfig, RUPMoF, TopKMoE, apply_ewa_, balance_loss, convert_to_mof_, is_sparse, merge_experts
 from .version import __version__
 
@@ -29,6 +29,7 @@ __all__ = [
     "load_checkpoint",
     "load_config",
     "load_model",
+    "load_pretrained_",
     "merge_experts",
     "recalibrate_batchnorm_",
     "save_checkpoint",

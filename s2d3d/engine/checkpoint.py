@@ -12,6 +12,7 @@ from torch import nn
 from ..errors import InputError
 from ..models import create_model
 from ..s2d import MoFConfig, convert_to_mof_, is_sparse, merge_experts
+from ..unpickle import load_data
 from ..version import __version__
 
 FORMAT = "s2d3d"
@@ -47,13 +48,7 @@ def load_checkpoint(path: str | Path, *, map_location: torch.device | str = "cpu
     Raises:
         InputError: the file is missing, damaged, not a checkpoint of this package, or of a newer format.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint file")
-    try:
-        payload = torch.load(path, map_location=map_location, weights_only=True)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: cannot be read as a checkpoint ({_first_line(error)})") from error
+    payload = load_data(path, map_location=map_location)
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         raise InputError(f"{path}: not a checkpoint of s2d3d; it needs one written by tools/train.py or tools/merge.py")
     version = payload.get("format_version")

@@ -98,6 +98,12 @@ class ModelConfig(Section, extra="allow"):
     """Which backbone is trained: its name, and any keyword argument of its constructor beside it."""
 
     name: ModelName = Field(description="Name of the model.")
+    pretrained: PathStr | None = Field(
+        None, description="Checkpoint whose weights the model starts from, published or ours; null: fresh weights."
+    )
+    pretrained_up_axis: Literal["y", "z"] = Field(
+        "z", description="Axis that pointed up when `pretrained` was trained: 'z' for ours, 'y' for published ones."
+    )
 
     @property
     def kwargs(self) -> dict[str, object]:
@@ -113,17 +119,19 @@ class ModelConfig(Section, extra="allow"):
             return data
         name = data["name"]
         defaults = {key: default for key, default in model_kwargs(name).items() if _is_settable(default)}
-        schema = create_model(name, __base__=Section, **{key: (_type_of(d), d) for key, d in defaults.items()})
+        fields: dict[str, Any] = {key: (_type_of(default), default) for key, default in defaults.items()}
+        own = {key: (field.annotation, field) for key, field in cls.model_fields.items() if key != "name"}
+        schema = create_model(name, __base__=Section, **own, **fields)
         given = {key: value for key, value in data.items() if key not in ("name", *_FROM_DATA)}
         problems = [Problem((key,), "comes from the data, remove it") for key in _FROM_DATA if key in data]
         try:
-            kwargs = dict(schema.model_validate(given))
+            resolved = dict(schema.model_validate(given))
         except ValidationError as error:
             problems += schema_problems(error, schema)
         if not problems:
-            problems = _build_problems(name, kwargs)
+            problems = _build_problems(name, {key: value for key, value in resolved.items() if key in defaults})
         _raise_problems(problems)
-        return {"name": name, **kwargs}
+        return {"name": name, **resolved}
 
 
 class S2DConfig(Section):
@@ -248,6 +256,9 @@ class Config(Section):
         if self.s2d.kind != "none" and experts > 1 and self.s2d.share_rate > bound:
             text = f"must be at most {bound:.6g} = ({experts} - 1) / {experts}, above which the {experts} experts"
             problems.append(Problem(("s2d", "share_rate"), f"{text} overshoot their mean, got {self.s2d.share_rate:g}"))
+        if self.s2d.kind != "none" and self.s2d.init == "independent" and self.model.pretrained:
+            text = "must be 'copy' with model.pretrained: experts drawn anew would not be pretrained, got 'independent'"
+            problems.append(Problem(("s2d", "init"), text))
         if self.s2d.kind != "none":
             refused = _build_problems(self.model.name, self.model.kwargs, self.s2d)
             problems += [Problem(("s2d",), problem.text) for problem in refused]

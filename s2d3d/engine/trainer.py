@@ -20,7 +20,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..datasets import BatchLoader, PointCloudDataset, split_train_validation
 from ..errors import InputError, TrainingError
-from ..models import create_model
+from ..models import create_model, load_pretrained_
 from ..s2d import EWA, MoFConfig, convert_to_mof_, merge_experts
 from ..s2d.analysis import expert_divergence
 from .checkpoint import load_checkpoint, load_weights_, model_payload, save_checkpoint
@@ -128,8 +128,10 @@ class Trainer:
         state = load_checkpoint(find_checkpoint(resume)) if resume else None
         if state:
             self._check_same_run(state, find_checkpoint(resume))
+        if not state and cfg.model.pretrained and not Path(cfg.model.pretrained).is_file():
+            raise InputError(f"model.pretrained: no such file {cfg.model.pretrained}")  # before data is prepared for it
         self._build_data()
-        self._build_model()
+        self._build_model(resume=state is not None)
         self._build_optimizer()
         self.progress, self.history = Progress(), []
         self.sums = torch.zeros(4, dtype=torch.float64, device=runtime.device)  # loss, correct, samples, gradient norm
@@ -173,12 +175,16 @@ class Trainer:
         self.steps_per_epoch = len(self.train_loader)
         self.total_updates = self.steps_per_epoch * cfg.train.epochs
 
-    def _build_model(self) -> None:
+    def _build_model(self, resume: bool = False) -> None:
         cfg, runtime = self.config, self.runtime
         # Seeded here: a dense and a sparse run of one seed start from the same dense weights.
         seed_all(cfg.seed)
         dense = create_model(cfg.model.name, num_classes=len(self.class_names), **cfg.model.kwargs)
         self.dense_parameters = sum(p.numel() for p in dense.parameters())
+        if cfg.model.pretrained and not resume:  # before the conversion, so that experts start as copies
+            report = load_pretrained_(dense, cfg.model.pretrained, up_axis=cfg.model.pretrained_up_axis)
+            if runtime.is_main:
+                logger.info(report.summary())
         self.mof = MoFConfig(cfg.s2d.num_experts, cfg.s2d.targets, cfg.s2d.every, cfg.s2d.init, cfg.s2d.init_noise)
         self.converted = convert_to_mof_(dense, self.mof) if cfg.s2d.kind == "rup" else []
         self.model = dense.to(runtime.device)

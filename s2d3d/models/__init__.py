@@ -8,6 +8,9 @@ from torch import nn
 
 from ..errors import InputError, did_you_mean
 from .point_bert import PointBERT
+from .pretrained import PretrainedReport, load_pretrained_
+
+__all__ = ["PointBERT", "PretrainedReport", "create_model", "list_models", "load_pretrained_", "model_kwargs"]
 
 _MODELS: dict[str, tuple[Callable[..., nn.Module], dict[str, object]]] = {
     "point_bert": (PointBERT, {}),

@@ -99,6 +99,11 @@ class PointBERT(nn.Module):
         """Names of parameters without weight decay beside biases and norms (timm's convention)."""
         return {"cls_token"}
 
+    @torch.jit.ignore
+    def coordinate_weights(self) -> tuple[str, ...]:
+        """Names of the weights whose first three inputs are x, y, z."""
+        return "encoder.first_conv.0.weight", "pos_embed.0.weight"
+
     def forward_features(self, points: Tensor) -> Tensor:
         """Map points (B, N, C) to normalised tokens (B, 1 + num_group, trans_dim), the class token first.
 

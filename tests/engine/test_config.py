@@ -80,6 +80,8 @@ def test_model_section_is_filled_with_the_models_own_defaults():
         ("data.up_axis", "y", "y"),
         ("data.classes", ["chair", "sofa"], ("chair", "sofa")),
         ("train.device", "cuda:1", "cuda:1"),
+        ("model.pretrained", "no/such/file.pth", "no/such/file.pth"),
+        ("model.pretrained", None, None),
         ("train.ema_decay", 0.999, 0.999),
         ("s2d.share_rate", 0.75, 0.75),
         ("s2d.targets", ["*.0.mlp", "*.1.mlp"], ("*.0.mlp", "*.1.mlp")),
@@ -213,6 +215,10 @@ REFUSED = [
     ("model.drop_path_rate", "much", "model.drop_path_rate: must be a number, got 'much'"),
     ("model.num_classes", 40, "model.num_classes: comes from the data, remove it"),
     ("model.in_channels", 3, "model.in_channels: comes from the data, remove it"),
+    ("model.pretrained", "", "model.pretrained: must be a path, got ''"),
+    ("model.pretrained", 3, "model.pretrained: must be text (or null), got 3"),
+    ("model.pretrain", "a.pth", "model.pretrain: unknown key; did you mean 'pretrained'?"),
+    ("model.pretrained_up_axis", "x", "model.pretrained_up_axis: must be 'y' or 'z', got 'x'"),
     ("model.name", 3, "model.name: must be text, got 3"),
     ("model.name", ["a"], "model.name: must be text, got ['a']"),
 ]
@@ -258,6 +264,10 @@ def test_missing_key(missing):
             "optim.warmup_lr: must be at most optim.lr (1e-07), got 1e-06",
             "optim.min_lr: must be at most optim.lr (1e-07), got 1e-06",
             "optim.warmup_epochs: must be less than train.epochs (5), got 10",
+        ]),
+        ({"model": {"name": "point_bert_tiny", "pretrained": "a.pth"}, "s2d": {"init": "independent"}}, [
+            ("s2d.init: must be 'copy' with model.pretrained: experts drawn anew would not be pretrained, "
+            "got 'independent'")
         ]),
         ({"train": {"epochs": 10}}, ["optim.warmup_epochs: must be less than train.epochs (10), got 10"]),
         ({"train": {"accum_steps": 5}}, ["train.accum_steps: must divide train.batch_size (32), got 5"]),
@@ -327,4 +337,5 @@ def test_to_dict_is_complete():
     resolved = parse_config(BASE, where="base").to_dict()
     for section in SECTIONS:
         assert set(resolved[section]) >= set(Config.model_fields[section].annotation.model_fields)
-    assert set(resolved["model"]) == {"name", *model_kwargs("point_bert_tiny")}
+    own = set(Config.model_fields["model"].annotation.model_fields)
+    assert set(resolved["model"]) == own | set(model_kwargs("point_bert_tiny"))

@@ -1,0 +1,200 @@
+"""Published checkpoint -> our state dict, with a report of what matched."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..unpickle import load_data
+
+WRAPPINGS = ("base_model", "state_dict")
+"""Keys under which a file holds its weights: of the published checkpoints, and of our own."""
+
+PRETRAINING_PREFIXES = ("transformer_q.", "MAE_encoder.")
+"""What precedes the classifier's keys in pretraining checkpoints of Point-BERT and Point-MAE."""
+
+UP_AXES = ("y", "z")
+
+
+@dataclass(frozen=True)
+class PretrainedReport:
+    """What became of the tensors of a file and of the model that read it.
+
+    Attributes:
+        path: the file.
+        matched: keys of the model that have the file's values now.
+        missing: keys of the model that the file lacks; their values are as before.
+        unexpected: keys of the file, as written there, that the model has no place for.
+        mismatched: keys of the model's last layer, which has another number of classes; their values are as before.
+        turned: the file's weights were turned from y up to z up.
+    """
+
+    path: Path
+    matched: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    mismatched: tuple[str, ...]
+    turned: bool = False
+
+    def summary(self) -> str:
+        """Return one line: how many tensors matched, and what did not, counted by the first part of the key."""
+        total = len(self.matched) + len(self.missing) + len(self.mismatched)
+        parts = [f"{self.path}: {len(self.matched)} of the model's {total} tensors loaded"]
+        if self.turned:
+            parts.append("turned from y up to z up")
+        for text, keys in (
+            ("left fresh, another number of classes", self.mismatched),
+            ("left fresh, not in the file", self.missing),
+            ("in the file, not used", self.unexpected),
+        ):
+            if keys:
+                parts.append(f"{text}: {_count(keys)}")
+        return "; ".join(parts)
+
+
+def load_pretrained_(model: nn.Module, path: str | Path, *, up_axis: str = "z") -> PretrainedReport:
+    """Load a published checkpoint, or one of ours, into a dense model, in place.
+
+    Understood are files of Point-BERT and Point-MAE, fine-tuned (`{"base_model": {"module.<key>": ...}, ...}`, with or
+    without `module.`) and pretrained (keys behind `transformer_q.` or `MAE_encoder.`), checkpoints of this package,
+    and plain state dicts. Code in a file is never run.
+
+    Args:
+        model: from `create_model`, not converted yet; it is unchanged when an error is raised.
+        path: the file.
+        up_axis: the axis that pointed up in the clouds of the file's training. Data sets of this package are turned z
+            up; with "y", as in the published checkpoints, the weights that see coordinates are turned alike, so that
+            the model does with a cloud z up what the file's did with the same cloud y up.
+
+    Returns:
+        What matched. The last layer stays fresh where it has another number of classes.
+
+    Raises:
+        InputError: the file cannot be read, belongs to another model or to none of the kinds above, holds experts, or
+            holds weights that are not finite.
+
+    Example:
+        >>> from s2d3d import create_model
+        >>> model = create_model("point_mae", num_classes=40)
+        >>> print(load_pretrained_(model, "modelnet_1k.pth", up_axis="y").summary())  # doctest: +SKIP
+        modelnet_1k.pth: 174 of the model's 174 tensors loaded; turned from y up to z up
+    """
+    if up_axis not in UP_AXES:
+        raise InputError(f"up_axis is {up_axis!r}, must be 'y' or 'z'")
+    file = _unwrap(load_data(path, allow=numpy_scalars()), path)
+    prefix = next((p for p in PRETRAINING_PREFIXES if any(key.startswith(p) for key in file)), "")
+    names = {key.removeprefix(prefix): key for key in file if key.startswith(prefix)}
+    own, last = model.state_dict(), _last_layer(model)
+    found = {key: file[names[key]] for key in own if key in names}
+    _check_belongs(own, found, file, last.partition(".")[0], path)
+    mismatched = [key for key in found if key.startswith(f"{last}.") and _rows_differ(own[key], found[key])]
+    matched = {key: tensor for key, tensor in found.items() if key not in mismatched}
+    _check_tensors(own, matched, path)
+    loaded = _turn_z_up(model, matched) if up_axis == "y" else matched
+    model.load_state_dict(loaded, strict=False)
+    used = {names[key] for key in found}
+    return PretrainedReport(
+        path=Path(path),
+        matched=tuple(matched),
+        missing=tuple(key for key in own if key not in found),
+        unexpected=tuple(key for key in file if key not in used),
+        mismatched=tuple(mismatched),
+        turned=up_axis == "y",
+    )
+
+
+def numpy_scalars() -> list[Callable | tuple[Callable, str]]:
+    """Return what a pickle calls to make a numpy number, under the names of numpy 1 and 2, and nothing else.
+
+    The metrics in published checkpoints are such numbers.
+    """
+    scalar = np.float64().__reduce__()[0]
+    names = [f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")]
+    kinds = {type(np.dtype(code)) for code in "?bhilqBHILQefd"}
+    return [*((scalar, name) for name in names), np.dtype, *kinds]
+
+
+def _unwrap(content: object, path: str | Path) -> dict[str, object]:
+    """Return the mapping from keys to weights in a file, without `module.` in front of the keys."""
+    if not isinstance(content, Mapping):
+        raise InputError(f"{path}: holds a {type(content).__name__}, a checkpoint is a mapping from names to weights")
+    if isinstance(content.get("s2d"), Mapping):
+        merge = f"python tools/merge.py --checkpoint {path} --output FILE"
+        raise InputError(f"{path}: has experts, pretrained weights must be dense; merge it first: {merge}")
+    inner = next((content[key] for key in WRAPPINGS if isinstance(content.get(key), Mapping)), content)
+    weights = {str(key).removeprefix("module."): value for key, value in inner.items()}
+    if not any(isinstance(value, Tensor) for value in weights.values()):
+        known = ", ".join(f"'{key}'" for key in WRAPPINGS)
+        raise InputError(f"{path}: no weights found, neither under {known} nor at the top: {_some(weights)}")
+    return weights
+
+
+def _check_belongs(
+    own: Mapping[str, Tensor], found: Mapping[str, object], file: Mapping[str, object], head: str, path: str | Path
+) -> None:
+    """Refuse a file with less than half of the tensors in front of the head: that would be a fresh start."""
+    backbone = [key for key in own if not key.startswith(f"{head}.")]
+    shared = [key for key in backbone if key in found]
+    if 2 * len(shared) < len(backbone):
+        raise InputError(
+            f"{path}: belongs to another model: it has {len(shared)} of the {len(backbone)} tensors in front of the head; "
+            f"the model's keys: {_some(own)}; the file's: {_some(file)}"
+        )
+
+
+def _check_tensors(own: Mapping[str, Tensor], theirs: Mapping[str, object], path: str | Path) -> None:
+    """Refuse values that are no ordinary tensors of the model's shapes, and numbers that are not finite."""
+    for key, value in theirs.items():
+        if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_quantized or value.is_meta:
+            raise InputError(f"{path}: '{key}' is not an ordinary tensor")
+    other = [key for key, tensor in theirs.items() if tensor.shape != own[key].shape]
+    if other:
+        key = other[0]
+        shapes = f"{tuple(theirs[key].shape)} in the file, {tuple(own[key].shape)} in the model"
+        raise InputError(
+            f"{path}: {len(other)} tensors have another shape, such as '{key}': {shapes}; "
+            "choose the model, and the options, that the file was trained with"
+        )
+    kinds = [key for key, tensor in theirs.items() if tensor.is_floating_point() != own[key].is_floating_point()]
+    if kinds:
+        raise InputError(f"{path}: '{kinds[0]}' is {theirs[kinds[0]].dtype}, the model has {own[kinds[0]].dtype}")
+    bad = [key for key, tensor in theirs.items() if not bool(torch.isfinite(tensor).all())]
+    if bad:
+        raise InputError(f"{path}: {len(bad)} tensors have values that are not finite, such as '{bad[0]}'")
+
+
+def _last_layer(model: nn.Module) -> str:
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+
+
+def _rows_differ(own: Tensor, theirs: object) -> bool:
+    """Tell whether two tensors differ in the number of their rows alone."""
+    return isinstance(theirs, Tensor) and own.shape != theirs.shape and own.shape[1:] == theirs.shape[1:]
+
+
+def _turn_z_up(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Turn the weights that multiply x, y, z as the data sets turn clouds from y up to z up: to x, -z, y."""
+    names = getattr(model, "coordinate_weights", None)
+    if names is None:
+        raise InputError(f"weights of {type(model).__name__} cannot be turned from y up to z up")
+    result = dict(weights)
+    for key in names():
+        if key in result:
+            x, y, z, *others = result[key].unbind(1)
+            result[key] = torch.stack([x, -z, y, *others], dim=1)
+    return result
+
+
+def _count(keys: Iterable[str]) -> str:
+    counts = Counter(key.partition(".")[0] for key in keys)
+    return ", ".join(f"{name} ({count})" if count > 1 else name for name, count in counts.items())
+
+
+def _some(mapping: Mapping[str, object]) -> str:
+    shown = ", ".join(f"'{key}'" for key in list(mapping)[:3])
+    return (shown + (", ..." if len(mapping) > 3 else "")) or "it is empty"
