@@ -24,7 +24,7 @@ def run_tool(parser: argparse.ArgumentParser, body: Body, argv: Sequence[str] | 
     """
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     try:
-        arguments = parser.parse_args(argv)
+        arguments = _parse(parser, argv)
     except SystemExit as error:  # argparse leaves the process; in-process callers want the code
         return int(error.code or 0)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
@@ -61,3 +61,9 @@ def refuse_existing(path: str | Path, force: bool) -> Path:
     if not path.parent.is_dir():
         raise InputError(f"{path}: folder {path.parent} does not exist; create it first")
     return path
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse with flags and overrides in any order, which plain argparse refuses and sub-commands rule out."""
+    has_commands = any(action.nargs == argparse.PARSER for action in parser._actions)
+    return parser.parse_args(argv) if has_commands else parser.parse_intermixed_args(argv)
