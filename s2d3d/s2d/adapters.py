@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from .mof import ExpertLayer, Plan, check_ffn, is_linear, linear_features
+from .mof import ExpertLayer, Plan, StackedLinear, check_ffn, is_linear, linear_features
 
 
 class LinearPair(nn.Module):
@@ -35,6 +35,16 @@ class EntryLinear(nn.Module):
         """Return the mean of the experts' first linear layers, of the original class."""
         return self.experts.first.averaged_linear()
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight of `averaged_expert`: `nn.TransformerEncoderLayer` reads it in evaluation and skips `forward`."""
+        return _averaged(self.experts.first)[0]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of `averaged_expert`."""
+        return _averaged(self.experts.first)[1]
+
 
 class ExitLinear(nn.Module):
     """Stands where the second linear layer of an FFN stood that is spread over its transformer layer."""
@@ -52,6 +62,25 @@ class ExitLinear(nn.Module):
     def averaged_expert(self) -> nn.Module:
         """Return the mean of the experts' second linear layers, of the original class."""
         return self._entry.experts.second.averaged_linear()
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of `averaged_expert`, as in `EntryLinear`."""
+        return _averaged(self._entry.experts.second)[0]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of `averaged_expert`."""
+        return _averaged(self._entry.experts.second)[1]
+
+
+def _averaged(layer: StackedLinear) -> tuple[Tensor, Tensor | None]:
+    if not layer.averaged_in_eval:
+        raise RuntimeError(
+            "routed experts have no single weight: in a torch.nn.TransformerEncoder, "
+            "call torch.backends.mha.set_fastpath_enabled(False) before evaluation"
+        )
+    return layer.averaged()
 
 
 def find_ffn(module: nn.Module) -> tuple[str, ...]:
@@ -96,15 +125,20 @@ def ffn_name(names: tuple[str, ...]) -> str:
 
 
 def _is_ffn_like(module: nn.Module) -> bool:
-    """Tell an FFN from an attention: not all layers are square, and at most two of them read the input."""
+    """Tell an FFN from an attention: not all layers are square, at most two read the input, none makes q, k and v."""
     sizes = [linear_features(child) for child in module.children() if is_linear(child)]
     if len(sizes) < 2 or sizes[0][0] != sizes[-1][1] or all(i == o for i, o in sizes):
+        return False
+    channels = sizes[0][0]
+    if sum(i == channels for i, _ in sizes) > 2 or (
+        sizes[0] == (channels, 3 * channels) and sizes[1:] == [(channels, channels)]
+    ):
         return False
     try:
         check_ffn(module)
     except TypeError:
         return False
-    return sum(i == sizes[0][0] for i, _ in sizes) <= 2
+    return True
 
 
 def _linear_pairs(module: nn.Module) -> list[tuple[str, ...]]:

@@ -115,8 +115,8 @@ def combine(outputs: Tensor, partition: Partition, weights: Tensor | None = None
     if weights is not None:
         slots = (slots * weights.unsqueeze(1)).to(outputs.dtype)
     rows = outputs.new_zeros(partition.num_tokens + 1, outputs.shape[-1])
-    # With `out` given, scatter_sum never reads index.max() on the host. A compiled graph takes torch's own, which is the
-    # same operation: what `scatter_backend` does cannot be traced.
+    # With `out` given, scatter_sum never reads index.max() on the host. A compiled graph takes torch's own, which is
+    # the same operation: what `scatter_backend` does cannot be traced.
     scatter = native_scatter_sum if torch.compiler.is_compiling() else scatter_backend()
     rows = scatter(slots, partition.target.unsqueeze(1).expand(-1, outputs.shape[-1]), rows)
     return rows[: partition.num_tokens]

@@ -109,7 +109,6 @@ class ExpertLayer(nn.Module):
         if num_experts < 1:
             raise ValueError(f"num_experts is {num_experts}, must be at least 1")
         check_ffn(ffn)
-        _check_token_by_token(ffn)
         self.num_experts = num_experts
         linears = [m for m in ffn.modules() if is_linear(m)]
         template = copy.deepcopy(ffn, {id(m): StackedLinear(m, num_experts, self.averaged_in_eval) for m in linears})
@@ -194,8 +193,9 @@ def check_ffn(ffn: nn.Module) -> None:
     """Refuse a module that cannot become experts.
 
     Raises:
-        TypeError: it has no linear layer, or parameters or buffers that belong neither to a linear layer nor to a norm
-            layer between the linear layers.
+        TypeError: it has no linear layer, a linear layer with a forward method of its own, or parameters or buffers
+            that belong neither to a linear layer nor to a norm layer between the linear layers; or it does not map
+            each token to a vector by itself (not checked on the meta device).
     """
     linears = [m for m in ffn.modules() if is_linear(m)]
     if not linears or is_linear(ffn):
@@ -212,14 +212,13 @@ def check_ffn(ffn: nn.Module) -> None:
     foreign = [name for name, tensor in state if id(tensor) not in known]
     if foreign:
         raise TypeError(f"{type(ffn).__name__} holds state outside its linear layers ({', '.join(foreign)})")
+    if type(ffn).forward is not nn.Module.forward and not any(tensor.is_meta for _, tensor in state):
+        _check_token_by_token(ffn, linears)
 
 
 @torch.no_grad()
-def _check_token_by_token(ffn: nn.Module) -> None:
+def _check_token_by_token(ffn: nn.Module, linears: list[nn.Module]) -> None:
     """Run a copy of `ffn` on a few tokens and on one of them alone: attention, for one, gives another result."""
-    linears = [m for m in ffn.modules() if is_linear(m)]
-    if any(m.weight.is_meta for m in linears) or type(ffn).forward is nn.Module.forward:
-        return
     probe, problems = copy.deepcopy(ffn).float().eval(), []
     for width in dict.fromkeys(linear_features(m)[0] for m in linears):  # the first one need not read the input
         tokens = torch.arange(6.0 * width, device=linears[0].weight.device).sin().view(2, 3, width)
