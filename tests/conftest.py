@@ -13,6 +13,12 @@ from s2d3d.datasets.shapes import write_shapes
 REPOSITORY = Path(__file__).parent.parent
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--published-checkpoint", metavar="FILE", help="a checkpoint of the public Point-BERT or Point-MAE to test against"
+    )
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
