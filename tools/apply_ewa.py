@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from s2d3d import apply_ewa_, load_checkpoint, save_checkpoint
-from s2d3d.engine.checkpoint import MODEL_KEYS, build_model, require_sparse
+from s2d3d.engine.checkpoint import MODEL_KEYS, build_model, has_router, require_sparse
 from s2d3d.engine.cli import refuse_existing, run_tool
 from s2d3d.s2d.analysis import expert_divergence
 
@@ -34,7 +34,10 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{'layer':<{width}}  divergence before  after")
     for name in before:
         print(f"{name:<{width}}  {before[name]:>17.6f}  {after[name]:.6f}")
-    print("The mean of the experts stays, so the merged model is unchanged by this.")
+    if has_router(payload):
+        print("The experts stay apart behind their routers, so this changes the model.")
+    else:
+        print("The mean of the experts stays, so the merged model is unchanged by this.")
     print(f"written to {output}")
 
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from s2d3d import load_checkpoint, merge_experts, save_checkpoint
-from s2d3d.engine.checkpoint import MODEL_KEYS, build_model, require_sparse
+from s2d3d.engine.checkpoint import MODEL_KEYS, build_model, require_mergeable, require_sparse
 from s2d3d.engine.cli import refuse_existing, run_tool
 
 
@@ -21,6 +21,7 @@ def run(arguments: argparse.Namespace) -> None:
     output = refuse_existing(arguments.output, arguments.force)
     payload = load_checkpoint(arguments.checkpoint)
     require_sparse(payload, arguments.checkpoint)
+    require_mergeable(payload, arguments.checkpoint)
     model = build_model(payload, where=arguments.checkpoint)
     before = sum(p.numel() for p in model.parameters())
     merge_experts(model, inplace=True)

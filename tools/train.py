@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
         if trainer.runtime.is_main:
             print(stop, file=sys.stderr)
         return stop.exit_code
-    if trainer.runtime.is_main and path == trainer.folder.merged:
+    if trainer.runtime.is_main and path != trainer.folder.last:
         print(trainer.summary())
     return 0
 

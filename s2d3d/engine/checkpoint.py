@@ -1,8 +1,6 @@
 """Checkpoint files: written atomically, read without running code, complete enough to rebuild the model."""
 
 import os
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +80,9 @@ def model_payload(
     experts = None
     if is_sparse(model):
         assert mof is not None, "a sparse model needs its MoFConfig"
-        experts = {"kind": "rup", "num_experts": mof.num_experts, "targets": list(mof.targets), "every": mof.every}
+        experts = {"kind": mof.kind, "num_experts": mof.num_experts, "targets": list(mof.targets), "every": mof.every}
+        if mof.kind == "topk":
+            experts |= {"top_k": mof.top_k, "capacity_factor": mof.capacity_factor}
     return {
         "model": {"name": name, "num_classes": len(class_names), "in_channels": in_channels, "kwargs": kwargs},
         "s2d": experts,
@@ -100,7 +100,8 @@ def load_model(path: str | Path, *, merge: bool = False) -> nn.Module:
         merge: turn experts into dense FFNs; a dense checkpoint is not changed by it.
 
     Raises:
-        InputError: the checkpoint cannot be read, or its weights do not fit its own description.
+        InputError: the checkpoint cannot be read, its weights do not fit its own description, or `merge` is set and its
+            experts have a router.
 
     Example:
         >>> model = load_model("runs/demo/merged.pt")  # doctest: +SKIP
@@ -111,6 +112,8 @@ def load_model(path: str | Path, *, merge: bool = False) -> nn.Module:
 def build_model(payload: dict[str, Any], *, where: str, merge: bool = False) -> nn.Module:
     """As `load_model`, from a checkpoint that has been read already; `where` names it in errors."""
     description, experts = payload["model"], payload["s2d"]
+    if merge:
+        require_mergeable(payload, where)
     try:
         model = create_model(
             description["name"],
@@ -119,7 +122,9 @@ def build_model(payload: dict[str, Any], *, where: str, merge: bool = False) -> 
             **description["kwargs"],
         )
         if experts is not None:
-            convert_to_mof_(model, MoFConfig(experts["num_experts"], tuple(experts["targets"]), experts["every"]))
+            router = {key: experts[key] for key in ("kind", "top_k", "capacity_factor") if key in experts}
+            mof = MoFConfig(experts["num_experts"], tuple(experts["targets"]), experts["every"], **router)
+            convert_to_mof_(model, mof)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{where}: the checkpoint's model description is unusable ({_first_line(error)})") from error
     load_weights_(model, payload["state_dict"], where=where)
@@ -151,8 +156,22 @@ def require_sparse(payload: dict[str, Any], where: str) -> None:
         raise InputError(f"{where}: is dense, a sparse checkpoint is needed, such as checkpoints/last.pt of an S2D run")
 
 
+def has_router(payload: dict[str, Any]) -> bool:
+    """Tell whether a checkpoint's experts are chosen by a router (`s2d.kind: topk`)."""
+    return payload["s2d"] is not None and payload["s2d"]["kind"] == "topk"
+
+
+def require_mergeable(payload: dict[str, Any], where: str) -> None:
+    """Raise InputError when a checkpoint has experts that no dense FFN can stand for."""
+    if has_router(payload):
+        raise InputError(
+            f"{where}: was trained with s2d.kind=topk, whose experts stay; evaluate it as it is, it has no dense form"
+        )
+
+
 def require_dense(payload: dict[str, Any], where: str) -> None:
     """Raise InputError when a checkpoint still has experts."""
+    require_mergeable(payload, where)
     if payload["s2d"] is not None:
         raise InputError(f"{where}: is sparse, a dense checkpoint is needed; merge it first: python tools/merge.py --checkpoint {where} --output FILE")
 

@@ -7,7 +7,7 @@ trainer and the tools read it and pass plain arguments on.
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
@@ -30,6 +30,9 @@ from .config_types import (
     Plain,
     Str,
 )
+
+if TYPE_CHECKING:
+    from ..s2d import MoFConfig
 
 _FROM_DATA = ("num_classes", "in_channels")
 
@@ -137,8 +140,10 @@ class ModelConfig(Section, extra="allow"):
 class S2DConfig(Section):
     """Sparse-to-Dense training: which FFNs become experts and how their weights are averaged."""
 
-    kind: Literal["none", "rup"] = Field(
-        "rup", description="'rup': Random Uniform Partition over experts; 'none': dense training, other keys unused."
+    kind: Literal["none", "rup", "topk"] = Field(
+        "rup",
+        description="'rup': Random Uniform Partition over experts, merged at the end; 'topk': the gated baseline, "
+        "whose experts stay; 'none': dense training, other keys unused.",
     )
     num_experts: Int = Field(4, ge=1, description="Experts of a layer, at least 1; 1 is the dense FFN.")
     targets: Names = Field(("*.mlp",), description="Glob patterns over module names: which FFNs may be replaced.")
@@ -159,6 +164,29 @@ class S2DConfig(Section):
     schedule: Literal["linear", "constant"] = Field(
         "linear", description="'linear': share rate from 0 to share_rate over the training; 'constant': share_rate."
     )
+    stop_fraction: Float = Field(
+        1.0, gt=0, le=1, description="Share of the training after which EWA stops, in (0, 1]; below 1: early EWA."
+    )
+    top_k: Int = Field(2, ge=1, description="Experts of a token with kind 'topk', in [1, num_experts].")
+    balance_weight: Float = Field(0.01, ge=0, description="Weight of the load-balancing loss with kind 'topk'.")
+    capacity_factor: Float | None = Field(
+        None, gt=0, description="Slots of an expert in training with kind 'topk', over those of equal load; null: any."
+    )
+
+    def mof(self) -> "MoFConfig":
+        """Return what `convert_to_mof_` needs; for kind 'none' that of the sparse twin."""
+        from ..s2d import MoFConfig
+
+        return MoFConfig(
+            self.num_experts,
+            self.targets,
+            self.every,
+            self.init,
+            self.init_noise,
+            kind="topk" if self.kind == "topk" else "rup",
+            top_k=self.top_k,
+            capacity_factor=self.capacity_factor,
+        )
 
 
 class OptimConfig(Section):
@@ -364,14 +392,13 @@ def _build_problems(model: str, kwargs: dict[str, object], s2d: S2DConfig | None
     import torch
 
     from ..models import create_model as build
-    from ..s2d import MoFConfig, convert_to_mof_
+    from ..s2d import convert_to_mof_
 
     try:
         with torch.device("meta"):
             network = build(model, num_classes=2, **kwargs)
             if s2d:
-                experts = MoFConfig(s2d.num_experts, s2d.targets, s2d.every, s2d.init, s2d.init_noise)
-                convert_to_mof_(network, experts)
+                convert_to_mof_(network, s2d.mof())
     except (ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError) as error:
         return [Problem((), one_line(error) or type(error).__name__)]
     return []

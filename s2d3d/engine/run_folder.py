@@ -16,7 +16,8 @@ class RunFolder:
     """Paths and writers of a run folder; every file appears whole or not at all.
 
     `config.yaml` (resolved), `environment.json`, `log.csv`, `metrics.json`, `checkpoints/last.pt`,
-    `checkpoints/best.pt` and `merged.pt`; with `train.keep_every` also `checkpoints/epoch_NNN.pt`.
+    `checkpoints/best.pt` and `merged.pt`, or `final.pt` where experts stay (`s2d.kind: topk`); with `train.keep_every`
+    also `checkpoints/epoch_NNN.pt`.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -28,6 +29,7 @@ class RunFolder:
         self.last = self.root / "checkpoints" / "last.pt"
         self.best = self.root / "checkpoints" / "best.pt"
         self.merged = self.root / "merged.pt"
+        self.final = self.root / "final.pt"
 
     def create(self, *, resume: bool, force: bool) -> None:
         """Make the folder for a new run, or for one that continues.
@@ -35,7 +37,7 @@ class RunFolder:
         Raises:
             InputError: it holds a run already, and neither `resume` nor `force` is set.
         """
-        files = (self.config, self.environment, self.log, self.metrics, self.last, self.best, self.merged)
+        files = (self.config, self.environment, self.log, self.metrics, self.last, self.best, self.merged, self.final)
         present = [path for path in (*files, *self.all_kept().values()) if path.exists()]
         if present and not resume:
             if not force:

@@ -1,6 +1,7 @@
 """The training recipe: setup -> train -> evaluate -> merge, resumable at every step."""
 
 import contextlib
+import copy
 import logging
 import signal
 import time
@@ -21,7 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ..datasets import BatchLoader, PointCloudDataset, split_train_validation
 from ..errors import InputError, TrainingError
 from ..models import create_model, load_pretrained_
-from ..s2d import EWA, MoFConfig, convert_to_mof_, merge_experts
+from ..s2d import EWA, TopKMoE, balance_loss, convert_to_mof_, merge_experts
 from ..s2d.analysis import expert_divergence
 from .checkpoint import load_checkpoint, load_weights_, model_payload, save_checkpoint
 from .config import Config, dump_config, parse_config
@@ -34,8 +35,8 @@ from .runtime import Runtime, environment, rng_state, seed_all, set_rng_state, s
 logger = logging.getLogger(__name__)
 
 LOG_COLUMNS = (
-    "epoch", "updates", "lr", "share_rate", "divergence", "train_loss", "train_oa", "grad_norm", "val_oa", "test_oa",
-    "test_macc", "seconds",
+    "epoch", "updates", "lr", "share_rate", "divergence", "train_loss", "train_oa", "grad_norm",
+    "balance_loss", "dropped", "val_oa", "test_oa", "test_macc", "seconds",
 )  # fmt: skip
 MAY_CHANGE = (
     "output_dir", "data.root", "data.cache_dir", "train.device", "train.num_threads", "train.compile",
@@ -95,7 +96,7 @@ class Trainer:
         self.folder = RunFolder(config.output_dir)
 
     def fit(self, resume: str | Path | None = None) -> Path:
-        """Train to the last epoch, evaluate, merge; return the path of the dense model.
+        """Train to the last epoch, evaluate, merge; return the path of the dense model (kind topk: of the routed one).
 
         With `train.max_steps` a run may end earlier; the path is then that of its checkpoint.
 
@@ -134,7 +135,8 @@ class Trainer:
         self._build_model(resume=state is not None)
         self._build_optimizer()
         self.progress, self.history = Progress(), []
-        self.sums = torch.zeros(4, dtype=torch.float64, device=runtime.device)  # loss, correct, samples, gradient norm
+        # Sums over the epoch: loss, correct, samples, gradient norm; with routers also balance loss, dropped fraction.
+        self.sums = torch.zeros(6 if self.routed else 4, dtype=torch.float64, device=runtime.device)
         self.bad_update = torch.full((), -1, dtype=torch.int64, device=runtime.device)
         seed_all(cfg.seed * 1000 + runtime.rank)  # ranks draw different partitions and drop different paths
         if state:
@@ -185,8 +187,9 @@ class Trainer:
             report = load_pretrained_(dense, cfg.model.pretrained, up_axis=cfg.model.pretrained_up_axis)
             if runtime.is_main:
                 logger.info(report.summary())
-        self.mof = MoFConfig(cfg.s2d.num_experts, cfg.s2d.targets, cfg.s2d.every, cfg.s2d.init, cfg.s2d.init_noise)
-        self.converted = convert_to_mof_(dense, self.mof) if cfg.s2d.kind == "rup" else []
+        self.mof = cfg.s2d.mof()
+        self.converted = convert_to_mof_(dense, self.mof) if cfg.s2d.kind != "none" else []
+        self.routed = [module for module in dense.modules() if isinstance(module, TopKMoE)]
         self.model = dense.to(runtime.device)
         self.network: nn.Module = self.model
         if runtime.is_distributed:
@@ -209,8 +212,9 @@ class Trainer:
         self.ewa = None
         if self.converted:
             self.ewa = EWA(
-                self.model, share_rate=cfg.s2d.share_rate, schedule=cfg.s2d.schedule, total_steps=self.total_updates
-            )
+                self.model, share_rate=cfg.s2d.share_rate, schedule=cfg.s2d.schedule, total_steps=self.total_updates,
+                stop_fraction=cfg.s2d.stop_fraction,
+            )  # fmt: skip
         self.ema = ModelEmaV3(self.model, decay=cfg.train.ema_decay) if cfg.train.ema_decay else None
 
     def _describe(self) -> str:
@@ -273,13 +277,21 @@ class Trainer:
                 with torch.autocast(device.type, torch.bfloat16, enabled=cfg.train.amp == "bf16"):
                     logits = self.network(part)
                 loss = F.cross_entropy(logits.float(), target, label_smoothing=cfg.train.label_smoothing)
-                weighted = loss * (len(target) / len(labels))
-                weighted.backward()
+                share = len(target) / len(labels)
+                weighted = loss * share
+                (weighted + self._balance(share) if self.routed else weighted).backward()
             total += weighted.detach()
             self.sums[1] += (logits.detach().argmax(1) == target).sum()
         self.sums[0] += total.double() * len(labels)
         self.sums[2] += len(labels)
         return total
+
+    def _balance(self, share: float) -> Tensor:
+        """Return the weighted balance loss of the pass just made, a share of its batch, and note it for the log."""
+        loss = balance_loss(self.model) * share
+        self.sums[4] += loss.detach()
+        self.sums[5] += sum(layer.dropped_fraction for layer in self.routed) / len(self.routed) * share
+        return self.config.s2d.balance_weight * loss
 
     def _note_finite(self, loss: Tensor, grad_norm: Tensor) -> None:
         """Remember the first update with a non-finite loss or gradient, without waiting for the device."""
@@ -305,7 +317,7 @@ class Trainer:
         if interval:
             self._raise_if_bad()
             if not bar.disable:
-                loss, correct, samples, _ = self.sums.tolist()
+                loss, correct, samples = self.sums[:3].tolist()
                 bar.set_postfix(loss=f"{loss / samples:.3f}", oa=f"{correct / samples:.3f}")
         every = cfg.train.checkpoint_every
         if every and progress.updates % every == 0:
@@ -333,10 +345,10 @@ class Trainer:
         sums = self.sums.clone()
         if self.runtime.is_distributed:
             dist.all_reduce(sums)
-            sums[3] /= self.runtime.world_size
+            sums[3:] /= self.runtime.world_size
             for buffer in self.model.buffers():  # BatchNorm statistics differ between ranks
                 dist.broadcast(buffer, 0)
-        loss, correct, samples, norms = sums.tolist()
+        loss, correct, samples, norms, *routing = sums.tolist()
         row: dict[str, Any] = {
             "epoch": progress.epoch + 1, "updates": progress.updates, "lr": self.optimizer.param_groups[0]["lr"],
             "share_rate": self.share_rate, "train_loss": loss / samples, "train_oa": correct / samples,
@@ -345,6 +357,8 @@ class Trainer:
         if self.converted:
             by_layer = expert_divergence(self.model)
             row["divergence"] = sum(by_layer.values()) / len(by_layer)
+        if self.routed:
+            row["balance_loss"], row["dropped"] = (total / self.steps_per_epoch for total in routing)
         if self.val_loader:
             row["val_oa"] = self._evaluate(self.model, self.val_loader).oa
         if cfg.eval.every and (progress.epoch + 1) % cfg.eval.every == 0 and progress.epoch + 1 < cfg.train.epochs:
@@ -378,26 +392,30 @@ class Trainer:
     # ----------------------------------------------------------------- ending
 
     def _finish_run(self) -> Path:
-        """Evaluate the sparse model, merge it, evaluate the merged one, and write both results."""
+        """Evaluate the sparse model, merge it, evaluate the merged one, and write both results.
+
+        Experts that a router chooses stay: the model is evaluated as it is, and nothing is merged.
+        """
         cfg = self.config
-        merged = merge_experts(self.model)
-        reports = {"sparse": self._evaluate(self.model, self.test_loader)} if self.converted else {}
-        reports["merged"] = self._evaluate(merged, self.test_loader)
+        final, path = (copy.deepcopy, self.folder.final) if self.routed else (merge_experts, self.folder.merged)
+        model = final(self.model)
+        reports = {"sparse": self._evaluate(self.model, self.test_loader)} if self.converted and not self.routed else {}
+        reports["routed" if self.routed else "merged"] = self._evaluate(model, self.test_loader)
         if self.ema:
-            reports["ema"] = self._evaluate(merge_experts(self.ema.module), self.test_loader)
-        if cfg.eval.recalibrate_batchnorm and (norms := self._norms_behind_experts(merged)):
-            recalibrate_batchnorm_(merged, self.plain_train_loader, device=self.runtime.device, layers=norms)
-            reports["recalibrated"] = self._evaluate(merged, self.test_loader)
+            reports["ema"] = self._evaluate(final(self.ema.module), self.test_loader)
+        if cfg.eval.recalibrate_batchnorm and (norms := self._norms_behind_experts(model)):
+            recalibrate_batchnorm_(model, self.plain_train_loader, device=self.runtime.device, layers=norms)
+            reports["recalibrated"] = self._evaluate(model, self.test_loader)
         if cfg.eval.votes > 1:
-            reports["voting"] = self._evaluate(merged, self.test_loader, votes=cfg.eval.votes)
+            reports["voting"] = self._evaluate(model, self.test_loader, votes=cfg.eval.votes)
         if self.runtime.is_main:
-            save_checkpoint(self.folder.merged, self._payload(merged))
+            save_checkpoint(path, self._payload(model))
             write_json(self.folder.metrics, self._metrics(reports))
             self.folder.write_log(self.history, LOG_COLUMNS)
         if self.runtime.is_distributed:
             dist.barrier()
         self.reports = reports
-        return self.folder.merged
+        return path
 
     def _norms_behind_experts(self, model: nn.Module) -> list[nn.Module]:
         """BatchNorm layers behind the first FFN that is, or in a dense twin would be, an expert layer."""
@@ -410,6 +428,7 @@ class Trainer:
         return batchnorms_behind(model, names[0]) if names else []
 
     def _metrics(self, reports: dict[str, ClassificationReport]) -> dict[str, Any]:
+        training = sum(p.numel() for p in self.model.parameters())
         return {
             "epochs": self.progress.epoch,
             "updates": self.progress.updates,
@@ -417,8 +436,8 @@ class Trainer:
             "selection": "last epoch",
             "train_seconds": sum(row["seconds"] for row in self.history),
             "parameters": {
-                "training": sum(p.numel() for p in self.model.parameters()),
-                "merged": self.dense_parameters,
+                "training": training,
+                **({"routed": training} if self.routed else {"merged": self.dense_parameters}),
             },
             **{name: report.to_dict() for name, report in reports.items()},
         }
@@ -429,12 +448,16 @@ class Trainer:
             "sparse": "before merge (sparse, eval mode)", "merged": "after merge" if self.converted else "dense",
             "ema": "moving average, merged", "recalibrated": "merged, BatchNorm recalibrated", "voting": "merged, voting",
         }  # fmt: skip
+        if self.routed:
+            titles = {
+                "routed": "routed", "ema": "moving average", "recalibrated": "BatchNorm recalibrated", "voting": "voting",
+            }  # fmt: skip
         training = sum(p.numel() for p in self.model.parameters())
         rows = [(titles[name], report.summary()) for name, report in self.reports.items()]
         rows += [
             ("parameters while training", f"{training:,}"),
-            ("parameters after", f"{self.dense_parameters:,}"),
-            ("dense model", str(self.folder.merged)),
+            ("parameters after", f"{training if self.routed else self.dense_parameters:,}"),
+            ("routed model", str(self.folder.final)) if self.routed else ("dense model", str(self.folder.merged)),
             ("run folder", str(self.folder.root)),
         ]
         return "\n".join(f"{title:<34}{value}" for title, value in rows)
