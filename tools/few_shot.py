@@ -1,0 +1,53 @@
+"""Few-shot classification: train on a few shapes of a few classes, test on others, over several folds."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from s2d3d import load_config
+from s2d3d.engine.cli import add_overrides, run_tool
+from s2d3d.engine.few_shot import FewShotTask, run_folds, summary_line
+from s2d3d.engine.trainer import StoppedBySignal
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="few_shot.py", description=__doc__)
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, see configs/few_shot_*.yaml")
+    add_overrides(parser)
+    parser.add_argument("--ways", type=int, default=5, metavar="N", help="classes of a fold")
+    parser.add_argument("--shots", type=int, default=10, metavar="N", help="training shapes of each class")
+    parser.add_argument("--queries", type=int, default=20, metavar="N", help="test shapes of each class")
+    parser.add_argument("--folds", type=int, default=10, metavar="N", help="repetitions")
+    parser.add_argument(
+        "--output", required=True, metavar="FILE.json", help="results; folds that it holds already are not repeated"
+    )
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; the same as train.device=")
+    parser.add_argument("--force", action="store_true", help="start anew: forget finished folds and their runs")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    overrides = list(arguments.overrides)
+    if arguments.device:
+        overrides.append(f"train.device={arguments.device}")
+    config = load_config(arguments.config, overrides)
+    task = FewShotTask(arguments.ways, arguments.shots, arguments.queries)
+    folds = []
+    try:
+        for fold in run_folds(config, task, folds=arguments.folds, output=arguments.output, force=arguments.force):
+            folds.append(fold)
+            print(f"fold {fold['fold']}: OA {100 * fold['oa']:.2f} %  ({', '.join(fold['classes'])})", flush=True)
+    except StoppedBySignal as stop:
+        print(f"stopped by a signal; the same command continues with fold {len(folds)}", file=sys.stderr)
+        return stop.exit_code
+    print(summary_line(task, folds))
+    print(f"written to {arguments.output}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_tool(build_parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
