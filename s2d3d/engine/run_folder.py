@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,23 +32,38 @@ class RunFolder:
         self.merged = self.root / "merged.pt"
         self.final = self.root / "final.pt"
 
-    def create(self, *, resume: bool, force: bool) -> None:
-        """Make the folder for a new run, or for one that continues.
+    def check(self, *, resume: Path | None = None, force: bool = False) -> None:
+        """Tell whether a run may start here; nothing is changed.
+
+        Args:
+            resume: the checkpoint that the run continues from, if it does.
+            force: replace a run that is here.
 
         Raises:
-            InputError: it holds a run already, and neither `resume` nor `force` is set.
+            InputError: the folder holds a run, which `resume` does not belong to, and `force` is not set; or no folder
+                can be made or written here.
         """
-        files = (self.config, self.environment, self.log, self.metrics, self.last, self.best, self.merged, self.final)
-        present = [path for path in (*files, *self.all_kept().values()) if path.exists()]
-        if present and not resume:
-            if not force:
-                raise InputError(
-                    f"{self.root}: holds a run already; continue it with --resume {self.root}, "
-                    "choose another output_dir, or pass --force to replace it"
-                )
-            for path in present:
+        if self._present() and not force and not self._is_own(resume):
+            other = f"; {resume} is not of it" if resume else f"; continue it with --resume {self.root}"
+            raise InputError(
+                f"{self.root}: holds a run already{other}, choose another output_dir, or pass --force to replace it"
+            )
+        check_writable(self.root)
+
+    def create(self, *, resume: Path | None = None, force: bool = False) -> None:
+        """Make the folder for a new run, or for one that continues; see `check`."""
+        self.check(resume=resume, force=force)
+        if not self._is_own(resume):
+            for path in self._present():
                 path.unlink()
         self.last.parent.mkdir(parents=True, exist_ok=True)
+
+    def _present(self) -> list[Path]:
+        files = (self.config, self.environment, self.log, self.metrics, self.last, self.best, self.merged, self.final)
+        return [path for path in (*files, *self.all_kept().values()) if path.exists()]
+
+    def _is_own(self, checkpoint: Path | None) -> bool:
+        return checkpoint is not None and checkpoint.resolve().is_relative_to(self.root.resolve())
 
     def kept(self, epoch: int) -> Path:
         """Return where the model after `epoch` epochs is kept."""
@@ -77,6 +93,24 @@ class RunFolder:
         write_text(self.log, text.getvalue())
 
 
+def check_writable(folder: Path) -> None:
+    """Refuse a folder in which no file can be made; one that does not exist, if it cannot be made. Leaves no trace.
+
+    Raises:
+        InputError: as said.
+    """
+    place = folder
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise InputError(f"{place}: is a file, a folder is needed here; choose another place")
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise InputError(f"{place}: cannot be written to ({error.strerror}); choose another place") from error
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file atomically."""
     path = Path(path)
@@ -103,7 +137,7 @@ def find_checkpoint(path: str | Path) -> Path:
     if path.is_dir():
         path = RunFolder(path).last
     if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint to resume from")
+        raise InputError(f"{path}: no such checkpoint to resume from; start anew without --resume")
     return path
 
 

@@ -30,7 +30,7 @@ from .data import build_dataset, build_test_loader
 from .evaluator import ClassificationReport, batchnorms_behind, evaluate, recalibrate_batchnorm_
 from .optim import build_optimizer, build_scheduler
 from .run_folder import RunFolder, find_checkpoint, write_json, write_text
-from .runtime import Runtime, environment, rng_state, seed_all, set_rng_state, start_runtime, stop_runtime
+from .runtime import environment, rng_state, seed_all, set_rng_state, start_runtime, stop_runtime
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,8 @@ MAY_CHANGE = (
     "train.checkpoint_every", "train.keep_every", "train.max_steps", "eval", "log",
 )  # fmt: skip
 """Config keys that a resumed run may change: they do not alter the trajectory of the weights."""
+TRAINING_KEYS = ("optimizer", "ewa", "ema", "progress", "sums", "history", "rng")
+"""What a checkpoint of a run under way holds beside the model."""
 
 
 class StoppedBySignal(Exception):
@@ -101,7 +103,7 @@ class Trainer:
         With `train.max_steps` a run may end earlier; the path is then that of its checkpoint.
 
         Args:
-            resume: a checkpoint, or a run folder whose last checkpoint is meant. The run continues bit for bit on a CPU.
+            resume: a checkpoint, or a run folder whose last one is meant. On a CPU the run continues bit for bit.
 
         Raises:
             InputError: bad data, an output folder that holds a run, a checkpoint of another run.
@@ -126,23 +128,27 @@ class Trainer:
 
     def _setup(self, resume: str | Path | None) -> None:
         cfg, runtime = self.config, self.runtime
-        state = load_checkpoint(find_checkpoint(resume)) if resume else None
+        checkpoint = find_checkpoint(resume) if resume else None
+        state = load_checkpoint(checkpoint) if checkpoint else None
         if state:
-            self._check_same_run(state, find_checkpoint(resume))
+            self._check_same_run(state, checkpoint)
+        if runtime.is_main:  # before the data, which may take minutes
+            self.folder.check(resume=checkpoint, force=self.force)
         if not state and cfg.model.pretrained and not Path(cfg.model.pretrained).is_file():
             raise InputError(f"model.pretrained: no such file {cfg.model.pretrained}")  # before data is prepared for it
         self._build_data()
         self._build_model(resume=state is not None)
         self._build_optimizer()
+        self._try_batch()
         self.progress, self.history = Progress(), []
         # Sums over the epoch: loss, correct, samples, gradient norm; with routers also balance loss, dropped fraction.
         self.sums = torch.zeros(6 if self.routed else 4, dtype=torch.float64, device=runtime.device)
         self.bad_update = torch.full((), -1, dtype=torch.int64, device=runtime.device)
         seed_all(cfg.seed * 1000 + runtime.rank)  # ranks draw different partitions and drop different paths
         if state:
-            self._load_state(state, str(resume))
+            self._load_state(state, str(checkpoint))
         if runtime.is_main:
-            self.folder.create(resume=resume is not None, force=self.force)
+            self.folder.create(resume=checkpoint, force=self.force)
             write_text(self.folder.config, dump_config(cfg))
             write_json(self.folder.environment, environment())
         if runtime.is_distributed:
@@ -200,7 +206,9 @@ class Trainer:
 
     def _build_optimizer(self) -> None:
         cfg = self.config
-        self.optimizer = build_optimizer(self.model, name=cfg.optim.name, lr=cfg.optim.lr, weight_decay=cfg.optim.weight_decay)
+        self.optimizer = build_optimizer(
+            self.model, name=cfg.optim.name, lr=cfg.optim.lr, weight_decay=cfg.optim.weight_decay
+        )
         self.scheduler = build_scheduler(
             self.optimizer,
             schedule=cfg.optim.schedule,
@@ -217,12 +225,36 @@ class Trainer:
             )  # fmt: skip
         self.ema = ModelEmaV3(self.model, decay=cfg.train.ema_decay) if cfg.train.ema_decay else None
 
+    @torch.no_grad()
+    def _try_batch(self) -> None:
+        """Pass the smallest batch of an epoch through the model: what cannot work fails before it leaves a trace.
+
+        Random state is set after this; what the pass does to buffers is taken back.
+        """
+        cfg, train = self.config, self.train_loader.dataset
+        rest = 0 if cfg.train.drop_last else len(train) % cfg.train.batch_size
+        count = max(1, (rest or cfg.train.batch_size) // self.runtime.world_size // cfg.train.accum_steps)
+        points, _ = train.batch(torch.arange(count), augment=False)
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        try:
+            self.model.train()(points.to(self.runtime.device))
+        except ValueError as error:
+            batch = f"a batch of {count} clouds of {points.shape[1]} points"
+            raise InputError(f"{batch} does not pass through {cfg.model.name}: {error}") from error
+        for buffer, before in buffers:
+            buffer.copy_(before)
+
     def _describe(self) -> str:
         sparse = sum(p.numel() for p in self.model.parameters())
-        experts = f", {len(self.converted)} FFNs as {self.mof.num_experts} experts ({sparse:,} while training)" if self.converted else ""
+        experts = (
+            f", {len(self.converted)} FFNs as {self.mof.num_experts} experts ({sparse:,} while training)"
+            if self.converted
+            else ""
+        )
         return (
-            f"{self.config.model.name}: {self.dense_parameters:,} parameters{experts}; {len(self.train_loader.dataset)} training and "
-            f"{len(self.test_loader.dataset)} test shapes; {self.steps_per_epoch} updates an epoch on {self.runtime.device}, "
+            f"{self.config.model.name}: {self.dense_parameters:,} parameters{experts}; "
+            f"{len(self.train_loader.dataset)} training and {len(self.test_loader.dataset)} test shapes; "
+            f"{self.steps_per_epoch} updates an epoch on {self.runtime.device}, "
             f"{self.runtime.world_size} process(es), {torch.get_num_threads()} threads"
         )
 
@@ -272,7 +304,9 @@ class Trainer:
         parts = [part for part in zip(points.tensor_split(micro), labels.tensor_split(micro)) if len(part[1])]
         for index, (part, target) in enumerate(parts):
             last = index == len(parts) - 1
-            synchronise = contextlib.nullcontext() if last or not self.runtime.is_distributed else self.network.no_sync()
+            synchronise = (
+                contextlib.nullcontext() if last or not self.runtime.is_distributed else self.network.no_sync()
+            )
             with synchronise:
                 with torch.autocast(device.type, torch.bfloat16, enabled=cfg.train.amp == "bf16"):
                     logits = self.network(part)
@@ -377,12 +411,12 @@ class Trainer:
             self.folder.write_log(self.history, LOG_COLUMNS)
             tested = "".join(f", {key} {100 * row[key]:.2f} %" for key in ("val_oa", "test_oa") if key in row)
             logger.info(
-                f"epoch {row['epoch']}/{cfg.train.epochs}: loss {row['train_loss']:.4f}, train_oa {100 * row['train_oa']:.2f} %"
-                f"{tested}, lr {row['lr']:.2e}, share_rate {row['share_rate']:.3f}, {row['seconds']:.0f} s"
+                f"epoch {row['epoch']}/{cfg.train.epochs}: loss {row['train_loss']:.4f}, "
+                f"train_oa {100 * row['train_oa']:.2f} %{tested}, lr {row['lr']:.2e}, share_rate {row['share_rate']:.3f}, {row['seconds']:.0f} s"
             )
 
     def _select(self, row: dict[str, Any]) -> bool:
-        """Tell whether this epoch is the best so far: by validation OA, or by training loss without a validation part."""
+        """Tell whether this epoch is the best so far: by validation OA, without a validation part by training loss."""
         score = row.get("val_oa", -row["train_loss"])
         if self.progress.best is not None and score <= self.progress.best:
             return False
@@ -446,11 +480,13 @@ class Trainer:
         """Return the table that ends a finished run: accuracies, parameters, run folder."""
         titles = {
             "sparse": "before merge (sparse, eval mode)", "merged": "after merge" if self.converted else "dense",
-            "ema": "moving average, merged", "recalibrated": "merged, BatchNorm recalibrated", "voting": "merged, voting",
+            "ema": "moving average, merged", "recalibrated": "merged, BatchNorm recalibrated",
+            "voting": "merged, voting",
         }  # fmt: skip
         if self.routed:
             titles = {
-                "routed": "routed", "ema": "moving average", "recalibrated": "BatchNorm recalibrated", "voting": "voting",
+                "routed": "routed", "ema": "moving average", "recalibrated": "BatchNorm recalibrated",
+                "voting": "voting",
             }  # fmt: skip
         training = sum(p.numel() for p in self.model.parameters())
         rows = [(titles[name], report.summary()) for name, report in self.reports.items()]
@@ -501,20 +537,31 @@ class Trainer:
             dist.barrier()
 
     def _load_state(self, state: dict[str, Any], where: str) -> None:
+        progress = Progress(**state["progress"])
+        if state["class_names"] != self.class_names:
+            raise InputError(
+                f"{where}: was trained on other classes than {self.config.data.root} has; resume on its own data"
+            )
+        if progress.updates != progress.epoch * self.steps_per_epoch + progress.step:
+            raise InputError(
+                f"{where}: was trained on more or fewer shapes than {self.config.data.root} has; resume on its own data"
+            )
         if len(state["rng"]) != self.runtime.world_size:
-            raise InputError(f"{where}: was written by {len(state['rng'])} processes, this run has {self.runtime.world_size}")
+            raise InputError(
+                f"{where}: was written by {len(state['rng'])} processes, this run has {self.runtime.world_size}"
+            )
         load_weights_(self.model, state["state_dict"], where=where)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ewa:
             self.ewa.load_state_dict(state["ewa"])
         if self.ema:
             self.ema.load_state_dict(state["ema"])
-        self.progress, self.history = Progress(**state["progress"]), list(state["history"])
+        self.progress, self.history = progress, list(state["history"])
         self.sums.copy_(state["sums"][self.runtime.rank])
         set_rng_state(state["rng"][self.runtime.rank], self.runtime.device)
 
     def _check_same_run(self, state: dict[str, Any], path: Path) -> None:
-        if "optimizer" not in state:
+        if any(key not in state for key in TRAINING_KEYS):
             raise InputError(f"{path}: holds a model but no training state; resume from checkpoints/last.pt")
         # Parsed, so that a key that came after the checkpoint has its default on both sides.
         stored = parse_config(state["config"], where=str(path))
