@@ -137,12 +137,12 @@ def _unwrap(content: object, path: str | Path) -> dict[str, object]:
 def _check_belongs(
     own: Mapping[str, Tensor], found: Mapping[str, object], file: Mapping[str, object], head: str, path: str | Path
 ) -> None:
-    """Refuse a file with less than half of the tensors in front of the head: that would be a fresh start."""
+    """Refuse a file with less than half of the tensors before the head: that would be a fresh start."""
     backbone = [key for key in own if not key.startswith(f"{head}.")]
     shared = [key for key in backbone if key in found]
     if 2 * len(shared) < len(backbone):
         raise InputError(
-            f"{path}: belongs to another model: it has {len(shared)} of the {len(backbone)} tensors in front of the head; "
+            f"{path}: belongs to another model: it has {len(shared)} of the {len(backbone)} tensors before the head; "
             f"the model's keys: {_some(own)}; the file's: {_some(file)}"
         )
 
@@ -157,7 +157,7 @@ def _check_tensors(own: Mapping[str, Tensor], theirs: Mapping[str, object], path
         key = other[0]
         shapes = f"{tuple(theirs[key].shape)} in the file, {tuple(own[key].shape)} in the model"
         raise InputError(
-            f"{path}: {len(other)} tensors have another shape, such as '{key}': {shapes}; "
+            f"{path}: tensors of another shape ({len(other)}), such as '{key}': {shapes}; "
             "choose the model, and the options, that the file was trained with"
         )
     kinds = [key for key, tensor in theirs.items() if tensor.is_floating_point() != own[key].is_floating_point()]
@@ -165,7 +165,7 @@ def _check_tensors(own: Mapping[str, Tensor], theirs: Mapping[str, object], path
         raise InputError(f"{path}: '{kinds[0]}' is {theirs[kinds[0]].dtype}, the model has {own[kinds[0]].dtype}")
     bad = [key for key, tensor in theirs.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
-        raise InputError(f"{path}: {len(bad)} tensors have values that are not finite, such as '{bad[0]}'")
+        raise InputError(f"{path}: tensors with values that are not finite ({len(bad)}), such as '{bad[0]}'")
 
 
 def _last_layer(model: nn.Module) -> str:
