@@ -31,7 +31,7 @@ setup(
         "tqdm>=4.64",
         "matplotlib>=3.7",
     ],
-    extras_require={"test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6"]},
+    extras_require={"test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "transformers>=5", "scikit-learn>=1.3"]},
     classifiers=[
         "Programming Language :: Python :: 3",
         "License :: OSI Approved :: MIT License",

@@ -393,7 +393,7 @@ def test_candidates_are_the_ffns_and_nothing_else(name):
     ("model", "targets", "error", "message"),
     [
         (bert, "*.mlp", ValueError,
-         r"^no module matches '\*.mlp'; modules that could become experts: bert.encoder.layer.0, bert.encoder.layer.1$"),
+         r"^no module matches .*; modules that could become experts: bert.encoder.layer.0, bert.encoder.layer.1$"),
         (bert, "bert.encoder", TypeError,
          r"'bert\.encoder' cannot become experts: BertEncoder holds 2 FFNs \(layer\.0, layer\.1\): name each$"),
         (bert, "*.attention", TypeError,
