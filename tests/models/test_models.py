@@ -74,10 +74,11 @@ def test_one_seed_gives_one_model(name):
 
 
 @pytest.mark.parametrize("name", GROUPED)
-def test_initial_weights_are_small_and_biases_zero(name):
+def test_initial_weights_have_the_models_deviation_and_biases_are_zero(name):
+    std = model_kwargs(name)["init_std"]
     for key, module in build(name).named_modules():
         if isinstance(module, nn.Linear):
-            assert 0.015 < module.weight.std() < 0.025, key
+            assert 0.75 * std < module.weight.std() < 1.25 * std, key
             assert module.bias is None or not module.bias.any(), key
 
 
@@ -128,6 +129,8 @@ def test_fewer_points_than_groups_or_than_a_group(name):
         ({"mlp_ratio": 0.0}, "head_dim is 0"),
         ({"drop_path_rate": 1.0}, r"drop_path_rate is 1.0, must be in \[0, 1\)"),
         ({"head_dropout": -0.1}, r"head_dropout is -0.1, must be in \[0, 1\)"),
+        ({"init_std": 0.0}, "init_std is 0.0, must be above 0"),
+        ({"init_std": float("nan")}, "init_std is nan, must be above 0"),
         ({"in_channels": 2}, r"in_channels is 2, must be at least 3"),
     ],
 )
@@ -183,7 +186,7 @@ def test_sizes_are_ordered():
     for name in ("point_bert_tiny", "point_bert_small", "point_bert"):
         with torch.device("meta"):
             sizes.append(sum(p.numel() for p in create_model(name, num_classes=40).parameters()))
-    assert all(2 * small < large for small, large in itertools.pairwise(sizes))
+    assert all(1.5 * small < large for small, large in itertools.pairwise(sizes))
 
 
 def test_models_know_nothing_of_the_engine():
