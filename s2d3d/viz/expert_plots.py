@@ -1,0 +1,73 @@
+"""One figure of what the experts of a run did."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+
+def draw_experts(result: dict[str, Any], path: str | Path) -> None:
+    """Draw divergence, accuracies and barriers over training, and the losses along lines between models.
+
+    Args:
+        result: as `s2d3d.engine.run_analysis.analyze_run` returns it.
+        path: picture to write; its suffix chooses the format.
+    """
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    axes = figure.subplots(2, 2)
+    _draw_divergence(axes[0, 0], result)
+    _draw_accuracy(axes[0, 1], result["checkpoints"])
+    _draw_lines(axes[1, 0], result["checkpoints"])
+    _draw_path(axes[1, 1], result["between_checkpoints"])
+    for panel in axes.flat:
+        panel.grid(alpha=0.3)
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def _draw_divergence(panel: Axes, result: dict[str, Any]) -> None:
+    rows = [row for row in result["epochs"] if row.get("divergence")]
+    if rows:
+        epochs = [row["epoch"] for row in rows]
+        panel.plot(epochs, [row["divergence"] for row in rows], "o-", markersize=3, label="measured, mean over layers")
+        if "predicted" in rows[0]:
+            panel.plot(epochs, [row["predicted"] for row in rows], "--", label="predicted, one constant fitted")
+    for name in result["checkpoints"][0]["divergence"]:
+        points = [(point["epoch"], point["divergence"][name]) for point in result["checkpoints"]]
+        panel.plot(*zip(*points), ".:", linewidth=0.7, alpha=0.6, label=name if len(points) > 1 else None)
+    positive = any(value > 0 for point in result["checkpoints"] for value in point["divergence"].values())
+    panel.set(xlabel="epoch", ylabel="|W_i - mean| / |mean|", title="Experts' divergence from their mean")
+    panel.set_yscale("log" if positive or rows else "linear")
+
+
+def _draw_accuracy(panel: Axes, checkpoints: list[dict[str, Any]]) -> None:
+    epochs = [point["epoch"] for point in checkpoints]
+    for index in range(len(checkpoints[0]["experts"])):
+        own = [100 * point["experts"][index]["oa"] for point in checkpoints]
+        panel.plot(epochs, own, "x-", linewidth=0.8, label=f"expert {index}")
+    merged = [100 * point["merged"]["oa"] for point in checkpoints]
+    panel.plot(epochs, merged, "ks-", markersize=4, label="mean of the experts (merged)")
+    panel.set(xlabel="epoch", ylabel="OA, %", title="Single experts and their mean")
+
+
+def _draw_lines(panel: Axes, checkpoints: list[dict[str, Any]]) -> None:
+    """Draw each checkpoint's highest line between two experts, as excess over its ends."""
+    for point in checkpoints:
+        line = max(point["barriers"], key=lambda candidate: candidate["height"])
+        first, last = line["losses"][0], line["losses"][-1]
+        excess = [loss - first - t * (last - first) for t, loss in zip(line["positions"], line["losses"])]
+        label = f"epoch {point['epoch']}, experts {line['experts'][0]} and {line['experts'][1]}"
+        panel.plot(line["positions"], excess, "o-", markersize=3, label=label)
+    panel.axhline(0, color="black", linewidth=0.6)
+    panel.set(xlabel="position between the experts", ylabel="excess of loss, nats", title="Lines between two experts")
+
+
+def _draw_path(panel: Axes, lines: list[dict[str, Any]]) -> None:
+    for line in lines:
+        label = f"epoch {line['epochs'][0]} to {line['epochs'][1]}: barrier {line['height']:.3f}"
+        panel.plot(line["positions"], line["losses"], "o-", markersize=3, label=label)
+    if not lines:
+        panel.text(0.5, 0.5, "one checkpoint only\n(train.keep_every)", ha="center", transform=panel.transAxes)
+    panel.set(xlabel="position between the checkpoints", ylabel="loss, nats", title="Lines between merged models")

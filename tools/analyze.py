@@ -1,0 +1,49 @@
+"""Show what the experts of an S2D run did over training: divergence, single experts, barriers between them."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from s2d3d.engine.cli import add_overrides, refuse_existing, run_tool
+from s2d3d.engine.run_analysis import analysis_table, analyze_run
+from s2d3d.engine.run_folder import write_json
+from s2d3d.engine.runtime import choose_device, keep_large_allocations
+from s2d3d.viz.expert_plots import draw_experts
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="analyze.py", description=__doc__)
+    parser.add_argument("run", metavar="RUN", help="run folder of tools/train.py; more to see with train.keep_every=N")
+    add_overrides(parser)
+    parser.add_argument("--output", metavar="DIR", help="where analysis.json and analysis.png go; default: RUN")
+    parser.add_argument("--shapes", type=int, default=500, metavar="N", help="test shapes to measure on")
+    parser.add_argument("--positions", type=int, default=5, metavar="N", help="positions on a line, with its ends")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--force", action="store_true", help="replace an analysis that is there")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    folder = Path(arguments.output or arguments.run)
+    numbers, picture = (refuse_existing(folder / f"analysis.{kind}", arguments.force) for kind in ("json", "png"))
+    keep_large_allocations()
+    result = analyze_run(
+        arguments.run,
+        overrides=arguments.overrides,
+        num_shapes=arguments.shapes,
+        num_positions=arguments.positions,
+        device=choose_device(arguments.device),
+    )
+    print(analysis_table(result))
+    write_json(numbers, result)
+    draw_experts(result, picture)
+    print(f"written to {numbers} and {picture.name}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_tool(build_parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
