@@ -1,0 +1,133 @@
+"""Sparse-to-Dense training of a stock Hugging Face BERT to guess masked characters, beside its dense twin.
+
+Under a minute on one core:
+
+    python examples/hf_bert_s2d.py
+
+The text is the documentation inside Python's standard library, which every installation has; the vocabulary is its
+characters. Nothing is downloaded. One seed: this shows how it is done, not which of the two is better.
+"""
+
+import argparse
+import copy
+import importlib
+import inspect
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertForMaskedLM
+
+from s2d3d import EWA, MoFConfig, convert_to_mof_, merge_experts
+
+MODULES = """
+    argparse ast collections configparser contextlib csv datetime decimal difflib email fractions functools heapq inspect
+    itertools json logging math os pathlib pickle random re shutil socket statistics string subprocess tarfile tempfile
+    textwrap threading time tokenize typing unittest urllib uuid zipfile
+"""
+PADDING, MASK, FIRST_CHARACTER = 0, 1, 2
+LENGTH = 64
+CHARACTERS = [chr(code) for code in (10, *range(32, 127))]
+
+
+def load_text() -> Tensor:
+    """The documentation of some modules as token ids (num_characters,)."""
+    texts = []
+    for name in MODULES.split():
+        module = importlib.import_module(name)
+        members = [member for _, member in sorted(vars(module).items()) if getattr(member, "__module__", None) == name]
+        texts += [inspect.getdoc(part) or "" for part in (module, *members) if part is module or callable(part)]
+    ids = {character: FIRST_CHARACTER + index for index, character in enumerate(CHARACTERS)}
+    return torch.tensor([ids[character] for character in "\n".join(texts) if character in ids])
+
+
+def build_model() -> BertForMaskedLM:
+    return BertForMaskedLM(
+        BertConfig(
+            vocab_size=FIRST_CHARACTER + len(CHARACTERS),
+            hidden_size=96,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            intermediate_size=384,
+            max_position_embeddings=LENGTH,
+            pad_token_id=PADDING,
+        )
+    )
+
+
+def masked_batch(text: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Draw passages (size, LENGTH) with 15 % of the characters masked; labels are -100 where nothing is asked."""
+    starts = torch.randint(len(text) - LENGTH, (size, 1))
+    passages = text[starts + torch.arange(LENGTH)]
+    masked = torch.rand(passages.shape) < 0.15
+    return passages.masked_fill(masked, MASK), passages.masked_fill(~masked, -100)
+
+
+def train(model: BertForMaskedLM, text: Tensor, steps: int, ewa: EWA | None = None) -> None:
+    """Train in place; the only line that knows of experts is `ewa.step()`."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
+    model.train()
+    for _ in range(steps):
+        passages, labels = masked_batch(text, 16)
+        loss = model(input_ids=passages, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if ewa:
+            ewa.step()  # 2. after every optimizer step, pull the experts towards their mean
+
+
+@torch.no_grad()
+def accuracy(model: BertForMaskedLM, text: Tensor) -> float:
+    """Share of masked characters guessed, on the same 128 passages for every model."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        passages, labels = masked_batch(text, 128)
+    guesses, asked = model.eval()(input_ids=passages).logits.argmax(-1), labels != -100
+    return float((guesses == labels)[asked].float().mean())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--steps", type=int, default=400, help="optimizer steps of each training (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches (default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    text = load_text()
+    train_text, test_text = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
+
+    torch.manual_seed(arguments.seed)
+    dense = build_model()
+    sparse = copy.deepcopy(dense)  # the twins start from the same weights
+    # 1. before the optimizer. In BERT the FFN is spread over `intermediate` and `output`: the target is the layer.
+    names = convert_to_mof_(sparse, MoFConfig(num_experts=4, targets=("*.encoder.layer.*",), every=2))
+    print(f"experts in {', '.join(names)}")
+
+    torch.manual_seed(arguments.seed)
+    train(dense, train_text, arguments.steps)
+    torch.manual_seed(arguments.seed)
+    ewa = EWA(sparse, share_rate=0.3, total_steps=arguments.steps)
+    train(sparse, train_text, arguments.steps, ewa)
+    before = accuracy(sparse, test_text)
+    merged = merge_experts(sparse)  # 3. at the end, dense again; merged.save_pretrained(...) writes a stock BERT
+
+    stock = build_model()
+    stock.load_state_dict(merged.state_dict(), strict=True)  # the class that transformers ships, no trace of experts
+    for title, value in (
+        ("dense twin", accuracy(dense, test_text)),
+        ("S2D before merge", before),
+        ("S2D merged", accuracy(stock, test_text)),
+    ):
+        print(f"{title:<26}{100 * value:6.2f} % of the masked characters")
+    for title, model in (("while training", sparse), ("after", stock)):
+        print(f"{'parameters ' + title:<26}{sum(p.numel() for p in model.parameters()):,}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
