@@ -148,7 +148,8 @@ def find_file(root: Path, split: str, variant: str, background: bool | None = No
     if not path.parent.is_dir():
         if any((root / name).is_file() for name in (path.name, f"test_objectdataset{VARIANTS[variant]}.h5")):
             raise InputError(f"{root}: holds the files themselves; name the folder above, that of {path.parent.name}")
-        raise InputError(f"{root}: no folder {path.parent.name} in it; get it from {SOURCE}, {SEE}")
+        simulated = " (a simulated set has background only)" if (root / "shape_names.txt").is_file() else ""
+        raise InputError(f"{root}: no folder {path.parent.name} in it{simulated}; get it from {SOURCE}, {SEE}")
     raise InputError(f"{path}: no such file, variant {variant} needs it; get it from {SOURCE}, {SEE}")
 
 

@@ -91,7 +91,7 @@ def make_shape(seed: int, split: str, index: int, num_points: int) -> np.ndarray
     rng = np.random.default_rng([seed, _SPLIT_KEYS[split], index])
     build = list(SHAPES.values())[index % len(SHAPES)]
     triangles = _cut(_deform(np.concatenate(build(rng)), rng), rng)
-    points = _sample_by_area(triangles, num_points, rng)
+    points = sample_by_area(triangles, num_points, rng)
     points += rng.normal(scale=rng.uniform(0.005, 0.025), size=points.shape)
     stray = rng.random(num_points) < rng.uniform(0, 0.05)
     points[stray] = rng.uniform(points.min(0), points.max(0), size=(int(stray.sum()), 3))
@@ -298,7 +298,7 @@ def _cut(triangles: np.ndarray, rng: Generator) -> np.ndarray:
     return triangles[keep]
 
 
-def _sample_by_area(triangles: np.ndarray, count: int, rng: Generator) -> np.ndarray:
+def sample_by_area(triangles: np.ndarray, count: int, rng: Generator) -> np.ndarray:
     """Draw (count, 3) points, uniform on the surface."""
     a, b, c = triangles.transpose(1, 0, 2)
     area = np.linalg.norm(np.cross(b - a, c - a), axis=1)
