@@ -4,6 +4,7 @@ import pickle
 import re
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ _UNREADABLE = (
     struct.error,
     RuntimeError,
     EOFError,
+    zlib.error,
     ValueError,
     LookupError,
     TypeError,
@@ -51,16 +53,31 @@ def load_data(
     if not Path(path).is_file():
         raise InputError(f"{path}: no such checkpoint file")
     try:
+        _check_sums(path)
         with torch.serialization.safe_globals(list(allow)):
             return torch.load(path, map_location=map_location, weights_only=True)
-    except _UNREADABLE as error:
+    except (*_UNREADABLE, OSError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # the file cannot be opened; without a name it is torch that seeks where there is nothing
         raise InputError(f"{path}: cannot be read as a checkpoint ({_reason(error)})") from error
+
+
+def _check_sums(path: str | Path) -> None:
+    """Verify the checksums that `torch.save` wrote; torch does not, and would return changed weights."""
+    if not zipfile.is_zipfile(path):  # the format of before torch 1.6 has none
+        return
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged:
+        raise zipfile.BadZipFile(f"damaged: the checksum of its part {damaged} is wrong")
 
 
 def _reason(error: Exception) -> str:
     called = re.search(r"GLOBAL `?([\w.]+)", str(error))
     if called:
         return f"it is more than data: its pickle calls {called[1]}, which is not done"
-    lines = [line.strip() for line in str(error).splitlines()]
+    text = str(error.strerror) if isinstance(error, OSError) else str(error)
+    lines = [line.strip() for line in text.splitlines()]
     lines = [line for line in lines if line and not line.startswith("Weights only load failed")]
-    return lines[0].rstrip(".:") if lines else type(error).__name__
+    detail = lines[0].partition(". ")[0].rstrip(".:") if lines else type(error).__name__
+    return detail if detail.startswith("damaged") else f"truncated, damaged or something else: {detail}"

@@ -14,13 +14,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="apply_ewa.py", description=__doc__)
     parser.add_argument("--checkpoint", required=True, metavar="SPARSE", help="a sparse checkpoint")
     parser.add_argument("--share-rate", required=True, type=float, metavar="B", help="share rate in [0, 1]")
-    parser.add_argument("--output", required=True, metavar="FILE", help="sparse checkpoint to write, without training state")
+    parser.add_argument("--output", required=True, metavar="FILE", help="sparse checkpoint, without training state")
     parser.add_argument("--force", action="store_true", help="replace the output if it exists")
     return parser
 
 
 def run(arguments: argparse.Namespace) -> None:
-    output = refuse_existing(arguments.output, arguments.force)
+    output = refuse_existing(arguments.output, arguments.force, sources=[arguments.checkpoint])
     payload = load_checkpoint(arguments.checkpoint)
     require_sparse(payload, arguments.checkpoint)
     model = build_model(payload, where=arguments.checkpoint)

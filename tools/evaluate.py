@@ -8,9 +8,9 @@ from functools import partial
 from s2d3d import evaluate, load_checkpoint
 from s2d3d.datasets.corruptions import CorruptedDataset, parse_corruption
 from s2d3d.engine.checkpoint import build_model
-from s2d3d.engine.cli import add_overrides, refuse_existing, run_tool
+from s2d3d.engine.cli import add_overrides, check_overrides, refuse_existing, run_tool
 from s2d3d.engine.config import parse_config
-from s2d3d.engine.data import build_dataset, build_test_loader
+from s2d3d.engine.data import build_dataset, build_test_loader, check_classes
 from s2d3d.engine.robustness import (
     SEED,
     add_corruption_errors,
@@ -39,7 +39,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    output = refuse_existing(arguments.output, arguments.force) if arguments.output else None
+    output = None
+    if arguments.output is not None:
+        output = refuse_existing(arguments.output, arguments.force, sources=[arguments.checkpoint])
+    if arguments.votes is not None and arguments.votes < 1:
+        raise InputError(f"--votes is {arguments.votes}, must be at least 1")
+    check_overrides(arguments.overrides, ("data", "eval", "log", "seed"))
+    device = choose_device(arguments.device)
     corruption, everything = None, arguments.corruption == "all"
     if arguments.corruption and not everything:
         corruption = parse_corruption(arguments.corruption)
@@ -49,12 +55,10 @@ def run(arguments: argparse.Namespace) -> None:
     compared = read_robustness(reference) if reference else None
     payload = load_checkpoint(arguments.checkpoint)
     config = parse_config(payload["config"], where=arguments.checkpoint, overrides=arguments.overrides)
-    device = choose_device(arguments.device)
     keep_large_allocations()
     model = build_model(payload, where=arguments.checkpoint).to(device)
     dataset = build_dataset(config.data, "test", seed=config.seed)
-    if dataset.class_names != payload["class_names"]:
-        raise InputError(f"{config.data.root}: its classes are not those of {arguments.checkpoint}")
+    check_classes(dataset, payload["class_names"], arguments.checkpoint)
     votes = config.eval.votes if arguments.votes is None else arguments.votes
     make_loader = partial(build_test_loader, data=config.data, batch_size=config.eval.batch_size, seed=config.seed)
     options = dict(device=device, votes=votes, progress=config.log.progress)

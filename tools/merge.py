@@ -18,7 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    output = refuse_existing(arguments.output, arguments.force)
+    output = refuse_existing(arguments.output, arguments.force, sources=[arguments.checkpoint])
     payload = load_checkpoint(arguments.checkpoint)
     require_sparse(payload, arguments.checkpoint)
     require_mergeable(payload, arguments.checkpoint)

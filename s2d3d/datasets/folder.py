@@ -28,8 +28,11 @@ def new_folder(output: Path, *, force: bool = False) -> Iterator[Path]:
         InputError: there is something else in the way.
     """
     _check_output(output, force)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent))
+    except OSError as error:
+        raise InputError(f"{output}: cannot be made there ({error.strerror}); choose another --output") from error
     try:
         fresh = work / "new"
         fresh.mkdir()

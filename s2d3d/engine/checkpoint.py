@@ -44,17 +44,18 @@ def load_checkpoint(path: str | Path, *, map_location: torch.device | str = "cpu
     """Read a checkpoint of this package; pickled code is never run.
 
     Raises:
-        InputError: the file is missing, damaged, not a checkpoint of this package, or of a newer format.
+        InputError: the file is missing, damaged, not a checkpoint of this package, incomplete, or of a newer format.
     """
+    if Path(path).is_dir():
+        raise InputError(f"{path}: is a folder; name the file, such as {Path(path) / 'merged.pt'}")
     payload = load_data(path, map_location=map_location)
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         raise InputError(f"{path}: not a checkpoint of s2d3d; it needs one written by tools/train.py or tools/merge.py")
     version = payload.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise InputError(f"{path}: checkpoint format {version}, this s2d3d {__version__} reads up to {FORMAT_VERSION}; update s2d3d")
-    missing = [key for key in MODEL_KEYS if key not in payload]
-    if missing:
-        raise InputError(f"{path}: checkpoint is incomplete, {', '.join(missing)} missing")
+        newest = f"this s2d3d {__version__} reads up to {FORMAT_VERSION}"
+        raise InputError(f"{path}: checkpoint format {version}, {newest}; update s2d3d")
+    _check_content(payload, path)
     return payload
 
 
@@ -142,7 +143,11 @@ def load_weights_(model: nn.Module, state_dict: dict[str, torch.Tensor], *, wher
     shapes = [key for key in own.keys() & state_dict.keys() if own[key].shape != state_dict[key].shape]
     problems = [
         f"{len(keys)} {what} (such as '{min(keys)}')"
-        for what, keys in (("weights missing", missing), ("unknown weights", unexpected), ("weights of another shape", shapes))
+        for what, keys in (
+            ("weights missing", missing),
+            ("unknown weights", unexpected),
+            ("weights of another shape", shapes),
+        )
         if keys
     ]
     if problems:
@@ -158,7 +163,7 @@ def require_sparse(payload: dict[str, Any], where: str) -> None:
 
 def has_router(payload: dict[str, Any]) -> bool:
     """Tell whether a checkpoint's experts are chosen by a router (`s2d.kind: topk`)."""
-    return payload["s2d"] is not None and payload["s2d"]["kind"] == "topk"
+    return payload["s2d"] is not None and payload["s2d"].get("kind") == "topk"
 
 
 def require_mergeable(payload: dict[str, Any], where: str) -> None:
@@ -169,11 +174,22 @@ def require_mergeable(payload: dict[str, Any], where: str) -> None:
         )
 
 
-def require_dense(payload: dict[str, Any], where: str) -> None:
-    """Raise InputError when a checkpoint still has experts."""
-    require_mergeable(payload, where)
-    if payload["s2d"] is not None:
-        raise InputError(f"{where}: is sparse, a dense checkpoint is needed; merge it first: python tools/merge.py --checkpoint {where} --output FILE")
+def _check_content(payload: dict[str, Any], path: str | Path) -> None:
+    """Refuse a file that lacks a part of what `model_payload` makes, or holds one of another kind."""
+    missing = [key for key in MODEL_KEYS if key not in payload]
+    if missing:
+        raise InputError(f"{path}: checkpoint is incomplete, {', '.join(missing)} missing")
+    weights, names, experts = payload["state_dict"], payload["class_names"], payload["s2d"]
+    fits = {
+        "model": isinstance(payload["model"], dict),
+        "s2d": experts is None or isinstance(experts, dict),
+        "state_dict": isinstance(weights, dict) and all(isinstance(value, torch.Tensor) for value in weights.values()),
+        "class_names": isinstance(names, list) and all(isinstance(name, str) for name in names),
+        "config": isinstance(payload["config"], dict),
+    }
+    wrong = [key for key in MODEL_KEYS if not fits[key]]
+    if wrong:
+        raise InputError(f"{path}: checkpoint is damaged, its {', '.join(wrong)} cannot be what s2d3d wrote")
 
 
 def _first_line(error: Exception) -> str:

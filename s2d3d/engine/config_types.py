@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, Strict
 from .config_io import show, unknown_name
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
-_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+DEVICE_NAMES = re.compile(r"auto|cpu|cuda(:\d+)?", re.ASCII)
 
 
 def _to_number(value: object) -> object:
@@ -34,7 +34,7 @@ def _check_path(value: str) -> str:
 
 
 def _check_device(value: str) -> str:
-    if not _DEVICE.fullmatch(value):
+    if not DEVICE_NAMES.fullmatch(value):
         raise ValueError(f"must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {show(value)}")
     return value
 

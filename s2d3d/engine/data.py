@@ -1,6 +1,10 @@
 """From the `data` section of a config to data sets and loaders."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from ..datasets import BatchLoader, PointCloudDataset, build_augmentation, create_dataset
+from ..errors import InputError
 from .config import DataConfig
 
 
@@ -22,6 +26,25 @@ def build_dataset(data: DataConfig, split: str, *, seed: int) -> PointCloudDatas
         variant=data.variant,
         background=data.background,
     )
+
+
+def check_classes(dataset: PointCloudDataset, class_names: Sequence[str], checkpoint: str | Path) -> None:
+    """Refuse a data set whose classes are not those that a model was trained on.
+
+    Args:
+        dataset: to evaluate the model on.
+        class_names: of the model, in the order of its logits.
+        checkpoint: the model's, for the message.
+
+    Raises:
+        InputError: number, names or order differ.
+    """
+    if list(dataset.class_names) != list(class_names):
+        counts = f"{len(class_names)} classes, this set has {len(dataset.class_names)}"
+        other = counts if len(class_names) != len(dataset.class_names) else "other classes than this set has"
+        raise InputError(
+            f"{dataset.source}: {checkpoint} was trained on {other}; give the data set of its training by data.root=DIR"
+        )
 
 
 def build_test_loader(

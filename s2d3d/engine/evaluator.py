@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 from tqdm import tqdm
 
 from ..errors import InputError
@@ -46,8 +45,9 @@ class ClassificationReport:
         width = max(10, *(len(name) for name in self.class_names))
         lines = [f"{'class':<{width}}  samples  correct  accuracy  most often taken for"]
         for index, (name, row) in enumerate(zip(self.class_names, self.confusion)):
-            wrong = max((count, -other) for other, count in enumerate(row) if other != index) if len(row) > 1 else (0, 0)
-            mistake = f"{self.class_names[-wrong[1]]} ({wrong[0]})" if wrong[0] else ""
+            others = [(count, -other) for other, count in enumerate(row) if other != index]
+            count, other = max(others, default=(0, 0))
+            mistake = f"{self.class_names[-other]} ({count})" if count else ""
             accuracy = "-" if self.per_class[name] is None else f"{100 * self.per_class[name]:.1f} %"
             lines.append(f"{name:<{width}}  {sum(row):>7}  {row[index]:>7}  {accuracy:>8}  {mistake}".rstrip())
         return "\n".join(lines)
@@ -81,12 +81,14 @@ def evaluate(
         class_names: default those of `loader.dataset`, else "0", "1", ....
 
     Raises:
-        InputError: an empty loader, `votes` below 1, or votes asked of a loader that has none.
+        InputError: an empty loader, `votes` below 1, votes asked of a loader that has none, labels that are no classes
+            of the model, or logits that are not finite.
     """
     if votes < 1:
         raise InputError(f"votes is {votes}, must be at least 1")
     if votes > 1 and not hasattr(loader, "vote"):
-        raise InputError(f"votes is {votes}, but a {type(loader).__name__} cannot repeat a pass with other points; use BatchLoader")
+        kind = type(loader).__name__
+        raise InputError(f"votes is {votes}, but a {kind} cannot repeat a pass with other points; use BatchLoader")
     was_training = model.training
     model.eval()
     try:
@@ -102,19 +104,36 @@ def evaluate(
         raise InputError("the loader yields no batch to evaluate")
     classes = passes[0][0][0].shape[1] if passes[0] else 0
     if class_names is None:
-        class_names = list(getattr(getattr(loader, "dataset", None), "class_names", [])) or [str(i) for i in range(classes)]
-    confusion, loss_sum = torch.zeros(len(class_names), len(class_names), dtype=torch.int64), torch.zeros((), dtype=torch.float64)
+        known = getattr(getattr(loader, "dataset", None), "class_names", [])
+        class_names = list(known) or [str(index) for index in range(classes)]
+    confusion = torch.zeros(len(class_names), len(class_names), dtype=torch.int64)
+    loss_sum = torch.zeros((), dtype=torch.float64)
     if passes[0]:
         labels = torch.cat([label for _, label in passes[0]])
         logits = sum(torch.cat([logit for logit, _ in batches]) for batches in passes) / votes
-        if logits.shape[1] != len(class_names):
-            raise InputError(f"the model has {logits.shape[1]} classes, the data {len(class_names)}")
-        confusion = multiclass_confusion_matrix(logits.argmax(1), labels, num_classes=len(class_names))
+        _check_outputs(logits, labels, len(class_names))
+        confusion = confusion_matrix(logits.argmax(1), labels, len(class_names))
         loss_sum = F.cross_entropy(logits.double(), labels, reduction="sum")
     if ranks > 1:
         for counts in (confusion, loss_sum):
             _all_reduce(counts, torch.device(device))
     return _report(confusion, float(loss_sum), class_names, votes)
+
+
+def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Count predictions: `confusion[true][predicted]`, (num_classes, num_classes) int64.
+
+    Args:
+        predicted: (n,) int64 in [0, num_classes).
+        labels: (n,) int64 in [0, num_classes).
+        num_classes: rows and columns.
+
+    Example:
+        >>> confusion_matrix(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), 2).tolist()
+        [[1, 1], [0, 1]]
+    """
+    cells = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2)
+    return cells.view(num_classes, num_classes)
 
 
 def batchnorms_behind(model: nn.Module, module_name: str) -> list[nn.Module]:
@@ -135,7 +154,8 @@ def recalibrate_batchnorm_(
     """Re-estimate BatchNorm statistics as plain averages over a loader, in place.
 
     BatchNorm behind expert layers has seen sparse outputs in training, not those of the merged model. Everything but
-    the BatchNorm layers runs in eval mode. Use training data without augmentation.
+    the BatchNorm layers runs in eval mode. Every batch has the same weight, also one that is not full. Use training
+    data without augmentation.
 
     Args:
         model: the merged model, on `device`.
@@ -147,30 +167,48 @@ def recalibrate_batchnorm_(
         The number of layers treated; with 0 the loader is not read.
 
     Raises:
-        InputError: an empty loader.
+        InputError: an empty loader; the statistics are as before.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] if layers is None else layers
     norms = [m for m in norms if m.track_running_stats]
     if not norms:
         return 0
     was_training, momenta = model.training, [m.momentum for m in norms]
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # cumulative average
-        norm.train()
+    before = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
     batches = 0
+    model.eval()
     try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # cumulative average
+            norm.train()
         for points, _ in loader:
             model(points.to(device))
             batches += 1
+        if not batches:
+            raise InputError("the loader yields no batch to re-estimate BatchNorm statistics from")
+    except BaseException:
+        for norm, buffers in zip(norms, before):
+            norm.load_state_dict(buffers, strict=False)
+        raise
     finally:
         for norm, momentum in zip(norms, momenta):
             norm.momentum = momentum
         model.train(was_training)
-    if not batches:
-        raise InputError("the loader yields no batch to re-estimate BatchNorm statistics from")
     return len(norms)
+
+
+def _check_outputs(logits: Tensor, labels: Tensor, num_classes: int) -> None:
+    if logits.shape[1] != num_classes:
+        raise InputError(f"the model has {logits.shape[1]} classes, the data {num_classes}")
+    bad = (labels < 0) | (labels >= num_classes)
+    if bad.any():
+        sample = int(bad.int().argmax())
+        raise InputError(f"sample {sample} has label {int(labels[sample])}, must be in [0, {num_classes})")
+    bad = ~torch.isfinite(logits).all(1)
+    if bad.any():
+        text = f"the model's output is not finite for {int(bad.sum())} of {len(bad)} samples"
+        raise InputError(f"{text}; its training has diverged, or the checkpoint is damaged")
 
 
 def _logits(

@@ -33,7 +33,8 @@ def build_optimizer(model: nn.Module, *, name: str, lr: float, weight_decay: flo
         {"params": [p for key, p in trainable if key in skip], "weight_decay": 0.0},
     ]
     options = {"fused": True} if name in ("adam", "adamw") else {}
-    return create_optimizer_v2([group for group in groups if group["params"]], opt=name, lr=lr, weight_decay=weight_decay, **options)
+    groups = [group for group in groups if group["params"]]
+    return create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=weight_decay, **options)
 
 
 def build_scheduler(

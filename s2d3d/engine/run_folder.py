@@ -44,9 +44,9 @@ class RunFolder:
                 can be made or written here.
         """
         if self._present() and not force and not self._is_own(resume):
-            other = f"; {resume} is not of it" if resume else f"; continue it with --resume {self.root}"
+            own = f", and {resume} is not of it;" if resume else f"; continue it with --resume {self.root},"
             raise InputError(
-                f"{self.root}: holds a run already{other}, choose another output_dir, or pass --force to replace it"
+                f"{self.root}: holds a run already{own} choose another output_dir, or pass --force to replace it"
             )
         check_writable(self.root)
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from ..errors import InputError
 from ..version import __version__
+from .config_types import DEVICE_NAMES
 
 
 @dataclass(frozen=True)
@@ -75,15 +76,15 @@ def choose_device(name: str) -> torch.device:
     Raises:
         InputError: the name is none of these, or there is no such GPU.
     """
+    if not DEVICE_NAMES.fullmatch(name):
+        raise InputError(f"device '{name}' is unknown; use auto, cpu, cuda or cuda:N")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"device '{name}' is unknown; use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device '{name}': this machine has {torch.cuda.device_count()} CUDA devices; use device cpu or auto")
-    return device
+    _, _, index = name.partition(":")
+    count = torch.cuda.device_count()
+    if name != "cpu" and int(index or 0) >= count:
+        raise InputError(f"device '{name}': this machine has {count} CUDA devices; use device cpu or auto")
+    return torch.device(name)
 
 
 def keep_large_allocations() -> None:
@@ -135,7 +136,7 @@ def seed_all(seed: int) -> None:
 
 def environment() -> dict[str, object]:
     """Describe versions, hardware, code and command line of this process."""
-    packages = ("torch", "torch-scatter", "timm", "numpy", "h5py", "open3d", "torchmetrics", "pydantic")
+    packages = ("torch", "torch-scatter", "timm", "numpy", "h5py", "open3d", "pydantic")
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],

@@ -26,7 +26,7 @@ from ..s2d import EWA, TopKMoE, balance_loss, convert_to_mof_, merge_experts
 from ..s2d.analysis import expert_divergence
 from .checkpoint import load_checkpoint, load_weights_, model_payload, save_checkpoint
 from .config import Config, dump_config, parse_config
-from .data import build_dataset, build_test_loader
+from .data import build_dataset, build_test_loader, check_classes
 from .evaluator import ClassificationReport, batchnorms_behind, evaluate, recalibrate_batchnorm_
 from .optim import build_optimizer, build_scheduler
 from .run_folder import RunFolder, find_checkpoint, write_json, write_text
@@ -412,7 +412,8 @@ class Trainer:
             tested = "".join(f", {key} {100 * row[key]:.2f} %" for key in ("val_oa", "test_oa") if key in row)
             logger.info(
                 f"epoch {row['epoch']}/{cfg.train.epochs}: loss {row['train_loss']:.4f}, "
-                f"train_oa {100 * row['train_oa']:.2f} %{tested}, lr {row['lr']:.2e}, share_rate {row['share_rate']:.3f}, {row['seconds']:.0f} s"
+                f"train_oa {100 * row['train_oa']:.2f} %{tested}, "
+                f"lr {row['lr']:.2e}, share_rate {row['share_rate']:.3f}, {row['seconds']:.0f} s"
             )
 
     def _select(self, row: dict[str, Any]) -> bool:
@@ -538,10 +539,7 @@ class Trainer:
 
     def _load_state(self, state: dict[str, Any], where: str) -> None:
         progress = Progress(**state["progress"])
-        if state["class_names"] != self.class_names:
-            raise InputError(
-                f"{where}: was trained on other classes than {self.config.data.root} has; resume on its own data"
-            )
+        check_classes(self.train_loader.dataset, state["class_names"], where)
         if progress.updates != progress.epoch * self.steps_per_epoch + progress.step:
             raise InputError(
                 f"{where}: was trained on more or fewer shapes than {self.config.data.root} has; resume on its own data"
