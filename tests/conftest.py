@@ -86,3 +86,15 @@ def tool(repository):
         return module
 
     return load
+
+
+@pytest.fixture(scope="session")
+def drawing():
+    """Open3D can draw here; where it cannot, the reason it gives is that of the skipped tests."""
+    from s2d3d.errors import InputError
+    from s2d3d.viz import render_clouds
+
+    try:
+        render_clouds([[[0.0, 0.0, 0.0]]], size=16)
+    except InputError as error:
+        pytest.skip(str(error))

@@ -1,0 +1,390 @@
+"""Point clouds as pictures: each point a small shaded ball, z up, seen from the front, the right and above.
+
+Open3D draws, with a screen or without one (EGL); it is imported when the first cloud is drawn, not before.
+"""
+
+import contextlib
+import ctypes
+import io
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import to_rgb
+from numpy.typing import ArrayLike, NDArray
+
+from ..errors import InputError
+from .grid import INK, check_counts, columns_for
+
+VIEW = (-60.0, 20.0)
+"""Azimuth of the camera about z, counted from +x towards +y, and its elevation above the ground; degrees."""
+
+BACKGROUND = (0.965, 0.970, 0.975)
+SYSTEM_PACKAGES = "libusb-1.0-0 libegl1 libgl1 libgl1-mesa-dri"
+
+_SUPERSAMPLING = 2
+_WINDOW = (1280, 800)
+_DISTANCE = 4.0  # of the camera, in radii of what it looks at
+_LIGHT = np.array([-0.44, 0.58, 0.68])  # unit vector to the light in view axes: from the left, above and in front
+_AMBIENT, _DIFFUSE = 0.55, 0.5
+_FOG = 0.4  # how far the farthest point fades into the background
+
+Array = NDArray[np.float64]
+
+
+def height_colors(points: ArrayLike, *, colormap: str = "viridis") -> Array:
+    """Colour points by their height within the cloud, dark at the bottom.
+
+    Args:
+        points: (N, 3), z up.
+        colormap: a name that matplotlib knows.
+
+    Returns:
+        (N, 3) RGB in [0, 1].
+
+    Example:
+        >>> height_colors([[0, 0, 0], [0, 0, 1]]).shape
+        (2, 3)
+    """
+    height = _check_cloud(points, 0)[:, 2]
+    # Without its ends the colormap is neither black nor as light as the background.
+    return colormaps[colormap](0.05 + 0.85 * _unit_range(height))[:, :3]
+
+
+def render_clouds(
+    clouds: Sequence[ArrayLike],
+    *,
+    colors: Sequence[ArrayLike | None] | None = None,
+    size: int = 320,
+    point_size: float | None = None,
+    view: tuple[float, float] = VIEW,
+    centered: bool = True,
+) -> list[NDArray[np.uint8]]:
+    """Draw each cloud into a square image, all to the same scale: the largest cloud fills its image.
+
+    Args:
+        clouds: arrays or CPU tensors (N, 3), z up; N may differ, and may be 0, which gives an empty image.
+        colors: for each cloud (N, 3) RGB in [0, 1], one RGB for all its points, or None, which is `height_colors`.
+        size: pixels of an image's side.
+        point_size: diameter of a point in pixels; by default what suits the largest number of points.
+        view: azimuth and elevation of the camera, degrees.
+        centered: put each cloud in the middle of its image; False keeps the clouds where they are relative to each
+            other, which shows shifts and parts of one cloud.
+
+    Returns:
+        For each cloud (size, size, 3) uint8 RGB.
+
+    Raises:
+        InputError: a cloud or colours of a wrong shape or range; open3d or what it needs is missing.
+
+    Example:
+        >>> images = render_clouds([torch.rand(1024, 3)], colors=[(0.8, 0.1, 0.1)])  # doctest: +SKIP
+    """
+    scene = _prepare(clouds, colors, size, point_size, view, centered)
+    pixels = size * _SUPERSAMPLING
+    images = []
+    with _window(pixels, pixels, visible=False) as visualizer:
+        for points, rgb in zip(scene.points, scene.colors):
+            visualizer.clear_geometries()
+            if len(points):
+                visualizer.add_geometry(_balls(points, rgb, scene.ball_radius, scene.point_size))
+                _aim(visualizer, scene.distance, scene.focal_length / size)
+            visualizer.poll_events()
+            visualizer.update_renderer()
+            image = np.asarray(visualizer.capture_screen_float_buffer(do_render=True))
+            images.append(_shrink(image, size))
+    return images
+
+
+def show_window(
+    clouds: Sequence[ArrayLike],
+    captions: Sequence[str] = (),
+    *,
+    colors: Sequence[ArrayLike | None] | None = None,
+    columns: int | None = None,
+    marks: Sequence[str | None] | None = None,
+    title: str = "s2d3d",
+    point_size: float | None = None,
+    view: tuple[float, float] = VIEW,
+) -> None:
+    """Show clouds in a window to turn and zoom, as `render_clouds` and `draw_grid` lay them out; returns when closed.
+
+    Args:
+        clouds: as in `render_clouds`, likewise `colors`, `point_size` (of a cloud 320 pixels large) and `view`.
+        captions: one for each cloud, or none.
+        columns: as in `draw_grid`, likewise `marks`.
+        title: of the window.
+
+    Raises:
+        InputError: no screen; a wrong shape or range; open3d or what it needs is missing.
+
+    Example:
+        >>> show_window([torch.rand(1024, 3)], ["noise"])  # doctest: +SKIP
+    """
+    no_screen = "leave out --window and write a picture with --output FILE.png"
+    if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        raise InputError(f"no screen for a window: neither DISPLAY nor WAYLAND_DISPLAY is set; {no_screen}")
+    captions, marks = captions or [""] * len(clouds), marks or [None] * len(clouds)
+    check_counts("clouds", len(clouds), captions, marks)
+    scene = _prepare(clouds, colors, 320, point_size, view, True)
+    columns = columns or columns_for(len(clouds))
+    rows = math.ceil(len(clouds) / columns)
+    with _window(*_WINDOW, visible=True, title=title) as visualizer:
+        if visualizer is None:
+            raise InputError(f"no screen for a window: the display cannot be opened; {no_screen}")
+        half = 160 * scene.distance / scene.focal_length  # of a cloud's square
+        for index, (points, rgb, caption, mark) in enumerate(zip(scene.points, scene.colors, captions, marks)):
+            row, column = divmod(index, columns)
+            middle = half * np.array([2.1 * (column - (columns - 1) / 2), 0.2 - 2.5 * (row - (rows - 1) / 2), 0])
+            if len(points):
+                visualizer.add_geometry(_balls(points + middle, rgb, scene.ball_radius, scene.point_size))
+            for geometry in _labels(middle, half, caption, mark):
+                visualizer.add_geometry(geometry)
+        wide, high = 2.1 * half * columns, 2.5 * half * rows
+        distance = 3 * max(wide, high)
+        _aim(visualizer, distance, 0.95 * distance * min(1 / high, _WINDOW[0] / _WINDOW[1] / wide))
+        while visualizer.poll_events():  # not run(), which does not notice Ctrl-C
+            visualizer.update_renderer()
+            time.sleep(0.01)
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """Clouds in view axes: x right, y up, z towards the camera, which sits at (0, 0, distance) and looks at 0."""
+
+    points: list[Array]
+    colors: list[Array]
+    distance: float
+    focal_length: float  # pixels
+    point_size: float  # pixels
+    ball_radius: float
+
+
+def _prepare(
+    clouds: Sequence[ArrayLike],
+    colors: Sequence[ArrayLike | None] | None,
+    size: int,
+    point_size: float | None,
+    view: tuple[float, float],
+    centered: bool,
+) -> _Scene:
+    """Turn the clouds into view axes, and find the scale at which the largest just fits."""
+    if not len(clouds):
+        raise InputError("no cloud to draw")
+    if size < 16:
+        raise InputError(f"size is {size}, must be at least 16 pixels")
+    arrays = [_check_cloud(cloud, index) for index, cloud in enumerate(clouds)]
+    colors = [None] * len(arrays) if colors is None else list(colors)
+    if len(colors) != len(arrays):
+        raise InputError(f"colors of {len(colors)} clouds for {len(arrays)} clouds; give one entry for each")
+    rgb = [_check_colors(given, cloud, index) for index, (given, cloud) in enumerate(zip(colors, arrays))]
+
+    turned = [cloud @ _view_axes(*view).T for cloud in arrays]
+    every = np.concatenate(turned)
+    if len(every):
+        common = _middle(every)
+        turned = [points - (_middle(points) if centered and len(points) else common) for points in turned]
+        every = np.concatenate(turned)
+    radius = float(np.linalg.norm(every, axis=1).max(initial=0)) or 1.0
+    distance = _DISTANCE * radius
+
+    if point_size is None:
+        most = max(len(cloud) for cloud in arrays)
+        point_size = float(np.clip(6.5 * (1024 / max(most, 1)) ** 0.4, 1.2, 20)) * size / 320
+    elif not point_size > 0:
+        raise InputError(f"point_size is {point_size}, must be above 0 pixels")
+    # Slopes of the lines of sight; the floor keeps a single point from being magnified without end.
+    slope = np.abs(every[:, :2] / (distance - every[:, 2:])).max(initial=0.25 / _DISTANCE)
+    focal_length = (0.47 * size - min(point_size, 0.2 * size)) / slope
+    return _Scene(
+        points=turned,
+        colors=[_fade(c, points) for c, points in zip(rgb, turned)],
+        distance=distance,
+        focal_length=focal_length,
+        point_size=point_size,
+        ball_radius=point_size / 2 * distance / focal_length,
+    )
+
+
+def _check_cloud(cloud: ArrayLike, index: int) -> Array:
+    points = np.asarray(cloud, dtype=np.float64)
+    if points.ndim != 2 or points.shape[1] != 3:
+        raise InputError(f"cloud {index} has shape {points.shape}, must be (N, 3)")
+    if not np.isfinite(points).all():
+        raise InputError(f"cloud {index} has coordinates that are not finite")
+    return points
+
+
+def _check_colors(colors: ArrayLike | None, cloud: Array, index: int) -> Array:
+    if colors is None:
+        return height_colors(cloud)
+    rgb = np.asarray(colors, dtype=np.float64)
+    if rgb.shape not in ((3,), cloud.shape):
+        raise InputError(f"colors of cloud {index} have shape {rgb.shape}, must be {cloud.shape} or (3,)")
+    if not ((rgb >= 0) & (rgb <= 1)).all():
+        raise InputError(f"colors of cloud {index} must lie in [0, 1]")
+    return np.broadcast_to(rgb, cloud.shape)
+
+
+def _view_axes(azimuth: float, elevation: float) -> Array:
+    """Return the rows right, up, and towards the camera, in the axes of the clouds."""
+    a, e = math.radians(azimuth), math.radians(elevation)
+    towards = np.array([math.cos(e) * math.cos(a), math.cos(e) * math.sin(a), math.sin(e)])
+    right = np.array([-math.sin(a), math.cos(a), 0.0])
+    return np.stack([right, np.cross(towards, right), towards])
+
+
+def _middle(points: Array) -> Array:
+    return (points.min(0) + points.max(0)) / 2
+
+
+def _unit_range(values: Array) -> Array:
+    """Map values to [0, 1]; equal ones to the middle."""
+    spread = np.ptp(values) if len(values) else 0.0
+    return (values - values.min()) / spread if spread > 0 else np.full(len(values), 0.5)
+
+
+def _fade(colors: Array, points: Array) -> Array:
+    """Mix the colours of far points with the background, so that front and back of a sparse cloud stay apart."""
+    amount = _FOG * (1 - _unit_range(points[:, 2:].ravel()))[:, None]
+    return (1 - amount) * colors + amount * np.array(BACKGROUND)
+
+
+def _balls(points: Array, colors: Array, radius: float, pixels: float) -> Any:
+    """Build one mesh with a ball around each point, finer where a ball is large on the screen.
+
+    The shading is in the vertex colours: it needs no lights, and a colour comes out as given where light falls on it.
+    """
+    o3d = _open3d()
+    ball = o3d.geometry.TriangleMesh.create_icosahedron()
+    if pixels > 2.5:
+        ball = ball.subdivide_loop(2 if pixels > 8 else 1)
+    corners = np.asarray(ball.vertices) / np.linalg.norm(ball.vertices, axis=1, keepdims=True)
+    shade = _AMBIENT + _DIFFUSE * np.clip(corners @ _LIGHT, 0, 1)
+    triangles = np.asarray(ball.triangles) + len(corners) * np.arange(len(points))[:, None, None]
+    mesh = o3d.geometry.TriangleMesh(
+        o3d.utility.Vector3dVector((points[:, None] + radius * corners).reshape(-1, 3)),
+        o3d.utility.Vector3iVector(triangles.reshape(-1, 3).astype(np.int32)),
+    )
+    shaded = np.clip(colors[:, None] * shade[:, None], 0, 1)
+    mesh.vertex_colors = o3d.utility.Vector3dVector(shaded.reshape(-1, 3))
+    return mesh
+
+
+def _labels(middle: Array, half: float, caption: str, mark: str | None) -> list[Any]:
+    """Build the caption and the frame of one cloud of a window."""
+    o3d = _open3d()
+    geometries = []
+    for number, line in enumerate(filter(None, caption.splitlines())):
+        text = o3d.t.geometry.TriangleMesh.create_text(line, depth=0.0).to_legacy()
+        if not len(text.vertices):  # Open3D's font has Latin letters only
+            continue
+        text.scale(min(0.011 * half, 1.9 * half / text.get_max_bound()[0]), center=(0, 0, 0))
+        text.translate(middle + half * np.array([0, -1.1 - 0.18 * number, 0]) - text.get_center())
+        text.paint_uniform_color(to_rgb(mark or INK))
+        geometries.append(text)
+    if mark:
+        corners = middle + half * np.array([[-1, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0]])
+        lines = o3d.utility.Vector2iVector(np.array([[0, 1], [1, 2], [2, 3], [3, 0]], dtype=np.int32))
+        frame = o3d.geometry.LineSet(o3d.utility.Vector3dVector(corners), lines)
+        frame.paint_uniform_color(to_rgb(mark))
+        geometries.append(frame)
+    return geometries
+
+
+def _aim(visualizer: Any, distance: float, focal_ratio: float) -> None:
+    """Look from (0, 0, distance) at the origin; `focal_ratio` is the focal length over the height of the picture."""
+    control = visualizer.get_view_control()
+    camera = control.convert_to_pinhole_camera_parameters()
+    # The size of the frame buffer, which on some screens is a multiple of what was asked for.
+    width, height = camera.intrinsic.width, camera.intrinsic.height
+    focal = focal_ratio * height
+    camera.intrinsic.set_intrinsics(width, height, focal, focal, width / 2 - 0.5, height / 2 - 0.5)
+    extrinsic = np.diag([1.0, -1.0, -1.0, 1.0])
+    extrinsic[2, 3] = distance
+    camera.extrinsic = extrinsic
+    control.convert_from_pinhole_camera_parameters(camera, allow_arbitrary=True)
+
+
+def _shrink(image: Array, size: int) -> NDArray[np.uint8]:
+    """Average whole blocks of pixels, which smooths the edges: (k size, k size, 3) in [0, 1] -> (size, size, 3)."""
+    height, width = image.shape[:2]
+    if height != width or height < size:
+        raise InputError(f"open3d draws {width} x {height} pixels here, {size} x {size} are needed; lower the size")
+    factor = height // size
+    blocks = image[: size * factor, : size * factor].reshape(size, factor, size, factor, 3)
+    return (blocks.mean((1, 3)) * 255 + 0.5).astype(np.uint8)
+
+
+def _open3d() -> ModuleType:
+    try:
+        import open3d
+    except ModuleNotFoundError as error:
+        raise InputError(f"pictures need open3d ({_first_line(error)}); install it: pip install open3d") from error
+    except (ImportError, OSError) as error:
+        raise InputError(
+            f"open3d cannot be loaded ({_first_line(error)}); "
+            f"install its system libraries: sudo apt-get install {SYSTEM_PACKAGES}"
+        ) from error
+    return open3d
+
+
+@contextlib.contextmanager
+def _window(width: int, height: int, *, visible: bool, title: str = "s2d3d") -> Iterator[Any]:
+    """Open an Open3D window, on no screen unless visible, and close it. None: visible, and there is no screen."""
+    o3d = _open3d()
+    visualizer = o3d.visualization.Visualizer()
+    with _captured_output() as output, o3d.utility.VerbosityContextManager(o3d.utility.VerbosityLevel.Info):
+        opened = visualizer.create_window(window_name=title, width=width, height=height, visible=visible)
+    try:
+        if not opened and not visible:
+            reasons = [line for line in output.getvalue().splitlines() if "EGL" in line and "WARNING" in line]
+            reason = reasons[0].split("WARNING] ")[-1].split("\x1b")[0].rstrip(".") if reasons else "no OpenGL"
+            raise InputError(
+                f"open3d finds nothing to draw with ({reason}); install a software renderer: "
+                f"sudo apt-get install {SYSTEM_PACKAGES}"
+            )
+        if not opened or (visible and "falling back to EGL" in output.getvalue()):
+            yield None
+            return
+        options = visualizer.get_render_option()
+        options.background_color = np.array(BACKGROUND)
+        options.light_on = False
+        options.mesh_show_back_face = True
+        with _captured_output(), o3d.utility.VerbosityContextManager(o3d.utility.VerbosityLevel.Error):
+            yield visualizer
+    finally:
+        with _captured_output():
+            visualizer.destroy_window()
+
+
+@contextlib.contextmanager
+def _captured_output() -> Iterator[io.StringIO]:
+    """Keep what Open3D and the libraries below it print away from stdout and stderr; Open3D's own lines are yielded.
+
+    Drivers write to the file descriptors; Open3D's log goes to `sys.stdout`.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    with tempfile.TemporaryFile() as sink, contextlib.ExitStack() as restore:
+        for descriptor in (1, 2):
+            saved = os.dup(descriptor)
+            restore.callback(os.close, saved)
+            restore.callback(os.dup2, saved, descriptor)
+            os.dup2(sink.fileno(), descriptor)
+        if os.name == "posix":
+            restore.callback(ctypes.CDLL(None).fflush, None)  # what C still holds back belongs into the sink
+        yield restore.enter_context(contextlib.redirect_stdout(io.StringIO()))
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
