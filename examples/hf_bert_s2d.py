@@ -1,6 +1,6 @@
 """Sparse-to-Dense training of a stock Hugging Face BERT to guess masked characters, beside its dense twin.
 
-Under a minute on one core:
+Half a minute on one core:
 
     python examples/hf_bert_s2d.py
 
@@ -22,9 +22,9 @@ from transformers import BertConfig, BertForMaskedLM
 from s2d3d import EWA, MoFConfig, convert_to_mof_, merge_experts
 
 MODULES = """
-    argparse ast collections configparser contextlib csv datetime decimal difflib email fractions functools heapq inspect
-    itertools json logging math os pathlib pickle random re shutil socket statistics string subprocess tarfile tempfile
-    textwrap threading time tokenize typing unittest urllib uuid zipfile
+    argparse ast collections configparser contextlib csv datetime decimal difflib email fractions functools heapq
+    inspect itertools json logging math os pathlib pickle random re shutil socket statistics string subprocess tarfile
+    tempfile textwrap threading time tokenize typing unittest urllib uuid zipfile
 """
 PADDING, MASK, FIRST_CHARACTER = 0, 1, 2
 LENGTH = 64
@@ -46,10 +46,10 @@ def build_model() -> BertForMaskedLM:
     return BertForMaskedLM(
         BertConfig(
             vocab_size=FIRST_CHARACTER + len(CHARACTERS),
-            hidden_size=96,
+            hidden_size=64,
             num_hidden_layers=4,
             num_attention_heads=4,
-            intermediate_size=384,
+            intermediate_size=256,
             max_position_embeddings=LENGTH,
             pad_token_id=PADDING,
         )

@@ -4,8 +4,8 @@ Half a minute on one core:
 
     python examples/timm_vit_s2d.py
 
-The digits come with scikit-learn. One seed and 360 test images: this shows how it is done, not
-which of the two is better.
+The digits come with scikit-learn. One seed and 360 test images: this shows how it is done, not which of the two is
+better.
 """
 
 import argparse
@@ -24,9 +24,7 @@ from s2d3d import EWA, MoFConfig, convert_to_mof_, merge_experts
 
 def build_model() -> VisionTransformer:
     """A vision transformer for 8 x 8 gray images: 16 patches and a class token, 10 classes."""
-    return VisionTransformer(
-        img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=64, depth=6, num_heads=4, drop_path_rate=0.1
-    )
+    return VisionTransformer(img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=64, depth=4, num_heads=4)
 
 
 def load_data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -40,8 +38,8 @@ def load_data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def train(model: nn.Module, images: Tensor, labels: Tensor, steps: int, ewa: EWA | None = None) -> None:
     """Train in place; the only line that knows of experts is `ewa.step()`."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
     model.train()
     for _ in range(steps):
         batch = torch.randint(len(labels), (64,))
