@@ -22,10 +22,8 @@ def test_example_trains_merges_and_loads_into_the_stock_class(name, repository, 
 
     first, *rows = capsys.readouterr().out.splitlines()
     assert first == f"experts in {experts}"
-    values = {
-        re.split(r"\s{2,}|(?<=[a-z]) (?=\d)", row)[0]: float(re.search(r"[\d,.]+", row)[0].replace(",", ""))
-        for row in rows
-    }
+    read = (re.fullmatch(r"(.+?) +([\d,.]+)(?: %.*)?", row) for row in rows)
+    values = {match[1]: float(match[2].replace(",", "")) for match in read}
     assert values.keys() == {
         "dense twin",
         "S2D before merge",
