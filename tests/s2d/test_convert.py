@@ -330,6 +330,14 @@ def test_a_model_without_memory_is_converted_by_shape(tiny_vit):
     assert all(p.is_meta for p in [*model.parameters(), *merged.parameters()])
 
 
+def test_fused_attention_is_told_from_the_ffn_by_shape_alone(tiny_vit):
+    """Without values the attention cannot be tried out, and its two linear layers read and return the same channels."""
+    with torch.device("meta"):
+        model = tiny_vit()
+        assert convert_to_mof_(model, MoFConfig(targets=("blocks.*",))) == ["blocks.1", "blocks.3"]
+    assert sparse_names(model) == ["blocks.1.mlp", "blocks.3.mlp"]
+
+
 # Merging
 
 
