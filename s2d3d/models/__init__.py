@@ -8,9 +8,18 @@ from torch import nn
 
 from ..errors import InputError, did_you_mean
 from .point_bert import PointBERT
+from .point_transformer import PointTransformer
 from .pretrained import PretrainedReport, load_pretrained_
 
-__all__ = ["PointBERT", "PretrainedReport", "create_model", "list_models", "load_pretrained_", "model_kwargs"]
+__all__ = [
+    "PointBERT",
+    "PointTransformer",
+    "PretrainedReport",
+    "create_model",
+    "list_models",
+    "load_pretrained_",
+    "model_kwargs",
+]
 
 _MODELS: dict[str, tuple[Callable[..., nn.Module], dict[str, object]]] = {
     "point_bert": (PointBERT, {}),
@@ -29,6 +38,31 @@ _MODELS: dict[str, tuple[Callable[..., nn.Module], dict[str, object]]] = {
         ),  # fmt: skip
     ),
     "point_mae": (PointBERT, dict(encoder_dims=384, variant="mae")),
+    "point_transformer": (PointTransformer, {}),
+    "point_transformer_small": (
+        PointTransformer,
+        dict(
+            channels=(32, 64, 128, 256),
+            depths=(0, 1, 2, 2),
+            strides=(1, 4, 4, 4),
+            num_neighbors=(8, 8, 8, 8),
+            drop_path_rate=0.0,
+            head_dims=(128,),
+            head_dropout=0.2,
+        ),
+    ),
+    "point_transformer_tiny": (
+        PointTransformer,
+        dict(
+            channels=(16, 32, 64, 96),
+            depths=(0, 1, 1, 2),
+            strides=(1, 4, 4, 4),
+            num_neighbors=(8, 8, 8, 8),
+            drop_path_rate=0.0,
+            head_dims=(64,),
+            head_dropout=0.2,
+        ),
+    ),
 }
 
 
@@ -37,7 +71,7 @@ def list_models(pattern: str = "*") -> list[str]:
 
     Example:
         >>> list_models("*_tiny")
-        ['point_bert_tiny']
+        ['point_bert_tiny', 'point_transformer_tiny']
     """
     return [name for name in sorted(_MODELS) if fnmatchcase(name, pattern)]
 

@@ -119,7 +119,8 @@ class _GroupMax(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
         x, largest = ctx.saved_tensors
-        is_largest = torch.eq(x, largest.unsqueeze(1)).to(gradient.dtype)
+        # Written as numbers at once: by way of a bool it takes three times as long.
+        is_largest = torch.eq(x, largest.unsqueeze(1), out=torch.empty_like(x, dtype=gradient.dtype))
         return is_largest.mul_((gradient / is_largest.sum(1)).unsqueeze(1))
 
 

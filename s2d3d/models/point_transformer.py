@@ -1,0 +1,343 @@
+"""Point Transformer classifiers: vector attention among neighbours on ever fewer points, with an FFN in every block.
+
+State-dict keys and shapes are those of the public classifiers (encoder of S3DIS segmentation with a classification
+head); the FFN, which they lack, adds `norm` and `mlp` to each block.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from timm.layers import DropPath, Mlp
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops import farthest_point_sample, gather_points, nearest_neighbours
+from .layers import max_over_group
+
+
+class PointTransformer(nn.Module):
+    """Point Transformer classifier (Zhao et al. 2021, arXiv 2012.09164) with an FFN in every block.
+
+    Each stage keeps the farthest points, one in `stride`, pools the neighbourhood of each, and lets every point attend
+    to its nearest neighbours; the head reads the mean over the points of the last stage.
+
+    The public classifier is `depths=(0, 1, 2, 4, 1), mlp_ratio=0`: 8 attention blocks, 3,262,776 parameters with 40
+    classes and 3 channels (its code counts the transition as a block of its stage: 1, 2, 3, 5, 2). The
+    default has these numbers of blocks beside the transitions, as the published segmentation encoder, and FFNs.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int = 3,
+        *,
+        channels: Sequence[int] = (32, 64, 128, 256, 512),
+        depths: Sequence[int] = (1, 2, 3, 5, 2),
+        strides: Sequence[int] = (1, 4, 4, 4, 4),
+        num_neighbors: Sequence[int] = (8, 16, 16, 16, 16),
+        share_planes: int = 8,
+        mlp_ratio: float = 4.0,
+        drop_path_rate: float = 0.1,
+        head_dims: Sequence[int] = (256, 128),
+        head_dropout: float = 0.5,
+    ) -> None:
+        """Build the classifier.
+
+        Args:
+            num_classes: outputs of the head.
+            in_channels: channels of a point; the first three are its coordinates.
+            channels: width of each stage, multiples of `share_planes`.
+            depths: blocks of each stage, at least 0 and not all 0.
+            strides: of the points that come in, a stage keeps one in so many, at least one point.
+            num_neighbors: size of the neighbourhoods of each stage, or all points where a cloud has fewer.
+            share_planes: channels that share one attention weight.
+            mlp_ratio: hidden width of an FFN over the width of its stage; 0 builds blocks without FFN, as published.
+            drop_path_rate: of the last block, growing linearly from 0; in [0, 1).
+            head_dims: hidden widths of the head.
+            head_dropout: in the classification head, in [0, 1).
+
+        Raises:
+            ValueError: a value out of range.
+        """
+        super().__init__()
+        stages = dict(channels=channels, depths=depths, strides=strides, num_neighbors=num_neighbors)
+        _check_stages(stages, share_planes)
+        _check_head(num_classes, head_dims)
+        _check_fractions(drop_path_rate=drop_path_rate, head_dropout=head_dropout)
+        if in_channels < 3:
+            raise ValueError(f"in_channels is {in_channels}, must be at least 3 (x, y, z)")
+        if mlp_ratio and int(min(channels) * mlp_ratio) < 1:
+            raise ValueError(f"mlp_ratio is {mlp_ratio}, must be 0 (no FFN) or at least 1 / {min(channels)} channels")
+        rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
+        self.num_stages, width = len(channels), in_channels
+        for index, (out, depth, stride, neighbors) in enumerate(zip(*stages.values()), start=1):
+            down = TransitionDown(width, out, stride, neighbors)
+            blocks = (Block(out, share_planes, mlp_ratio, next(rates)) for _ in range(depth))
+            self.add_module(f"enc{index}", Stage(neighbors, down, *blocks))
+            width = out
+        searching = [k for k, stride, depth in zip(num_neighbors, strides, depths) if stride > 1 or depth]
+        self.min_points = searching[0]
+        self.cls = _head(width, head_dims, num_classes, head_dropout)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters without weight decay beside biases and norms (timm's convention): none."""
+        return set()
+
+    @torch.jit.ignore
+    def coordinate_weights(self) -> tuple[str, ...]:
+        """Names of the weights whose first three inputs are x, y, z."""
+        layers = {TransitionDown: "linear.weight", VectorAttention: "linear_p.0.weight"}
+        return tuple(f"{name}.{layers[type(m)]}" for name, m in self.named_modules() if type(m) in layers)
+
+    def forward_features(self, points: Tensor) -> Tensor:
+        """Map points (B, N, C) to the features (B, M, C') of the points of the last stage.
+
+        Raises:
+            ValueError: fewer points than the first neighbourhood takes.
+        """
+        if points.shape[1] < self.min_points:
+            raise ValueError(
+                f"{points.shape[1]} points per cloud are too few for neighbourhoods of num_neighbors={self.min_points}"
+            )
+        xyz, x = points[..., :3], points
+        for index in range(1, self.num_stages + 1):
+            xyz, x = self.get_submodule(f"enc{index}")(xyz, x)
+        return x
+
+    def forward_head(self, x: Tensor) -> Tensor:
+        """Map features (B, M, C') to logits (B, num_classes)."""
+        return self.cls(x.mean(1))
+
+    def forward(self, points: Tensor) -> Tensor:
+        """Map points (B, N, in_channels) to logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(points))
+
+
+class Neighbourhood(NamedTuple):
+    """The k nearest points of each centre of B clouds, the centre itself included where it is one of the points."""
+
+    rows: Tensor
+    """(B * M * k,) int64: neighbours as rows of the (B * N, C) features of all clouds, centre by centre."""
+    offsets: Tensor
+    """(B * M * k, 3): their coordinates relative to the centre."""
+    size: int
+    """k."""
+
+
+def find_neighbours(centers: Tensor, xyz: Tensor, num_neighbors: int) -> Neighbourhood:
+    """Find the `num_neighbors` points of xyz (B, N, 3) that are nearest to each of centers (B, M, 3), or all N."""
+    batch, num_points, _ = xyz.shape
+    size = min(num_neighbors, num_points)
+    index = nearest_neighbours(centers, xyz, size)
+    offsets = gather_points(xyz, index) - centers.unsqueeze(2)
+    first = torch.arange(batch, device=index.device).view(-1, 1, 1) * num_points
+    return Neighbourhood((index + first).flatten(), offsets.flatten(0, 2), size)
+
+
+class Stage(nn.Sequential):
+    """A transition down, and blocks that share one neighbour search."""
+
+    def __init__(self, num_neighbors: int, *layers: nn.Module) -> None:
+        """Stack a `TransitionDown` and any number of blocks."""
+        super().__init__(*layers)
+        self.num_neighbors = num_neighbors
+
+    def forward(self, xyz: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map coordinates (B, N, 3) and features (B, N, C) to those of the stage, (B, M, 3) and (B, M, C')."""
+        down, *blocks = self
+        xyz, x = down(xyz, x)
+        if blocks:
+            neighbourhood = find_neighbours(xyz, xyz, self.num_neighbors)
+            for block in blocks:
+                x = block(x, neighbourhood)
+        return xyz, x
+
+
+class TransitionDown(nn.Module):
+    """Keep the farthest points, one in `stride`, each with the maximum over its neighbours' features.
+
+    The linear layer reads coordinates relative to the centre and features. Being linear, it is applied to the points
+    before they are gathered, W [p_j - p_i, x_j] = W [p_j, x_j] - W [p_i, 0], and not to each of their copies. With
+    stride 1 no point is dropped or gathered, and the layer reads the features alone.
+    """
+
+    def __init__(self, in_channels: int, channels: int, stride: int, num_neighbors: int) -> None:
+        """Build it from `in_channels` to `channels`."""
+        super().__init__()
+        self.stride, self.num_neighbors = stride, num_neighbors
+        self.linear = nn.Linear(in_channels + (3 if stride > 1 else 0), channels, bias=False)
+        self.bn = nn.BatchNorm1d(channels)
+
+    def forward(self, xyz: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map coordinates (B, N, 3) and features (B, N, C) to (B, M, 3) and (B, M, C'), M = max(1, N // stride)."""
+        if self.stride == 1:
+            features = self.bn(_narrow_linear(x.flatten(0, 1), self.linear.weight))
+            return xyz, F.relu(features, inplace=True).view(*x.shape[:2], -1)
+        centers = gather_points(xyz, farthest_point_sample(xyz, max(1, xyz.shape[1] // self.stride)))
+        neighbourhood = find_neighbours(centers, xyz, self.num_neighbors)
+        of_points = self.linear(torch.cat([xyz, x], dim=-1).flatten(0, 1))
+        of_centers = _narrow_linear(-centers.flatten(0, 1), self.linear.weight[:, :3])
+        grouped = self.bn(gather_sum(neighbourhood, of_points, of_centers))
+        # The maximum first: ReLU does not change which is largest, and has less to do.
+        pooled = max_over_group(grouped.unflatten(0, (-1, neighbourhood.size)))
+        return centers, F.relu(pooled).view(*centers.shape[:2], -1)
+
+
+class VectorAttention(nn.Module):
+    """Attention among neighbours with a weight for each group of channels.
+
+    Weights are softmax_j(MLP(k_j - q_i + p_ij)), the output is sum_j w_ij (v_j + p_ij), where p_ij = MLP(x_j - x_i)
+    encodes the position of neighbour j relative to point i. Channels c, c + C / s, c + 2 C / s, ... share a weight.
+
+    Queries, keys and values are made of the N points and then gathered, and BatchNorm sees rows (B N k, C).
+
+    Source: Zhao et al. 2021, Point Transformer, equations 2 to 4.
+    """
+
+    def __init__(self, channels: int, share_planes: int) -> None:
+        """Build it for `channels`, of which `share_planes` share a weight."""
+        super().__init__()
+        groups = channels // share_planes
+        self.share_planes = share_planes
+        self.linear_q = nn.Linear(channels, channels)
+        self.linear_k = nn.Linear(channels, channels)
+        self.linear_v = nn.Linear(channels, channels)
+        self.linear_p = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.ReLU(inplace=True), nn.Linear(3, channels))
+        self.linear_w = nn.Sequential(
+            nn.BatchNorm1d(channels), nn.ReLU(inplace=True), nn.Linear(channels, groups),
+            nn.BatchNorm1d(groups), nn.ReLU(inplace=True), nn.Linear(groups, groups),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor, neighbourhood: Neighbourhood) -> Tensor:
+        """Map rows x (B N, C) to (B N, C)."""
+        *hidden, last = self.linear_p
+        position = neighbourhood.offsets
+        for layer in hidden:
+            position = layer(position)
+        position = _narrow_linear(position, last.weight)
+        # Its bias joins keys and values before they are gathered: N rows instead of N k.
+        relation = gather_sum(neighbourhood, self.linear_k(x) + last.bias, -self.linear_q(x), position)
+        values = gather_sum(neighbourhood, self.linear_v(x) + last.bias, None, position)
+        weights = self.linear_w(relation).view(x.shape[0], neighbourhood.size, 1, -1).softmax(1)
+        values = values.view(x.shape[0], neighbourhood.size, self.share_planes, -1)
+        return (values * weights).sum(1).flatten(1)
+
+
+class Block(nn.Module):
+    """Attention between two linear layers on a residual path, then a pre-norm FFN on another."""
+
+    def __init__(self, channels: int, share_planes: int, mlp_ratio: float, drop_path: float) -> None:
+        """Build it; `drop_path` in [0, 1) is the probability to drop a residual path for a sample."""
+        super().__init__()
+        self.linear1 = nn.Linear(channels, channels, bias=False)
+        self.bn1 = nn.BatchNorm1d(channels)
+        self.transformer2 = VectorAttention(channels, share_planes)
+        self.bn2 = nn.BatchNorm1d(channels)
+        self.linear3 = nn.Linear(channels, channels, bias=False)
+        self.bn3 = nn.BatchNorm1d(channels)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.norm = nn.LayerNorm(channels) if mlp_ratio else None
+        self.mlp = Mlp(channels, int(channels * mlp_ratio)) if mlp_ratio else None
+
+    def forward(self, x: Tensor, neighbourhood: Neighbourhood) -> Tensor:
+        """Map features x (B, N, C) to (B, N, C)."""
+        rows = F.relu(self.bn1(self.linear1(x.flatten(0, 1))), inplace=True)
+        rows = F.relu(self.bn2(self.transformer2(rows, neighbourhood)), inplace=True)
+        x = F.relu(x + self.drop_path(self.bn3(self.linear3(rows)).view_as(x)), inplace=True)
+        return x if self.mlp is None else x + self.drop_path(self.mlp(self.norm(x)))
+
+
+def gather_sum(
+    neighbourhood: Neighbourhood, of_points: Tensor, of_centers: Tensor | None = None, of_pairs: Tensor | None = None
+) -> Tensor:
+    """Add up for each pair of a centre and a neighbour what belongs to the neighbour, to the centre, and to the pair.
+
+    Args:
+        neighbourhood: the pairs.
+        of_points: (B N, C).
+        of_centers: (B M, C); None adds nothing.
+        of_pairs: (B M k, C); None adds nothing.
+
+    Returns:
+        (B M k, C) in the dtype of `of_points`.
+    """
+    others = (other if other is None else other.to(of_points.dtype) for other in (of_centers, of_pairs))
+    return _GatherSum.apply(neighbourhood.rows, neighbourhood.size, of_points, *others)
+
+
+class _GatherSum(torch.autograd.Function):
+    """See `gather_sum`. In place where autograd would copy: pairs are many, and memory traffic is all they cost."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        rows: Tensor, size: int, of_points: Tensor, of_centers: Tensor | None, of_pairs: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(rows)
+        ctx.size, ctx.num_points = size, of_points.shape[0]
+        result = of_points.index_select(0, rows)
+        if of_centers is not None:
+            result.view(-1, size, result.shape[1]).add_(of_centers.unsqueeze(1))
+        return result if of_pairs is None else result.add_(of_pairs)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (rows,) = ctx.saved_tensors
+        gradient, (_, _, _, has_centers, has_pairs) = gradient.contiguous(), ctx.needs_input_grad
+        channels = gradient.shape[1]
+        # With an expanded index this is sorted and runs in parallel on a CPU; `index_add_` does neither.
+        index = rows.unsqueeze(1).expand(-1, channels)
+        of_points = gradient.new_zeros(ctx.num_points, channels).scatter_add_(0, index, gradient)
+        of_centers = gradient.view(-1, ctx.size, channels).sum(1) if has_centers else None
+        return None, None, of_points, of_centers, gradient if has_pairs else None
+
+
+def _narrow_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Do as `F.linear` without bias, for inputs of a few channels.
+
+    With a transposed copy of the weight its gradient is a product whose layout is several times faster on a CPU.
+    """
+    return torch.mm(x, weight.t().contiguous())
+
+
+def _head(width: int, head_dims: Sequence[int], num_classes: int, dropout: float) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for dim in head_dims:
+        layers += [nn.Linear(width, dim), nn.BatchNorm1d(dim), nn.ReLU(inplace=True), nn.Dropout(dropout)]
+        width = dim
+    return nn.Sequential(*layers, nn.Linear(width, num_classes))
+
+
+def _check_stages(stages: dict[str, Sequence[int]], share_planes: int) -> None:
+    lengths = {name: len(values) for name, values in stages.items()}
+    if len(set(lengths.values())) > 1 or not lengths["channels"]:
+        counts = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+        raise ValueError(f"channels, depths, strides and num_neighbors need one value for each stage: {counts}")
+    for name, values in stages.items():
+        least = 0 if name == "depths" else 1
+        for value in values:
+            if value < least:
+                raise ValueError(f"{name} holds {value}, must be at least {least}")
+    if not any(stages["depths"]):
+        raise ValueError("depths holds zeros alone, must give at least one block")
+    if share_planes < 1:
+        raise ValueError(f"share_planes is {share_planes}, must be at least 1")
+    for width in stages["channels"]:
+        if width % share_planes:
+            raise ValueError(f"channels holds {width}, must be a multiple of share_planes {share_planes}")
+
+
+def _check_head(num_classes: int, head_dims: Sequence[int]) -> None:
+    if num_classes < 1:
+        raise ValueError(f"num_classes is {num_classes}, must be at least 1")
+    for dim in head_dims:
+        if dim < 1:
+            raise ValueError(f"head_dims holds {dim}, must be at least 1")
+
+
+def _check_fractions(**fractions: float) -> None:
+    for name, value in fractions.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} is {value}, must be in [0, 1)")
