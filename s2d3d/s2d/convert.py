@@ -175,7 +175,12 @@ def merge_experts(
 
 
 def is_sparse(model: nn.Module) -> bool:
-    """Tell whether a model still has experts."""
+    """Tell whether a model still has experts.
+
+    Example:
+        >>> is_sparse(nn.Linear(2, 2))
+        False
+    """
     return any(isinstance(m, ExpertLayer) for m in model.modules())
 
 
