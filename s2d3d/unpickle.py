@@ -3,6 +3,7 @@
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
@@ -54,7 +55,8 @@ def load_data(
         raise InputError(f"{path}: no such checkpoint file")
     try:
         _check_sums(path)
-        with torch.serialization.safe_globals(list(allow)):
+        with torch.serialization.safe_globals(list(allow)), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about unusual pickles: they load, or there is an error
             return torch.load(path, map_location=map_location, weights_only=True)
     except (*_UNREADABLE, OSError) as error:
         if isinstance(error, OSError) and error.filename is not None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from s2d3d import load_checkpoint, merge_experts, save_checkpoint
 from s2d3d.engine.checkpoint import MODEL_KEYS, build_model, require_mergeable, require_sparse
 from s2d3d.engine.cli import refuse_existing, run_tool
+from s2d3d.errors import InputError
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -24,7 +25,10 @@ def run(arguments: argparse.Namespace) -> None:
     require_mergeable(payload, arguments.checkpoint)
     model = build_model(payload, where=arguments.checkpoint)
     before = sum(p.numel() for p in model.parameters())
-    merge_experts(model, inplace=True)
+    try:
+        merge_experts(model, inplace=True)
+    except ValueError as error:
+        raise InputError(f"{arguments.checkpoint}: {error}") from error
     after = sum(p.numel() for p in model.parameters())
     kept = {key: payload[key] for key in MODEL_KEYS if key in payload}
     save_checkpoint(output, kept | {"s2d": None, "state_dict": model.state_dict()})

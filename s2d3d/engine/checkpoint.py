@@ -25,6 +25,12 @@ def save_checkpoint(path: str | Path, payload: dict[str, Any]) -> Path:
     Args:
         path: where to; its folder exists.
         payload: as `model_payload` makes it, possibly with more keys; tensors and plain Python types only.
+
+    Returns:
+        The path.
+
+    Example:
+        >>> save_checkpoint("dense.pt", load_checkpoint("runs/demo/merged.pt"))  # doctest: +SKIP
     """
     path = Path(path)
     payload = {"format": FORMAT, "format_version": FORMAT_VERSION, "s2d3d_version": __version__, **payload}
@@ -45,6 +51,10 @@ def load_checkpoint(path: str | Path, *, map_location: torch.device | str = "cpu
 
     Raises:
         InputError: the file is missing, damaged, not a checkpoint of this package, incomplete, or of a newer format.
+
+    Example:
+        >>> load_checkpoint("runs/demo/merged.pt")["class_names"][:2]  # doctest: +SKIP
+        ['box', 'capsule']
     """
     if Path(path).is_dir():
         raise InputError(f"{path}: is a folder; name the file, such as {Path(path) / 'merged.pt'}")

@@ -45,7 +45,7 @@ def run_tool(parser: argparse.ArgumentParser, body: Body, argv: Sequence[str] | 
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python's own flush at the end does not fail again
+        _silence_stdout()  # so that Python's own flush at the end does not fail again
         return 141
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         lines = _error_lines(error)
@@ -143,6 +143,12 @@ def _messages_on_stderr() -> Iterator[None]:
     finally:
         root.removeHandler(handler)
         root.setLevel(level)
+
+
+def _silence_stdout() -> None:
+    sink = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, sys.stdout.fileno())
+    os.close(sink)
 
 
 def _error_lines(error: Exception) -> list[str] | None:

@@ -83,6 +83,12 @@ def evaluate(
     Raises:
         InputError: an empty loader, `votes` below 1, votes asked of a loader that has none, labels that are no classes
             of the model, or logits that are not finite.
+
+    Example:
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(24, 2))
+        >>> loader = [(torch.rand(4, 8, 3), torch.tensor([0, 1, 0, 0]))]
+        >>> evaluate(model, loader, device="cpu", progress=False).num_samples
+        4
     """
     if votes < 1:
         raise InputError(f"votes is {votes}, must be at least 1")
@@ -168,6 +174,11 @@ def recalibrate_batchnorm_(
 
     Raises:
         InputError: an empty loader; the statistics are as before.
+
+    Example:
+        >>> loader = [(torch.rand(4, 3), torch.zeros(4))]
+        >>> recalibrate_batchnorm_(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), loader)
+        1
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] if layers is None else layers
     norms = [m for m in norms if m.track_running_stats]

@@ -1,0 +1,169 @@
+"""The package as a whole: what importing it does, what it offers, and which room may know of which."""
+
+import ast
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import s2d3d
+from s2d3d import Trainer
+
+PACKAGE = Path(s2d3d.__file__).parent
+FOLDERS = sorted(path.name for path in PACKAGE.iterdir() if path.is_dir() and (path / "__init__.py").exists())
+
+
+def test_importing_is_silent_and_leaves_heavy_packages_alone(tmp_path):
+    program = (
+        "import sys, json; before = set(sys.modules); import s2d3d; import s2d3d.viz\n"
+        "with open(sys.argv[1], 'w') as file: json.dump(sorted(sys.modules.keys() - before), file)"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "modules.json")], capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)}, timeout=600,
+    )  # fmt: skip
+    assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
+    loaded = set(json.loads((tmp_path / "modules.json").read_text()))
+    assert "s2d3d.engine.trainer" in loaded
+    assert loaded & {"open3d", "matplotlib.pyplot", "torch_scatter", "torchmetrics", "transformers"} == set()
+    assert [path.name for path in tmp_path.iterdir()] == ["modules.json"]
+
+
+# The public API
+
+
+def test_promised_names_are_there():
+    promised = {
+        "list_models", "create_model", "create_dataset", "MoFConfig", "convert_to_mof_", "RUPMoF", "apply_ewa_", "EWA",
+        "merge_experts", "is_sparse", "load_config", "Trainer", "evaluate", "save_checkpoint", "load_checkpoint",
+        "load_model", "recalibrate_batchnorm_",
+    }  # fmt: skip
+    assert promised <= set(s2d3d.__all__)
+    public = {name for name in vars(s2d3d) if not name.startswith("_") and not inspect.ismodule(getattr(s2d3d, name))}
+    assert public == set(s2d3d.__all__) - {"__version__"}
+
+
+@pytest.mark.parametrize("name", [name for name in s2d3d.__all__ if name != "__version__"])
+def test_public_names_are_documented_and_typed(name):
+    item = getattr(s2d3d, name)
+    assert item.__doc__ and item.__doc__.strip().splitlines()[0].endswith((".", ":"))
+    if inspect.isclass(item):
+        return
+    assert ">>> " in item.__doc__, "an example"
+    signature = inspect.signature(item)
+    assert signature.return_annotation is not inspect.Signature.empty
+    for parameter in signature.parameters.values():
+        typed = parameter.annotation is not inspect.Parameter.empty
+        assert typed or parameter.kind is inspect.Parameter.VAR_KEYWORD, parameter.name
+
+
+# The rooms
+
+
+def modules() -> dict[str, ast.Module]:
+    """Parse each module of the package, by its dotted name below it; a folder is its `__init__`."""
+    trees = {}
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        trees[name] = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    return trees
+
+
+def imports_of(name: str, tree: ast.Module) -> set[str]:
+    """Name what a module imports, ours as dotted names below the package behind a dot, others as they are.
+
+    `from ..models import layers` in `engine.trainer` is `.models`. Imports inside of functions count as well.
+    """
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.replace("s2d3d.", ".", 1) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                base = name.split(".")[: -node.level]
+                targets = [".".join([*base, *filter(None, [node.module])])]
+                if not node.module:  # from . import a, b
+                    targets = [".".join([*base, alias.name]) for alias in node.names]
+                found |= {f".{target}" for target in targets}
+            else:
+                found.add(node.module.replace("s2d3d.", ".", 1) if node.module != "s2d3d" else "s2d3d")
+    return found
+
+
+MODULES = modules()
+IMPORTS = {name: imports_of(name, tree) for name, tree in MODULES.items()}
+
+
+def rooms(names: set[str]) -> set[str]:
+    """Of imported names, those of ours by room; a module beside the rooms is one itself."""
+    return {name[1:].split(".")[0] for name in names if name.startswith(".")}
+
+
+def test_the_reader_of_imports_sees_them():
+    assert {"s2d", "models", "datasets", "errors", "engine"} <= rooms(IMPORTS["engine.trainer"])
+    assert {"torch", "tqdm", ".models", ".engine.config"} <= IMPORTS["engine.trainer"]
+    assert rooms(IMPORTS["engine.config"]) >= {"models", "s2d"}, "inside of functions"
+    assert FOLDERS == ["datasets", "engine", "models", "s2d", "viz"]
+    example = ast.parse("import s2d3d.engine.cli\nfrom s2d3d.models import x\nfrom .. import errors\nfrom . import y")
+    assert imports_of("viz.plots", example) == {".engine.cli", ".models", ".errors", ".viz.y"}
+
+
+@pytest.mark.parametrize("name", IMPORTS)
+def test_nothing_imports_the_package_from_above_or_the_tools(name):
+    """`from s2d3d import x` inside of the package is an arrow to everything."""
+    roots = {target.split(".")[0] for target in IMPORTS[name]}
+    assert not roots & {"s2d3d", "tools", "tests"}
+
+
+FORBIDDEN = {
+    "s2d": set(FOLDERS) - {"s2d"},
+    "models": {"datasets", "engine", "viz"},
+    "datasets": {"models", "engine", "viz"},
+    "viz": {"engine"},
+    "engine": {"viz"},
+}
+
+
+@pytest.mark.parametrize("room", FORBIDDEN)
+def test_arrows_between_rooms(room):
+    inside = [name for name in IMPORTS if name.split(".")[0] == room]
+    assert len(inside) > 1
+    for name in inside:
+        assert not rooms(IMPORTS[name]) & FORBIDDEN[room], name
+
+
+def test_the_method_stands_alone():
+    """Nothing of ours, and of others torch and torch-scatter alone: the folder can be copied into another project."""
+    allowed = {"torch", "torch_scatter"} | sys.stdlib_module_names
+    for name, targets in IMPORTS.items():
+        if name.split(".")[0] == "s2d":
+            assert rooms(targets) <= {"s2d"}, name
+            assert {target.split(".")[0] for target in targets if not target.startswith(".")} <= allowed, name
+
+
+def test_what_every_room_needs_knows_of_no_room():
+    for name in ("errors", "version", "ops", "unpickle"):
+        assert not rooms(IMPORTS[name]) & set(FOLDERS), name
+
+
+# Output
+
+
+def test_the_package_never_prints():
+    """`engine.cli` words errors for the tools; everything else returns, logs or raises."""
+    calls = {
+        (name, node.lineno)
+        for name, tree in MODULES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    }
+    assert {name for name, _ in calls} == {"engine.cli"}
+
+
+def test_a_whole_run_writes_nothing_to_stdout_or_stderr(tiny_config, capfd):
+    Trainer(tiny_config("train.epochs=1", "optim.warmup_epochs=0", "eval.votes=2", "data.val_fraction=0.2")).fit()
+    assert capfd.readouterr() == ("", "")
