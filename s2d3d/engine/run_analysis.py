@@ -100,7 +100,7 @@ def analysis_table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['num_experts']} experts, measured on {result['num_shapes']} test shapes",
         "",
-        f"{'epoch':>5}  {'divergence':>10}  {'merged OA':>9}  {'experts OA':>10}  {'(range)':>15}  {'barrier':>8}",
+        "epoch  divergence  merged OA  experts OA          (range)        gap   barrier",
     ]
     for point in result["checkpoints"]:
         own = [100 * expert["oa"] for expert in point["experts"]]
@@ -108,9 +108,15 @@ def analysis_table(result: dict[str, Any]) -> str:
         spread = f"({min(own):.2f} - {max(own):.2f})"
         lines.append(
             f"{point['epoch']:>5}  {mean_divergence:>10.3e}  {100 * point['merged']['oa']:>7.2f} %"
-            f"  {sum(own) / len(own):>8.2f} %  {spread:>15}  {point['highest_barrier']:>8.4f}"
+            f"  {sum(own) / len(own):>8.2f} %  {spread:>15}"
+            f"  {point['gap']:>9.1e}  {point['highest_barrier']:>8.4f}"
         )
-    lines += ["", "divergence: relative to the mean, over layers; barrier: the highest between two experts, nats", ""]
+    lines += [
+        "",
+        "divergence: relative to the mean, over layers; gap: mean loss of the experts less that of the merged model,",
+        "nats; barrier: the highest between two experts, nats",
+        "",
+    ]
     if result["between_checkpoints"]:
         lines += [f"{'from':>5}  {'to':>5}  {'barrier':>8}   between merged models"]
         lines += [
@@ -164,10 +170,12 @@ def _experts_of(
         {"experts": [i, j], **_plain(barrier(alone[i], alone[j], loss, num_positions=num_positions))}
         for i, j in combinations(range(len(alone)), 2)
     ]
+    merged, experts = measure(merge_experts(model)), [measure(expert) for expert in alone]
     return {
         "divergence": expert_divergence(model),
-        "merged": _short(measure(merge_experts(model))),
-        "experts": [_short(measure(expert)) for expert in alone],
+        "merged": _short(merged),
+        "experts": [_short(report) for report in experts],
+        "gap": sum(report.loss for report in experts) / len(experts) - merged.loss,
         "barriers": barriers,
         "highest_barrier": max(line["height"] for line in barriers),
     }

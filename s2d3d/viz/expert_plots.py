@@ -14,17 +14,19 @@ def draw_experts(result: dict[str, Any], path: str | Path) -> None:
         result: as `s2d3d.engine.run_analysis.analyze_run` returns it.
         path: picture to write; its suffix chooses the format.
     """
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    axes = figure.subplots(2, 2)
+    figure = Figure(figsize=(15, 8), layout="constrained")
+    axes = figure.subplots(2, 3)
     _draw_divergence(axes[0, 0], result)
-    _draw_accuracy(axes[0, 1], result["checkpoints"])
-    _draw_lines(axes[1, 0], result["checkpoints"])
-    _draw_path(axes[1, 1], result["between_checkpoints"])
+    _draw_contraction(axes[0, 1], result["epochs"])
+    _draw_accuracy(axes[0, 2], result["checkpoints"])
+    _draw_gap(axes[1, 0], result["checkpoints"])
+    _draw_lines(axes[1, 1], result["checkpoints"])
+    _draw_path(axes[1, 2], result["between_checkpoints"])
     for panel in axes.flat:
         panel.grid(alpha=0.3)
         if panel.get_legend_handles_labels()[0]:
             panel.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=110)
 
 
 def _draw_divergence(panel: Axes, result: dict[str, Any]) -> None:
@@ -52,6 +54,25 @@ def _draw_accuracy(panel: Axes, checkpoints: list[dict[str, Any]]) -> None:
     panel.set(xlabel="epoch", ylabel="OA, %", title="Single experts and their mean")
 
 
+def _draw_gap(panel: Axes, checkpoints: list[dict[str, Any]]) -> None:
+    """Draw what the mean gains over its experts against their divergence, and the square that curvature makes of it."""
+    points = [(_mean_divergence(point), point["gap"]) for point in checkpoints if point["gap"] > 0]
+    points = [(divergence, gap) for divergence, gap in points if divergence > 0]
+    panel.set(xlabel="divergence", ylabel="gap of loss, nats", title="Mean loss of the experts less that of their mean")
+    if not points:
+        return
+    panel.loglog(*zip(*points), "o", label="checkpoints")
+    ratios = sorted(gap / divergence**2 for divergence, gap in points)
+    middle = ratios[len(ratios) // 2]
+    ends = [min(points)[0], max(points)[0]]
+    panel.loglog(ends, [middle * end**2 for end in ends], "--", label=f"{middle:.3g} x divergence squared")
+
+
+def _draw_contraction(panel: Axes, epochs: list[dict[str, float]]) -> None:
+    panel.plot([row["epoch"] for row in epochs], [row["contraction"] for row in epochs], "o-", markersize=3)
+    panel.set(xlabel="epoch", ylabel="1 - b K / (K - 1)", title="Contraction by EWA after each update")
+
+
 def _draw_lines(panel: Axes, checkpoints: list[dict[str, Any]]) -> None:
     """Draw each checkpoint's highest line between two experts, as excess over its ends."""
     for point in checkpoints:
@@ -71,3 +92,7 @@ def _draw_path(panel: Axes, lines: list[dict[str, Any]]) -> None:
     if not lines:
         panel.text(0.5, 0.5, "one checkpoint only\n(train.keep_every)", ha="center", transform=panel.transAxes)
     panel.set(xlabel="position between the checkpoints", ylabel="loss, nats", title="Lines between merged models")
+
+
+def _mean_divergence(point: dict[str, Any]) -> float:
+    return sum(point["divergence"].values()) / len(point["divergence"])

@@ -87,6 +87,8 @@ def test_every_figure_is_that_of_an_evaluation_by_hand(run, shapes_root):
         reports = [measure(model) for model in alone]
         assert [expert["loss"] for expert in point["experts"]] == [report.loss for report in reports]
         assert [expert["oa"] for expert in point["experts"]] == [report.oa for report in reports]
+        mean_loss = sum(report.loss for report in reports) / 3
+        assert point["gap"] == pytest.approx(mean_loss - point["merged"]["loss"], abs=1e-9)
         assert point["merged"]["loss"] == pytest.approx(measure(merge_experts(sparse)).loss, rel=1e-6)
         assert [line["experts"] for line in point["barriers"]] == [[0, 1], [0, 2], [1, 2]]
         for line in point["barriers"]:

@@ -1,7 +1,6 @@
 """tools/analyze.py: text, numbers and picture of an S2D run."""
 
 import json
-import logging
 import subprocess
 import sys
 
@@ -10,12 +9,6 @@ import pytest
 
 from s2d3d import Trainer
 from s2d3d.engine.run_analysis import analysis_table, analyze_run
-
-
-@pytest.fixture(autouse=True)
-def _handlers(monkeypatch):
-    """Take back the tool's log handler, whose stream is gone when the test ends."""
-    monkeypatch.setattr(logging.getLogger(), "handlers", logging.getLogger().handlers[:])
 
 
 @pytest.fixture
@@ -33,10 +26,11 @@ def test_text_numbers_and_picture(tool, run, tmp_path, capsys):
     assert result == json.loads(json.dumps(analyze_run(run, num_shapes=24, num_positions=3)))
     assert out == f"{analysis_table(result)}\nwritten to {run / 'analysis.json'} and analysis.png\n"
     picture = matplotlib.image.imread(run / "analysis.png")[..., :3]
-    assert picture.shape == (1200, 1650, 3)
-    quarters = [picture[y : y + 600, x : x + 825] for y in (0, 600) for x in (0, 825)]
-    for quarter in quarters:  # every panel holds coloured lines, not only black axes on white
-        assert float((quarter.max(-1) - quarter.min(-1)).max()) > 0.3
+    assert picture.shape == (880, 1650, 3)
+    for row in (0, 440):
+        for column in (0, 550, 1100):  # every panel holds coloured marks, not only black axes on white
+            panel = picture[row : row + 440, column : column + 550]
+            assert float((panel.max(-1) - panel.min(-1)).max()) > 0.3
 
     assert main([str(run)]) == 1
     assert "analysis.json: exists already" in capsys.readouterr().err

@@ -1,7 +1,6 @@
 """tools/evaluate.py --corruption: one corruption, all of them, and the mCE against a reference."""
 
 import json
-import logging
 
 import pytest
 import torch
@@ -9,12 +8,6 @@ import torch
 from s2d3d import create_dataset, create_model, save_checkpoint
 from s2d3d.datasets.corruptions import CORRUPTIONS
 from s2d3d.engine.checkpoint import model_payload
-
-
-@pytest.fixture(autouse=True)
-def _handlers(monkeypatch):
-    """Take back the tool's log handler, whose stream is gone when the test ends."""
-    monkeypatch.setattr(logging.getLogger(), "handlers", logging.getLogger().handlers[:])
 
 
 @pytest.fixture

@@ -1,19 +1,12 @@
 """tools/few_shot.py: one line a fold, the mean at the end, and a second call that repeats nothing."""
 
 import json
-import logging
 import subprocess
 import sys
 
 import pytest
 
 from s2d3d.engine.config import dump_config
-
-
-@pytest.fixture(autouse=True)
-def _handlers(monkeypatch):
-    """Take back the tool's log handler, whose stream is gone when the test ends."""
-    monkeypatch.setattr(logging.getLogger(), "handlers", logging.getLogger().handlers[:])
 
 
 @pytest.fixture
