@@ -1,6 +1,6 @@
 """Sparse-to-Dense training of a stock timm vision transformer on handwritten digits, beside its dense twin.
 
-Half a minute on one core:
+Under a minute on one core:
 
     python examples/timm_vit_s2d.py
 
@@ -60,7 +60,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--steps", type=int, default=400, help="optimizer steps of each training (default: %(default)s)"
+        "--steps", type=int, default=300, help="optimizer steps of each training (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches (default: %(default)s)")
     arguments = parser.parse_args(argv)
