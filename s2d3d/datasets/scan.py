@@ -7,6 +7,7 @@ neither the order of the shapes nor the number of processes matters. Clutter com
 import hashlib
 import multiprocessing
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -305,6 +306,13 @@ _job: tuple[ShapeSet, ScanOptions] | None = None
 def _start_worker(shapes: ShapeSet, options: ScanOptions) -> None:
     global _job
     _job = shapes, options
+    # A process that is killed cannot stop its workers, and they would wait for work forever.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _scan_in_worker(index: int) -> list[View]:
