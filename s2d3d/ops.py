@@ -77,7 +77,9 @@ def nearest_neighbours(query: Tensor, points: Tensor, num_neighbors: int) -> Ten
     _check_points(query, "query")
     _check_points(points, "points")
     if not 1 <= num_neighbors <= points.shape[1]:
-        raise ValueError(f"num_neighbors is {num_neighbors}, must be between 1 and the {points.shape[1]} points of a cloud")
+        raise ValueError(
+            f"num_neighbors is {num_neighbors}, must be between 1 and the {points.shape[1]} points of a cloud"
+        )
     query, points = query.detach().float(), points.detach().float()
     # A CPU takes few clouds at a time, whose distances stay in its cache: a third faster on clouds of 1024 points.
     clouds = CACHED_DISTANCES // (query.shape[1] * points.shape[1]) if query.device.type == "cpu" else query.shape[0]
@@ -111,7 +113,9 @@ def gather_points(features: Tensor, index: Tensor) -> Tensor:
     return rows.view(*index.shape, channels)
 
 
-def group_points(points: Tensor, num_group: int, group_size: int, *, skip_origin: bool = False) -> tuple[Tensor, Tensor]:
+def group_points(
+    points: Tensor, num_group: int, group_size: int, *, skip_origin: bool = False
+) -> tuple[Tensor, Tensor]:
     """Cut clouds into overlapping patches: farthest-point centres, each with its nearest points.
 
     Args:

@@ -15,7 +15,9 @@ REPOSITORY = Path(__file__).parent.parent
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--published-checkpoint", metavar="FILE", help="a checkpoint of the public Point-BERT or Point-MAE to test against"
+        "--published-checkpoint",
+        metavar="FILE",
+        help="a checkpoint of the public Point-BERT or Point-MAE to test against",
     )
 
 
@@ -49,7 +51,7 @@ def shapes_root(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def tiny_config(shapes_root, tmp_path, repository):
-    """Make a valid config of a run that takes a second or two: 6 updates an epoch, 2 epochs, experts in 1 of 2 blocks."""
+    """Make a valid config of a run of a second or two: 6 updates an epoch, 2 epochs, experts in 1 of 2 blocks."""
 
     def make(*overrides: str):
         return load_config(

@@ -26,16 +26,32 @@ _MODELS: dict[str, tuple[Callable[..., nn.Module], dict[str, object]]] = {
     "point_bert_small": (
         PointBERT,
         dict(
-            trans_dim=128, depth=4, num_heads=4, num_group=32, group_size=32, encoder_dims=128, encoder_width=32,
-            drop_path_rate=0.0, head_dropout=0.2, init_std=0.1,
-        ),  # fmt: skip
+            trans_dim=128,
+            depth=4,
+            num_heads=4,
+            num_group=32,
+            group_size=32,
+            encoder_dims=128,
+            encoder_width=32,
+            drop_path_rate=0.0,
+            head_dropout=0.2,
+            init_std=0.1,
+        ),
     ),
     "point_bert_tiny": (
         PointBERT,
         dict(
-            trans_dim=96, depth=4, num_heads=3, num_group=32, group_size=16, encoder_dims=64, encoder_width=32,
-            drop_path_rate=0.0, head_dropout=0.2, init_std=0.1,
-        ),  # fmt: skip
+            trans_dim=96,
+            depth=4,
+            num_heads=3,
+            num_group=32,
+            group_size=16,
+            encoder_dims=64,
+            encoder_width=32,
+            drop_path_rate=0.0,
+            head_dropout=0.2,
+            init_std=0.1,
+        ),
     ),
     "point_mae": (PointBERT, dict(encoder_dims=384, variant="mae")),
     "point_transformer": (PointTransformer, {}),

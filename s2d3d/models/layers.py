@@ -80,10 +80,16 @@ class GroupEncoder(nn.Module):
         super().__init__()
         width = encoder_width
         self.first_conv = nn.Sequential(
-            nn.Conv1d(in_channels, width, 1), nn.BatchNorm1d(width), nn.ReLU(inplace=True), nn.Conv1d(width, 2 * width, 1)
+            nn.Conv1d(in_channels, width, 1),
+            nn.BatchNorm1d(width),
+            nn.ReLU(inplace=True),
+            nn.Conv1d(width, 2 * width, 1),
         )
         self.second_conv = nn.Sequential(
-            nn.Conv1d(4 * width, 4 * width, 1), nn.BatchNorm1d(4 * width), nn.ReLU(inplace=True), nn.Conv1d(4 * width, encoder_dims, 1)
+            nn.Conv1d(4 * width, 4 * width, 1),
+            nn.BatchNorm1d(4 * width),
+            nn.ReLU(inplace=True),
+            nn.Conv1d(4 * width, encoder_dims, 1),
         )
 
     def forward(self, groups: Tensor) -> Tensor:

@@ -53,8 +53,8 @@ class PointBERT(nn.Module):
             mlp_ratio: hidden width of an FFN over `trans_dim`.
             drop_path_rate: of the last block, growing linearly from 0; in [0, 1).
             head_dropout: in the classification head, in [0, 1).
-            init_std: deviation of the linear layers' initial weights, above 0. The published 0.02 suits 384 channels and
-                long trainings; narrow models in short ones learn faster with 0.1.
+            init_std: deviation of the linear layers' initial weights, above 0. The published 0.02 suits 384 channels
+                and long trainings; narrow models in short ones learn faster with 0.1.
             fps_skip_origin: farthest point sampling never picks points within sqrt(1e-3) of the origin, as published.
             variant: "bert", or "mae": tokens straight from the group encoder, without `reduce_dim` between; a deeper
                 head with BatchNorm; class token and position drawn from a truncated normal of deviation 0.02.
@@ -65,8 +65,14 @@ class PointBERT(nn.Module):
         super().__init__()
         _check_ranges(
             at_least_one=dict(
-                num_classes=num_classes, trans_dim=trans_dim, depth=depth, num_group=num_group, group_size=group_size,
-                encoder_dims=encoder_dims, encoder_width=encoder_width, head_dim=int(trans_dim * mlp_ratio),
+                num_classes=num_classes,
+                trans_dim=trans_dim,
+                depth=depth,
+                num_group=num_group,
+                group_size=group_size,
+                encoder_dims=encoder_dims,
+                encoder_width=encoder_width,
+                head_dim=int(trans_dim * mlp_ratio),
             ),
             fractions=dict(drop_path_rate=drop_path_rate, head_dropout=head_dropout),
         )
@@ -117,7 +123,8 @@ class PointBERT(nn.Module):
         """
         if points.shape[1] < max(self.num_group, self.group_size):
             raise ValueError(
-                f"{points.shape[1]} points per cloud are too few for num_group={self.num_group} and group_size={self.group_size}"
+                f"{points.shape[1]} points per cloud are too few for num_group={self.num_group} "
+                f"and group_size={self.group_size}"
             )
         groups, centers = group_points(points, self.num_group, self.group_size, skip_origin=self.fps_skip_origin)
         tokens = self.reduce_dim(self.encoder(groups))

@@ -36,7 +36,9 @@ def test_as_many_points_as_stored_training_shuffles_each_sample_and_a_test_does_
     assert make(clouds, split="test").batch(torch.arange(12))[0].equal(stored)
 
 
-@pytest.mark.parametrize(("stored", "num_points", "prefix"), [(64, 20, 24), (22, 20, 22), (21, 20, 21), (5, 1, 1), (5, 3, 3)])
+@pytest.mark.parametrize(
+    ("stored", "num_points", "prefix"), [(64, 20, 24), (22, 20, 22), (21, 20, 21), (5, 1, 1), (5, 3, 3)]
+)
 def test_fewer_points_than_stored(clouds, stored, num_points, prefix):
     original = torch.from_numpy(clouds(6, stored))
     train = make(clouds, count=6, stored=stored, num_points=num_points)
@@ -211,7 +213,9 @@ def test_split_that_would_be_empty(clouds):
         split_train_validation(make(clouds), 0.01)
 
 
-@given(labels=st.lists(st.integers(0, 4), min_size=1, max_size=60), fraction=st.floats(0.01, 1), seed=st.integers(0, 99))
+@given(
+    labels=st.lists(st.integers(0, 4), min_size=1, max_size=60), fraction=st.floats(0.01, 1), seed=st.integers(0, 99)
+)
 def test_stratified_fraction(labels, fraction, seed):
     labels = torch.tensor(labels)
     chosen = stratified_fraction(labels, fraction, seed)

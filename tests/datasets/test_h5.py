@@ -65,8 +65,6 @@ def test_up_axis_attribute(write, value):
     assert read_h5(write(attrs={"up_axis": value})).up_axis == (value if isinstance(value, str) else "y")
 
 
-
-
 @pytest.mark.parametrize(
     ("datasets", "words"),
     [

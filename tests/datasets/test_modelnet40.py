@@ -78,7 +78,9 @@ def test_normalize_is_the_default(modelnet_folder):
     torch.testing.assert_close(points.norm(dim=-1).amax(1), torch.ones(6))
 
 
-@pytest.mark.parametrize("entry", ["{file}", "data/{name}/{file}", "data/elsewhere/{file}", "data\\set\\{file}", "./{file}"])
+@pytest.mark.parametrize(
+    "entry", ["{file}", "data/{name}/{file}", "data/elsewhere/{file}", "data\\set\\{file}", "./{file}"]
+)
 def test_listed_paths_are_found_by_their_base_name(modelnet_folder, entry):
     assert len(load(modelnet_folder(entry=entry))) == 12
 
@@ -99,7 +101,14 @@ def test_a_linked_root_is_fine(modelnet_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "entry", ["../other/ply_data_test0.h5", "/etc/ply_data_test0.h5", "C:\\x\\ply_data_test0.h5", "a/../ply_data_test0.h5", ".."]
+    "entry",
+    [
+        "../other/ply_data_test0.h5",
+        "/etc/ply_data_test0.h5",
+        "C:\\x\\ply_data_test0.h5",
+        "a/../ply_data_test0.h5",
+        "..",
+    ],
 )
 def test_paths_out_of_the_folder_are_refused(modelnet_folder, entry):
     root = modelnet_folder()
@@ -131,8 +140,12 @@ def test_a_missing_root_names_the_folder_and_the_command(tmp_path):
         create_dataset("modelnet40", root, "train")
     message = str(caught.value)
     assert message.startswith(f"{root}: no such folder; put ModelNet40 there (see data/README.md)")
-    assert message.endswith(f"python tools/prepare_data.py modelnet40 --from DIR --output {root}") and "\n" not in message
-    with pytest.raises(InputError, match=r"no such folder; .*python tools/prepare_data\.py shapes --output .*modelnet40$"):
+    assert (
+        message.endswith(f"python tools/prepare_data.py modelnet40 --from DIR --output {root}") and "\n" not in message
+    )
+    with pytest.raises(
+        InputError, match=r"no such folder; .*python tools/prepare_data\.py shapes --output .*modelnet40$"
+    ):
         create_dataset("shapes", root, "train")
     root.write_text("")
     with pytest.raises(InputError, match="not a folder"):
@@ -183,7 +196,7 @@ def test_arguments_out_of_range(modelnet_folder):
         load(root, up_axis="x")
     with pytest.raises(InputError, match=r"set: 16 points stored .* 1024"):
         load(root, num_points=1024)
-    with pytest.raises(InputError, match="unknown data set 'modelnet'; did you mean 'modelnet40'.*shapes"):
+    with pytest.raises(InputError, match=r"unknown data set 'modelnet'; did you mean 'modelnet40'.*shapes"):
         create_dataset("modelnet", root, "train")
 
 
@@ -217,7 +230,9 @@ def test_the_prefix_is_cached_beside_the_set_or_where_asked(modelnet_folder, tmp
 
 def test_load_modelnet40_is_the_reader_behind_the_name(modelnet_folder):
     root = modelnet_folder()
-    assert load_modelnet40(root, "test", num_points=16).points.equal(create_dataset("modelnet40", root, "test", num_points=16).points)
+    assert load_modelnet40(root, "test", num_points=16).points.equal(
+        create_dataset("modelnet40", root, "test", num_points=16).points
+    )
 
 
 @pytest.mark.real_data

@@ -98,7 +98,9 @@ def test_rotation_against_a_loop(points, axis, up):
         k = torch.zeros(3)
         k[up] = 1
         for p, q in zip(cloud, turned):
-            expected = p * math.cos(angle) + torch.linalg.cross(k, p) * math.sin(angle) + k * p[up] * (1 - math.cos(angle))
+            expected = (
+                p * math.cos(angle) + torch.linalg.cross(k, p) * math.sin(angle) + k * p[up] * (1 - math.cos(angle))
+            )
             torch.testing.assert_close(q, expected, atol=1e-5, rtol=1e-5)
 
 

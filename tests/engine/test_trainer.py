@@ -44,7 +44,15 @@ def test_run_folder_is_complete_and_merge_changes_nothing(tiny_config):
     merged = trainer.fit()
     folder = trainer.folder
     assert merged == folder.merged
-    for path in (folder.config, folder.environment, folder.log, folder.metrics, folder.last, folder.best, folder.merged):
+    for path in (
+        folder.config,
+        folder.environment,
+        folder.log,
+        folder.metrics,
+        folder.last,
+        folder.best,
+        folder.merged,
+    ):
         assert path.is_file(), path
     assert not list(folder.root.rglob("*.tmp"))
     metrics = json.loads(folder.metrics.read_text())
@@ -139,8 +147,19 @@ def test_two_processes_end_with_identical_weights_and_one_log(tiny_config, tmp_p
         "trainer.fit()\n"
         "torch.save(trainer.model.state_dict(), f'{sys.argv[2]}/rank{trainer.runtime.rank}.pt')\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611", script, path, tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--master_port=29611",
+        script,
+        path,
+        tmp_path,
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert_same_weights(first, second)
@@ -236,9 +255,15 @@ def test_resuming_a_finished_run_repeats_its_result(tiny_config):
 def test_options_of_training(tiny_config):
     trainer = Trainer(
         tiny_config(
-            "train.amp=bf16", "train.accum_steps=2", "train.ema_decay=0.9", "data.val_fraction=0.2", "eval.votes=3", "eval.every=1",
-            "s2d.init=independent", "train.label_smoothing=0.1",
-        )  # fmt: skip
+            "train.amp=bf16",
+            "train.accum_steps=2",
+            "train.ema_decay=0.9",
+            "data.val_fraction=0.2",
+            "eval.votes=3",
+            "eval.every=1",
+            "s2d.init=independent",
+            "train.label_smoothing=0.1",
+        )
     )
     trainer.fit()
     assert set(trainer.reports) == {"sparse", "merged", "ema", "voting"}
