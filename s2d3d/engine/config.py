@@ -74,7 +74,7 @@ class DataConfig(Section):
     )
     cache_dir: PathStr | None = Field(
         None,
-        description="Folder for derived files; null: beside the dataset, or in the user's cache where that is read-only.",
+        description="Folder for derived files; null: beside the dataset, in the user's cache if that is read-only.",
     )
     variant: Literal["OBJ_BG", "OBJ_ONLY", "PB_T25", "PB_T25_R", "PB_T50_R", "PB_T50_RS"] | None = Field(
         None, description="Variant of scanobjectnn; null: PB_T50_RS. Null for every other dataset."
