@@ -1,0 +1,285 @@
+"""What the tests of command lines share: one finished run, and ways to call a tool and see what it leaves behind."""
+
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import pytest
+import torch
+
+from s2d3d import load_config
+from s2d3d.datasets.shapes import write_shapes
+from s2d3d.engine.config import dump_config
+from s2d3d.engine.run_folder import RunFolder
+
+TINY = (
+    "data.num_points=128", "data.augment.scale=null", "data.augment.shift=0", "model.depth=2", "model.trans_dim=24",
+    "model.num_heads=2", "model.num_group=16", "model.group_size=8", "model.encoder_dims=32", "model.encoder_width=16",
+    "model.drop_path_rate=0", "model.head_dropout=0", "model.init_std=0.1", "s2d.share_rate=0.05", "optim.lr=3e-3",
+    "optim.warmup_epochs=1", "train.epochs=10", "train.batch_size=8", "train.label_smoothing=0", "eval.every=0",
+)  # fmt: skip
+"""A run of two seconds that learns: it tells about half of the shapes, so that equal results mean something."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a tool returned and wrote."""
+
+    code: int
+    out: str
+    err: str
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run that `tools/train.py` finished in a process of its own."""
+
+    config: Path
+    folder: RunFolder
+    process: subprocess.CompletedProcess
+
+    @property
+    def last(self) -> Path:
+        return self.folder.last
+
+    @property
+    def merged(self) -> Path:
+        return self.folder.merged
+
+
+@pytest.fixture
+def snapshot():
+    """Return every file below some folders with its content, every folder with None."""
+
+    def take(*folders: Path) -> dict[Path, bytes | None]:
+        paths = (path for folder in folders for path in folder.rglob("*"))
+        return {path: path.read_bytes() if path.is_file() else None for path in paths}
+
+    return take
+
+
+@pytest.fixture(scope="session")
+def spawn(repository):
+    """Run a tool in a process of its own, as a user does."""
+
+    def run(name: str, *arguments: object, cwd: Path = repository, prelude: str = "") -> subprocess.CompletedProcess:
+        command = [sys.executable, f"tools/{name}.py"]
+        if prelude:
+            program = f"import runpy, sys; sys.argv.pop(0); {prelude}; runpy.run_path(sys.argv[0], run_name='__main__')"
+            command = [sys.executable, "-c", program, f"tools/{name}.py"]
+        environment = {**os.environ, "PYTHONPATH": str(repository)}
+        command += map(str, arguments)
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+
+    return run
+
+
+@pytest.fixture
+def call(tool, capsys):
+    """Run a tool in this process."""
+
+    def run(name: str, *arguments: object) -> Call:
+        code = tool(name).main([str(argument) for argument in arguments])
+        return Call(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(spawn, repository, shapes_root, tmp_path_factory) -> Trained:
+    root = tmp_path_factory.mktemp("trained")
+    folder = RunFolder(root / "run")
+    overrides = [f"data.root={shapes_root}", f"output_dir={folder.root}", *TINY]
+    config = root / "config.yaml"
+    config.write_text(dump_config(load_config(repository / "configs" / "demo.yaml", overrides)))
+    process = spawn("train", config)
+    assert process.returncode == 0, process.stderr
+    return Trained(config, folder, process)
+
+
+@pytest.fixture
+def refuses(call, snapshot, tmp_path, trained, shapes_root, recwarn):
+    """Run a tool on a bad input; return its one line, after checking that this is all that it left."""
+
+    def check(name: str, *arguments: object, code: int = 1) -> str:
+        watched = (tmp_path, trained.folder.root, shapes_root)
+        before = snapshot(*watched)
+        result = call(name, *arguments)
+        assert result.code == code, result
+        assert result.out == ""
+        assert result.err.startswith("error: ") and result.err.count("\n") == 1, result.err
+        assert not recwarn.list, "a process would print them as well"
+        after = snapshot(*watched)
+        assert {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)} == set()
+        return result.err.removeprefix("error: ").rstrip("\n")
+
+    return check
+
+
+@pytest.fixture
+def unwritable(tmp_path) -> Iterator[Path]:
+    """A folder in which nobody can make a file, root included."""
+    if os.geteuid() == 0:
+        if not Path("/proc").is_dir():
+            pytest.skip("root can write everywhere here")
+        yield Path("/proc")
+        return
+    folder = tmp_path / "readonly"
+    folder.mkdir(mode=0o555)
+    yield folder
+    folder.chmod(0o755)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    """Let this machine be one without a GPU."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+# Data sets with something wrong
+
+
+@pytest.fixture
+def data_copy(shapes_root, tmp_path) -> Path:
+    return shutil.copytree(shapes_root, tmp_path / "data", ignore=shutil.ignore_patterns(".fps_cache"))
+
+
+def truncate(root: Path) -> None:
+    path = root / "ply_data_train0.h5"
+    path.write_bytes(path.read_bytes()[:-20_000])
+
+
+def spoil_label(root: Path) -> None:
+    with h5py.File(root / "ply_data_train0.h5", "a") as file:
+        file["label"][7] = 12
+
+
+def spoil_point(root: Path) -> None:
+    with h5py.File(root / "ply_data_test0.h5", "a") as file:
+        file["data"][5, 3, 1] = float("nan")
+
+
+def drop_list(root: Path) -> None:
+    (root / "test_files.txt").unlink()
+
+
+def rename_class(root: Path) -> None:
+    names = root / "shape_names.txt"
+    names.write_text(names.read_text().replace("torus", "doughnut"))
+
+
+BROKEN_DATA = {
+    "truncated file": (truncate, "ply_data_train0.h5: not an HDF5 file, truncated or damaged", "fetch it again"),
+    "label out of range": (
+        spoil_label, "ply_data_train0.h5: dataset 'label' holds 12 in sample 7, must be in [0, 12)", "12 in sample 7",
+    ),
+    "NaN": (spoil_point, "ply_data_test0.h5: dataset 'data' holds NaN or infinity in sample 5", "remove it"),
+    "missing list": (drop_list, "test_files.txt: no such file", "see data/README.md"),
+}  # fmt: skip
+"""What spoils a data set, the beginning of the message below the folder's name, and what it says to do."""
+
+
+@pytest.fixture(params=BROKEN_DATA.values(), ids=BROKEN_DATA.keys())
+def broken_data(request, data_copy) -> tuple[Path, str, str]:
+    spoil, message, advice = request.param
+    spoil(data_copy)
+    return data_copy, f"{data_copy}/{message}", advice
+
+
+@pytest.fixture
+def renamed_data(data_copy) -> Path:
+    """As many classes as in training, one of another name."""
+    rename_class(data_copy)
+    return data_copy
+
+
+@pytest.fixture
+def fewer_shapes(tmp_path) -> Path:
+    root = tmp_path / "fewer"
+    write_shapes(root, num_train=60, num_test=36, num_points=128, seed=0)
+    return root
+
+
+# Checkpoints with something wrong
+
+
+class Payload:
+    """Pickles to a call that makes a file, which is what a hostile checkpoint does."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def hostile(path: Path, trained: Trained) -> None:
+    content = torch.load(trained.last, weights_only=True)
+    torch.save({**content, "history": Payload(path.with_name("executed"))}, path)
+
+
+def foreign_pickle(path: Path, trained: Trained) -> None:
+    path.write_bytes(pickle.dumps(Payload(path.with_name("executed"))))
+
+
+def half(path: Path, trained: Trained) -> None:
+    whole = trained.last.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+
+
+def beginning(path: Path, trained: Trained) -> None:
+    path.write_bytes(trained.last.read_bytes()[:5000])
+
+
+def flipped_bit(path: Path, trained: Trained) -> None:
+    content = bytearray(trained.last.read_bytes())
+    weight = torch.load(trained.last, weights_only=True)["state_dict"]["blocks.blocks.1.mlp.fc1.weight"]
+    content[content.index(weight.numpy().tobytes()) + 100] ^= 0x40
+    path.write_bytes(content)
+
+
+def other_content(path: Path, trained: Trained) -> None:
+    torch.save({"weights": torch.zeros(3)}, path)
+
+
+def newer(path: Path, trained: Trained) -> None:
+    torch.save({**torch.load(trained.last, weights_only=True), "format_version": 99}, path)
+
+
+def no_weights(path: Path, trained: Trained) -> None:
+    content = torch.load(trained.last, weights_only=True)
+    del content["state_dict"]
+    torch.save(content, path)
+
+
+BROKEN_CHECKPOINTS = {
+    "missing": (lambda path, trained: None, "no such checkpoint"),
+    "folder": (lambda path, trained: path.mkdir(), ""),
+    "empty": (lambda path, trained: path.touch(), "cannot be read as a checkpoint (truncated, damaged or"),
+    "text": (lambda path, trained: path.write_text("seed: 0\n"), "cannot be read as a checkpoint (truncated, damaged"),
+    "half": (half, "cannot be read as a checkpoint (truncated, damaged or something else"),
+    "beginning": (beginning, "cannot be read as a checkpoint (truncated, damaged or something else"),
+    "flipped bit": (flipped_bit, "cannot be read as a checkpoint (damaged: the checksum of its part"),
+    "foreign pickle": (foreign_pickle, "cannot be read as a checkpoint ("),
+    "hostile": (hostile, "it is more than data: its pickle calls"),
+    "another program's": (other_content, "not a checkpoint of s2d3d; it needs one written by tools/train.py"),
+    "newer": (newer, "checkpoint format 99, this s2d3d"),
+    "incomplete": (no_weights, "checkpoint is incomplete, state_dict missing"),
+}
+"""What makes a file at a path, and what the message says of it."""
+
+
+@pytest.fixture(params=BROKEN_CHECKPOINTS.values(), ids=BROKEN_CHECKPOINTS.keys())
+def broken_checkpoint(request, tmp_path, trained) -> Iterator[tuple[Path, str]]:
+    make, message = request.param
+    path = tmp_path / "broken.pt"
+    make(path, trained)
+    yield path, message
+    assert not (tmp_path / "executed").exists(), "code in a checkpoint was run"
