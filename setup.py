@@ -29,6 +29,7 @@ setup(
         "pyyaml>=6",
         "numpy>=1.24",
         "pydantic>=2.6",
+        "torchmetrics>=1.3",
         "tqdm>=4.64",
         "matplotlib>=3.7",
     ],

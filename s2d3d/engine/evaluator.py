@@ -138,8 +138,12 @@ def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> Ten
         >>> confusion_matrix(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), 2).tolist()
         [[1, 1], [0, 1]]
     """
-    cells = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2)
-    return cells.view(num_classes, num_classes)
+    # Here and not above: its import takes as long as that of torch, and most commands start without need of it.
+    from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+    # It refuses a single class.
+    counts = multiclass_confusion_matrix(predicted, labels, num_classes=max(2, num_classes))
+    return counts[:num_classes, :num_classes]
 
 
 def batchnorms_behind(model: nn.Module, module_name: str) -> list[nn.Module]:

@@ -136,19 +136,24 @@ def seed_all(seed: int) -> None:
 
 def environment() -> dict[str, object]:
     """Describe versions, hardware, code and command line of this process."""
-    packages = ("torch", "torch-scatter", "timm", "numpy", "h5py", "open3d", "pydantic")
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "s2d3d": __version__,
         "git_commit": _git_commit(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in packages},
+        "packages": package_versions(),
         "platform": platform.platform(),
         "processor": _processor(),
         "num_threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     }
+
+
+def package_versions() -> dict[str, str | None]:
+    """Return the versions of the packages that matter for a result; None: not installed."""
+    packages = ("torch", "torch-scatter", "timm", "numpy", "h5py", "open3d", "torchmetrics", "pydantic")
+    return {name: _version(name) for name in packages}
 
 
 def _version(package: str) -> str | None:

@@ -30,7 +30,7 @@ from .data import build_dataset, build_test_loader, check_classes
 from .evaluator import ClassificationReport, batchnorms_behind, evaluate, recalibrate_batchnorm_
 from .optim import build_optimizer, build_scheduler
 from .run_folder import RunFolder, find_checkpoint, write_json, write_text
-from .runtime import environment, rng_state, seed_all, set_rng_state, start_runtime, stop_runtime
+from .runtime import environment, package_versions, rng_state, seed_all, set_rng_state, start_runtime, stop_runtime
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +143,7 @@ class Trainer:
         self.progress, self.history = Progress(), []
         # Sums over the epoch: loss, correct, samples, gradient norm; with routers also balance loss, dropped fraction.
         self.sums = torch.zeros(6 if self.routed else 4, dtype=torch.float64, device=runtime.device)
+        self.versions = package_versions()
         self.bad_update = torch.full((), -1, dtype=torch.int64, device=runtime.device)
         seed_all(cfg.seed * 1000 + runtime.rank)  # ranks draw different partitions and drop different paths
         if state:
@@ -532,6 +533,7 @@ class Trainer:
                 "sums": [part.cpu() for part in sums],
                 "history": self.history,
                 "rng": states,
+                "versions": self.versions,
             }
             save_checkpoint(self.folder.last, payload)
         if self.runtime.is_distributed:
