@@ -177,8 +177,9 @@ class TransitionDown(nn.Module):
             return xyz, F.relu(features, inplace=True).view(*x.shape[:2], -1)
         centers = gather_points(xyz, farthest_point_sample(xyz, max(1, xyz.shape[1] // self.stride)))
         neighbourhood = find_neighbours(centers, xyz, self.num_neighbors)
-        of_points = self.linear(torch.cat([xyz, x], dim=-1).flatten(0, 1))
-        of_centers = _narrow_linear(-centers.flatten(0, 1), self.linear.weight[:, :3])
+        weight = self.linear.weight
+        of_points = F.linear(x.flatten(0, 1), weight[:, 3:]) + _narrow_linear(xyz.flatten(0, 1), weight[:, :3])
+        of_centers = _narrow_linear(-centers.flatten(0, 1), weight[:, :3])
         grouped = self.bn(gather_sum(neighbourhood, of_points, of_centers))
         # The maximum first: ReLU does not change which is largest, and has less to do.
         pooled = max_over_group(grouped.unflatten(0, (-1, neighbourhood.size)))
