@@ -1,4 +1,4 @@
-"""Sparse-to-Dense training of a stock Hugging Face BERT to guess masked characters, beside its dense twin.
+"""Sparse-to-Dense training of a stock Hugging Face BERT to guess the next character, beside its dense twin.
 
 Under a minute on one core:
 
@@ -17,7 +17,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import BertConfig, BertForMaskedLM
+from torch.nn import functional as F
+from transformers import BertConfig, BertLMHeadModel
 
 from s2d3d import EWA, MoFConfig, convert_to_mof_, merge_experts
 
@@ -26,9 +27,8 @@ MODULES = """
     inspect itertools json logging math os pathlib pickle random re shutil socket statistics string subprocess tarfile
     tempfile textwrap threading time tokenize typing unittest urllib uuid zipfile
 """
-PADDING, MASK, FIRST_CHARACTER = 0, 1, 2
 LENGTH = 64
-CHARACTERS = [chr(code) for code in (10, *range(32, 127))]
+CHARACTERS = ["", "\n", *map(chr, range(32, 127))]  # the first one is padding
 
 
 def load_text() -> Tensor:
@@ -38,40 +38,40 @@ def load_text() -> Tensor:
         module = importlib.import_module(name)
         members = [member for _, member in sorted(vars(module).items()) if getattr(member, "__module__", None) == name]
         texts += [inspect.getdoc(part) or "" for part in (module, *members) if part is module or callable(part)]
-    ids = {character: FIRST_CHARACTER + index for index, character in enumerate(CHARACTERS)}
+    ids = {character: index for index, character in enumerate(CHARACTERS)}
     return torch.tensor([ids[character] for character in "\n".join(texts) if character in ids])
 
 
-def build_model() -> BertForMaskedLM:
-    return BertForMaskedLM(
+def build_model() -> BertLMHeadModel:
+    return BertLMHeadModel(
         BertConfig(
-            vocab_size=FIRST_CHARACTER + len(CHARACTERS),
+            vocab_size=len(CHARACTERS),
+            is_decoder=True,
             hidden_size=64,
             num_hidden_layers=4,
             num_attention_heads=4,
             intermediate_size=256,
             max_position_embeddings=LENGTH,
-            pad_token_id=PADDING,
+            pad_token_id=0,
         )
     )
 
 
-def masked_batch(text: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Draw passages (size, LENGTH) with 15 % of the characters masked; labels are -100 where nothing is asked."""
+def draw_passages(text: Tensor, size: int) -> Tensor:
+    """Draw token ids (size, LENGTH) from random places of the text."""
     starts = torch.randint(len(text) - LENGTH, (size, 1))
-    passages = text[starts + torch.arange(LENGTH)]
-    masked = torch.rand(passages.shape) < 0.15
-    return passages.masked_fill(masked, MASK), passages.masked_fill(~masked, -100)
+    return text[starts + torch.arange(LENGTH)]
 
 
-def train(model: BertForMaskedLM, text: Tensor, steps: int, ewa: EWA | None = None) -> None:
+def train(model: BertLMHeadModel, text: Tensor, steps: int, ewa: EWA | None = None) -> None:
     """Train in place; the only line that knows of experts is `ewa.step()`."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
     model.train()
     for _ in range(steps):
-        passages, labels = masked_batch(text, 16)
-        loss = model(input_ids=passages, labels=labels).loss
+        passages = draw_passages(text, 16)
+        logits = model(input_ids=passages).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), passages[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -82,13 +82,13 @@ def train(model: BertForMaskedLM, text: Tensor, steps: int, ewa: EWA | None = No
 
 
 @torch.no_grad()
-def accuracy(model: BertForMaskedLM, text: Tensor) -> float:
-    """Share of masked characters guessed, on the same 128 passages for every model."""
+def accuracy(model: BertLMHeadModel, text: Tensor) -> float:
+    """Share of next characters guessed, on the same 128 passages for every model."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        passages, labels = masked_batch(text, 128)
-    guesses, asked = model.eval()(input_ids=passages).logits.argmax(-1), labels != -100
-    return float((guesses == labels)[asked].float().mean())
+        passages = draw_passages(text, 128)
+    guesses = model.eval()(input_ids=passages).logits.argmax(-1)
+    return float((guesses[:, :-1] == passages[:, 1:]).float().mean())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("S2D before merge", before),
         ("S2D merged", accuracy(stock, test_text)),
     ):
-        print(f"{title:<26}{100 * value:6.2f} % of the masked characters")
+        print(f"{title:<26}{100 * value:6.2f} % of next characters")
     for title, model in (("while training", sparse), ("after", stock)):
         print(f"{'parameters ' + title:<26}{sum(p.numel() for p in model.parameters()):,}")
     return 0
