@@ -143,7 +143,7 @@ def simulate_view(
     """
     heading = rng.uniform(0, 2 * np.pi)
     item = turned(cloud, heading)
-    camera, bearing = _place_camera(rng)
+    camera, bearing = place_camera(rng)
     floor = item[:, 2].min() - rng.uniform(0, FLOOR_GAP)
     solid = np.concatenate([item, *_place_clutter(others, item, floor, bearing, rng)])
     scene = Scene(solid, floor, camera, HIDDEN_RADIUS * len(cloud) / 1024, surface_density(cloud))
@@ -290,7 +290,8 @@ def _chunks(points: np.ndarray, size: int) -> list[np.ndarray]:
     return [points[start : start + size] for start in range(0, len(points), size)]
 
 
-def _place_camera(rng: Generator) -> tuple[np.ndarray, float]:
+def place_camera(rng: Generator) -> tuple[np.ndarray, float]:
+    """Draw where the camera is, (3,), and its angle about the vertical; the object is at the origin."""
     distance, elevation = rng.uniform(*CAMERA_DISTANCE), rng.uniform(*CAMERA_ELEVATION)
     bearing = rng.uniform(0, 2 * np.pi)
     flat = np.cos(elevation)

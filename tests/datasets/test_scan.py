@@ -12,9 +12,10 @@ from s2d3d.datasets import create_dataset, scan, scan_view
 from s2d3d.datasets.scan import ScanOptions, ShapeSet, read_shapes, scan_shapes, write_scans
 from s2d3d.datasets.scan_view import OBJECT, PERTURBATIONS, fit_box, perturb, simulate_view, turned, unit_sphere
 from s2d3d.datasets.scanobjectnn import BACKGROUND, VARIANTS
+from s2d3d.datasets.shapes import sample_by_area
 from s2d3d.errors import InputError
 
-pytest.importorskip("open3d")
+open3d = pytest.importorskip("open3d")
 
 
 def sphere(count, seed=0):
@@ -78,6 +79,37 @@ def test_what_stands_behind_is_hidden_too():
     front, behind = sphere(1024), sphere(300, 1) * 0.5 - [2.5, 0, 0]
     seen = scan_view.visible(np.concatenate([front, behind]), np.array([4.0, 0, 0]), scan_view.HIDDEN_RADIUS)
     assert seen[: len(front)].any() and not seen[len(front) :].any()
+
+
+def _block(low, high):
+    """Triangles (12, 3, 3) of the surface of an upright box."""
+    low, high = np.array(low, float), np.array(high, float)
+    corners = np.array([[(low, high)[bit][axis] for axis, bit in enumerate(bits)] for bits in np.ndindex(2, 2, 2)])
+    quads = [(0, 1, 3, 2), (4, 6, 7, 5), (0, 4, 5, 1), (2, 3, 7, 6), (0, 2, 6, 4), (1, 5, 7, 3)]
+    return np.concatenate([corners[[[a, b, c], [a, c, d]]] for a, b, c, d in quads])
+
+
+@pytest.mark.parametrize("count", [1024, 4096])
+def test_hidden_point_removal_agrees_with_ray_casting_on_a_chair(count):
+    legs = [(x, y) for x in (-0.5, 0.4) for y in (-0.5, 0.4)]
+    chair = [_block((-0.5, -0.5, 0), (0.5, 0.5, 0.1)), _block((-0.5, 0.4, 0.1), (0.5, 0.5, 1))]
+    triangles = np.concatenate([*chair, *(_block((x, y, -0.8), (x + 0.1, y + 0.1, 0)) for x, y in legs)])
+    core = open3d.core
+    caster = open3d.t.geometry.RaycastingScene()
+    vertices = core.Tensor(triangles.reshape(-1, 3).astype(np.float32))
+    caster.add_triangles(vertices, core.Tensor(np.arange(len(triangles) * 3, dtype=np.uint32).reshape(-1, 3)))
+    kept, right, truth = 0, 0, 0
+    for seed in range(6):
+        points = sample_by_area(triangles, count, rng(seed))
+        camera, _ = scan_view.place_camera(rng(seed))
+        length = np.linalg.norm(points - camera, axis=1)
+        rays = np.concatenate([np.tile(camera, (count, 1)), (points - camera) / length[:, None]], axis=1)
+        hit = caster.cast_rays(core.Tensor(rays.astype(np.float32)))["t_hit"].numpy()
+        really = hit > length - 1e-3
+        seen = scan_view.visible(points, camera, scan_view.HIDDEN_RADIUS * count / 1024)
+        kept, right, truth = kept + seen.sum(), right + (seen & really).sum(), truth + really.sum()
+    assert 0.3 < truth / (6 * count) < 0.5
+    assert right / kept > 0.75 and right / truth > 0.85
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from s2d3d import Trainer, create_model, load_checkpoint, load_model, save_checkpoint
+from s2d3d import Trainer, convert_to_mof_, create_model, load_checkpoint, load_model, save_checkpoint
 from s2d3d.engine.config import dump_config
 from s2d3d.engine.trainer import StoppedBySignal
 from s2d3d.errors import InputError, TrainingError
@@ -305,3 +305,23 @@ def test_real_modelnet40_trains_stops_and_resumes(repository, modelnet40_root, t
     resumed.fit(resume=stopped.folder.root)
     payload = load_checkpoint(resumed.folder.last)
     assert payload["progress"]["updates"] == 4 and len(payload["class_names"]) == 40
+
+
+def test_trying_a_batch_leaves_no_trace(tiny_config):
+    """The checkpoint of before the first update holds the fresh model, BatchNorm statistics included."""
+
+    class Stop(Trainer):
+        def _train_epoch(self):
+            raise KeyboardInterrupt
+
+    config = tiny_config()
+    trainer = Stop(config)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    state = load_checkpoint(trainer.folder.last)
+    torch.manual_seed(config.seed)
+    fresh = create_model(config.model.name, num_classes=12, **config.model.kwargs)
+    convert_to_mof_(fresh, config.s2d.mof())
+    assert_same_weights(state["state_dict"], fresh.state_dict())
+    torch.manual_seed(config.seed * 1000)
+    assert torch.equal(state["rng"][0]["torch"], torch.get_rng_state())
