@@ -1,10 +1,12 @@
 """One figure of what the experts of a run did."""
 
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def draw_experts(result: dict[str, Any], path: str | Path) -> None:
@@ -14,6 +16,8 @@ def draw_experts(result: dict[str, Any], path: str | Path) -> None:
         result: as `s2d3d.engine.run_analysis.analyze_run` returns it.
         path: picture to write; its suffix chooses the format.
     """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(15, 8), layout="constrained")
     axes = figure.subplots(2, 3)
     _draw_divergence(axes[0, 0], result)

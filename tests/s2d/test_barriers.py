@@ -198,7 +198,7 @@ def test_experts_with_random_updates_are_as_far_apart_as_predicted(correlation):
                 parameter += scale * momentum
                 momentum.mul_(correlation).add_(torch.randn_like(momentum), alpha=math.sqrt(1 - correlation**2))
         apply_ewa_(layer, rate)
-        apart = sum(float((p - p.mean(0)).square().sum()) for p in parameters) / num_experts
+        apart = sum(float((p - p.mean(0)).detach().square().sum()) for p in parameters) / num_experts
         measured.append(math.sqrt(apart / weights))
     spread = scale * math.sqrt((num_experts - 1) / num_experts)  # of independent updates around their mean
     predicted = predict_divergence([spread] * steps, rates, num_experts, correlation=correlation)

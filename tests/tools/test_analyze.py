@@ -1,14 +1,12 @@
 """tools/analyze.py: text, numbers and picture of an S2D run."""
 
 import json
-import subprocess
-import sys
 
 import matplotlib.image
 import pytest
 
 from s2d3d import Trainer
-from s2d3d.engine.run_analysis import analysis_table, analyze_run
+from s2d3d.engine.run_analysis import analysis_table
 
 
 @pytest.fixture
@@ -18,35 +16,30 @@ def run(tiny_config):
     return trainer.folder.root
 
 
-def test_text_numbers_and_picture(tool, run, tmp_path, capsys):
-    main = tool("analyze").main
-    assert main([str(run), "--shapes", "24", "--positions", "3", "--device", "cpu"]) == 0
-    out = capsys.readouterr().out
+def test_text_numbers_and_picture(call, run):
+    arguments = (run, "--shapes", 24, "--positions", 3, "--device", "cpu")
+    first = call("analyze", *arguments)
+    assert first.code == 0
     result = json.loads((run / "analysis.json").read_text())
-    assert result == json.loads(json.dumps(analyze_run(run, num_shapes=24, num_positions=3)))
-    assert out == f"{analysis_table(result)}\nwritten to {run / 'analysis.json'} and analysis.png\n"
+    assert [point["epoch"] for point in result["checkpoints"]] == [1, 2] and result["num_shapes"] == 24
+    assert [len(line["positions"]) for line in result["between_checkpoints"]] == [3]
+    assert first.out == f"{analysis_table(result)}\nwritten to {run / 'analysis.json'} and analysis.png\n"
     picture = matplotlib.image.imread(run / "analysis.png")[..., :3]
     assert picture.shape == (880, 1650, 3)
     for row in (0, 440):
         for column in (0, 550, 1100):  # every panel holds coloured marks, not only black axes on white
             panel = picture[row : row + 440, column : column + 550]
             assert float((panel.max(-1) - panel.min(-1)).max()) > 0.3
+    again = call("analyze", *arguments)
+    assert again.code == 1 and "analysis.json: exists already" in again.err
 
-    assert main([str(run)]) == 1
-    assert "analysis.json: exists already" in capsys.readouterr().err
+
+def test_process_good_and_bad(spawn, run, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
-    assert main([str(run), "--output", str(other), "--shapes", "12", "--positions", "3"]) == 0
-    assert {path.name for path in other.iterdir()} == {"analysis.json", "analysis.png"}
-
-
-def test_process_good_and_bad(run, repository, tmp_path):
-    def start(*arguments):
-        command = [sys.executable, str(repository / "tools" / "analyze.py"), *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
-    good = start(run, "--shapes", 12, "--positions", 3)
+    good = spawn("analyze", run, "--output", other, "--shapes", 12, "--positions", 3)
     assert good.returncode == 0 and "merged OA" in good.stdout, good.stderr
-    bad = start(tmp_path)
-    assert bad.returncode == 1 and bad.stdout == "" and "Traceback" not in bad.stderr
+    assert {path.name for path in other.iterdir()} == {"analysis.json", "analysis.png"}
+    bad = spawn("analyze", tmp_path)
+    assert bad.returncode == 1 and bad.stdout == "" and bad.stderr.count("\n") == 1
     assert bad.stderr.startswith("error: ") and "no such file; the folder of an S2D run is needed" in bad.stderr

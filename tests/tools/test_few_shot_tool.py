@@ -1,8 +1,6 @@
 """tools/few_shot.py: one line a fold, the mean at the end, and a second call that repeats nothing."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -32,15 +30,11 @@ def test_second_call_repeats_nothing(tool, config_file, tmp_path, capsys):
     assert capsys.readouterr().out == first and merged.stat().st_mtime_ns == written
 
 
-def test_process_good_and_bad(config_file, repository, tool, tmp_path):
-    def start(*arguments):
-        command = [sys.executable, str(repository / "tools" / "few_shot.py"), str(config_file), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
-    task = ("--ways", "2", "--shots", "2", "--queries", "1", "--folds", "1", "--output", str(tmp_path / "f.json"))
-    good = start(*task)
+def test_process_good_and_bad(spawn, tool, config_file, tmp_path):
+    task = ("--ways", 2, "--shots", 2, "--queries", 1, "--folds", 1, "--output", tmp_path / "f.json")
+    good = spawn("few_shot", config_file, *task)
     assert good.returncode == 0 and "2-way 2-shot: OA " in good.stdout, good.stderr
-    bad = start(*task, "train.max_steps=1")
+    bad = spawn("few_shot", config_file, *task, "train.max_steps=1")
     assert bad.returncode == 1 and bad.stdout == ""
     assert bad.stderr == "error: train.max_steps: folds run to their last epoch, remove it\n"
     assert tool("few_shot").main([str(config_file), "--ways", "2"]) == 2  # no --output
