@@ -1,5 +1,6 @@
 """What the tests of command lines share: one finished run, and ways to call a tool and see what it leaves behind."""
 
+import json
 import os
 import pickle
 import shutil
@@ -64,9 +65,56 @@ def snapshot():
     return take
 
 
+LAUNCHER = """
+import json, os, runpy, sys, traceback
+import s2d3d
+
+for line in sys.stdin:
+    request = json.loads(line)
+    child = os.fork()
+    if child:
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    for number in (1, 2):
+        os.dup2(os.open(request["streams"][number - 1], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.argv = request["arguments"]
+    code = 0
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+"""
+
+
+@pytest.fixture(scope="session")
+def fork(repository, tmp_path_factory):
+    """Run a tool in a process of its own that has the package imported already, which is most of a short command."""
+    streams = [tmp_path_factory.mktemp("streams") / name for name in ("out", "err")]
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER], cwd=repository, env={**os.environ, "PYTHONPATH": str(repository)},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+    )  # fmt: skip
+
+    def run(name: str, *arguments: object) -> subprocess.CompletedProcess:
+        command = [f"tools/{name}.py", *map(str, arguments)]
+        launcher.stdin.write(json.dumps({"arguments": command, "streams": list(map(str, streams))}) + "\n")
+        code = int(launcher.stdout.readline())
+        return subprocess.CompletedProcess(command, code, *(path.read_text() for path in streams))
+
+    yield run
+    launcher.stdin.close()
+    assert launcher.wait(60) == 0
+
+
 @pytest.fixture(scope="session")
 def spawn(repository):
-    """Run a tool in a process of its own, as a user does."""
+    """Run a tool in a new Python, as a user does."""
 
     def run(name: str, *arguments: object, cwd: Path = repository, prelude: str = "") -> subprocess.CompletedProcess:
         command = [sys.executable, f"tools/{name}.py"]

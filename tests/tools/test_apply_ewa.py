@@ -18,9 +18,9 @@ def experts_of(path) -> dict[str, torch.Tensor]:
     return {key: value for key, value in load_checkpoint(path)["state_dict"].items() if key.startswith(LAYER)}
 
 
-def test_process_contracts_the_experts_and_keeps_the_merged_model(spawn, trained, tmp_path):
+def test_process_contracts_the_experts_and_keeps_the_merged_model(fork, trained, tmp_path):
     output = tmp_path / "averaged.pt"
-    process = spawn("apply_ewa", "--checkpoint", trained.last, "--share-rate", 0.3, "--output", output)
+    process = fork("apply_ewa", "--checkpoint", trained.last, "--share-rate", 0.3, "--output", output)
     assert (process.returncode, process.stderr) == (0, "")
     printed = table(process.stdout)
     assert printed.keys() == {LAYER}
@@ -43,8 +43,8 @@ def test_process_contracts_the_experts_and_keeps_the_merged_model(spawn, trained
     assert all(torch.equal(ours[key], theirs[key]) for key in rest)
 
 
-def test_process_refuses_a_dense_checkpoint(spawn, trained, tmp_path):
-    process = spawn("apply_ewa", "--checkpoint", trained.merged, "--share-rate", 0.3, "--output", tmp_path / "a.pt")
+def test_process_refuses_a_dense_checkpoint(fork, trained, tmp_path):
+    process = fork("apply_ewa", "--checkpoint", trained.merged, "--share-rate", 0.3, "--output", tmp_path / "a.pt")
     assert (process.returncode, process.stdout) == (1, "")
     assert process.stderr.startswith(f"error: {trained.merged}: is dense, a sparse checkpoint is needed")
     assert process.stderr.count("\n") == 1 and list(tmp_path.iterdir()) == []

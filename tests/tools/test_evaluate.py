@@ -22,9 +22,9 @@ def report(call, tmp_path):
     return run
 
 
-def test_process_gives_the_numbers_of_the_run(spawn, trained, tmp_path):
+def test_process_gives_the_numbers_of_the_run(fork, trained, tmp_path):
     output = tmp_path / "report.json"
-    process = spawn("evaluate", "--checkpoint", trained.last, "--output", output)
+    process = fork("evaluate", "--checkpoint", trained.last, "--output", output)
     assert (process.returncode, process.stderr) == (0, "")
     metrics = json.loads(trained.folder.metrics.read_text())
     content = json.loads(output.read_text())
@@ -55,8 +55,8 @@ def test_process_gives_the_numbers_of_the_run(spawn, trained, tmp_path):
     assert lines[13] == f"OA {100 * content['oa']:.2f} %, mAcc {100 * content['macc']:.2f} % (36 samples)"
 
 
-def test_process_refuses_a_missing_checkpoint(spawn, tmp_path):
-    process = spawn("evaluate", "--checkpoint", tmp_path / "no.pt", "--output", tmp_path / "report.json")
+def test_process_refuses_a_missing_checkpoint(fork, tmp_path):
+    process = fork("evaluate", "--checkpoint", tmp_path / "no.pt", "--output", tmp_path / "report.json")
     assert (process.returncode, process.stdout) == (1, "")
     assert process.stderr == f"error: {tmp_path}/no.pt: no such checkpoint file\n" and list(tmp_path.iterdir()) == []
 

@@ -8,9 +8,9 @@ import torch
 from s2d3d import create_model, is_sparse, load_checkpoint, load_model, save_checkpoint
 
 
-def test_process_gives_exactly_the_merged_model_of_the_run(spawn, trained, tmp_path):
+def test_process_gives_exactly_the_merged_model_of_the_run(fork, trained, tmp_path):
     output = tmp_path / "dense.pt"
-    process = spawn("merge", "--checkpoint", trained.last, "--output", output)
+    process = fork("merge", "--checkpoint", trained.last, "--output", output)
     assert (process.returncode, process.stderr) == (0, "")
     ours, theirs, sparse = (load_checkpoint(path) for path in (output, trained.merged, trained.last))
     assert ours["state_dict"].keys() == theirs["state_dict"].keys()
@@ -35,8 +35,8 @@ def test_process_gives_exactly_the_merged_model_of_the_run(spawn, trained, tmp_p
     assert not is_sparse(load_model(output))
 
 
-def test_process_refuses_a_dense_checkpoint(spawn, trained, tmp_path):
-    process = spawn("merge", "--checkpoint", trained.merged, "--output", tmp_path / "dense.pt")
+def test_process_refuses_a_dense_checkpoint(fork, trained, tmp_path):
+    process = fork("merge", "--checkpoint", trained.merged, "--output", tmp_path / "dense.pt")
     assert (process.returncode, process.stdout) == (1, "")
     assert process.stderr == (
         f"error: {trained.merged}: is dense, a sparse checkpoint is needed, such as checkpoints/last.pt of an S2D run\n"

@@ -9,10 +9,10 @@ from s2d3d import create_dataset
 from s2d3d.datasets.h5 import read_h5, write_h5
 
 
-def test_process_makes_the_set_that_the_seed_tells(spawn, shapes_root, tmp_path):
+def test_process_makes_the_set_that_the_seed_tells(fork, shapes_root, tmp_path):
     root = tmp_path / "set"
     sizes = ["--num-train", 96, "--num-test", 36, "--num-points", 128]
-    process = spawn("prepare_data", "shapes", "--output", root, *sizes)
+    process = fork("prepare_data", "shapes", "--output", root, *sizes)
     assert (process.returncode, process.stderr) == (0, "")
     assert process.stdout == f"{root}: 96 training and 36 test shapes\n"
     for split in ("train", "test"):
@@ -22,9 +22,9 @@ def test_process_makes_the_set_that_the_seed_tells(spawn, shapes_root, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
-def test_process_refuses_a_folder_that_is_no_set(spawn, tmp_path):
+def test_process_refuses_a_folder_that_is_no_set(fork, tmp_path):
     (tmp_path / "photos").mkdir()
-    process = spawn("prepare_data", "modelnet40", "--from", tmp_path / "photos", "--output", tmp_path / "set")
+    process = fork("prepare_data", "modelnet40", "--from", tmp_path / "photos", "--output", tmp_path / "set")
     assert (process.returncode, process.stdout) == (1, "")
     assert process.stderr == f"error: {tmp_path}/photos/shape_names.txt: no such file; see data/README.md\n"
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
