@@ -12,9 +12,9 @@ from s2d3d import load_checkpoint, load_config
 from s2d3d.datasets import PointCloudDataset
 from s2d3d.datasets.base import derived_generator
 from s2d3d.engine.checkpoint import build_model
-from s2d3d.engine.cli import add_overrides, refuse_existing, run_tool
+from s2d3d.engine.cli import add_overrides, check_overrides, refuse_existing, run_tool
 from s2d3d.engine.config import parse_config
-from s2d3d.engine.data import build_dataset
+from s2d3d.engine.data import build_dataset, check_classes
 from s2d3d.engine.runtime import choose_device
 from s2d3d.errors import InputError
 from s2d3d.viz import draw_grid, render_clouds, show_window
@@ -61,13 +61,13 @@ def check_output(arguments: argparse.Namespace) -> Path | None:
 
 def predictions(arguments: argparse.Namespace) -> tuple[Tensor, list[str], list[str | None], str]:
     """Classify a sample of the split; return clouds, captions, marks, wrong ones first, and a title."""
+    check_overrides(arguments.overrides, ("data", "eval", "seed"))
     payload = load_checkpoint(arguments.checkpoint)
     config = parse_config(payload["config"], where=arguments.checkpoint, overrides=arguments.overrides)
     device = choose_device(arguments.device)
     model = build_model(payload, where=arguments.checkpoint).to(device)
     dataset = build_dataset(config.data, arguments.split, seed=config.seed)
-    if dataset.class_names != payload["class_names"]:
-        raise InputError(f"{config.data.root}: its classes are not those of {arguments.checkpoint}")
+    check_classes(dataset, payload["class_names"], arguments.checkpoint)
     chosen = choose_clouds(dataset, 12 if arguments.num_clouds is None else arguments.num_clouds, arguments.seed)
     points, labels = dataset.batch(chosen, augment=False)
     with torch.no_grad():

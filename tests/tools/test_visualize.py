@@ -153,7 +153,8 @@ BAD = {
     ),
     "too many": (["--checkpoint", "GOOD", "--num-clouds", "37"], "must be between 1 and the 36 clouds of split 'test'"),
     "unknown key": (["--checkpoint", "GOOD", "data.rot=x"], "data.rot: unknown key; did you mean 'root'?"),
-    "other classes": (["--checkpoint", "GOOD", "data.classes=[box, mug]"], "its classes are not those of"),
+    "other classes": (["--checkpoint", "GOOD", "data.classes=[box, mug]"], "was trained on 12 classes, this set has 2"),
+    "useless override": (["--checkpoint", "GOOD", "model.depth=5"], "'model.depth=5': has no effect on a checkpoint"),
     "no data": (["--checkpoint", "GOOD", "data.root=none"], "none"),
     "device": (["--checkpoint", "GOOD", "--device", "gpu"], "device 'gpu' is unknown"),
 }
