@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from s2d3d import Trainer, load_config
 from s2d3d.engine.cli import add_overrides, run_tool
 from s2d3d.engine.config import dump_config
-from s2d3d.engine.trainer import StoppedBySignal
+from s2d3d.engine.signals import StoppedBySignal
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -21,8 +21,9 @@ from ..datasets.base import derived_generator
 from ..errors import InputError
 from .config import Config, parse_config
 from .data import build_dataset
+from .resume import MAY_CHANGE
 from .run_folder import RunFolder, write_json
-from .trainer import MAY_CHANGE, Trainer
+from .trainer import Trainer
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,7 @@
 import contextlib
 import copy
 import logging
-import signal
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +22,15 @@ from ..models import create_model, load_pretrained_
 from ..s2d import EWA, TopKMoE, balance_loss, convert_to_mof_, merge_experts
 from ..s2d.analysis import expert_divergence
 from .checkpoint import load_checkpoint, load_weights_, model_payload, save_checkpoint
-from .config import Config, dump_config, parse_config
+from .config import Config, dump_config
 from .data import build_dataset, build_test_loader, check_classes
-from .evaluator import ClassificationReport, batchnorms_behind, evaluate, recalibrate_batchnorm_
+from .evaluator import ClassificationReport, evaluate, recalibrate_batchnorm_
 from .optim import build_optimizer, build_scheduler
+from .results import norms_behind_experts, run_metrics, run_summary
+from .resume import Progress, check_same_run
 from .run_folder import RunFolder, find_checkpoint, write_json, write_text
 from .runtime import environment, package_versions, rng_state, seed_all, set_rng_state, start_runtime, stop_runtime
+from .signals import SignalWatch, StoppedBySignal
 
 logger = logging.getLogger(__name__)
 
@@ -38,37 +38,6 @@ LOG_COLUMNS = (
     "epoch", "updates", "lr", "share_rate", "divergence", "train_loss", "train_oa", "grad_norm",
     "balance_loss", "dropped", "val_oa", "test_oa", "test_macc", "seconds",
 )  # fmt: skip
-MAY_CHANGE = (
-    "output_dir", "data.root", "data.cache_dir", "train.device", "train.num_threads", "train.compile",
-    "train.checkpoint_every", "train.keep_every", "train.max_steps", "eval", "log",
-)  # fmt: skip
-"""Config keys that a resumed run may change: they do not alter the trajectory of the weights."""
-TRAINING_KEYS = ("optimizer", "ewa", "ema", "progress", "sums", "history", "rng")
-"""What a checkpoint of a run under way holds beside the model."""
-
-
-class StoppedBySignal(Exception):
-    """The run saved its state and left because of a signal."""
-
-    def __init__(self, signum: int, checkpoint: Path) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}; continue with --resume {checkpoint}")
-        self.exit_code = 128 + signum
-
-
-@dataclass
-class Progress:
-    """How far a run is, and the sums of the epoch under way."""
-
-    epoch: int = 0
-    """Epochs completed."""
-    step: int = 0
-    """Optimizer updates completed in the epoch under way."""
-    updates: int = 0
-    """Optimizer updates completed in all."""
-    seconds: float = 0.0
-    """Training time of the epoch under way, without evaluation."""
-    best: float | None = None
-    """Best selection score so far, see `Trainer._select`."""
 
 
 class Trainer:
@@ -95,7 +64,7 @@ class Trainer:
                 must be given the same again.
         """
         self.config, self.force, self.datasets = config, force, datasets
-        self.folder = RunFolder(config.output_dir)
+        self.folder, self.signals = RunFolder(config.output_dir), SignalWatch()
 
     def fit(self, resume: str | Path | None = None) -> Path:
         """Train to the last epoch, evaluate, merge; return the path of the dense model (kind topk: of the routed one).
@@ -114,7 +83,7 @@ class Trainer:
         self.runtime = start_runtime(cfg.train.device, cfg.train.num_threads)
         try:
             self._setup(resume)
-            with self._signals(), logging_redirect_tqdm():
+            with self.signals.watching(), logging_redirect_tqdm():
                 while self.progress.epoch < cfg.train.epochs:
                     self._train_epoch()
                     if self._reached_max_steps():
@@ -131,7 +100,7 @@ class Trainer:
         checkpoint = find_checkpoint(resume) if resume else None
         state = load_checkpoint(checkpoint) if checkpoint else None
         if state:
-            self._check_same_run(state, checkpoint)
+            check_same_run(state, cfg, checkpoint)
         if runtime.is_main:  # before the data, which may take minutes
             self.folder.check(resume=checkpoint, force=self.force)
         if not state and cfg.model.pretrained and not Path(cfg.model.pretrained).is_file():
@@ -359,7 +328,7 @@ class Trainer:
             self._save()
         if self._signal_received(check=interval):
             self._save()
-            raise StoppedBySignal(self.signum, self.folder.last)
+            raise StoppedBySignal(self.signals.signum, self.folder.last)
 
     def _reached_max_steps(self) -> bool:
         limit = self.config.train.max_steps
@@ -439,66 +408,35 @@ class Trainer:
         reports["routed" if self.routed else "merged"] = self._evaluate(model, self.test_loader)
         if self.ema:
             reports["ema"] = self._evaluate(final(self.ema.module), self.test_loader)
-        if cfg.eval.recalibrate_batchnorm and (norms := self._norms_behind_experts(model)):
+        if cfg.eval.recalibrate_batchnorm and (norms := norms_behind_experts(model, cfg, self.converted, self.mof)):
             recalibrate_batchnorm_(model, self.plain_train_loader, device=self.runtime.device, layers=norms)
             reports["recalibrated"] = self._evaluate(model, self.test_loader)
         if cfg.eval.votes > 1:
             reports["voting"] = self._evaluate(model, self.test_loader, votes=cfg.eval.votes)
         if self.runtime.is_main:
             save_checkpoint(path, self._payload(model))
-            write_json(self.folder.metrics, self._metrics(reports))
+            metrics = run_metrics(
+                reports, progress=self.progress, seed=cfg.seed, parameters=self._parameter_counts(),
+                train_seconds=sum(row["seconds"] for row in self.history),
+            )  # fmt: skip
+            write_json(self.folder.metrics, metrics)
             self.folder.write_log(self.history, LOG_COLUMNS)
         if self.runtime.is_distributed:
             dist.barrier()
         self.reports = reports
         return path
 
-    def _norms_behind_experts(self, model: nn.Module) -> list[nn.Module]:
-        """BatchNorm layers behind the first FFN that is, or in a dense twin would be, an expert layer."""
-        names = self.converted
-        if not names:
-            with torch.device("meta"):
-                twin = create_model(self.config.model.name, num_classes=2, **self.config.model.kwargs)
-                with contextlib.suppress(ValueError, TypeError):  # a dense model need not have an FFN
-                    names = convert_to_mof_(twin, self.mof)
-        return batchnorms_behind(model, names[0]) if names else []
-
-    def _metrics(self, reports: dict[str, ClassificationReport]) -> dict[str, Any]:
+    def _parameter_counts(self) -> dict[str, int]:
         training = sum(p.numel() for p in self.model.parameters())
-        return {
-            "epochs": self.progress.epoch,
-            "updates": self.progress.updates,
-            "seed": self.config.seed,
-            "selection": "last epoch",
-            "train_seconds": sum(row["seconds"] for row in self.history),
-            "parameters": {
-                "training": training,
-                **({"routed": training} if self.routed else {"merged": self.dense_parameters}),
-            },
-            **{name: report.to_dict() for name, report in reports.items()},
-        }
+        return {"training": training, **({"routed": training} if self.routed else {"merged": self.dense_parameters})}
 
     def summary(self) -> str:
         """Return the table that ends a finished run: accuracies, parameters, run folder."""
-        titles = {
-            "sparse": "before merge (sparse, eval mode)", "merged": "after merge" if self.converted else "dense",
-            "ema": "moving average, merged", "recalibrated": "merged, BatchNorm recalibrated",
-            "voting": "merged, voting",
-        }  # fmt: skip
-        if self.routed:
-            titles = {
-                "routed": "routed", "ema": "moving average", "recalibrated": "BatchNorm recalibrated",
-                "voting": "voting",
-            }  # fmt: skip
-        training = sum(p.numel() for p in self.model.parameters())
-        rows = [(titles[name], report.summary()) for name, report in self.reports.items()]
-        rows += [
-            ("parameters while training", f"{training:,}"),
-            ("parameters after", f"{training if self.routed else self.dense_parameters:,}"),
-            ("routed model", str(self.folder.final)) if self.routed else ("dense model", str(self.folder.merged)),
-            ("run folder", str(self.folder.root)),
-        ]
-        return "\n".join(f"{title:<34}{value}" for title, value in rows)
+        training, final = self._parameter_counts().values()
+        return run_summary(
+            self.reports, folder=self.folder, sparse=bool(self.converted),
+            training_parameters=training, final_parameters=final,
+        )  # fmt: skip
 
     def _evaluate(self, model: nn.Module, loader: BatchLoader, votes: int = 1) -> ClassificationReport:
         progress = self.runtime.is_main and self.config.log.progress
@@ -560,57 +498,13 @@ class Trainer:
         self.sums.copy_(state["sums"][self.runtime.rank])
         set_rng_state(state["rng"][self.runtime.rank], self.runtime.device)
 
-    def _check_same_run(self, state: dict[str, Any], path: Path) -> None:
-        if any(key not in state for key in TRAINING_KEYS):
-            raise InputError(f"{path}: holds a model but no training state; resume from checkpoints/last.pt")
-        # Parsed, so that a key that came after the checkpoint has its default on both sides.
-        stored = parse_config(state["config"], where=str(path))
-        theirs, ours = _flatten(stored.to_dict()), _flatten(self.config.to_dict())
-        for key in sorted(theirs.keys() | ours.keys()):
-            if any(key == free or key.startswith(free + ".") for free in MAY_CHANGE):
-                continue
-            if theirs.get(key) != ours.get(key):
-                raise InputError(
-                    f"{path}: was trained with {key}={theirs.get(key)!r}, the config says {ours.get(key)!r}; "
-                    "resume with the run's own config.yaml"
-                )
-
-    # ---------------------------------------------------------------- signals
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Note SIGTERM and Ctrl-C instead of dying in the middle of an update; a second Ctrl-C interrupts at once."""
-        self.signum = 0
-
-        def note(signum: int, frame: object) -> None:
-            if self.signum and signum == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.signum = signum
-
-        previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
     def _signal_received(self, check: bool) -> bool:
         """Tell whether any rank was told to stop; ranks agree every `log.interval` updates."""
         if not self.runtime.is_distributed:
-            return self.signum != 0
+            return self.signals.signum != 0
         if not check:
             return False
-        received = torch.tensor(self.signum, device=self.runtime.device)
+        received = torch.tensor(self.signals.signum, device=self.runtime.device)
         dist.all_reduce(received, op=dist.ReduceOp.MAX)
-        self.signum = int(received)
-        return self.signum != 0
-
-
-def _flatten(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in mapping.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+        self.signals.signum = int(received)
+        return self.signals.signum != 0

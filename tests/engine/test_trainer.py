@@ -12,7 +12,7 @@ import torch
 
 from s2d3d import Trainer, convert_to_mof_, create_model, load_checkpoint, load_model, save_checkpoint
 from s2d3d.engine.config import dump_config
-from s2d3d.engine.trainer import StoppedBySignal
+from s2d3d.engine.signals import StoppedBySignal
 from s2d3d.errors import InputError, TrainingError
 
 

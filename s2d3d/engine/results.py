@@ -1,0 +1,97 @@
+"""What a finished run says about itself: metrics.json, and the table at the end."""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..models import create_model
+from ..s2d import MoFConfig, convert_to_mof_
+from .config import Config
+from .evaluator import ClassificationReport, batchnorms_behind
+from .resume import Progress
+from .run_folder import RunFolder
+
+_TITLES = {
+    "sparse": "before merge (sparse, eval mode)", "ema": "moving average, merged",
+    "recalibrated": "merged, BatchNorm recalibrated", "voting": "merged, voting",
+}  # fmt: skip
+_ROUTED_TITLES = {
+    "routed": "routed", "ema": "moving average", "recalibrated": "BatchNorm recalibrated", "voting": "voting",
+}  # fmt: skip
+
+
+def norms_behind_experts(model: nn.Module, config: Config, converted: Sequence[str], mof: MoFConfig) -> list[nn.Module]:
+    """Return the BatchNorm layers behind the first FFN that is, or in a dense twin would be, an expert layer.
+
+    Args:
+        model: as `config` describes it, merged.
+        config: of the run.
+        converted: names of its expert layers; empty for a dense run.
+        mof: which FFNs the sparse twin of a dense run converts.
+    """
+    if not converted:
+        with torch.device("meta"):
+            twin = create_model(config.model.name, num_classes=2, **config.model.kwargs)
+            with contextlib.suppress(ValueError, TypeError):  # a dense model need not have an FFN
+                converted = convert_to_mof_(twin, mof)
+    return batchnorms_behind(model, converted[0]) if converted else []
+
+
+def run_metrics(
+    reports: Mapping[str, ClassificationReport],
+    *,
+    progress: Progress,
+    seed: int,
+    train_seconds: float,
+    parameters: Mapping[str, int],
+) -> dict[str, Any]:
+    """Return the content of metrics.json: accuracies of the last epoch, parameters, time.
+
+    Args:
+        reports: by the form of the model that was evaluated: "sparse", "merged", "recalibrated", ....
+        progress: of the run, at its end.
+        seed: of the run.
+        train_seconds: training time, without evaluation.
+        parameters: number of parameters, "training" and afterwards.
+    """
+    return {
+        "epochs": progress.epoch,
+        "updates": progress.updates,
+        "seed": seed,
+        "selection": "last epoch",
+        "train_seconds": train_seconds,
+        "parameters": dict(parameters),
+        **{name: report.to_dict() for name, report in reports.items()},
+    }
+
+
+def run_summary(
+    reports: Mapping[str, ClassificationReport],
+    *,
+    folder: RunFolder,
+    sparse: bool,
+    training_parameters: int,
+    final_parameters: int,
+) -> str:
+    """Return the table that ends a finished run: accuracies, parameters, run folder.
+
+    Args:
+        reports: as for `run_metrics`.
+        folder: of the run.
+        sparse: the run trained experts.
+        training_parameters: number of parameters while training.
+        final_parameters: number of parameters of the model that the run leaves.
+    """
+    routed = "routed" in reports
+    titles = _ROUTED_TITLES if routed else _TITLES | {"merged": "after merge" if sparse else "dense"}
+    rows = [(titles[name], report.summary()) for name, report in reports.items()]
+    rows += [
+        ("parameters while training", f"{training_parameters:,}"),
+        ("parameters after", f"{final_parameters:,}"),
+        ("routed model", str(folder.final)) if routed else ("dense model", str(folder.merged)),
+        ("run folder", str(folder.root)),
+    ]
+    return "\n".join(f"{title:<34}{value}" for title, value in rows)
