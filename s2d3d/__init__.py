@@ -5,7 +5,7 @@ from .engine.checkpoint import load_checkpoint, load_model, save_checkpoint
 from .engine.config import Config, load_config
 from .engine.evaluator import ClassificationReport, evaluate, recalibrate_batchnorm_
 from .engine.trainer import Trainer
-from .models import create_model, list_models, load_pretrained_
+from .models import create_model, fold_batchnorm, list_models, load_pretrained_
 from .s2d import EWA, MoFConfig, RUPMoF, TopKMoE, apply_ewa_, balance_loss, convert_to_mof_, is_sparse, merge_experts
 from .version import __version__
 
@@ -24,6 +24,7 @@ __all__ = [
     "create_dataset",
     "create_model",
     "evaluate",
+    "fold_batchnorm",
     "is_sparse",
     "list_models",
     "load_checkpoint",

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from ..errors import InputError, did_you_mean
+from .fold import fold_batchnorm
 from .point_bert import PointBERT
 from .point_transformer import PointTransformer
 from .pretrained import PretrainedReport, load_pretrained_
@@ -16,6 +17,7 @@ __all__ = [
     "PointTransformer",
     "PretrainedReport",
     "create_model",
+    "fold_batchnorm",
     "list_models",
     "load_pretrained_",
     "model_kwargs",

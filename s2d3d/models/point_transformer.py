@@ -163,6 +163,8 @@ class TransitionDown(nn.Module):
     stride 1 no point is dropped or gathered, and the layer reads the features alone.
     """
 
+    foldable_pairs = (("linear", "bn"),)
+
     def __init__(self, in_channels: int, channels: int, stride: int, num_neighbors: int) -> None:
         """Build it from `in_channels` to `channels`."""
         super().__init__()
@@ -173,13 +175,13 @@ class TransitionDown(nn.Module):
     def forward(self, xyz: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map coordinates (B, N, 3) and features (B, N, C) to (B, M, 3) and (B, M, C'), M = max(1, N // stride)."""
         if self.stride == 1:
-            features = self.bn(_narrow_linear(x.flatten(0, 1), self.linear.weight))
+            features = self.bn(_narrow_linear(x.flatten(0, 1), self.linear.weight, self.linear.bias))
             return xyz, F.relu(features, inplace=True).view(*x.shape[:2], -1)
         centers = gather_points(xyz, farthest_point_sample(xyz, max(1, xyz.shape[1] // self.stride)))
         neighbourhood = find_neighbours(centers, xyz, self.num_neighbors)
         weight = self.linear.weight
         of_points = F.linear(x.flatten(0, 1), weight[:, 3:]) + _narrow_linear(xyz.flatten(0, 1), weight[:, :3])
-        of_centers = _narrow_linear(-centers.flatten(0, 1), weight[:, :3])
+        of_centers = _narrow_linear(-centers.flatten(0, 1), weight[:, :3], self.linear.bias)
         grouped = self.bn(gather_sum(neighbourhood, of_points, of_centers))
         # The maximum first: ReLU does not change which is largest, and has less to do.
         pooled = max_over_group(grouped.unflatten(0, (-1, neighbourhood.size)))
@@ -228,6 +230,8 @@ class VectorAttention(nn.Module):
 
 class Block(nn.Module):
     """Attention between two linear layers on a residual path, then a pre-norm FFN on another."""
+
+    foldable_pairs = (("linear1", "bn1"), ("linear3", "bn3"))
 
     def __init__(self, channels: int, share_planes: int, mlp_ratio: float, drop_path: float) -> None:
         """Build it; `drop_path` in [0, 1) is the probability to drop a residual path for a sample."""
@@ -295,12 +299,13 @@ class _GatherSum(torch.autograd.Function):
         return None, None, of_points, of_centers, gradient if has_pairs else None
 
 
-def _narrow_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Do as `F.linear` without bias, for inputs of a few channels.
+def _narrow_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Do as `F.linear` for inputs of a few channels.
 
     With a transposed copy of the weight its gradient is a product whose layout is several times faster on a CPU.
     """
-    return torch.mm(x, weight.t().contiguous())
+    columns = weight.t().contiguous()
+    return torch.mm(x, columns) if bias is None else torch.addmm(bias, x, columns)
 
 
 def _head(width: int, head_dims: Sequence[int], num_classes: int, dropout: float) -> nn.Sequential:
