@@ -1,8 +1,11 @@
 """Point operations in plain torch: farthest point sampling, nearest neighbours, gathering and grouping.
 
-No compiled extension: the same code runs on CPU and GPU, under autograd and `torch.compile`.
+No compiled extension: the same code runs on CPU and GPU, under autograd and `torch.compile`; only farthest point
+sampling has a Triton form for GPUs, used where Triton is installed.
 Data sets (prefix sampling) and backbones (grouping) both stand on this file, so it lies below them.
 """
+
+import importlib.util
 
 import torch
 from torch import Tensor
@@ -11,6 +14,7 @@ ORIGIN_RADIUS_SQ = 1e-3
 """Squared norm up to which the widely used CUDA sampler never picks a point."""
 CACHED_DISTANCES = 2**20
 """Distances that a CPU computes at once."""
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @torch.no_grad()
@@ -40,6 +44,12 @@ def farthest_point_sample(points: Tensor, num_samples: int, *, skip_origin: bool
     batch, num_points, _ = points.shape
     if not 1 <= num_samples <= num_points:
         raise ValueError(f"num_samples is {num_samples}, must be between 1 and the {num_points} points of a cloud")
+    if points.is_cuda and _HAS_TRITON:
+        from . import ops_triton
+
+        if num_points <= ops_triton.LARGEST_CLOUD:
+            planes = points.detach().float().transpose(1, 2).contiguous()
+            return ops_triton.farthest_point_sample(planes, num_samples, ORIGIN_RADIUS_SQ if skip_origin else -1.0)
     # Separate coordinate planes keep every pass over memory contiguous: about 5x the speed of (B, N, 3) on a CPU.
     planes = points.detach().float().permute(2, 0, 1).contiguous()
     distance = torch.full((batch, num_points), torch.inf, device=points.device)

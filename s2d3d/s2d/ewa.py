@@ -1,5 +1,6 @@
 """Experts Weights Averaging: after each optimizer update, pull the experts towards their mean."""
 
+import importlib.util
 import math
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor, nn
 from .mof import ExpertLayer
 
 SCHEDULES = ("linear", "constant")
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def apply_ewa_(model: nn.Module, share_rate: float) -> int:
@@ -26,7 +29,7 @@ def apply_ewa_(model: nn.Module, share_rate: float) -> int:
         The number of expert layers that were averaged.
 
     Raises:
-        ValueError: `share_rate` outside [0, 1], or no expert layer in the model.
+        ValueError: `share_rate` outside [0, 1], no expert layer in the model, or experts sharded one from another.
 
     Source: arXiv 2308.06093, equation of the EWA update; Sparse-to-Dense Training, IEEE TCSVT 2025.
 
@@ -44,8 +47,10 @@ class EWA:
     """Applies `apply_ewa_` with a scheduled share rate; call `step()` after every `optimizer.step()`.
 
     With `schedule="linear"` update t of T (t = 0 .. T-1) uses `share_rate * t / (T - 1)`, from 0 to `share_rate`;
-    with "constant" each uses `share_rate`. Updates past T keep the last value. Early EWA, `stop_fraction` below 1,
-    follows the same schedule for the first `round(stop_fraction * T)` updates and leaves the experts alone after them.
+    with "constant" each uses `share_rate`. Updates past T keep the last value. With `rise_fraction` below 1 the linear
+    rise takes the first R = `round(rise_fraction * T)` updates, `share_rate * t / (R - 1)`, and the rest use
+    `share_rate`. Early EWA, `stop_fraction` below 1, follows the same schedule for the first `round(stop_fraction * T)`
+    updates and leaves the experts alone after them. With `optimizer` its state is averaged like the weights.
     Skip `step()` when the optimizer's own step was skipped (gradient scaler found infinities).
 
     Example:
@@ -66,6 +71,8 @@ class EWA:
         schedule: str = "linear",
         total_steps: int,
         stop_fraction: float = 1.0,
+        rise_fraction: float = 1.0,
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         """Prepare averaging for all expert layers that `model` has now.
 
@@ -75,6 +82,9 @@ class EWA:
             schedule: "linear" or "constant".
             total_steps: optimizer updates of the whole training, at least 1.
             stop_fraction: share of the training after which averaging stops, in (0, 1]; 1 never stops.
+            rise_fraction: share of the training that a linear rise takes, in (0, 1].
+            optimizer: if given, what it keeps for each weight of an expert (the moments of Adam, momentum) is averaged
+                over the experts at the same rate, in the same step. None: each expert keeps its own.
 
         Raises:
             ValueError: an argument out of range, or no expert layer in the model.
@@ -84,8 +94,9 @@ class EWA:
             raise ValueError(f"schedule is '{schedule}', must be one of {', '.join(SCHEDULES)}")
         if total_steps < 1:
             raise ValueError(f"total_steps is {total_steps}, must be at least 1")
-        if not 0 < stop_fraction <= 1:
-            raise ValueError(f"stop_fraction is {stop_fraction}, must be in (0, 1]")
+        for name, fraction in (("stop_fraction", stop_fraction), ("rise_fraction", rise_fraction)):
+            if not 0 < fraction <= 1:
+                raise ValueError(f"{name} is {fraction}, must be in (0, 1]")
         self.layers = expert_layers(model)
         for num_experts in {layer.num_experts for layer in self.layers}:
             bound = max_share_rate(num_experts)
@@ -96,6 +107,8 @@ class EWA:
                 )
         self.share_rate, self.schedule, self.total_steps = share_rate, schedule, total_steps
         self.stop_step = math.inf if stop_fraction == 1 else round(stop_fraction * total_steps)
+        self.rise_steps = round(rise_fraction * total_steps)
+        self.optimizer = optimizer
         self.num_steps = 0
 
     def current_share_rate(self) -> float:
@@ -104,12 +117,14 @@ class EWA:
             return 0.0
         if self.schedule == "constant":
             return self.share_rate
-        return self.share_rate * min(1.0, self.num_steps / max(1, self.total_steps - 1))
+        return self.share_rate * min(1.0, self.num_steps / max(1, self.rise_steps - 1))
 
     def step(self) -> float:
         """Average the experts once; return the share rate used."""
         share_rate = self.current_share_rate()
         _average_layers_(self.layers, share_rate)
+        if self.optimizer is not None:
+            _average_state_(self.optimizer, self.layers, share_rate)
         self.num_steps += 1
         return share_rate
 
@@ -147,16 +162,42 @@ def _average_layers_(layers: list[ExpertLayer], share_rate: float) -> int:
     return len(layers)
 
 
+@torch.no_grad()
+def _average_state_(optimizer: torch.optim.Optimizer, layers: list[ExpertLayer], share_rate: float) -> None:
+    for layer in layers:
+        for parameter in layer.expert_parameters():
+            for value in optimizer.state.get(parameter, {}).values():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:  # not the count of updates
+                    _average_(value, share_rate)
+
+
 def _average_(stacked: Tensor, share_rate: float) -> None:
     num_experts = stacked.shape[0]
     if num_experts == 1 or share_rate == 0:
         return
     weight = share_rate * num_experts / (num_experts - 1)
-    if stacked.dtype in (torch.float32, torch.float64):
+    if hasattr(
+        stacked, "placements"
+    ):  # sharded by FSDP2: each rank has its part of every expert, see `expert_placement`
+        _check_placements(stacked)
+        stacked = stacked.to_local()
+    if _HAS_TRITON and stacked.is_cuda and stacked.is_contiguous() and stacked.dtype in _KERNEL_DTYPES:
+        from .ewa_triton import average_experts_
+
+        average_experts_(stacked, weight)
+    elif stacked.dtype in (torch.float32, torch.float64):
         stacked.lerp_(stacked.mean(0, keepdim=True), weight)
     else:
         exact = stacked.float()
         stacked.copy_(exact.lerp_(exact.mean(0, keepdim=True), weight))
+
+
+def _check_placements(stacked: Tensor) -> None:
+    if any(placement.is_shard(0) or placement.is_partial() for placement in stacked.placements):
+        raise ValueError(
+            "experts are sharded one from another, so that their mean is not at hand: "
+            "call fully_shard with shard_placement_fn=expert_placement(model)"
+        )
 
 
 def _check_share_rate(share_rate: float) -> None:
