@@ -20,6 +20,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["s2d3d", "s2d3d.*"]),
+    package_data={"s2d3d.viz": ["*.css", "*.html", "*.js"]},
     install_requires=[
         "torch>=2.6",
         "torch-scatter>=2.1.2",
@@ -32,6 +33,7 @@ setup(
         "torchmetrics>=1.3",
         "tqdm>=4.64",
         "matplotlib>=3.7",
+        "plotly>=5.18",
     ],
     extras_require={"test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "transformers>=5", "scikit-learn>=1.3"]},
     classifiers=[

@@ -1,113 +1,236 @@
-"""Draw point clouds: a checkpoint's predictions on its data set, or a gallery of the data set of a config."""
+"""Draw point clouds: of a data set, what a model says of them, how it cuts them up, what it looks at, corruptions."""
 
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from s2d3d import load_checkpoint, load_config
 from s2d3d.datasets import PointCloudDataset
 from s2d3d.datasets.base import derived_generator
-from s2d3d.engine.checkpoint import build_model
+from s2d3d.engine.checkpoint import build_model, require_sparse
 from s2d3d.engine.cli import add_overrides, check_overrides, refuse_existing, run_tool
-from s2d3d.engine.config import parse_config
+from s2d3d.engine.config import Config, parse_config
 from s2d3d.engine.data import build_dataset, check_classes
+from s2d3d.engine.predictions import class_probabilities
+from s2d3d.engine.robustness import SEED
 from s2d3d.engine.runtime import choose_device
 from s2d3d.errors import InputError
-from s2d3d.viz import draw_grid, render_clouds, show_window
+from s2d3d.viz import CloudSheet, sheet_paths, write_sheet
+from s2d3d.viz.sheets import (
+    WRONG,
+    corruptions_sheet,
+    experts_sheet,
+    gallery_sheet,
+    patches_sheet,
+    point_saliency,
+    prediction_caption,
+    predictions_sheet,
+    saliency_sheet,
+)
+from s2d3d.viz.tokens import trace_experts
 
 MOST_CLOUDS = 400  # a PNG of about 7000 x 7000 pixels
-WRONG = "#c2410c"
+NUM_CLOUDS = {"predictions": 12, "patches": 6, "experts": 3, "saliency": 12, "corruptions": 3}
+NEEDS_MODEL = ("predictions", "patches", "experts", "saliency")
+OWN_FLAGS = {"passes": ("experts", 4), "layer": ("experts", None), "severity": ("corruptions", 3)}
+"""Flags of one kind alone, and their defaults."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the clouds come from: a data set, the clouds chosen of it, and a model where a checkpoint is given."""
+
+    config: Config
+    dataset: PointCloudDataset
+    chosen: Tensor
+    points: Tensor
+    labels: Tensor
+    model: nn.Module | None
+    device: torch.device
+    title: str
+
+    @property
+    def captions(self) -> list[str]:
+        return [self.dataset.class_names[label] for label in self.labels]
+
+    def probabilities(self) -> Tensor:
+        size = self.config.eval.batch_size
+        return class_probabilities(self.model, self.dataset, device=self.device, indices=self.chosen, batch_size=size)
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="visualize.py", description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--checkpoint", metavar="FILE", help="draw clouds with true and predicted label")
-    source.add_argument("--config", metavar="FILE", help="draw a gallery of its data set, class by class")
+    source.add_argument("--checkpoint", metavar="FILE", help="a model, and the data set that it was trained on")
+    source.add_argument("--config", metavar="FILE", help="a data set, without a model")
     add_overrides(parser)
-    parser.add_argument("--output", metavar="FILE.png", help="the picture to write; may be left out with --window")
+    parser.add_argument(
+        "--kind", choices=("gallery", *NUM_CLOUDS), help="default: predictions of a checkpoint, gallery of a config"
+    )
+    parser.add_argument(
+        "--output", metavar="FILE", help="FILE.png, FILE.ply (numbered files) or FILE.html (to turn in a browser)"
+    )
     parser.add_argument("--window", action="store_true", help="show the clouds in a window, to turn and zoom")
-    parser.add_argument("--num-clouds", type=int, metavar="N", help="default: 12, or one of each class in a gallery")
+    parser.add_argument(
+        "--num-clouds", type=int, metavar="N", help="default: 3 to 12, or one of each class in a gallery"
+    )
     parser.add_argument("--split", choices=("train", "test"), default="test", help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="chooses the clouds; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="chooses the clouds, partitions; default: %(default)s")
+    parser.add_argument("--passes", type=int, metavar="N", help="experts: training passes side by side; default: 4")
+    parser.add_argument("--layer", metavar="NAME", help="experts: an expert layer by its name; default: the first")
+    parser.add_argument("--severity", type=int, metavar="N", help="corruptions: 1 (mild) to 5; default: 3")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--force", action="store_true", help="replace the output if it exists")
     return parser
 
 
 def run(arguments: argparse.Namespace) -> None:
-    output = check_output(arguments)
-    clouds, captions, marks, title = predictions(arguments) if arguments.checkpoint else gallery(arguments)
+    check_flags(arguments)
+    if arguments.output is None and not arguments.window:
+        raise InputError("nowhere to draw to; give --output FILE.png, --window or both")
+    output = None
+    if arguments.output is not None:
+        output = refuse_existing(sheet_paths(arguments.output, 1)[0], arguments.force)
+    sheet = make_sheet(arguments)
     if output:
-        draw_grid(render_clouds(clouds), captions, output, marks=marks, title=title)
-        print(f"written to {output}")
+        for path in sheet_paths(output, len(sheet.clouds)):
+            refuse_existing(path, arguments.force)
+        first, *others = write_sheet(sheet, output)
+        print(f"written to {first}" + (f" ... {others[-1].name}" if others else ""))
     if arguments.window:
-        show_window(clouds, captions, marks=marks, title=title.splitlines()[0])
+        sheet.show()
 
 
-def check_output(arguments: argparse.Namespace) -> Path | None:
-    if arguments.output is None:
-        if not arguments.window:
-            raise InputError("nowhere to draw to; give --output FILE.png, --window or both")
-        return None
-    if Path(arguments.output).suffix.lower() != ".png":
-        raise InputError(f"{arguments.output}: the picture is a PNG; give it a name that ends in .png")
-    return refuse_existing(arguments.output, arguments.force)
+def check_flags(arguments: argparse.Namespace) -> None:
+    """Fill in defaults, and refuse flags that the kind would ignore."""
+    arguments.kind = arguments.kind or ("predictions" if arguments.checkpoint else "gallery")
+    if arguments.kind in NEEDS_MODEL and not arguments.checkpoint:
+        raise InputError(f"--kind {arguments.kind}: needs a model; give --checkpoint FILE instead of --config")
+    for name, (kind, default) in OWN_FLAGS.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, default)
+        elif arguments.kind != kind:
+            raise InputError(f"--{name}: is for --kind {kind} only")
 
 
-def predictions(arguments: argparse.Namespace) -> tuple[Tensor, list[str], list[str | None], str]:
-    """Classify a sample of the split; return clouds, captions, marks, wrong ones first, and a title."""
-    check_overrides(arguments.overrides, ("data", "eval", "seed"))
-    payload = load_checkpoint(arguments.checkpoint)
-    config = parse_config(payload["config"], where=arguments.checkpoint, overrides=arguments.overrides)
-    device = choose_device(arguments.device)
-    model = build_model(payload, where=arguments.checkpoint).to(device)
+def make_sheet(arguments: argparse.Namespace) -> CloudSheet:
+    makers = {
+        "gallery": gallery, "predictions": predictions, "patches": patches, "experts": experts, "saliency": saliency,
+        "corruptions": corruptions,
+    }  # fmt: skip
+    return makers[arguments.kind](arguments, read_source(arguments))
+
+
+def read_source(arguments: argparse.Namespace) -> Source:
+    device, model = choose_device(arguments.device), None
+    if arguments.checkpoint:
+        check_overrides(arguments.overrides, ("data", "eval", "seed"))
+        payload = load_checkpoint(arguments.checkpoint)
+        config = parse_config(payload["config"], where=arguments.checkpoint, overrides=arguments.overrides)
+        if arguments.kind == "experts":
+            require_sparse(payload, arguments.checkpoint)
+        model = build_model(payload, where=arguments.checkpoint).to(device)
+    else:
+        config = load_config(arguments.config, arguments.overrides)
     dataset = build_dataset(config.data, arguments.split, seed=config.seed)
-    check_classes(dataset, payload["class_names"], arguments.checkpoint)
-    chosen = choose_clouds(dataset, 12 if arguments.num_clouds is None else arguments.num_clouds, arguments.seed)
-    points, labels = dataset.batch(chosen, augment=False)
-    with torch.no_grad():
-        logits = torch.cat([model(part.to(device)).float().cpu() for part in points.split(config.eval.batch_size)])
-    probabilities = logits.softmax(1)
-    confidence, predicted = probabilities.max(1)
-    right = predicted == labels
-    of_truth = probabilities.gather(1, labels[:, None])[:, 0]
-    order = sorted(range(len(labels)), key=lambda index: (bool(right[index]), float(of_truth[index])))
-    captions, marks = [], [None if right[index] else WRONG for index in order]
-    for index in order:
-        truth, guess = dataset.class_names[labels[index]], dataset.class_names[predicted[index]]
-        percent = f"{100 * confidence[index]:.0f} %"
-        if right[index]:
-            captions.append(f"{truth}\nrecognised, {percent}")
-        else:
-            captions.append(f"{truth}\ntaken for {guess}, {percent}")
-            print(f"{dataset.names[chosen[index]]}: {truth} taken for {guess} ({percent})")
-    score = f"{int(right.sum())} of {len(right)} clouds recognised"
-    print(score)
-    title = (
-        f"{score}\n"
-        f"sample of the {arguments.split} split of {config.data.name}, {arguments.checkpoint}; colour shows height"
+    if model is not None:
+        check_classes(dataset, payload["class_names"], arguments.checkpoint)
+    usual = (
+        len(dataset.labels.unique()) if arguments.kind == "gallery" else min(NUM_CLOUDS[arguments.kind], len(dataset))
     )
-    return points[order], captions, marks, title
-
-
-def gallery(arguments: argparse.Namespace) -> tuple[Tensor, list[str], None, str]:
-    """Return clouds of every class in the order of the classes, captions, no marks, and a title."""
-    config = load_config(arguments.config, arguments.overrides)
-    dataset = build_dataset(config.data, arguments.split, seed=config.seed)
-    count = len(dataset.labels.unique()) if arguments.num_clouds is None else arguments.num_clouds
+    count = usual if arguments.num_clouds is None else arguments.num_clouds
     chosen = choose_clouds(dataset, count, arguments.seed)
-    chosen = chosen[dataset.labels[chosen].argsort(stable=True)]
     points, labels = dataset.batch(chosen, augment=False)
+    title = f"{arguments.split} split of {config.data.name}"
+    if arguments.checkpoint:
+        title += f", {arguments.checkpoint}"
+    return Source(config, dataset, chosen, points, labels, model, device, title)
+
+
+def gallery(arguments: argparse.Namespace, source: Source) -> CloudSheet:
+    """Clouds of every class in the order of the classes."""
+    data, dataset = source.config.data, source.dataset
     title = (
-        f"{config.data.name}, {arguments.split} split\n"
-        f"{count} of {len(dataset)} clouds, {config.data.num_points} points each; colour shows height"
+        f"{data.name}, {arguments.split} split\n"
+        f"{len(source.points)} of {len(dataset)} clouds, {data.num_points} points each; colour shows height"
     )
-    return points, [dataset.class_names[label] for label in labels], None, title
+    return gallery_sheet(source.points, source.labels, dataset.class_names, title)
+
+
+def predictions(arguments: argparse.Namespace, source: Source) -> CloudSheet:
+    """What the model takes the clouds for, wrong ones first; says so on stdout too."""
+    probabilities, names = source.probabilities(), source.dataset.class_names
+    sheet = predictions_sheet(source.points, source.labels, probabilities, names, f"sample of the {source.title}")
+    confidence, guesses = probabilities.max(1)
+    for index in (guesses != source.labels).nonzero().flatten().tolist():
+        truth, guess = names[source.labels[index]], names[guesses[index]]
+        cloud = source.dataset.names[source.chosen[index]]
+        print(f"{cloud}: {truth} taken for {guess} ({100 * confidence[index]:.0f} %)")
+    print(sheet.title.splitlines()[0])
+    return sheet
+
+
+def patches(arguments: argparse.Namespace, source: Source) -> CloudSheet:
+    """The groups that become tokens."""
+    model = source.model
+    sizes = f"{getattr(model, 'num_group', 0)} groups of {getattr(model, 'group_size', 0)} points"
+    title = f"{sizes}, each one token\n{source.title}; a colour for each group, centres large, grey in none"
+    return patches_sheet(model, source.points, source.captions, title)
+
+
+def experts(arguments: argparse.Namespace, source: Source) -> CloudSheet:
+    """Which expert each token goes to, pass after pass."""
+    passes = trace_experts(
+        source.model,
+        source.points.to(source.device),
+        layer=arguments.layer,
+        passes=arguments.passes,
+        seed=arguments.seed,
+    )
+    layer, count = passes[0].layer, passes[0].num_experts
+    title = (
+        f"{count} experts of {layer} in {arguments.passes} training passes\n"
+        f"{source.title}; a colour for each expert; all clouds of the sheet are one batch"
+    )
+    return experts_sheet(source.points, passes, source.captions, title)
+
+
+def saliency(arguments: argparse.Namespace, source: Source) -> CloudSheet:
+    """Which points the predicted class depends on."""
+    parts = source.points.to(source.device).split(source.config.eval.batch_size)
+    values = torch.cat([point_saliency(source.model, part).cpu() for part in parts])
+    rows = list(zip(source.probabilities(), source.labels.tolist()))
+    names = source.dataset.class_names
+    captions = [prediction_caption(row, names, label) for row, label in rows]
+    marks = [None if int(row.argmax()) == label else WRONG for row, label in rows]
+    title = f"gradient of the predicted class by each point\n{source.title}; dark: none, light: large"
+    return saliency_sheet(source.points, values, captions, title, marks)
+
+
+def corruptions(arguments: argparse.Namespace, source: Source) -> CloudSheet:
+    """Clouds as they are and under each corruption, with the model's verdict where there is a model."""
+    names = source.dataset.class_names
+
+    @torch.no_grad()
+    def classify(cloud: Tensor, row: int) -> tuple[str, bool]:
+        probabilities = source.model(cloud[None].to(source.device)).float().softmax(1)[0].cpu()
+        label = int(source.labels[row])
+        verdict = prediction_caption(probabilities, names, label).splitlines()[1]
+        return verdict, int(probabilities.argmax()) == label
+
+    return corruptions_sheet(
+        source.points,
+        source.captions,
+        arguments.severity,
+        f"corruptions of severity {arguments.severity}\n{source.title}; colour shows height",
+        seed=SEED,
+        indices=source.chosen.tolist(),
+        classify=classify if source.model is not None else None,
+    )
 
 
 def choose_clouds(dataset: PointCloudDataset, count: int, seed: int) -> Tensor:

@@ -1,6 +1,15 @@
-"""Pictures: point clouds drawn by Open3D, put together by matplotlib. Neither is needed to train or evaluate."""
+"""Pictures: clouds drawn by Open3D or in a browser, plots by matplotlib, reports. Not needed to train or evaluate."""
 
 from .clouds import height_colors, render_clouds, show_window
 from .grid import draw_grid
+from .sheet import CloudSheet, sheet_paths, write_sheet
 
-__all__ = ["draw_grid", "height_colors", "render_clouds", "show_window"]
+__all__ = [
+    "CloudSheet",
+    "draw_grid",
+    "height_colors",
+    "render_clouds",
+    "sheet_paths",
+    "show_window",
+    "write_sheet",
+]

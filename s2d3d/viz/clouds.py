@@ -63,6 +63,7 @@ def render_clouds(
     clouds: Sequence[ArrayLike],
     *,
     colors: Sequence[ArrayLike | None] | None = None,
+    scales: Sequence[ArrayLike | None] | None = None,
     size: int = 320,
     point_size: float | None = None,
     view: tuple[float, float] = VIEW,
@@ -73,6 +74,7 @@ def render_clouds(
     Args:
         clouds: arrays or CPU tensors (N, 3), z up; N may differ, and may be 0, which gives an empty image.
         colors: for each cloud (N, 3) RGB in [0, 1], one RGB for all its points, or None, which is `height_colors`.
+        scales: for each cloud (N,) sizes of its points relative to `point_size`, above 0, or None: all of one size.
         size: pixels of an image's side.
         point_size: diameter of a point in pixels; by default what suits the largest number of points.
         view: azimuth and elevation of the camera, degrees.
@@ -88,14 +90,14 @@ def render_clouds(
     Example:
         >>> images = render_clouds([torch.rand(1024, 3)], colors=[(0.8, 0.1, 0.1)])  # doctest: +SKIP
     """
-    scene = _prepare(clouds, colors, size, point_size, view, centered)
+    scene = _prepare(clouds, colors, scales, size, point_size, view, centered)
     pixels = size * _SUPERSAMPLING
     images = []
     with _window(pixels, pixels, visible=False) as visualizer:
-        for points, rgb in zip(scene.points, scene.colors):
+        for points, rgb, radii in zip(scene.points, scene.colors, scene.radii):
             visualizer.clear_geometries()
             if len(points):
-                visualizer.add_geometry(_balls(points, rgb, scene.ball_radius, scene.point_size))
+                visualizer.add_geometry(_balls(points, rgb, radii, scene.point_size))
                 _aim(visualizer, scene.distance, scene.focal_length / size)
             visualizer.poll_events()
             visualizer.update_renderer()
@@ -109,6 +111,7 @@ def show_window(
     captions: Sequence[str] = (),
     *,
     colors: Sequence[ArrayLike | None] | None = None,
+    scales: Sequence[ArrayLike | None] | None = None,
     columns: int | None = None,
     marks: Sequence[str | None] | None = None,
     title: str = "s2d3d",
@@ -118,7 +121,8 @@ def show_window(
     """Show clouds in a window to turn and zoom, as `render_clouds` and `draw_grid` lay them out; returns when closed.
 
     Args:
-        clouds: as in `render_clouds`, likewise `colors`, `point_size` (of a cloud 320 pixels large) and `view`.
+        clouds: as in `render_clouds`, likewise `colors`, `scales`, `view` and `point_size` (of a cloud 320 pixels
+            large).
         captions: one for each cloud, or none.
         columns: as in `draw_grid`, likewise `marks`.
         title: of the window.
@@ -134,19 +138,19 @@ def show_window(
         raise InputError(f"no screen for a window: neither DISPLAY nor WAYLAND_DISPLAY is set; {no_screen}")
     captions, marks = captions or [""] * len(clouds), marks or [None] * len(clouds)
     check_counts("clouds", len(clouds), captions, marks)
-    scene = _prepare(clouds, colors, 320, point_size, view, True)
+    scene = _prepare(clouds, colors, scales, 320, point_size, view, True)
     columns = columns or columns_for(len(clouds))
     rows = math.ceil(len(clouds) / columns)
     with _window(*_WINDOW, visible=True, title=title) as visualizer:
         if visualizer is None:
             raise InputError(f"no screen for a window: the display cannot be opened; {no_screen}")
         half = 160 * scene.distance / scene.focal_length  # of a cloud's square
-        for index, (points, rgb, caption, mark) in enumerate(zip(scene.points, scene.colors, captions, marks)):
+        for index, (points, rgb, radii) in enumerate(zip(scene.points, scene.colors, scene.radii)):
             row, column = divmod(index, columns)
             middle = half * np.array([2.1 * (column - (columns - 1) / 2), 0.2 - 2.5 * (row - (rows - 1) / 2), 0])
             if len(points):
-                visualizer.add_geometry(_balls(points + middle, rgb, scene.ball_radius, scene.point_size))
-            for geometry in _labels(middle, half, caption, mark):
+                visualizer.add_geometry(_balls(points + middle, rgb, radii, scene.point_size))
+            for geometry in _labels(middle, half, captions[index], marks[index]):
                 visualizer.add_geometry(geometry)
         wide, high = 2.1 * half * columns, 2.5 * half * rows
         distance = 3 * max(wide, high)
@@ -162,15 +166,16 @@ class _Scene:
 
     points: list[Array]
     colors: list[Array]
+    radii: list[Array]  # of the balls, (N,)
     distance: float
     focal_length: float  # pixels
     point_size: float  # pixels
-    ball_radius: float
 
 
 def _prepare(
     clouds: Sequence[ArrayLike],
     colors: Sequence[ArrayLike | None] | None,
+    scales: Sequence[ArrayLike | None] | None,
     size: int,
     point_size: float | None,
     view: tuple[float, float],
@@ -182,10 +187,8 @@ def _prepare(
     if size < 16:
         raise InputError(f"size is {size}, must be at least 16 pixels")
     arrays = [_check_cloud(cloud, index) for index, cloud in enumerate(clouds)]
-    colors = [None] * len(arrays) if colors is None else list(colors)
-    if len(colors) != len(arrays):
-        raise InputError(f"colors of {len(colors)} clouds for {len(arrays)} clouds; give one entry for each")
-    rgb = [_check_colors(given, cloud, index) for index, (given, cloud) in enumerate(zip(colors, arrays))]
+    rgb = [_check_colors(*given) for given in zip(_one_each("colors", colors, arrays), arrays, range(len(arrays)))]
+    factors = [_check_scales(*given) for given in zip(_one_each("scales", scales, arrays), arrays, range(len(arrays)))]
 
     turned = [cloud @ _view_axes(*view).T for cloud in arrays]
     every = np.concatenate(turned)
@@ -201,17 +204,26 @@ def _prepare(
         point_size = float(np.clip(6.5 * (1024 / max(most, 1)) ** 0.4, 1.2, 20)) * size / 320
     elif not point_size > 0:
         raise InputError(f"point_size is {point_size}, must be above 0 pixels")
+    largest = point_size * max((float(factor.max(initial=0)) for factor in factors), default=1.0)
     # Slopes of the lines of sight; the floor keeps a single point from being magnified without end.
     slope = np.abs(every[:, :2] / (distance - every[:, 2:])).max(initial=0.25 / _DISTANCE)
-    focal_length = (0.47 * size - min(point_size, 0.2 * size)) / slope
+    focal_length = (0.47 * size - min(largest, 0.2 * size)) / slope
     return _Scene(
         points=turned,
         colors=[_fade(c, points) for c, points in zip(rgb, turned)],
+        radii=[factor * point_size / 2 * distance / focal_length for factor in factors],
         distance=distance,
         focal_length=focal_length,
         point_size=point_size,
-        ball_radius=point_size / 2 * distance / focal_length,
     )
+
+
+def _one_each(
+    what: str, given: Sequence[ArrayLike | None] | None, clouds: Sequence[Array]
+) -> Sequence[ArrayLike | None]:
+    if given is not None and len(given) != len(clouds):
+        raise InputError(f"{what} of {len(given)} clouds for {len(clouds)} clouds; give one entry for each")
+    return [None] * len(clouds) if given is None else given
 
 
 def _check_cloud(cloud: ArrayLike, index: int) -> Array:
@@ -232,6 +244,15 @@ def _check_colors(colors: ArrayLike | None, cloud: Array, index: int) -> Array:
     if not ((rgb >= 0) & (rgb <= 1)).all():
         raise InputError(f"colors of cloud {index} must lie in [0, 1]")
     return np.broadcast_to(rgb, cloud.shape)
+
+
+def _check_scales(scales: ArrayLike | None, cloud: Array, index: int) -> Array:
+    factors = np.ones(len(cloud)) if scales is None else np.asarray(scales, dtype=np.float64)
+    if factors.shape != cloud.shape[:1]:
+        raise InputError(f"scales of cloud {index} have shape {factors.shape}, must be {cloud.shape[:1]}")
+    if not (np.isfinite(factors) & (factors > 0)).all():
+        raise InputError(f"scales of cloud {index} must be above 0")
+    return factors
 
 
 def _view_axes(azimuth: float, elevation: float) -> Array:
@@ -258,7 +279,7 @@ def _fade(colors: Array, points: Array) -> Array:
     return (1 - amount) * colors + amount * np.array(BACKGROUND)
 
 
-def _balls(points: Array, colors: Array, radius: float, pixels: float) -> Any:
+def _balls(points: Array, colors: Array, radii: Array, pixels: float) -> Any:
     """Build one mesh with a ball around each point, finer where a ball is large on the screen.
 
     The shading is in the vertex colours: it needs no lights, and a colour comes out as given where light falls on it.
@@ -271,7 +292,7 @@ def _balls(points: Array, colors: Array, radius: float, pixels: float) -> Any:
     shade = _AMBIENT + _DIFFUSE * np.clip(corners @ _LIGHT, 0, 1)
     triangles = np.asarray(ball.triangles) + len(corners) * np.arange(len(points))[:, None, None]
     mesh = o3d.geometry.TriangleMesh(
-        o3d.utility.Vector3dVector((points[:, None] + radius * corners).reshape(-1, 3)),
+        o3d.utility.Vector3dVector((points[:, None] + radii[:, None, None] * corners).reshape(-1, 3)),
         o3d.utility.Vector3iVector(triangles.reshape(-1, 3).astype(np.int32)),
     )
     shaded = np.clip(colors[:, None] * shade[:, None], 0, 1)

@@ -47,6 +47,18 @@ def visualize(tool):
     return tool("visualize")
 
 
+@pytest.fixture
+def sheet_of(visualize):
+    """The sheet that a command line draws."""
+
+    def make(*arguments):
+        parsed = visualize.build_parser().parse_intermixed_args([str(argument) for argument in arguments])
+        visualize.check_flags(parsed)
+        return visualize.make_sheet(parsed)
+
+    return make
+
+
 def grid_of(path):
     """Columns and rows of the tiles of a picture, and the share of it that is neither white nor a tile's background."""
     image = np.rint(255 * imread(path)[..., :3]).astype(int)
@@ -55,9 +67,8 @@ def grid_of(path):
     return tuple(starts), float((~tile & (image < 250).any(-1)).mean())
 
 
-def test_whole_split_has_the_accuracy_of_evaluate(visualize, checkpoint, test_set, capsys):
-    arguments = visualize.build_parser().parse_args(["--checkpoint", str(checkpoint), "--num-clouds", "36"])
-    _, _, marks, _ = visualize.predictions(arguments)
+def test_whole_split_has_the_accuracy_of_evaluate(sheet_of, checkpoint, test_set, capsys):
+    marks = sheet_of("--checkpoint", checkpoint, "--num-clouds", 36).marks
     *wrong, score = capsys.readouterr().out.splitlines()
     report = evaluate(load_model(checkpoint), BatchLoader(test_set, 36), device="cpu", progress=False)
     right = sum(row[index] for index, row in enumerate(report.confusion))
@@ -71,9 +82,9 @@ def test_whole_split_has_the_accuracy_of_evaluate(visualize, checkpoint, test_se
     assert len(wrong) == 36 - right
 
 
-def test_captions_say_what_the_model_says_wrong_ones_first(visualize, checkpoint, test_set):
-    arguments = visualize.build_parser().parse_args(["--checkpoint", str(checkpoint), "--num-clouds", "20"])
-    clouds, captions, marks, title = visualize.predictions(arguments)
+def test_captions_say_what_the_model_says_wrong_ones_first(sheet_of, checkpoint, test_set):
+    sheet = sheet_of("--checkpoint", checkpoint, "--num-clouds", 20)
+    clouds, captions, marks, title = sheet.clouds, sheet.captions, sheet.marks, sheet.title
     model = load_model(checkpoint, merge=True)
     wrong = [mark is not None for mark in marks]
     assert wrong == sorted(wrong, reverse=True) and len(clouds) == 20
@@ -95,11 +106,11 @@ def test_captions_say_what_the_model_says_wrong_ones_first(visualize, checkpoint
         assert doubts == pytest.approx(sorted(doubts), abs=1e-6), "the least probable truth first"
 
 
-def test_gallery_shows_each_class_once(visualize, shapes_root, repository, test_set, drawing, tmp_path, capsys):
+def test_gallery_shows_each_class_once(visualize, sheet_of, shapes_root, repository, test_set, drawing, tmp_path, capsys):
     command = ["--config", str(repository / "configs" / "demo.yaml"), f"data.root={shapes_root}", "data.num_points=128"]
-    clouds, captions, marks, _ = visualize.gallery(visualize.build_parser().parse_intermixed_args(command))
-    assert captions == test_set.class_names and marks is None
-    for index, cloud in enumerate(clouds):
+    sheet = sheet_of(*command)
+    assert sheet.captions == test_set.class_names and sheet.marks is None
+    for index, cloud in enumerate(sheet.clouds):
         matches = (test_set.points.float() == cloud).all(-1).all(-1).nonzero().flatten()
         assert test_set.labels[matches.item()] == index
     output = tmp_path / "gallery.png"
@@ -109,15 +120,15 @@ def test_gallery_shows_each_class_once(visualize, shapes_root, repository, test_
     assert grid == (4, 3) and ink > 0.05
 
 
-def test_training_clouds_are_drawn_without_augmentation(visualize, shapes_root, repository):
+def test_training_clouds_are_drawn_without_augmentation(sheet_of, shapes_root, repository):
     command = [
         "--config", str(repository / "configs" / "demo.yaml"), f"data.root={shapes_root}", "data.num_points=128",
         "--split", "train", "--num-clouds", "24",
     ]  # fmt: skip
-    clouds, captions, _, _ = visualize.gallery(visualize.build_parser().parse_intermixed_args(command))
+    sheet = sheet_of(*command)
     train = create_dataset("shapes", shapes_root, "train", num_points=128)
-    assert captions == [name for name in train.class_names for _ in range(2)]
-    for cloud in clouds:
+    assert sheet.captions == [name for name in train.class_names for _ in range(2)]
+    for cloud in sheet.clouds:
         assert (train.points.float() == cloud).all(-1).all(-1).sum() == 1
 
 
@@ -145,7 +156,7 @@ BAD = {
     "no such checkpoint": (["--checkpoint", "none.pt"], "none.pt: no such checkpoint file"),
     "no checkpoint": (["--checkpoint", "text.pt"], "text.pt: cannot be read as a checkpoint"),
     "no such config": (["--config", "none.yaml"], "none.yaml"),
-    "not a png": (["--checkpoint", "GOOD", "--output", "picture.jpg"], "picture.jpg: the picture is a PNG"),
+    "not a png": (["--checkpoint", "GOOD", "--output", "picture.jpg"], "picture.jpg: the picture is a PNG, PLY or HTML file"),
     "no folder": (["--checkpoint", "GOOD", "--output", "none/picture.png"], "folder none does not exist"),
     "no cloud": (
         ["--checkpoint", "GOOD", "--num-clouds", "0"],

@@ -1,0 +1,149 @@
+"""Which expert each token of a cloud goes to, and where in space the token lies."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError, did_you_mean
+from ..models import PointBERT, PointTransformer
+from ..ops import farthest_point_sample, gather_points
+from ..s2d.dispatch import Partition
+from ..s2d.mof import ExpertLayer, Plan
+
+
+@dataclass(frozen=True)
+class TokenExperts:
+    """What one training pass did with the tokens of one expert layer.
+
+    Attributes:
+        layer: its name.
+        experts: (B, T) int64, the expert of each token, of several the one with the greatest weight; -1: dropped.
+        positions: (B, T, 3), the tokens' places; tokens without one, such as the class token, are left out.
+        num_experts: K.
+    """
+
+    layer: str
+    experts: Tensor
+    positions: Tensor
+    num_experts: int
+
+
+def trace_experts(
+    model: nn.Module, points: Tensor, *, layer: str | None = None, passes: int = 1, seed: int = 0
+) -> list[TokenExperts]:
+    """Run clouds through a sparse model and note where its tokens go.
+
+    The expert layers are in training mode, so that they partition the tokens of the whole batch; everything else is in
+    evaluation mode and no weight or statistic changes. The model's modes and the random state are restored.
+
+    Args:
+        model: a `PointBERT` or `PointTransformer` with expert layers.
+        points: (B, N, 3), on the model's device.
+        layer: name of an expert layer; default: the first.
+        passes: how often, at least 1; each draws its own partition.
+        seed: of the partitions.
+
+    Returns:
+        One entry for each pass, on the CPU.
+
+    Raises:
+        InputError: no expert layer, not that one, or a model of another kind.
+
+    Example:
+        >>> from s2d3d import MoFConfig, convert_to_mof_, create_model
+        >>> model = create_model("point_bert_tiny", num_classes=2)
+        >>> _ = convert_to_mof_(model, MoFConfig(num_experts=4))
+        >>> trace_experts(model, torch.rand(2, 256, 3), passes=3)[0].experts.shape
+        torch.Size([2, 32])
+    """
+    if passes < 1:
+        raise InputError(f"passes is {passes}, must be at least 1")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, ExpertLayer)}
+    if not layers:
+        raise InputError("the model has no expert layer to draw; it needs a sparse model, such as checkpoints/last.pt")
+    if layer is not None and layer not in layers:
+        raise InputError(f"no expert layer '{layer}'{did_you_mean(layer, layers)} (there are: {', '.join(layers)})")
+    name = layer or next(iter(layers))
+    devices = [points.device] if points.is_cuda else []
+    modes = {module: module.training for module in model.modules()}
+    traced = []
+    try:
+        model.eval()
+        for expert_layer in layers.values():
+            expert_layer.train()
+        with torch.no_grad(), torch.random.fork_rng(devices), _positions(model, name) as places:
+            torch.manual_seed(seed)
+            for _ in range(passes):
+                with _plans(layers[name]) as plans:
+                    model(points)
+                experts = token_experts(plans[0]).view(plans[0].shape).cpu()
+                positions = places(points).cpu()
+                skipped = experts.shape[1] - positions.shape[1]  # the class token comes first
+                traced.append(TokenExperts(name, experts[:, skipped:], positions, layers[name].num_experts))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return traced
+
+
+def token_experts(plan: Plan) -> Tensor:
+    """Return the expert of each token (num_tokens,), of several the one with the greatest weight; -1: none.
+
+    Example:
+        >>> from s2d3d.s2d.dispatch import random_partition
+        >>> token_experts(Plan(random_partition(6, 4), None, torch.Size([6]))).bincount().tolist()
+        [2, 2, 1, 1]
+    """
+    partition: Partition = plan.partition
+    slots = torch.arange(len(partition.target), device=partition.target.device)
+    expert = slots // (len(slots) // partition.num_experts)
+    weights = torch.ones_like(slots, dtype=torch.float32) if plan.weights is None else plan.weights
+    # Written from the smallest to the greatest weight, so that the greatest stays; idle slots write into a spare row.
+    result = torch.full((partition.num_tokens + 1,), -1, device=slots.device)
+    for slot in weights.argsort(stable=True).tolist():
+        result[partition.target[slot]] = expert[slot]
+    return result[:-1]
+
+
+@contextlib.contextmanager
+def _plans(layer: ExpertLayer) -> Iterator[list[Plan]]:
+    """Note the plans of a layer's calls."""
+    plans, original = [], layer.dispatch
+
+    def dispatch(x: Tensor) -> tuple[Tensor, Plan | None]:
+        slots, plan = original(x)
+        plans.append(plan)
+        return slots, plan
+
+    layer.dispatch = dispatch
+    try:
+        yield plans
+    finally:
+        del layer.dispatch
+
+
+@contextlib.contextmanager
+def _positions(model: nn.Module, layer: str) -> Iterator:
+    """Yield a function that gives the places (B, T, 3) of a layer's tokens after the clouds went through the model."""
+    if isinstance(model, PointBERT):
+
+        def centers(points: Tensor) -> Tensor:
+            xyz = points[..., :3]
+            return gather_points(xyz, farthest_point_sample(xyz, model.num_group, skip_origin=model.fps_skip_origin))
+
+        yield centers
+    elif isinstance(model, PointTransformer):
+        seen: list[Tensor] = []
+        stage = model.get_submodule(layer.partition(".")[0])
+        handle = stage.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
+        try:
+            yield lambda points: seen[-1]
+        finally:
+            handle.remove()
+    else:
+        raise InputError(
+            f"{type(model).__name__}: where its tokens lie is not known; PointBERT or PointTransformer can"
+        )
