@@ -8,6 +8,10 @@ class InputError(ValueError):
     """Bad input from a user: a file, a key, a value. Says what, where, what to do; one line for each problem."""
 
 
+class UnreadableError(InputError):
+    """A file that is damaged, cut short, or was never of the kind that is asked for."""
+
+
 class TrainingError(RuntimeError):
     """A training that cannot go on. Says at which step, and where its last good checkpoint lies."""
 

@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 
-from .errors import InputError
+from .errors import InputError, UnreadableError
 
 _UNREADABLE = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
     struct.error,
     RuntimeError,
+    NotImplementedError,
+    OverflowError,
     EOFError,
     zlib.error,
     ValueError,
@@ -44,7 +46,8 @@ def load_data(
         allow: functions and classes that the pickle may call besides, as for `torch.serialization.safe_globals`.
 
     Raises:
-        InputError: the file is missing, damaged, or its pickle calls for anything else.
+        InputError: the file is missing.
+        UnreadableError: it is damaged, or its pickle calls for anything else.
 
     Example:
         >>> load_data("no/such.pt")
@@ -61,14 +64,21 @@ def load_data(
     except (*_UNREADABLE, OSError) as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise  # the file cannot be opened; without a name it is torch that seeks where there is nothing
-        raise InputError(f"{path}: cannot be read as a checkpoint ({_reason(error)})") from error
+        raise UnreadableError(f"{path}: cannot be read as a checkpoint ({_reason(error)})") from error
 
 
 def _check_sums(path: str | Path) -> None:
-    """Verify the checksums that `torch.save` wrote; torch does not, and would return changed weights."""
+    """Verify the checksums that `torch.save` wrote; torch does not, and would return changed weights.
+
+    Parts that are compressed or overlap, which `torch.save` never writes, could unpack to far more than the file.
+    """
     if not zipfile.is_zipfile(path):  # the format of before torch 1.6 has none
         return
     with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+        size = sum(part.file_size for part in parts)
+        if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or size > Path(path).stat().st_size:
+            raise zipfile.BadZipFile(f"damaged: its parts declare {size} bytes, more than there are")
         damaged = archive.testzip()
     if damaged:
         raise zipfile.BadZipFile(f"damaged: the checksum of its part {damaged} is wrong")

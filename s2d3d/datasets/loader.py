@@ -128,10 +128,7 @@ class BatchLoader:
         return voter
 
     def _batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-        count = len(self.dataset)
-        order = torch.arange(count)
-        if self.shuffle:
-            order = torch.randperm(count, generator=derived_generator(self.seed, "order", epoch))
+        order = self._order(epoch)
         steps = range(first, len(self))
         if not self.prefetch:
             for step in steps:
@@ -150,13 +147,37 @@ class BatchLoader:
                 for future in pending:
                     future.cancel()
 
+    def indices(self, epoch: int, step: int) -> Tensor:
+        """Return which shapes of the set, (b,) int64, this rank's batch `step` of `epoch` holds.
+
+        Raises:
+            InputError: negative, or `step` is not below `len(self)`.
+
+        Example:
+            >>> shapes = PointCloudDataset(torch.rand(10, 64, 3), torch.zeros(10), ["any"], num_points=64)
+            >>> BatchLoader(shapes, 4).indices(0, 2).tolist()
+            [8, 9]
+        """
+        if epoch < 0 or not 0 <= step < len(self):
+            raise InputError(f"batch is epoch {epoch}, step {step}; an epoch has {len(self)} steps")
+        return self._indices(self._order(epoch), step)
+
+    def _order(self, epoch: int) -> Tensor:
+        count = len(self.dataset)
+        if not self.shuffle:
+            return torch.arange(count)
+        return torch.randperm(count, generator=derived_generator(self.seed, "order", epoch))
+
+    def _indices(self, order: Tensor, step: int) -> Tensor:
+        batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+        return batch.tensor_split(self.world_size)[self.rank]
+
     def _load(self, order: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         points, labels = self._make(order, epoch, step)
         return (points.pin_memory(), labels.pin_memory()) if self.pin_memory else (points, labels)
 
     def _make(self, order: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        batch = order[step * self.batch_size : (step + 1) * self.batch_size]
-        indices = batch.tensor_split(self.world_size)[self.rank]
+        indices = self._indices(order, step)
         random = self.dataset.training if self._vote is None else self._vote > 0
         if self.augment is False or not random:
             # None keeps a transform that the user gave to a test set; the one of a training set is an augmentation.

@@ -1,56 +1,63 @@
 """Checkpoint files: written atomically, read without running code, complete enough to rebuild the model."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import InputError
+from ..atomic import replacing
+from ..errors import InputError, UnreadableError
 from ..models import create_model
 from ..s2d import MoFConfig, convert_to_mof_, is_sparse, merge_experts
 from ..unpickle import load_data
 from ..version import __version__
+from .runtime import package_versions
 
 FORMAT = "s2d3d"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MODEL_KEYS = ("model", "s2d", "state_dict", "class_names", "config")
 """What every checkpoint holds; one of a run under way has its training state besides."""
+MAX_EXPANSION = 4
+"""Bytes of weights for each byte of the file; views of one storage could declare any number."""
 
 
-def save_checkpoint(path: str | Path, payload: dict[str, Any]) -> Path:
+def save_checkpoint(path: str | Path, payload: dict[str, Any], *, previous: str | Path | None = None) -> Path:
     """Write a checkpoint atomically: after a crash `path` holds either the old file or the new one, whole.
+
+    Every part of it carries a checksum, which `load_checkpoint` verifies.
 
     Args:
         path: where to; its folder exists.
         payload: as `model_payload` makes it, possibly with more keys; tensors and plain Python types only.
+        previous: where the checkpoint that `path` holds now is kept.
 
     Returns:
         The path.
 
+    Raises:
+        OSError: it cannot be written, for example because the disk is full; `path` is as before.
+
     Example:
         >>> save_checkpoint("dense.pt", load_checkpoint("runs/demo/merged.pt"))  # doctest: +SKIP
     """
-    path = Path(path)
-    payload = {"format": FORMAT, "format_version": FORMAT_VERSION, "s2d3d_version": __version__, **payload}
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(payload, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    header = {"format": FORMAT, "format_version": FORMAT_VERSION, "s2d3d_version": __version__}
+    header["versions"] = package_versions()
+    with replacing(path, previous=previous) as file:
+        torch.save(header | payload, file)
+    return Path(path)
 
 
 def load_checkpoint(path: str | Path, *, map_location: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a checkpoint of this package; pickled code is never run.
+    """Read a checkpoint of this package, of this format version or an older one; pickled code is never run.
+
+    Returns:
+        What `save_checkpoint` was given, and `format`, `format_version`, `s2d3d_version` and `versions`. The content is
+        that of the present version, into which older files are translated.
 
     Raises:
-        InputError: the file is missing, damaged, not a checkpoint of this package, incomplete, or of a newer format.
+        InputError: the file is missing, or of a newer format.
+        UnreadableError: it is damaged, incomplete or not a checkpoint of this package.
 
     Example:
         >>> load_checkpoint("runs/demo/merged.pt")["class_names"][:2]  # doctest: +SKIP
@@ -60,12 +67,17 @@ def load_checkpoint(path: str | Path, *, map_location: torch.device | str = "cpu
         raise InputError(f"{path}: is a folder; name the file, such as {Path(path) / 'merged.pt'}")
     payload = load_data(path, map_location=map_location)
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
-        raise InputError(f"{path}: not a checkpoint of s2d3d; it needs one written by tools/train.py or tools/merge.py")
+        what = "it needs one written by tools/train.py or tools/merge.py"
+        raise UnreadableError(f"{path}: not a checkpoint of s2d3d; {what}")
     version = payload.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if type(version) is not int or version < 1:
+        raise UnreadableError(f"{path}: checkpoint is damaged, its format_version cannot be what s2d3d wrote")
+    if version > FORMAT_VERSION:
         newest = f"this s2d3d {__version__} reads up to {FORMAT_VERSION}"
         raise InputError(f"{path}: checkpoint format {version}, {newest}; update s2d3d")
     _check_content(payload, path)
+    for older in range(version, FORMAT_VERSION):
+        payload = _MIGRATIONS[older](payload)
     return payload
 
 
@@ -95,7 +107,13 @@ def model_payload(
         if mof.kind == "topk":
             experts |= {"top_k": mof.top_k, "capacity_factor": mof.capacity_factor}
     return {
-        "model": {"name": name, "num_classes": len(class_names), "in_channels": in_channels, "kwargs": kwargs},
+        "model": {
+            "name": name,
+            "num_classes": len(class_names),
+            "in_channels": in_channels,
+            "kwargs": kwargs,
+            "up_axis": "z",
+        },
         "s2d": experts,
         "state_dict": model.state_dict(),
         "class_names": list(class_names),
@@ -125,7 +143,8 @@ def build_model(payload: dict[str, Any], *, where: str, merge: bool = False) -> 
     description, experts = payload["model"], payload["s2d"]
     if merge:
         require_mergeable(payload, where)
-    try:
+
+    def build() -> nn.Module:
         model = create_model(
             description["name"],
             num_classes=description["num_classes"],
@@ -136,8 +155,15 @@ def build_model(payload: dict[str, Any], *, where: str, merge: bool = False) -> 
             router = {key: experts[key] for key in ("kind", "top_k", "capacity_factor") if key in experts}
             mof = MoFConfig(experts["num_experts"], tuple(experts["targets"]), experts["every"], **router)
             convert_to_mof_(model, mof)
-    except (KeyError, TypeError, ValueError) as error:
+        return model
+
+    try:
+        with torch.device("meta"):  # a description of terabytes must not cost any before it is compared
+            plan = build()
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise InputError(f"{where}: the checkpoint's model description is unusable ({_first_line(error)})") from error
+    check_weights(plan, payload["state_dict"], where=where)
+    model = build()
     load_weights_(model, payload["state_dict"], where=where)
     return (merge_experts(model, inplace=True) if merge else model).eval()
 
@@ -148,6 +174,15 @@ def load_weights_(model: nn.Module, state_dict: dict[str, torch.Tensor], *, wher
     Raises:
         InputError: keys or shapes differ; the message counts and names them.
     """
+    check_weights(model, state_dict, where=where)
+    try:
+        model.load_state_dict(state_dict)
+    except (RuntimeError, TypeError) as error:  # sparse, quantised or complex tensors
+        raise InputError(f"{where}: does not fit the model: {_first_line(error)}") from error
+
+
+def check_weights(model: nn.Module, state_dict: dict[str, torch.Tensor], *, where: str) -> None:
+    """Raise InputError unless `state_dict` has the keys and shapes of a model, which may be on the meta device."""
     own = model.state_dict()
     missing, unexpected = own.keys() - state_dict.keys(), state_dict.keys() - own.keys()
     shapes = [key for key in own.keys() & state_dict.keys() if own[key].shape != state_dict[key].shape]
@@ -162,7 +197,6 @@ def load_weights_(model: nn.Module, state_dict: dict[str, torch.Tensor], *, wher
     ]
     if problems:
         raise InputError(f"{where}: does not fit the model: {', '.join(problems)}")
-    model.load_state_dict(state_dict)
 
 
 def require_sparse(payload: dict[str, Any], where: str) -> None:
@@ -188,18 +222,39 @@ def _check_content(payload: dict[str, Any], path: str | Path) -> None:
     """Refuse a file that lacks a part of what `model_payload` makes, or holds one of another kind."""
     missing = [key for key in MODEL_KEYS if key not in payload]
     if missing:
-        raise InputError(f"{path}: checkpoint is incomplete, {', '.join(missing)} missing")
+        raise UnreadableError(f"{path}: checkpoint is incomplete, {', '.join(missing)} missing")
     weights, names, experts = payload["state_dict"], payload["class_names"], payload["s2d"]
     fits = {
         "model": isinstance(payload["model"], dict),
         "s2d": experts is None or isinstance(experts, dict),
-        "state_dict": isinstance(weights, dict) and all(isinstance(value, torch.Tensor) for value in weights.values()),
+        "state_dict": isinstance(weights, dict) and _is_state_dict(weights, MAX_EXPANSION * Path(path).stat().st_size),
         "class_names": isinstance(names, list) and all(isinstance(name, str) for name in names),
         "config": isinstance(payload["config"], dict),
     }
     wrong = [key for key in MODEL_KEYS if not fits[key]]
     if wrong:
-        raise InputError(f"{path}: checkpoint is damaged, its {', '.join(wrong)} cannot be what s2d3d wrote")
+        raise UnreadableError(f"{path}: checkpoint is damaged, its {', '.join(wrong)} cannot be what s2d3d wrote")
+
+
+def _is_state_dict(weights: dict, max_bytes: int) -> bool:
+    if not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in weights.items()):
+        return False
+    return sum(value.numel() * value.element_size() for value in weights.values()) <= max_bytes
+
+
+def _from_version_1(payload: dict[str, Any]) -> dict[str, Any]:
+    """Add what version 2 says explicitly: the kind of experts, the vertical axis, versions in files without a run."""
+    experts = payload["s2d"]
+    return payload | {
+        "format_version": 2,
+        "model": {"up_axis": "z"} | payload["model"],
+        "s2d": None if experts is None else {"kind": "rup"} | experts,
+        "versions": payload.get("versions", {}),
+    }
+
+
+_MIGRATIONS = {1: _from_version_1}
+"""Version -> what translates its content to the next."""
 
 
 def _first_line(error: Exception) -> str:

@@ -1,11 +1,18 @@
 """What makes a checkpoint the continuation of a run: its progress, and a config that agrees."""
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, UnreadableError
+from .checkpoint import load_checkpoint
 from .config import Config, parse_config
+from .run_folder import RunFolder, find_checkpoint
+
+logger = logging.getLogger(__name__)
 
 MAY_CHANGE = (
     "output_dir", "data.root", "data.cache_dir", "train.device", "train.num_threads", "train.compile",
@@ -30,6 +37,62 @@ class Progress:
     """Training time of the epoch under way, without evaluation."""
     best: float | None = None
     """Best selection score so far: validation OA, or the training loss with its sign turned."""
+
+    def __post_init__(self) -> None:
+        counts = (self.epoch, self.step, self.updates)
+        if any(type(count) is not int or count < 0 for count in counts):
+            raise ValueError(f"epoch, step and updates are {counts}")
+        if not all(isinstance(value, (int, float)) for value in (self.seconds, self.best or 0.0)):
+            raise ValueError(f"seconds and best are {self.seconds!r} and {self.best!r}")
+
+    def is_best(self, history: list[dict[str, Any]]) -> bool:
+        """Tell whether the epoch that has just ended, the last row of the log, is the best one so far."""
+        return self.step == 0 and bool(history) and selection_score(history[-1]) == self.best
+
+
+def selection_score(row: dict[str, Any]) -> float:
+    """Return what the best epoch is chosen by: validation OA, without a validation part the negative training loss."""
+    return row["val_oa"] if "val_oa" in row else -row["train_loss"]
+
+
+def read_run(path: str | Path, *, warn: bool = True) -> tuple[Path, dict[str, Any]]:
+    """Read the checkpoint to continue from; in a run folder whose last one is damaged, the one before it.
+
+    Args:
+        path: a checkpoint, or a run folder.
+        warn: log a warning when it is the one before; one process of several is enough.
+
+    Returns:
+        The file that was read, and its content.
+
+    Raises:
+        InputError: there is none, it cannot be read, or neither of the two can.
+    """
+    checkpoint, folder = find_checkpoint(path), RunFolder(path)
+    reason = f"{folder.last}: no such file"
+    if checkpoint != folder.previous:
+        try:
+            return checkpoint, load_checkpoint(checkpoint)
+        except UnreadableError as error:
+            if checkpoint != folder.last or not folder.previous.is_file():
+                raise
+            reason = str(error)
+    state = load_checkpoint(folder.previous)
+    if warn:
+        logger.warning(f"warning: {reason}; continuing from the checkpoint before it, {folder.previous}")
+    return folder.previous, state
+
+
+@contextlib.contextmanager
+def restoring(where: str) -> Iterator[None]:
+    """Turn what a training state of another shape causes inside into an InputError that names its file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"{where}: its training state cannot be what s2d3d wrote ({reason})") from error
 
 
 def check_same_run(state: dict[str, Any], config: Config, path: Path) -> None:

@@ -1,15 +1,16 @@
 """The folder of one run: what lies where, and how it is written."""
 
 import csv
+import fcntl
 import io
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..atomic import link_or_copy, replacing, sweep
 from ..errors import InputError
 
 
@@ -17,8 +18,8 @@ class RunFolder:
     """Paths and writers of a run folder; every file appears whole or not at all.
 
     `config.yaml` (resolved), `environment.json`, `log.csv`, `metrics.json`, `checkpoints/last.pt`,
-    `checkpoints/best.pt` and `merged.pt`, or `final.pt` where experts stay (`s2d.kind: topk`); with `train.keep_every`
-    also `checkpoints/epoch_NNN.pt`.
+    `checkpoints/previous.pt` (what last.pt was before), `checkpoints/best.pt` and `merged.pt`, or `final.pt` where
+    experts stay (`s2d.kind: topk`); with `train.keep_every` also `checkpoints/epoch_NNN.pt`.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -28,9 +29,12 @@ class RunFolder:
         self.log = self.root / "log.csv"
         self.metrics = self.root / "metrics.json"
         self.last = self.root / "checkpoints" / "last.pt"
+        self.previous = self.root / "checkpoints" / "previous.pt"
         self.best = self.root / "checkpoints" / "best.pt"
+        self.aside = self.root / "checkpoints" / "last.aside.pt"
         self.merged = self.root / "merged.pt"
         self.final = self.root / "final.pt"
+        self._claim: int | None = None
 
     def check(self, *, resume: Path | None = None, force: bool = False) -> None:
         """Tell whether a run may start here; nothing is changed.
@@ -51,15 +55,51 @@ class RunFolder:
         check_writable(self.root)
 
     def create(self, *, resume: Path | None = None, force: bool = False) -> None:
-        """Make the folder for a new run, or for one that continues; see `check`."""
+        """Make the folder for a new run, or for one that continues, and claim it; see `check`.
+
+        What a killed process left half written is removed. When the run continues from its previous.pt, that becomes
+        last.pt, so that both are whole again after the next checkpoint; the old last.pt is kept as last.aside.pt.
+
+        Raises:
+            InputError: as `check`; another process writes to this folder.
+        """
         self.check(resume=resume, force=force)
+        self.last.parent.mkdir(parents=True, exist_ok=True)
+        self._claim_folder()
         if not self._is_own(resume):
             for path in self._present():
                 path.unlink()
-        self.last.parent.mkdir(parents=True, exist_ok=True)
+        elif resume.resolve() == self.previous.resolve():
+            if self.last.exists():
+                os.replace(self.last, self.aside)
+            link_or_copy(self.previous, self.last)
+        sweep(self.root, self.last.parent)
+
+    def release(self) -> None:
+        """Let another process write here; the end of the process does it as well."""
+        if self._claim is not None:
+            os.close(self._claim)
+            self._claim = None
+
+    def _claim_folder(self) -> None:
+        """Hold a lock on the folder itself, which leaves no file behind and ends with the process, however it ends."""
+        self.release()
+        self._claim = os.open(self.root, os.O_RDONLY)
+        try:
+            fcntl.flock(self._claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.release()
+            raise InputError(
+                f"{self.root}: another process is training here; wait for it, or choose another output_dir"
+            ) from error
+        except OSError:  # a network file system without such locks: nobody can tell
+            self.release()
 
     def _present(self) -> list[Path]:
-        files = (self.config, self.environment, self.log, self.metrics, self.last, self.best, self.merged, self.final)
+        files = (
+            self.config, self.environment, self.log, self.metrics, self.last, self.previous, self.best, self.aside,
+            self.merged, self.final,
+        )  # fmt: skip
         return [path for path in (*files, *self.all_kept().values()) if path.exists()]
 
     def _is_own(self, checkpoint: Path | None) -> bool:
@@ -76,13 +116,7 @@ class RunFolder:
 
     def mark_best(self) -> None:
         """Let best.pt be what last.pt is now, without writing it again where the file system can link."""
-        temporary = self.best.with_name("best.pt.tmp")
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(self.last, temporary)
-        except OSError:
-            shutil.copyfile(self.last, temporary)
-        os.replace(temporary, self.best)
+        link_or_copy(self.last, self.best)
 
     def write_log(self, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
         """Write all rows so far as CSV; values that a row lacks stay empty."""
@@ -113,13 +147,8 @@ def check_writable(folder: Path) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file atomically."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -128,14 +157,15 @@ def write_json(path: str | Path, content: Any) -> None:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """Return the checkpoint that `path` means: a file, or the last one of a run folder.
+    """Return the checkpoint that `path` means: a file, or the last one of a run folder, if that is gone the previous.
 
     Raises:
         InputError: there is none.
     """
     path = Path(path)
     if path.is_dir():
-        path = RunFolder(path).last
+        folder = RunFolder(path)
+        path = folder.last if folder.last.is_file() or not folder.previous.is_file() else folder.previous
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint to resume from; start anew without --resume")
     return path

@@ -1,23 +1,32 @@
 """The machine a run lives on: device, processes, threads, memory allocator, random state, versions."""
 
+import contextlib
 import ctypes
 import importlib.metadata
 import os
 import platform
 import random
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from ..errors import InputError
+from ..errors import InputError, TrainingError
 from ..version import __version__
 from .config_types import DEVICE_NAMES
+
+PEER_TIMEOUT = timedelta(minutes=10)
+"""How long a process waits for the others at one collective operation: for those that hang. Dead ones show at once."""
+_PEER_GONE = re.compile(
+    r"gloo|nccl|connection (closed|reset|refused|was)|timed? ?out|broken pipe|tcpstore|socket|process ?group", re.I
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,7 @@ def start_runtime(device: str = "auto", num_threads: int | None = None) -> Runti
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=PEER_TIMEOUT)
     return Runtime(chosen, dist.get_rank(), dist.get_world_size())
 
 
@@ -68,6 +77,30 @@ def stop_runtime(runtime: Runtime) -> None:
     """Leave the process group."""
     if runtime.is_distributed and dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def watching_peers(runtime: Runtime, folder: Path | str) -> Iterator[None]:
+    """Turn what a collective operation raises when another process is gone into a message.
+
+    Args:
+        runtime: of this process; alone, nothing is done.
+        folder: of the run, to name in the message.
+
+    Raises:
+        TrainingError: another process has ended, or has not answered for `PEER_TIMEOUT`.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        known = isinstance(error, dist.DistError) or _PEER_GONE.search(str(error))
+        if isinstance(error, TrainingError) or not runtime.is_distributed or not known:
+            raise
+        reason = " ".join(str(error).split())[:160]
+        raise TrainingError(
+            f"process {runtime.rank} of {runtime.world_size}: another process of this run has ended or does not answer "
+            f"({reason}); see its message above, if it left one, and continue with --resume {folder}"
+        ) from error
 
 
 def choose_device(name: str) -> torch.device:

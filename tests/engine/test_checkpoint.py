@@ -75,7 +75,7 @@ def test_content_comes_back_with_the_version_that_wrote_it(path):
     _, payload = payload_of()
     loaded = load_checkpoint(save(path, payload | {"progress": {"epoch": 3}}))
     assert loaded.pop("s2d3d_version") == __version__ and loaded.pop("format") == "s2d3d"
-    assert loaded.pop("format_version") == 1
+    assert loaded.pop("format_version") == 2 and loaded.pop("versions")["torch"] == torch.__version__.partition("+")[0]
     assert same(loaded, payload | {"progress": {"epoch": 3}})
     assert set(payload) == set(MODEL_KEYS)
     assert payload["s2d"] == {"kind": "rup", "num_experts": 3, "targets": ["*.mlp"], "every": 2}
@@ -150,7 +150,7 @@ def test_the_new_content_is_on_disk_before_it_takes_the_place(path, monkeypatch)
     monkeypatch.setattr(os, "fsync", lambda descriptor: (calls.append("fsync"), fsync(descriptor)))
     monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("replace"), replace(*paths)))
     save(path, payload_of()[1])
-    assert calls == ["fsync", "replace"]
+    assert calls == ["fsync", "replace", "fsync"], "content, then name, then the folder that holds the name"
 
 
 # What cannot be read
@@ -167,7 +167,7 @@ def test_newer_format_names_both_versions(path, monkeypatch):
     monkeypatch.setattr(module, "FORMAT_VERSION", 7)
     save(path, payload_of()[1])
     monkeypatch.undo()
-    assert refusal(path) == f"checkpoint format 7, this s2d3d {__version__} reads up to 1; update s2d3d"
+    assert refusal(path) == f"checkpoint format 7, this s2d3d {__version__} reads up to 2; update s2d3d"
 
 
 @pytest.mark.parametrize("content", [{"state_dict": {}}, [1, 2], torch.zeros(2), {"format": "other"}, "s2d3d", None])

@@ -1,0 +1,113 @@
+"""Files that appear whole or not at all, whatever happens while they are written."""
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+SUFFIX = ".tmp"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path, *, previous: str | Path | None = None) -> Iterator[BinaryIO]:
+    """Give a binary file to write to, which takes the place of `path` when the body ends without an error.
+
+    The content is on disk before it gets the name, so that after a power cut `path` holds the old content or the new
+    one. A process that is killed leaves `path` as it was, and `path.tmp`, which the next one overwrites.
+
+    Args:
+        path: replaced when it exists; its folder exists.
+        previous: where the old content of `path` is kept. At no moment is neither of the two there.
+
+    Raises:
+        OSError: the file cannot be written; it names `path`, also where a library hides the reason, as torch does.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "greeting")
+        >>> with replacing(path) as file:
+        ...     _ = file.write(b"hello")
+        >>> path.read_bytes()
+        b'hello'
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + SUFFIX)
+    watched = None
+    try:
+        with open(temporary, "wb") as file:
+            watched = _Watched(file)
+            yield watched
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            link_or_copy(path, Path(previous))
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        cause = getattr(watched, "error", None) or error
+        if not isinstance(cause, OSError) or cause.errno is None or cause.filename not in (None, str(temporary)):
+            raise
+        advice = "free space and try again; " if cause.errno in _FULL else ""
+        text = f"cannot be written ({cause.strerror}); {advice}what was there before is unchanged"
+        raise OSError(cause.errno, text, str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):  # a disk that failed may fail again; the first error counts
+            temporary.unlink(missing_ok=True)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Let `target` be the content of `source`, atomically; not written again where the file system can link."""
+    temporary = target.with_name(target.name + SUFFIX)
+    temporary.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sweep(*folders: Path) -> list[Path]:
+    """Remove what killed processes left half written in folders that nobody else writes to; return what was removed."""
+    stale = [path for folder in folders if folder.is_dir() for path in folder.glob(f"*{SUFFIX}") if path.is_file()]
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return stale
+
+
+class _Watched:
+    """A file that remembers why writing to it failed: torch turns the error into one about positions."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        try:
+            self.file.flush()
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put a new name on disk too; file systems that cannot say so keep their own promises."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
