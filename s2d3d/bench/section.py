@@ -1,0 +1,197 @@
+"""What the subcommands have in common: their settings, and the form of their results."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from .hardware import hardware
+from .interleave import Comparison, Start, Timer, local, make_timer
+from .stats import Spread, fit_exponent, spread
+from .worker import workers
+
+Choice = TypeVar("Choice")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure.
+
+    Attributes:
+        device: of all contestants.
+        num_threads: of every process.
+        rounds: of every comparison; None lets each choose.
+        quick: tiny sizes and two rounds, to see that everything works; its numbers mean nothing.
+        root: a data set in ModelNet layout for the `data` section; None makes procedural shapes.
+        compile: also measure compiled models.
+        force_bf16: measure bf16 even where there is no unit for it.
+        seed: of weights and inputs.
+    """
+
+    device: torch.device
+    num_threads: int
+    rounds: int | None = None
+    quick: bool = False
+    root: Path | None = None
+    compile: bool = False
+    force_bf16: bool = False
+    seed: int = 0
+
+    def pick(self, full: Choice, quick: Choice) -> Choice:
+        """Return the size to use: the first, or the second in the quick form."""
+        return quick if self.quick else full
+
+    def interleaving(self, rounds: int, *, warmup: int = 2, min_seconds: float = 0.0) -> dict[str, Any]:
+        """Return the keywords of `interleave` that say how long to measure."""
+        if self.quick:
+            return {"rounds": self.rounds or 2, "warmup": 1}
+        return {"rounds": self.rounds or rounds, "warmup": warmup, "min_seconds": min_seconds}
+
+    @property
+    def timer(self) -> Timer:
+        return make_timer(self.device)
+
+    def here(self) -> Start:
+        """Start contestants in this process."""
+        return local(self.timer)
+
+    def apart(self) -> Start:
+        """Start each contestant in a process of its own."""
+        return workers(self.device, self.num_threads)
+
+
+@dataclass
+class Measure:
+    """One number of the result, or why there is none.
+
+    Attributes:
+        value: the median where it was measured in rounds.
+        low: its lower quartile.
+        high: its upper quartile.
+        reason: why it was not measured.
+    """
+
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    reason: str = ""
+
+
+@dataclass
+class Series:
+    """A cost against a size.
+
+    Attributes:
+        name: what grows.
+        title: what is timed.
+        expected: exponent that the arithmetic has for large sizes.
+        sizes: in ascending order.
+        seconds: medians.
+        rounds: seconds of every round, by size.
+        note: why measured and expected exponent may differ.
+    """
+
+    name: str
+    title: str
+    expected: float
+    sizes: list[float]
+    seconds: list[float]
+    rounds: list[list[float]] = field(default_factory=list)
+    note: str = ""
+
+    @property
+    def exponent(self) -> float:
+        """Exponent fitted to all sizes."""
+        return fit_exponent(self.sizes, self.seconds)
+
+    @property
+    def last_exponent(self) -> float:
+        """Exponent between the two largest sizes, where constant costs matter least."""
+        return fit_exponent(self.sizes[-2:], self.seconds[-2:])
+
+
+@dataclass
+class Section:
+    """The results of one subcommand.
+
+    Attributes:
+        name: the subcommand.
+        title: for readers.
+        hardware: see `hardware`.
+        settings: in plain types.
+        comparisons: in order of measurement.
+        series: costs against sizes.
+        measures: numbers by key; the keys of all sections are distinct.
+        facts: lines for readers: title and text.
+    """
+
+    name: str
+    title: str
+    hardware: dict[str, Any]
+    settings: dict[str, Any]
+    comparisons: list[Comparison] = field(default_factory=list)
+    series: list[Series] = field(default_factory=list)
+    measures: dict[str, Measure] = field(default_factory=dict)
+    facts: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def device(self) -> str:
+        return self.hardware["device"]
+
+    def add(self, key: str, value: float | Spread | None, reason: str | None = None) -> None:
+        """Note a measure under `<device>.<section>.<key>`; without a value, the reason."""
+        key = f"{self.device}.{self.name}.{key}"
+        if value is None:
+            self.measures[key] = Measure(reason=reason or "not measured")
+        elif isinstance(value, Spread):
+            self.measures[key] = Measure(value.median, value.low, value.high)
+        else:
+            self.measures[key] = Measure(float(value))
+
+    def add_ratio(self, key: str, comparison: Comparison, name: str, base: str) -> None:
+        """Note the time of `name` over that of `base`, or why it is missing."""
+        reason = comparison.missing(name, base)
+        self.add(key, None if reason else comparison.ratio(name, base), reason)
+
+    def add_speedup(self, key: str, comparison: Comparison, name: str, base: str) -> None:
+        """Note the time of `base` over that of `name`, or why it is missing."""
+        reason = comparison.missing(name, base)
+        self.add(key, None if reason else comparison.speedup(name, base), reason)
+
+    def add_rate(self, key: str, comparison: Comparison, name: str) -> None:
+        """Note the samples of a second, or why it is missing."""
+        reason = comparison.missing(name)
+        rates = None if reason else spread([comparison.samples / seconds for seconds in comparison.times[name]])
+        self.add(key, rates, reason)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain types for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "Section":
+        """Return what `to_dict` made plain."""
+        parts = {
+            "comparisons": [Comparison(**comparison) for comparison in content["comparisons"]],
+            "series": [Series(**series) for series in content["series"]],
+            "measures": {key: Measure(**measure) for key, measure in content["measures"].items()},
+        }
+        return cls(**{**content, **parts})
+
+
+def new_section(name: str, title: str, settings: Settings) -> Section:
+    """Return an empty section that knows where and how it is measured."""
+    plain = {**asdict(settings), "device": str(settings.device), "root": settings.root and settings.root.name}
+    return Section(name, title, hardware(settings.device, settings.num_threads), plain)
+
+
+def series_from(comparison: Comparison, sizes: Sequence[float], *, expected: float, note: str = "") -> Series:
+    """Turn a comparison of sizes, whose contestants are in their order, into a series."""
+    rounds = [comparison.times[name] for name in comparison.times]
+    seconds = [spread(times).median for times in rounds]
+    assert len(rounds) == len(sizes), "every size took part"
+    assert all(math.isfinite(value) and value > 0 for value in seconds), "times are positive"
+    return Series(comparison.name, comparison.title, expected, list(sizes), seconds, rounds, note)

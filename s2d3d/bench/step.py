@@ -1,0 +1,102 @@
+"""The whole training step: dense against S2D, ours against the reference modules, and what memory it takes."""
+
+from functools import partial
+
+from .gpu import measure_throughput
+from .hardware import missing_bf16
+from .interleave import DEFAULT, KEPT, Contestant, interleave
+from .losses import loss_gap
+from .presets import PUBLIC_BERT, PUBLIC_TRANSFORMER, SMALL_BERT, SPARSE_TRANSFORMER, spec_for
+from .section import Section, Settings, new_section
+from .training import ModelSpec, build_step, expert_bytes, step_flops
+from .versus import DENSE, EXPERTS, REFERENCE_A, SPARSE, add_rates, add_versus, contestants
+from .worker import WorkerRunner
+
+AGAIN = "ours, dense again"
+
+
+def measure(settings: Settings) -> Section:
+    """Measure training steps and their peak memory.
+
+    Raises:
+        InputError: contestants of equal mathematics disagree, or a process dies.
+    """
+    section = new_section("step", "Training step", settings)
+    add_rates(section, settings)
+    bert, transformer = (spec_for(preset, settings) for preset in (PUBLIC_BERT, PUBLIC_TRANSFORMER))
+    _against_reference(section, settings, "point_bert", bert, sparse=True)
+    _against_reference(section, settings, "point_transformer", transformer, sparse=False)
+    for name, preset in (("point_bert_small", SMALL_BERT), ("point_transformer_ffn", SPARSE_TRANSFORMER)):
+        _dense_and_sparse(section, settings, name, spec_for(preset, settings))
+    _memory(section, settings, bert)
+    reason = None if settings.force_bf16 else missing_bf16(settings.device)
+    section.add("point_bert.bf16_loss_gap", None if reason else loss_gap(bert, settings), reason)
+    if settings.device.type == "cuda":
+        measure_throughput(section, settings, bert)
+    return section
+
+
+def _against_reference(section: Section, settings: Settings, name: str, spec: ModelSpec, *, sparse: bool) -> None:
+    present = contestants(build_step, spec, settings)
+    if sparse:
+        own = partial(build_step, spec.but(experts=EXPERTS))
+        present.append(Contestant(SPARSE, own, note=f"{EXPERTS} experts in every second FFN, EWA"))
+    comparison = interleave(
+        f"{name} step",
+        present,
+        title=f"{name}: training step, batch {spec.batch}, {spec.points} points",
+        start=settings.apart(),
+        base=REFERENCE_A,
+        samples=spec.batch,
+        **settings.interleaving(8),
+    )
+    section.comparisons.append(comparison)
+    if sparse:
+        section.add_ratio(f"{name}.s2d", comparison, SPARSE, DENSE)
+    add_versus(section, settings, name, comparison, step_flops(spec))
+
+
+def _dense_and_sparse(section: Section, settings: Settings, name: str, spec: ModelSpec) -> None:
+    comparison = interleave(
+        f"{name} step",
+        [
+            Contestant(DENSE, partial(build_step, spec)),
+            Contestant(SPARSE, partial(build_step, spec.but(experts=EXPERTS)), note="EWA included"),
+            Contestant(AGAIN, partial(build_step, spec), note="the same once more: its ratio is noise"),
+        ],
+        title=f"{name}: training step, batch {spec.batch}, {spec.points} points",
+        start=settings.apart(),
+        samples=spec.batch,
+        **settings.interleaving(12, min_seconds=0.2),
+    )
+    section.comparisons.append(comparison)
+    section.add_ratio(f"{name}.s2d", comparison, SPARSE, DENSE)
+    section.add_ratio(f"{name}.noise", comparison, AGAIN, DENSE)
+    section.add_rate(f"{name}.samples_per_second", comparison, DENSE)
+
+
+def _memory(section: Section, settings: Settings, spec: ModelSpec) -> None:
+    """Compare the peak memory of a few steps of fresh processes with what the additional experts need."""
+    sparse = spec.but(experts=EXPERTS)
+    allowed = expert_bytes(sparse)
+    section.add("memory.experts_mib", allowed / 2**20)
+    allocators = (KEPT,) if settings.device.type == "cuda" else (KEPT, DEFAULT)
+    for allocator in allocators:
+        suffix = "" if allocator == KEPT else "_default"
+        dense_peak, sparse_peak = (peak_of_steps(own, allocator, settings) for own in (spec, sparse))
+        section.add(f"memory.dense_mib{suffix}", dense_peak / 2**20)
+        section.add(f"memory.s2d_mib{suffix}", sparse_peak / 2**20)
+        section.add(f"memory.extra{suffix}", (sparse_peak - dense_peak) / allowed)
+
+
+def peak_of_steps(spec: ModelSpec, allocator: str, settings: Settings, steps: int = 3) -> float:
+    """Return the most bytes that a fresh process holds over a few training steps, above those before the model.
+
+    On a CPU that is its resident memory, what the allocator keeps or fragments included; on a GPU, its tensors.
+    """
+    runner = WorkerRunner(spec.name, partial(build_step, spec), allocator, settings.device, settings.num_threads)
+    try:
+        runner.run(steps)
+        return runner.facts()["peak_bytes_above_start"]
+    finally:
+        runner.close()

@@ -1,0 +1,128 @@
+"""Results as tables: Markdown for `docs/benchmarks.md`, which reads well on a terminal too."""
+
+from collections.abc import Sequence
+
+from .interleave import Comparison
+from .section import Section, Series
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table with aligned columns; the first is text, numbers in others are on the right.
+
+    Example:
+        >>> print(table(["name", "ms"], [["a", "1.0"], ["bcdef", "12.0"]]))
+        | name  |   ms |
+        | ----- | ---: |
+        | a     |  1.0 |
+        | bcdef | 12.0 |
+    """
+    widths = [max(3, *(len(row[column]) for row in [head, *rows])) for column in range(len(head))]
+    right = [column > 0 and all(_is_number(row[column]) for row in rows) for column in range(len(head))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(cells, widths, right)]
+        return f"| {' | '.join(padded)} |"
+
+    rule = [("-" * (w - 1) + ":") if r else "-" * w for w, r in zip(widths, right)]
+    return "\n".join([line(head), line(rule), *map(line, rows)])
+
+
+def comparison_table(comparison: Comparison) -> str:
+    """Return times, spreads and ratios of all contestants; those that did not take part, and why, follow."""
+    unit, factor = ("ms", 1e3) if comparison.time(comparison.base).median < 10 else ("s", 1.0)
+    rows = []
+    for name in comparison.times:
+        time, ratio = comparison.time(name), comparison.ratio(name)
+        distance = comparison.deviations.get(name)
+        rows.append(
+            [
+                name,
+                _number(time.median * factor),
+                f"{_number(time.low * factor)}-{_number(time.high * factor)}",
+                f"{ratio.median:.2f}",
+                f"{ratio.low:.2f}-{ratio.high:.2f}",
+                *([f"{comparison.samples / time.median:,.1f}"] if comparison.samples else []),
+                "base" if name == comparison.base else "-" if distance is None else f"{distance:.1e}",
+                comparison.notes.get(name, ""),
+            ]
+        )
+    head = ["contestant", unit, "quartiles", "ratio", "quartiles", *(["items/s"] if comparison.samples else []),
+            "deviation", "note"]  # fmt: skip
+    rounds = len(next(iter(comparison.times.values())))
+    repeated = f" of {comparison.repeat} runs" if comparison.repeat > 1 else ""
+    lines = [
+        f"**{comparison.title}** ({rounds} rounds{repeated}; ratios to '{comparison.base}')",
+        "",
+        table(head, rows),
+    ]
+    if comparison.skipped:
+        lines += ["", *(f"- {name}: did not take part: {reason}" for name, reason in comparison.skipped.items())]
+    return "\n".join(lines)
+
+
+def series_table(series: Sequence[Series]) -> str:
+    """Return costs against sizes with measured and expected exponents."""
+    rows = []
+    for one in series:
+        costs = ", ".join(f"{size:,.0f}: {_number(1e3 * cost)}" for size, cost in zip(one.sizes, one.seconds))
+        rows.append(
+            [one.name, one.title, costs, f"{one.exponent:.2f}", f"{one.last_exponent:.2f}", f"{one.expected:.0f}",
+             one.note]
+        )  # fmt: skip
+    return table(["size", "what", "ms", "exponent", "of the last two", "expected", "note"], rows)
+
+
+def section_text(section: Section) -> str:
+    """Return everything that a section measured."""
+    parts = [comparison_table(comparison) for comparison in section.comparisons]
+    if section.series:
+        parts.insert(0, series_table(section.series))
+    shown = {name for name in section.measures if _stands_alone(name)}
+    if shown:
+        rows = [[key.split(".", 2)[2], _measure(section, key)] for key in section.measures if key in shown]
+        parts.append(table(["measure", "value"], rows))
+    parts += [f"{title}: {text}." for title, text in section.facts.items()]
+    return "\n\n".join(parts)
+
+
+def hardware_lines(section: Section) -> list[str]:
+    """Return lines on the machine, its software and its load."""
+    machine = section.hardware
+    versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items() if version)
+    absent = ", ".join(name for name, version in machine["packages"].items() if not version)
+    allocator = machine["allocator"]
+    chosen = ", ".join(f"{key}={value}" for key, value in allocator["set_by_user"].items()) or "none"
+    return [
+        f"- processor: {machine['processor']}; units: {', '.join(machine['cpu_flags']) or 'unknown'}; "
+        f"{machine['memory_gib']} GiB of memory",
+        f"- GPU: {machine['gpu'] or 'none used'}" + (f", CUDA {machine['cuda']}" if machine["cuda"] else ""),
+        f"- threads: {machine['num_threads']}; load average at the start: "
+        + ", ".join(f"{value:.2f}" for value in machine["load_average"]),
+        f"- allocator: {allocator['libc']}; as shipped: {allocator['shipped']}; set by the user: {chosen}",
+        f"- software: Python {machine['python']}, {versions}" + (f"; not installed: {absent}" if absent else ""),
+        f"- code: {machine['git_commit'] or 'not a checkout'}, {machine['time']}",
+    ]
+
+
+def _stands_alone(key: str) -> bool:
+    """Tell whether a measure says what no table says: rates, memory, limits, plans."""
+    words = ("matmul_", "memory.", "limit_", "gflop", "plan.", "seeds_", "loss_gap", "weak_scaling")
+    return any(word in key for word in words)
+
+
+def _measure(section: Section, key: str) -> str:
+    measure = section.measures[key]
+    if measure.value is None:
+        return f"not measured: {measure.reason}"
+    quartiles = "" if measure.low is None else f" ({_number(measure.low)}-{_number(measure.high)})"
+    return f"{_number(measure.value)}{quartiles}"
+
+
+def _number(value: float) -> str:
+    if value >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def _is_number(cell: str) -> bool:
+    return cell.replace(",", "").replace(".", "").isdigit()

@@ -1,0 +1,214 @@
+"""What was asked for: each target with its bound, and what decides whether it is reached."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .section import Measure
+
+AT_MOST, AT_LEAST, EQUALS = "at most", "at least", "equals"
+EQUAL_WITHIN = 0.01
+"""A ratio equals its bound when this close, or when the bound lies between its quartiles."""
+PLACEHOLDER = re.compile(r"\{([\w.]+):([^}]*)\}")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A number asked for.
+
+    Attributes:
+        key: of the measure.
+        title: for readers.
+        sense: `AT_MOST`, `AT_LEAST` or `EQUALS`.
+        bound: in the measure's unit.
+        unit: "x" for ratios, "%" for fractions, else as it is written behind the number.
+        why: what decides it; `{key:format}` stands for a measure.
+        missed: what to add where it is missed.
+    """
+
+    key: str
+    title: str
+    sense: str
+    bound: float
+    unit: str = "x"
+    why: str = ""
+    missed: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A target with what became of it.
+
+    Attributes:
+        target: the target.
+        state: "hit", "missed" or "not measured".
+        measured: the number with its quartiles as text; "not measured: REASON" where there is none.
+        why: the reasons, with numbers filled in.
+    """
+
+    target: Target
+    state: str
+    measured: str
+    why: str
+
+
+_TRAIN_LIMIT = (
+    "matrix products alone would allow {{cpu.step.{0}.limit_{1}:.2f}}x at the {{cpu.step.matmul_float32:.0f}} GFLOP/s "
+    "attained here beside (float32, the FFN's size)"
+)
+_EVALUATION_LIMIT = (
+    "matrix products alone would allow {{cpu.inference.{0}.limit_{1}:.2f}}x at the "
+    "{{cpu.inference.matmul_float32:.0f}} GFLOP/s attained here beside"
+)
+_ALLOCATOR = "; with the system's allocator ours takes {{cpu.{0}.{1}.allocator:.2f}}x its time as shipped"
+_EXTRA_WEIGHTS = "gradients, clipping, AdamW and EWA of the additional weights take time that no batch size shortens"
+_BF16 = "attained matrix products: {cpu.step.matmul_bf16:.0f} GFLOP/s in bf16, {cpu.step.matmul_float32:.0f} in float32"
+
+
+def _versus(name: str, title: str, train: tuple[float, float], evaluate: tuple[float, float]) -> list[Target]:
+    """Return the targets of a model against its reference module, in training and evaluation, conditions A and B."""
+    listed = []
+    for section, verb, bounds, limit in (
+        ("step", "training", train, _TRAIN_LIMIT),
+        ("inference", "evaluation", evaluate, _EVALUATION_LIMIT),
+    ):
+        for condition, bound in zip("AB", bounds):
+            why = limit.format(name, condition)
+            why += _ALLOCATOR.format(section, name) if condition == "A" else ""
+            listed.append(
+                Target(
+                    f"cpu.{section}.{name}.{condition}",
+                    f"{title}, {verb}, condition {condition}, against its reference", AT_LEAST, bound, why=why,
+                )
+            )  # fmt: skip
+    return listed
+
+
+TARGETS: tuple[Target, ...] = (
+    Target(
+        "cpu.layer.rup", "RUP-MoF layer over the dense FFN", AT_MOST, 1.03,
+        why="the same matrix products, in slices, beside a permutation, a gather and a scatter; a loop over experts: "
+        "{cpu.layer.loop:.2f}x",
+        missed="the gradients of 4x the weights are written as well",
+    ),
+    Target(
+        "cpu.step.point_bert.s2d", "S2D step over the dense step, EWA included, ViT-S", AT_MOST, 1.03,
+        why="experts in 6 of 12 FFNs", missed=_EXTRA_WEIGHTS,
+    ),
+    Target(
+        "cpu.step.point_bert_small.s2d", "the same, point_bert_small", AT_MOST, 1.03,
+        why="the same step against itself: {cpu.step.point_bert_small.noise:.2f}x", missed=_EXTRA_WEIGHTS,
+    ),
+    Target(
+        "cpu.step.point_transformer_ffn.s2d", "the same, Point Transformer with FFNs", AT_MOST, 1.03,
+        why="the same step against itself: {cpu.step.point_transformer_ffn.noise:.2f}x", missed=_EXTRA_WEIGHTS,
+    ),
+    Target(
+        "cpu.step.memory.extra", "peak memory of S2D above dense, over the additional experts' state", AT_MOST, 1.0,
+        why="{cpu.step.memory.dense_mib:.0f} and {cpu.step.memory.s2d_mib:.0f} MiB at the peak; parameters, gradients "
+        "and moments of the additional experts: {cpu.step.memory.experts_mib:.0f} MiB; with the system's allocator the "
+        "ratio is {cpu.step.memory.extra_default:.2f}",
+    ),
+    *_versus("point_bert", "ViT-S Point-BERT", (1.5, 1.2), (1.4, 1.15)),
+    Target(
+        "cpu.step.point_bert.bf16_A", "ViT-S, training in bf16 against the float32 reference, condition A",
+        AT_LEAST, 2.5, why=_BF16,
+    ),
+    Target(
+        "cpu.inference.point_bert.bf16_A", "ViT-S, evaluation in bf16 against the float32 reference, condition A",
+        AT_LEAST, 2.0, why=_BF16,
+    ),
+    Target(
+        "cpu.step.point_bert.bf16_loss_gap", "mean loss of 200 steps in bf16 against float32", AT_MOST, 0.02, unit="%",
+        why="same weights, batches and dropout",
+    ),
+    Target(
+        "cpu.data.prefix.point_bert", "samples of the data path over those that ViT-S training consumes",
+        AT_LEAST, 20.0,
+        why="{cpu.data.prefix.samples_per_second:.0f} samples/s in one process from cached farthest-point prefixes",
+    ),
+    Target(
+        "cpu.data.prefix.point_bert_small", "the same, point_bert_small", AT_LEAST, 20.0,
+        why="a step of the small model is short",
+    ),
+    *_versus("point_transformer", "Point Transformer as published", (1.5, 1.5), (1.5, 1.5)),
+    Target(
+        "cpu.inference.point_bert.merged", "evaluation of the merged model over the dense one, ViT-S", EQUALS, 1.0,
+        why="the same modules; the dense model against itself: {cpu.inference.point_bert.noise:.3f}x",
+    ),
+    Target(
+        "cpu.inference.point_bert_small.merged", "the same, point_bert_small", EQUALS, 1.0,
+        why="the dense model against itself: {cpu.inference.point_bert_small.noise:.3f}x",
+    ),
+    Target("cuda.step.batch_512.s2d", "GPU: S2D step over the dense step, ViT-S, batch 512, bf16", AT_MOST, 1.05),
+    Target(
+        "cuda.step.batch_512.samples_per_second", "GPU: ViT-S training at batch 512", AT_LEAST, 10000.0,
+        unit="samples/s",
+        why="batch 32: {cuda.step.batch_32.samples_per_second:.0f} samples/s; four seeds side by side: "
+        "{cuda.step.seeds_4.samples_per_second:.0f}",
+    ),
+)  # fmt: skip
+
+
+def judge(target: Target, measures: Mapping[str, Measure]) -> Verdict:
+    """Tell whether a target is reached.
+
+    Args:
+        target: what was asked for.
+        measures: of all sections, by key. A key that is missing was not measured.
+
+    Example:
+        >>> judge(Target("a", "A", AT_MOST, 1.03), {"a": Measure(1.02, 1.01, 1.04)}).measured
+        '1.02x (1.01-1.04)'
+    """
+    measure = measures.get(target.key)
+    why = fill(target.why, measures)
+    if measure is None or measure.value is None:
+        reason = measure.reason if measure else _missing(target.key)
+        return Verdict(target, "not measured", f"not measured: {reason}", "")
+    value = measure.value
+    if target.sense == AT_MOST:
+        hit = value <= target.bound
+    elif target.sense == AT_LEAST:
+        hit = value >= target.bound
+    else:
+        inside = measure.low is not None and measure.low <= target.bound <= measure.high
+        hit = inside or math.isclose(value, target.bound, abs_tol=EQUAL_WITHIN)
+    if not hit and target.missed:
+        why = f"{why}; {fill(target.missed, measures)}" if why else fill(target.missed, measures)
+    return Verdict(target, "hit" if hit else "missed", format_measure(measure, target.unit), why)
+
+
+def fill(text: str, measures: Mapping[str, Measure]) -> str:
+    """Replace `{key:format}` by the measure's value, or by "(not measured)"."""
+
+    def value(match: re.Match) -> str:
+        measure = measures.get(match[1])
+        return "(not measured)" if measure is None or measure.value is None else format(measure.value, match[2])
+
+    return PLACEHOLDER.sub(value, text)
+
+
+def format_bound(target: Target) -> str:
+    """Return sense and bound as text."""
+    digits = f"{target.bound:,.2f}" if target.unit == "x" else f"{target.bound:g}"
+    number = {"x": f"{digits}x", "%": f"{100 * target.bound:g} %"}.get(
+        target.unit, f"{target.bound:,.0f} {target.unit}"
+    )
+    return f"{target.sense} {number}"
+
+
+def format_measure(measure: Measure, unit: str) -> str:
+    """Return a value with its quartiles as text."""
+    show = {"x": lambda v: f"{v:,.2f}", "%": lambda v: f"{100 * v:.2f}"}.get(unit, lambda v: f"{v:,.0f}")
+    end = {"x": "x", "%": " %"}.get(unit, f" {unit}")
+    quartiles = "" if measure.low is None else f" ({show(measure.low)}-{show(measure.high)})"
+    return f"{show(measure.value)}{end}{quartiles}"
+
+
+def _missing(key: str) -> str:
+    device, section, *_ = key.split(".")
+    if device == "cuda":
+        return "no GPU was at hand"
+    return f"section '{section}' was not run, or not on the processor"

@@ -1,0 +1,200 @@
+"""Tasks of whole models: one training step, or one batch of evaluation, of ours or of a reference module."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from .. import models
+from ..engine.optim import build_optimizer
+from ..s2d import EWA, MoFConfig, convert_to_mof_, merge_experts
+from ..s2d.ewa import expert_layers
+from .interleave import Skip, Task
+from .reference import our_model, reference_model
+
+NUM_CLASSES = 40
+CLIP = 10.0
+LEARNING_RATE = 5e-4
+SHARE_RATE = 0.3
+BF16_TOLERANCE = 0.5
+"""Of a logit in bf16, whose numbers have 8 bits: enough to notice another model, no more."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model to measure, in plain picklable values.
+
+    Attributes:
+        name: of `create_model`.
+        kwargs: keywords that differ from its defaults.
+        source: "ours" or "reference".
+        experts: 0 for dense; otherwise every second FFN has so many.
+        merged: the experts are merged before.
+        folded: BatchNorm is folded into the linear layers, for evaluation.
+        precision: "float32", or "bf16" for autocast.
+        fused: use the fused AdamW; otherwise torch's default.
+        compile: compile the model.
+        batch: clouds of one run.
+        points: of a cloud.
+        device: as torch names it.
+        seed: of weights and clouds.
+    """
+
+    name: str = "point_bert"
+    kwargs: dict[str, object] = field(default_factory=dict)
+    source: str = "ours"
+    experts: int = 0
+    merged: bool = False
+    folded: bool = False
+    precision: str = "float32"
+    fused: bool = True
+    compile: bool = False
+    batch: int = 32
+    points: int = 1024
+    device: str = "cpu"
+    seed: int = 0
+
+    def but(self, **changes: object) -> "ModelSpec":
+        """Return a copy with other values."""
+        return replace(self, **changes)
+
+
+def clouds(batch: int, points: int, seed: int = 0, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
+    """Make random clouds (B, N, 3) in the unit sphere, thick shells, and labels (B,)."""
+    generator = torch.Generator().manual_seed(seed)
+    xyz = F.normalize(torch.randn(batch, points, 3, generator=generator), dim=-1)
+    xyz = xyz * (0.5 + 0.5 * torch.rand(batch, points, 1, generator=generator))
+    return xyz.to(device), torch.randint(NUM_CLASSES, (batch,), generator=generator).to(device)
+
+
+def build_model(spec: ModelSpec) -> nn.Module:
+    """Build the model that a specification describes, with the weights that all of its kind share.
+
+    Raises:
+        Skip: there is no such model here.
+    """
+    if spec.source == "reference":
+        model = reference_model(spec.name, NUM_CLASSES, spec.kwargs, spec.seed)
+    else:
+        model = our_model(spec.name, NUM_CLASSES, spec.kwargs, spec.seed)
+    if spec.experts:
+        convert_to_mof_(model, MoFConfig(num_experts=spec.experts))
+    if spec.merged:
+        merge_experts(model, inplace=True)
+    if spec.folded:
+        fold = getattr(models, "fold_batchnorm", None)
+        if fold is None:
+            raise Skip("this version of the package folds no BatchNorm")
+        model = fold(model.eval())
+    return model.to(spec.device)
+
+
+def build_step(spec: ModelSpec) -> Task:
+    """Make the task of one training step: forward, backward, clipping, AdamW and, with experts, EWA."""
+    model = build_model(spec).train()
+    points, labels = clouds(spec.batch, spec.points, spec.seed, spec.device)
+    if spec.fused:
+        optimizer = build_optimizer(model, name="adamw", lr=LEARNING_RATE, weight_decay=0.05)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
+    ewa = EWA(model, share_rate=SHARE_RATE, schedule="constant", total_steps=1) if spec.experts else None
+    parameters = list(model.parameters())
+    network = torch.compile(model) if spec.compile else model
+    precision = partial(autocast, spec)
+
+    def step() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with precision():
+            logits = network(points)
+        loss = F.cross_entropy(logits.float(), labels)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, CLIP, foreach=True)
+        optimizer.step()
+        if ewa:
+            ewa.step()
+        return loss.detach()
+
+    return Task(step, partial(logits_of, model, points, precision))
+
+
+def build_inference(spec: ModelSpec) -> Task:
+    """Make the task of one batch of evaluation."""
+    model = build_model(spec).eval()
+    points, _ = clouds(spec.batch, spec.points, spec.seed, spec.device)
+    network = torch.compile(model) if spec.compile else model
+    precision = partial(autocast, spec)
+
+    @torch.inference_mode()
+    def run() -> Tensor:
+        with precision():
+            return network(points)
+
+    return Task(run, lambda: [run().float()])
+
+
+def autocast(spec: ModelSpec) -> torch.autocast:
+    """Return the context of a specification's precision."""
+    return torch.autocast(torch.device(spec.device).type, torch.bfloat16, enabled=spec.precision == "bf16")
+
+
+def logits_of(model: nn.Module, points: Tensor, precision: Callable[[], torch.autocast]) -> list[Tensor]:
+    """Return the logits in evaluation and in training without dropout, where experts differ from their mean."""
+    with torch.no_grad(), precision():
+        evaluated = model.eval()(points).float()
+        with without_dropping(model):
+            trained = model.train()(points).float()
+    return [evaluated, trained]
+
+
+@contextlib.contextmanager
+def without_dropping(model: nn.Module) -> Iterator[None]:
+    """Let dropout and drop path of a model, ours or a reference, drop nothing for a while."""
+    places = [
+        (module, name)
+        for module in model.modules()
+        for name in ("p", "drop_prob", "rate")
+        if isinstance(getattr(module, name, None), float)
+    ]
+    values = [getattr(module, name) for module, name in places]
+    for module, name in places:
+        setattr(module, name, 0.0)
+    try:
+        yield
+    finally:
+        for (module, name), value in zip(places, values):
+            setattr(module, name, value)
+
+
+def step_flops(spec: ModelSpec) -> int:
+    """Count the floating-point operations of the matrix products of one training step, forward and backward."""
+    model = build_model(spec.but(compile=False)).train()
+    points, labels = clouds(spec.batch, spec.points, spec.seed, spec.device)
+    with FlopCounterMode(display=False) as counter:
+        F.cross_entropy(model(points), labels).backward()
+    return counter.get_total_flops()
+
+
+def inference_flops(spec: ModelSpec) -> int:
+    """Count the floating-point operations of the matrix products of one batch of evaluation."""
+    model = build_model(spec.but(compile=False)).eval()
+    points, _ = clouds(spec.batch, spec.points, spec.seed, spec.device)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(points)
+    return counter.get_total_flops()
+
+
+def expert_bytes(spec: ModelSpec) -> int:
+    """Return what the additional experts need in training: parameters, gradients and two moments of AdamW."""
+    model = build_model(spec)
+    layers = expert_layers(model)
+    additional = sum(
+        parameter.nbytes * (layer.num_experts - 1) // layer.num_experts
+        for layer in layers
+        for parameter in layer.expert_parameters()
+    )
+    return 4 * additional
