@@ -106,7 +106,7 @@ def rooms(names: set[str]) -> set[str]:
 def test_the_reader_of_imports_sees_them():
     assert {"s2d", "models", "datasets", "errors", "engine"} <= rooms(IMPORTS["engine.trainer"])
     assert {"torch", "tqdm", ".models", ".engine.config"} <= IMPORTS["engine.trainer"]
-    assert rooms(IMPORTS["engine.config"]) >= {"models", "s2d"}, "inside of functions"
+    assert rooms(IMPORTS["engine.config_schema"]) >= {"models", "s2d"}, "inside of functions"
     assert FOLDERS == ["datasets", "engine", "models", "s2d", "viz"]
     example = ast.parse("import s2d3d.engine.cli\nfrom s2d3d.models import x\nfrom .. import errors\nfrom . import y")
     assert imports_of("viz.plots", example) == {".engine.cli", ".models", ".errors", ".viz.y"}

@@ -1,5 +1,6 @@
 """YAML in, one line per problem out: strict reading, overrides, and the wording of what a schema refuses."""
 
+import copy
 import re
 import reprlib
 import types
@@ -105,18 +106,33 @@ def apply_overrides(mapping: dict, overrides: Sequence[str]) -> tuple[dict[tuple
             lines.append(f"{where}: {_yaml_error(error, text)[1]}")
             continue
         lines += [Problem(loc + problem.loc, problem.text).line(where) for problem in problems]
-        section = mapping
-        for depth, part in enumerate(loc[:-1], 1):
-            if part not in section:
-                section[part] = {}
-                origins[loc[:depth]] = where
-            section = section[part]
-            if not isinstance(section, dict):
-                lines.append(Problem(loc, f"'{'.'.join(loc[:depth])}' is not a section").line(where))
-                break
-        else:
-            section[loc[-1]] = value
-            origins = {place: name for place, name in origins.items() if place[: len(loc)] != loc} | {loc: where}
+        origins, problem = _set(mapping, loc, value, where, origins)
+        lines += problem
+    return origins, lines
+
+
+def set_values(
+    mapping: dict, values: Mapping[str, object], where: str, origins: Mapping[tuple[str, ...], str]
+) -> tuple[dict[tuple[str, ...], str], list[str]]:
+    """Set values by dotted key, such as {"s2d.share_rate": 0.1}, in `mapping`, in place.
+
+    Args:
+        mapping: the config so far.
+        values: what to set.
+        where: names the source of the values in errors.
+        origins: which source each place set so far comes from.
+
+    Returns:
+        `origins` with the places that were set, and one line per problem.
+    """
+    origins, lines = dict(origins), []
+    for key, value in values.items():
+        loc = tuple(key.split("."))
+        if not all(loc):
+            lines.append(f"{where}: {show(key)}: expected section.key")
+            continue
+        origins, problem = _set(mapping, loc, copy.deepcopy(value), where, origins)
+        lines += problem
     return origins, lines
 
 
@@ -167,6 +183,23 @@ def show(value: object) -> str:
 def one_line(error: object) -> str:
     """Return the message of an error without line breaks."""
     return " ".join(str(error).split())
+
+
+def _set(
+    mapping: dict, loc: tuple[str, ...], value: object, where: str, origins: dict[tuple[str, ...], str]
+) -> tuple[dict[tuple[str, ...], str], list[str]]:
+    """Set one value in place; return the origins with its own, and a line if its place is none."""
+    section, made = mapping, {}
+    for depth, part in enumerate(loc[:-1], 1):
+        if part not in section:
+            section[part] = {}
+            made[loc[:depth]] = where
+        section = section[part]
+        if not isinstance(section, dict):
+            return origins | made, [Problem(loc, f"'{'.'.join(loc[:depth])}' is not a section").line(where)]
+    section[loc[-1]] = value
+    kept = {place: name for place, name in origins.items() if place[: len(loc)] != loc}
+    return kept | made | {loc: where}, []
 
 
 class _Short(reprlib.Repr):

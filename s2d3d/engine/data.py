@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..datasets import BatchLoader, PointCloudDataset, build_augmentation, create_dataset
 from ..errors import InputError
-from .config import DataConfig
+from .config_schema import DataConfig
 
 
 def build_dataset(data: DataConfig, split: str, *, seed: int) -> PointCloudDataset:

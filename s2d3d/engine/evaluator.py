@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ class ClassificationReport:
         class_names: in the order of `confusion`.
         num_samples: samples evaluated.
         votes: passes whose logits were averaged.
+        correct: one character for each sample in the order of the set, "1" where it was classified correctly, else "0".
     """
 
     oa: float
@@ -35,6 +37,7 @@ class ClassificationReport:
     class_names: list[str]
     num_samples: int
     votes: int = 1
+    correct: str = ""
 
     def to_dict(self) -> dict[str, object]:
         """Return plain types for JSON."""
@@ -114,16 +117,20 @@ def evaluate(
         class_names = list(known) or [str(index) for index in range(classes)]
     confusion = torch.zeros(len(class_names), len(class_names), dtype=torch.int64)
     loss_sum = torch.zeros((), dtype=torch.float64)
+    hits: list[str] = []
     if passes[0]:
         labels = torch.cat([label for _, label in passes[0]])
         logits = sum(torch.cat([logit for logit, _ in batches]) for batches in passes) / votes
         _check_outputs(logits, labels, len(class_names))
         confusion = confusion_matrix(logits.argmax(1), labels, len(class_names))
         loss_sum = F.cross_entropy(logits.double(), labels, reduction="sum")
+        parts = (logits.argmax(1) == labels).split([len(label) for _, label in passes[0]])
+        hits = ["".join("01"[hit] for hit in part.tolist()) for part in parts]
     if ranks > 1:
         for counts in (confusion, loss_sum):
             _all_reduce(counts, torch.device(device))
-    return _report(confusion, float(loss_sum), class_names, votes)
+        hits = _gather_in_order(hits, ranks)
+    return _report(confusion, float(loss_sum), class_names, votes, "".join(hits))
 
 
 def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
@@ -239,7 +246,14 @@ def _all_reduce(counts: Tensor, device: torch.device) -> None:
     counts.copy_(reduced)
 
 
-def _report(confusion: Tensor, loss_sum: float, class_names: list[str], votes: int) -> ClassificationReport:
+def _gather_in_order(hits: list[str], ranks: int) -> list[str]:
+    """Put together what the ranks have of each global batch; the last one may lack some of them."""
+    everyone: list[list[str]] = [[] for _ in range(ranks)]
+    dist.all_gather_object(everyone, hits)
+    return [part for batch in zip_longest(*everyone, fillvalue="") for part in batch]
+
+
+def _report(confusion: Tensor, loss_sum: float, class_names: list[str], votes: int, hits: str) -> ClassificationReport:
     support, correct = confusion.sum(1), confusion.diag()
     accuracy = [int(c) / int(s) if s else None for c, s in zip(correct, support)]
     present = [a for a in accuracy if a is not None]
@@ -253,4 +267,5 @@ def _report(confusion: Tensor, loss_sum: float, class_names: list[str], votes: i
         class_names=list(class_names),
         num_samples=total,
         votes=votes,
+        correct=hits,
     )

@@ -5,6 +5,8 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
+from ..s2d.mof import ExpertLayer
+
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
 
@@ -21,17 +23,38 @@ def no_decay_names(model: nn.Module) -> set[str]:
     return names | set(listed)
 
 
-def build_optimizer(model: nn.Module, *, name: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, *, name: str, lr: float, weight_decay: float, lr_multiplier: float = 1.0
+) -> torch.optim.Optimizer:
     """Build timm's optimizer `name` with two groups of parameters: decayed and not.
 
     AdamW and Adam are the fused ones: the default implementation is several times slower on stacked weights.
+
+    Args:
+        model: dense, or with experts.
+        name: one that timm knows.
+        lr: peak learning rate, greater than 0.
+        weight_decay: at least 0. AdamW multiplies it by the rate of the group, hence by `lr_multiplier` as well.
+        lr_multiplier: factor on the rate of the experts' parameters, greater than 0; routers are no experts. Other than
+            1 it splits both groups in two, the experts' come last. It is the `lr_scale` that timm's schedulers know,
+            so the factor holds at every update, warm-up and end included.
+
+    Example:
+        >>> len(build_optimizer(nn.Linear(3, 2), name="adamw", lr=1e-3, weight_decay=0.05).param_groups)
+        2
     """
-    skip = no_decay_names(model)
-    trainable = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for key, p in trainable if key not in skip], "weight_decay": weight_decay},
-        {"params": [p for key, p in trainable if key in skip], "weight_decay": 0.0},
-    ]
+    skip, experts = no_decay_names(model), set()
+    if lr_multiplier != 1:
+        layers = (layer for layer in model.modules() if isinstance(layer, ExpertLayer))
+        experts = {parameter for layer in layers for parameter in layer.expert_parameters()}
+    groups = []
+    for special in (False, True):
+        trainable = [(key, p) for key, p in model.named_parameters() if p.requires_grad and (p in experts) == special]
+        scale = {"lr": lr * lr_multiplier, "initial_lr": lr, "lr_scale": lr_multiplier} if special else {}
+        groups += [
+            {"params": [p for key, p in trainable if key not in skip], "weight_decay": weight_decay, **scale},
+            {"params": [p for key, p in trainable if key in skip], "weight_decay": 0.0, **scale},
+        ]
     options = {"fused": True} if name in ("adam", "adamw") else {}
     groups = [group for group in groups if group["params"]]
     return create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=weight_decay, **options)
@@ -50,7 +73,8 @@ def build_scheduler(
 
     Linear warm-up from `warmup_lr`, then "cosine" to `min_lr`, or "constant". The rate depends on n alone.
     """
-    lr = optimizer.param_groups[0]["lr"]
+    first = optimizer.param_groups[0]
+    lr = first.get("initial_lr", first["lr"])
     return CosineLRScheduler(
         optimizer,
         t_initial=total_steps,

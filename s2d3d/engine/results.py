@@ -1,6 +1,7 @@
 """What a finished run says about itself: metrics.json, and the table at the end."""
 
 import contextlib
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,6 +48,8 @@ def run_metrics(
     seed: int,
     train_seconds: float,
     parameters: Mapping[str, int],
+    split: str,
+    shapes: Sequence[str],
 ) -> dict[str, Any]:
     """Return the content of metrics.json: accuracies of the last epoch, parameters, time.
 
@@ -56,8 +59,12 @@ def run_metrics(
         seed: of the run.
         train_seconds: training time, without evaluation.
         parameters: number of parameters, "training" and afterwards.
+        split: that was evaluated, "test" or "validation".
+        shapes: names of its shapes, in order; a digest of them tells whether two runs were scored on the same.
     """
     return {
+        "split": split,
+        "shapes": hashlib.blake2b("\n".join(shapes).encode(), digest_size=8).hexdigest(),
         "epochs": progress.epoch,
         "updates": progress.updates,
         "seed": seed,

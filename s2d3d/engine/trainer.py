@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import logging
 import time
 from pathlib import Path
@@ -25,6 +26,7 @@ from .checkpoint import load_checkpoint, load_weights_, model_payload, save_chec
 from .config import Config, dump_config
 from .data import build_dataset, build_test_loader, check_classes
 from .evaluator import ClassificationReport, evaluate, recalibrate_batchnorm_
+from .midway import merge_midway_
 from .optim import build_optimizer, build_scheduler
 from .results import norms_behind_experts, run_metrics, run_summary
 from .resume import Progress, check_same_run
@@ -149,6 +151,7 @@ class Trainer:
         tests = dict(batch_size=cfg.eval.batch_size, seed=cfg.seed, **ranks)
         self.test_loader = build_test_loader(test, cfg.data, **tests)
         self.val_loader = build_test_loader(validation, cfg.data, **tests) if validation else None
+        self.scored_loader = self.val_loader if cfg.eval.split == "validation" else self.test_loader
         self.plain_train_loader = BatchLoader(train, cfg.eval.batch_size, augment=False)
         self.steps_per_epoch = len(self.train_loader)
         self.total_updates = self.steps_per_epoch * cfg.train.epochs
@@ -167,6 +170,11 @@ class Trainer:
         self.converted = convert_to_mof_(dense, self.mof) if cfg.s2d.kind != "none" else []
         self.routed = [module for module in dense.modules() if isinstance(module, TopKMoE)]
         self.model = dense.to(runtime.device)
+        self.training_parameters = sum(p.numel() for p in self.model.parameters())
+        self._wrap_model()
+
+    def _wrap_model(self) -> None:
+        cfg, runtime = self.config, self.runtime
         self.network: nn.Module = self.model
         if runtime.is_distributed:
             devices = [runtime.device] if runtime.device.type == "cuda" else None
@@ -176,9 +184,28 @@ class Trainer:
 
     def _build_optimizer(self) -> None:
         cfg = self.config
-        self.optimizer = build_optimizer(
-            self.model, name=cfg.optim.name, lr=cfg.optim.lr, weight_decay=cfg.optim.weight_decay
+        self._schedule(self._new_optimizer(self.model))
+        self.ewa, self.merge_at = None, None
+        if self.converted:
+            active = self.total_updates
+            if cfg.s2d.active_fraction < 1:
+                active = self.merge_at = max(1, round(cfg.s2d.active_fraction * self.total_updates))
+            self.ewa = EWA(
+                self.model, share_rate=cfg.s2d.share_rate, schedule=cfg.s2d.schedule, total_steps=active,
+                stop_fraction=cfg.s2d.stop_fraction, rise_fraction=cfg.s2d.rise_fraction,
+                optimizer=self.optimizer if cfg.s2d.average_moments else None,
+            )  # fmt: skip
+        self.ema = ModelEmaV3(self.model, decay=cfg.train.ema_decay) if cfg.train.ema_decay else None
+
+    def _new_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        optim, multiplier = self.config.optim, self.config.s2d.lr_multiplier
+        return build_optimizer(
+            model, name=optim.name, lr=optim.lr, weight_decay=optim.weight_decay, lr_multiplier=multiplier
         )
+
+    def _schedule(self, optimizer: torch.optim.Optimizer) -> None:
+        cfg = self.config
+        self.optimizer = optimizer
         self.scheduler = build_scheduler(
             self.optimizer,
             schedule=cfg.optim.schedule,
@@ -187,13 +214,16 @@ class Trainer:
             warmup_steps=round(cfg.optim.warmup_epochs * self.steps_per_epoch),
             total_steps=self.total_updates,
         )
-        self.ewa = None
-        if self.converted:
-            self.ewa = EWA(
-                self.model, share_rate=cfg.s2d.share_rate, schedule=cfg.s2d.schedule, total_steps=self.total_updates,
-                stop_fraction=cfg.s2d.stop_fraction,
-            )  # fmt: skip
-        self.ema = ModelEmaV3(self.model, decay=cfg.train.ema_decay) if cfg.train.ema_decay else None
+
+    def _leave_experts(self) -> None:
+        """Merge the experts and go on dense (`s2d.active_fraction`); everything that holds parameters follows."""
+        self.network = self.ewa = None  # DDP takes its hooks off the parameters before they are wrapped again
+        gc.collect()
+        self._schedule(merge_midway_(self.model, self.optimizer, self._new_optimizer))
+        if self.ema:
+            merge_experts(self.ema.module, inplace=True)
+        self._wrap_model()
+        self.network.train()
 
     @torch.no_grad()
     def _try_batch(self) -> None:
@@ -258,6 +288,9 @@ class Trainer:
                 self.sums[3] += grad_norm
                 progress.step += 1
                 progress.updates += 1
+                if progress.updates == self.merge_at:
+                    self._leave_experts()
+                    parameters = [p for p in self.model.parameters() if p.requires_grad]
                 now = time.perf_counter()
                 progress.seconds += now - started
                 started = now
@@ -358,14 +391,15 @@ class Trainer:
             "share_rate": self.share_rate, "train_loss": loss / samples, "train_oa": correct / samples,
             "grad_norm": norms / self.steps_per_epoch, "seconds": progress.seconds,
         }  # fmt: skip
-        if self.converted:
+        if self.ewa:
             by_layer = expert_divergence(self.model)
             row["divergence"] = sum(by_layer.values()) / len(by_layer)
         if self.routed:
             row["balance_loss"], row["dropped"] = (total / self.steps_per_epoch for total in routing)
         if self.val_loader:
             row["val_oa"] = self._evaluate(self.model, self.val_loader).oa
-        if cfg.eval.every and (progress.epoch + 1) % cfg.eval.every == 0 and progress.epoch + 1 < cfg.train.epochs:
+        due = cfg.eval.every and cfg.eval.split == "test" and (progress.epoch + 1) % cfg.eval.every == 0
+        if due and progress.epoch + 1 < cfg.train.epochs:
             report = self._evaluate(self.model, self.test_loader)
             row["test_oa"], row["test_macc"] = report.oa, report.macc
         self.history.append(row)
@@ -404,20 +438,21 @@ class Trainer:
         cfg = self.config
         final, path = (copy.deepcopy, self.folder.final) if self.routed else (merge_experts, self.folder.merged)
         model = final(self.model)
-        reports = {"sparse": self._evaluate(self.model, self.test_loader)} if self.converted and not self.routed else {}
-        reports["routed" if self.routed else "merged"] = self._evaluate(model, self.test_loader)
+        reports = {"sparse": self._evaluate(self.model, self.scored_loader)} if self.ewa and not self.routed else {}
+        reports["routed" if self.routed else "merged"] = self._evaluate(model, self.scored_loader)
         if self.ema:
-            reports["ema"] = self._evaluate(final(self.ema.module), self.test_loader)
+            reports["ema"] = self._evaluate(final(self.ema.module), self.scored_loader)
         if cfg.eval.recalibrate_batchnorm and (norms := norms_behind_experts(model, cfg, self.converted, self.mof)):
             recalibrate_batchnorm_(model, self.plain_train_loader, device=self.runtime.device, layers=norms)
-            reports["recalibrated"] = self._evaluate(model, self.test_loader)
+            reports["recalibrated"] = self._evaluate(model, self.scored_loader)
         if cfg.eval.votes > 1:
-            reports["voting"] = self._evaluate(model, self.test_loader, votes=cfg.eval.votes)
+            reports["voting"] = self._evaluate(model, self.scored_loader, votes=cfg.eval.votes)
         if self.runtime.is_main:
             save_checkpoint(path, self._payload(model))
             metrics = run_metrics(
                 reports, progress=self.progress, seed=cfg.seed, parameters=self._parameter_counts(),
-                train_seconds=sum(row["seconds"] for row in self.history),
+                train_seconds=sum(row["seconds"] for row in self.history), split=cfg.eval.split,
+                shapes=self.scored_loader.dataset.names,
             )  # fmt: skip
             write_json(self.folder.metrics, metrics)
             self.folder.write_log(self.history, LOG_COLUMNS)
@@ -427,7 +462,7 @@ class Trainer:
         return path
 
     def _parameter_counts(self) -> dict[str, int]:
-        training = sum(p.numel() for p in self.model.parameters())
+        training = self.training_parameters
         return {"training": training, **({"routed": training} if self.routed else {"merged": self.dense_parameters})}
 
     def summary(self) -> str:
@@ -488,6 +523,8 @@ class Trainer:
             raise InputError(
                 f"{where}: was written by {len(state['rng'])} processes, this run has {self.runtime.world_size}"
             )
+        if self.merge_at and progress.updates >= self.merge_at:
+            self._leave_experts()
         load_weights_(self.model, state["state_dict"], where=where)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ewa:
