@@ -34,6 +34,7 @@ from s2d3d.viz.sheets import (
 from s2d3d.viz.tokens import trace_experts
 
 MOST_CLOUDS = 400  # a PNG of about 7000 x 7000 pixels
+MOST_PIXELS = 1024
 NUM_CLOUDS = {"predictions": 12, "patches": 6, "experts": 3, "saliency": 12, "corruptions": 3}
 NEEDS_MODEL = ("predictions", "patches", "experts", "saliency")
 OWN_FLAGS = {"passes": ("experts", 4), "layer": ("experts", None), "severity": ("corruptions", 3)}
@@ -80,6 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--split", choices=("train", "test"), default="test", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="chooses the clouds, partitions; default: %(default)s")
+    parser.add_argument("--size", type=int, default=320, metavar="N", help="pixels of a cloud in a PNG; default: 320")
     parser.add_argument("--passes", type=int, metavar="N", help="experts: training passes side by side; default: 4")
     parser.add_argument("--layer", metavar="NAME", help="experts: an expert layer by its name; default: the first")
     parser.add_argument("--severity", type=int, metavar="N", help="corruptions: 1 (mild) to 5; default: 3")
@@ -99,7 +101,7 @@ def run(arguments: argparse.Namespace) -> None:
     if output:
         for path in sheet_paths(output, len(sheet.clouds)):
             refuse_existing(path, arguments.force)
-        first, *others = write_sheet(sheet, output)
+        first, *others = write_sheet(sheet, output, size=arguments.size)
         print(f"written to {first}" + (f" ... {others[-1].name}" if others else ""))
     if arguments.window:
         sheet.show()
@@ -110,6 +112,8 @@ def check_flags(arguments: argparse.Namespace) -> None:
     arguments.kind = arguments.kind or ("predictions" if arguments.checkpoint else "gallery")
     if arguments.kind in NEEDS_MODEL and not arguments.checkpoint:
         raise InputError(f"--kind {arguments.kind}: needs a model; give --checkpoint FILE instead of --config")
+    if not 16 <= arguments.size <= MOST_PIXELS:
+        raise InputError(f"--size is {arguments.size}, must be between 16 and {MOST_PIXELS}")
     for name, (kind, default) in OWN_FLAGS.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, default)

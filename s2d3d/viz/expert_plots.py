@@ -1,23 +1,25 @@
 """One figure of what the experts of a run did."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .plots import save_figure
 
 
 def draw_experts(result: dict[str, Any], path: str | Path) -> None:
-    """Draw divergence, accuracies and barriers over training, and the losses along lines between models.
+    """Write `experts_figure` to a file; see `save_figure`."""
+    save_figure(experts_figure(result), path)
+
+
+def experts_figure(result: dict[str, Any]) -> Figure:
+    """Plot divergence, accuracies and barriers over training, and the losses along lines between models.
 
     Args:
         result: as `s2d3d.engine.run_analysis.analyze_run` returns it.
-        path: picture to write; its suffix chooses the format.
     """
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(15, 8), layout="constrained")
     axes = figure.subplots(2, 3)
     _draw_divergence(axes[0, 0], result)
@@ -30,7 +32,7 @@ def draw_experts(result: dict[str, Any], path: str | Path) -> None:
         panel.grid(alpha=0.3)
         if panel.get_legend_handles_labels()[0]:
             panel.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def _draw_divergence(panel: Axes, result: dict[str, Any]) -> None:

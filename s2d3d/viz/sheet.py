@@ -88,7 +88,7 @@ def sheet_paths(path: str | os.PathLike, num_clouds: int) -> list[Path]:
     return [path.with_name(f"{path.stem}_{number:0{digits}d}{path.suffix}") for number in range(1, num_clouds + 1)]
 
 
-def write_sheet(sheet: CloudSheet, path: str | os.PathLike) -> list[Path]:
+def write_sheet(sheet: CloudSheet, path: str | os.PathLike, *, size: int = 320) -> list[Path]:
     """Write a sheet in the form that the suffix of `path` names; each file appears whole or not at all.
 
     - `.png`: a grid of pictures, drawn by Open3D.
@@ -99,6 +99,7 @@ def write_sheet(sheet: CloudSheet, path: str | os.PathLike) -> list[Path]:
     Args:
         sheet: what to write.
         path: where to; existing files are replaced.
+        size: pixels of a cloud's side in a `.png`.
 
     Returns:
         The files written, see `sheet_paths`.
@@ -112,7 +113,7 @@ def write_sheet(sheet: CloudSheet, path: str | os.PathLike) -> list[Path]:
     paths = sheet_paths(path, len(sheet.clouds))
     kind = paths[0].suffix.lower()
     if kind == ".png":
-        images = render_clouds(sheet.clouds, colors=sheet.colors, scales=sheet.scales)
+        images = render_clouds(sheet.clouds, colors=sheet.colors, scales=sheet.scales, size=size)
         draw_grid(images, sheet.captions, path, columns=sheet.columns, marks=sheet.marks, title=sheet.title)
     elif kind == ".html":
         write_bytes(paths[0], cloud_page(sheet).encode())

@@ -1,0 +1,137 @@
+"""Report runs: one HTML page with accuracies, plots, mistakes to turn and configs; or the plots as files."""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from s2d3d import load_checkpoint
+from s2d3d.engine.checkpoint import build_model
+from s2d3d.engine.cli import refuse_existing, run_tool
+from s2d3d.engine.config import parse_config
+from s2d3d.engine.data import build_dataset, check_classes
+from s2d3d.engine.predictions import class_probabilities
+from s2d3d.engine.run_folder import check_writable, write_text
+from s2d3d.engine.run_reader import RunRecord, read_runs
+from s2d3d.engine.runtime import choose_device, keep_large_allocations
+from s2d3d.errors import InputError
+from s2d3d.viz.plots import confusion_figure, save_figure
+from s2d3d.viz.report import Predictions, ReportRun, build_report, report_figures
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="report.py", description=__doc__)
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run folders of tools/train.py; section.key=value replaces config values"
+    )
+    parser.add_argument("--output", metavar="FILE.html", help="the page, self-contained, below 10 MB")
+    parser.add_argument("--plots", metavar="DIR", help="write the plots there, as PNG files; no model is run for them")
+    parser.add_argument(
+        "--num-mistakes", type=int, default=24, metavar="N", help="worst mistakes of each run; default: %(default)s"
+    )
+    parser.add_argument(
+        "--clouds-per-class", type=int, default=12, metavar="N",
+        help="clouds behind the confusion matrix; default: %(default)s; both 0: no model is run and no data read",
+    )  # fmt: skip
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--force", action="store_true", help="replace what exists")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.output is None and arguments.plots is None:
+        raise InputError("nothing to write; give --output FILE.html, --plots DIR or both")
+    for name in ("num_mistakes", "clouds_per_class"):
+        if getattr(arguments, name) < 0:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, must be at least 0")
+    folders, overrides = split_arguments(arguments.runs)
+    if arguments.output is not None:
+        if Path(arguments.output).suffix.lower() not in (".html", ".htm"):
+            raise InputError(f"{arguments.output}: the report is an HTML page; give it a name that ends in .html")
+        refuse_existing(arguments.output, arguments.force)
+    records = read_runs(folders)
+    plots = plot_files(records, Path(arguments.plots), arguments.force) if arguments.plots is not None else {}
+    if arguments.output is not None:
+        with_clouds = arguments.num_mistakes or arguments.clouds_per_class
+        device = choose_device(arguments.device)
+        keep_large_allocations()
+        runs = [as_run(record, classify(record, overrides, device) if with_clouds else None) for record in records]
+        page = build_report(runs, num_mistakes=arguments.num_mistakes, clouds_per_class=arguments.clouds_per_class)
+        write_text(arguments.output, page)
+        print(f"written to {arguments.output}")
+    for path, figure in plots.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_figure(figure, path)
+        print(f"written to {path}")
+
+
+def split_arguments(items: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Tell run folders from overrides, which hold a `=` behind a dotted key."""
+    overrides = [item for item in items if re.match(r"[a-z0-9_]+(\.[a-z0-9_]+)*=", item) and not Path(item).exists()]
+    folders = [item for item in items if item not in overrides]
+    if not folders:
+        raise InputError("no run to report; name a run folder")
+    for override in overrides:
+        if not override.startswith(("data.", "eval.")):
+            raise InputError(f"{override}: has no effect on a report; what can be replaced here is data.*, eval.*")
+    return folders, overrides
+
+
+def classify(record: RunRecord, overrides: Sequence[str], device) -> Predictions:
+    """Run the model that a run left on its test set, once."""
+    path = record.checkpoint
+    if path is None:
+        raise InputError(
+            f"{record.folder.merged}: no such file, the run is not finished; "
+            "report it without clouds by --num-mistakes 0 --clouds-per-class 0"
+        )
+    payload = load_checkpoint(path)
+    config = parse_config(payload["config"], where=str(path), overrides=overrides)
+    model = build_model(payload, where=str(path)).to(device)
+    dataset = build_dataset(config.data, "test", seed=config.seed)
+    check_classes(dataset, payload["class_names"], path)
+    probabilities = class_probabilities(model, dataset, device=device, batch_size=config.eval.batch_size)
+    points = dataset.points[:, : dataset.num_points]
+    source = f"{dataset.source} {config.data.name} {config.data.classes} {config.data.num_points} {config.data.variant}"
+    return Predictions(points, dataset.labels, probabilities, dataset.names, dataset.class_names, source)
+
+
+def as_run(record: RunRecord, predictions: Predictions | None = None) -> ReportRun:
+    return ReportRun(
+        record.name,
+        record.config,
+        record.environment,
+        record.log,
+        record.metrics,
+        record.analysis,
+        record.robustness,
+        predictions,
+    )
+
+
+def plot_files(records: Sequence[RunRecord], folder: Path, force: bool) -> dict:
+    """Return the figures by the file that each goes to, after checking that they may go there."""
+    runs = [as_run(record) for record in records]
+    figures = report_figures(runs)
+    for entry in runs:
+        if entry.final:
+            title = f"{entry.name}, OA {100 * entry.final['oa']:.2f} %"
+            figures[f"confusion of {entry.name}"] = confusion_figure(
+                entry.final["confusion"], entry.final["class_names"], title=title
+            )
+    paths = {folder / f"{re.sub('[^A-Za-z0-9.-]+', '_', name)}.png": figure for name, figure in figures.items()}
+    if folder.exists():
+        for path in paths:
+            refuse_existing(path, force)
+    else:
+        check_writable(folder)
+    return paths
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_tool(build_parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
