@@ -26,6 +26,7 @@ _WORDS = {
     "string_unicode": "must be valid Unicode text",
     "tuple_type": "must be a list",
     "model_type": "must be a section of keys and values",
+    "dict_type": "must be a mapping of keys and values",
     "literal_error": "must be {expected}",
     "greater_than": "must be greater than {gt}",
     "greater_than_equal": "must be at least {ge}",

@@ -90,7 +90,7 @@ class DataConfig(Section):
             problems = [Problem((key,), text) for key in given]
         elif self.variant == "OBJ_ONLY" and self.background:
             problems = [Problem(("background",), "OBJ_ONLY is without background; with it the variant is OBJ_BG")]
-        _raise_problems(problems)
+        raise_problems(problems)
         return self
 
 
@@ -130,7 +130,7 @@ class ModelConfig(Section, extra="allow"):
             problems += schema_problems(error, schema)
         if not problems:
             problems = _build_problems(name, {key: value for key, value in resolved.items() if key in defaults})
-        _raise_problems(problems)
+        raise_problems(problems)
         return {"name": name, **resolved}
 
 
@@ -324,11 +324,12 @@ class Config(Section):
         if self.s2d.kind != "none":
             refused = _build_problems(self.model.name, self.model.kwargs, self.s2d)
             problems += [Problem(("s2d",), problem.text) for problem in refused]
-        _raise_problems(problems)
+        raise_problems(problems)
         return self
 
 
-def _raise_problems(problems: list[Problem]) -> None:
+def raise_problems(problems: list[Problem]) -> None:
+    """Report several problems of a section at once, from inside a validator; `schema_problems` words them."""
     if problems:
         raise PydanticCustomError("problems", "several problems", {"problems": problems})
 

@@ -220,6 +220,7 @@ class Trainer:
         self.network = self.ewa = None  # DDP takes its hooks off the parameters before they are wrapped again
         gc.collect()
         self._schedule(merge_midway_(self.model, self.optimizer, self._new_optimizer))
+        self.scheduler.step_update(max(0, self.progress.updates - 1))  # the log shows the rate of the last update
         if self.ema:
             merge_experts(self.ema.module, inplace=True)
         self._wrap_model()

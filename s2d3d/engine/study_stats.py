@@ -1,0 +1,157 @@
+"""The statistics of a study: paired differences over seeds, their intervals, and what several comparisons cost."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+LEVEL = 0.95
+RESAMPLES = 10_000
+BOOTSTRAP_SEED = 0
+
+
+@dataclass(frozen=True)
+class PairedT:
+    """A paired t test of differences over seeds.
+
+    Attributes:
+        n: number of pairs; degrees of freedom are n - 1.
+        mean: of the differences.
+        std: their deviation, n - 1; None for a single pair.
+        low: end of the interval; None for a single pair, as are the next two.
+        high: its other end.
+        p: two-sided p-value of a mean of 0.
+    """
+
+    n: int
+    mean: float
+    std: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+
+
+def paired_t(differences: Sequence[float], level: float = LEVEL) -> PairedT:
+    """Return mean, interval and p-value of paired differences, by Student's t with n - 1 degrees of freedom.
+
+    Args:
+        differences: one for each seed, at least one.
+        level: of the interval, in (0, 1).
+
+    Source: Student, "The Probable Error of a Mean", Biometrika 1908.
+
+    Example:
+        >>> result = paired_t([1.0, 2.0, 3.0])
+        >>> round(result.low, 3), result.mean, round(result.high, 3)
+        (-0.484, 2.0, 4.484)
+    """
+    from scipy import stats
+
+    n, mean = len(differences), math.fsum(differences) / len(differences)
+    if n == 1:
+        return PairedT(1, mean, None, None, None, None)
+    std = statistics.stdev(differences)
+    error = std / math.sqrt(n)
+    half = float(stats.t.ppf((1 + level) / 2, n - 1)) * error
+    if error > 0:
+        p = float(2 * stats.t.sf(abs(mean) / error, n - 1))
+    else:  # all differences alike
+        p = 1.0 if mean == 0 else 0.0
+    return PairedT(n, mean, std, mean - half, mean + half, p)
+
+
+def holm(p_values: Sequence[float], number: int | None = None) -> list[float]:
+    """Correct p-values for their number by Holm's step-down method; the family-wise error stays below the level.
+
+    Args:
+        p_values: in any order.
+        number: of comparisons, at least as many as there are p-values, when some are still to come; default as many.
+
+    Returns:
+        The corrected ones, in the same order, at most 1.
+
+    Source: Holm, "A Simple Sequentially Rejective Multiple Test Procedure", Scand. J. Statistics 1979.
+
+    Example:
+        >>> holm([0.01, 0.04, 0.03])
+        [0.03, 0.06, 0.06]
+    """
+    number = len(p_values) if number is None else number
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (number - rank) * p_values[index]))
+        corrected[index] = largest
+    return corrected
+
+
+def bonferroni_level(number: int, level: float = LEVEL) -> float:
+    """Return the level of each of `number` intervals that hold together at `level`.
+
+    Example:
+        >>> round(bonferroni_level(10), 3)
+        0.995
+    """
+    return 1 - (1 - level) / number
+
+
+def hierarchical_bootstrap(
+    differences: Sequence[np.ndarray],
+    *,
+    crossed: bool,
+    resamples: int = RESAMPLES,
+    seed: int = BOOTSTRAP_SEED,
+    level: float = LEVEL,
+) -> tuple[float, float]:
+    """Return the percentile interval of a mean difference of accuracies, over seeds and shapes.
+
+    Each resample draws seeds with replacement and shapes with replacement, and averages over both, every seed alike.
+    Shapes that all seeds score (a test split) are drawn once for all seeds of a resample, `crossed`: a hard shape is
+    hard for every seed. Where each seed has shapes of its own (a validation part that the seed chooses) they are drawn
+    anew for each seed drawn.
+
+    Args:
+        differences: for each seed, for each shape, correct minus correct of the reference: (n,) int, in {-1, 0, 1}.
+        crossed: see above; then all seeds have the same n shapes in the same order.
+        resamples: at least 1.
+        seed: of the resamples.
+        level: of the interval, in (0, 1).
+
+    Returns:
+        Its two ends.
+
+    Source: Davison and Hinkley, "Bootstrap Methods and their Application", 1997, section 3.8.
+
+    Example:
+        >>> low, high = hierarchical_bootstrap([np.array([1, 0, 0, 0]), np.array([0, 1, 0, 0])], crossed=True)
+        >>> low <= 0.25 <= high
+        True
+    """
+    rng = np.random.default_rng(seed)
+    count = len(differences)
+    if crossed:
+        # Shapes with the same results for all seeds are alike: how often each kind is drawn is multinomial.
+        kinds, sizes = np.unique(np.stack(differences), axis=1, return_counts=True)
+        drawn = rng.multinomial(sizes.sum(), sizes / sizes.sum(), size=resamples) / sizes.sum()
+        weights = rng.multinomial(count, np.full(count, 1 / count), size=resamples) / count
+        means = np.einsum("rs,sk,rk->r", weights, kinds, drawn, optimize=True)
+    else:
+        values = np.array([-1, 0, 1])
+        sizes = np.array([len(part) for part in differences])
+        shares = np.array([[np.mean(part == value) for value in values] for part in differences])
+        chosen = rng.integers(count, size=(resamples, count))
+        drawn = rng.multinomial(sizes[chosen], shares[chosen])
+        means = ((drawn @ values) / sizes[chosen]).mean(1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def correctness(text: str) -> np.ndarray:
+    """Return (n,) int8 of the 0/1 string that reports and records hold.
+
+    Example:
+        >>> correctness("101").tolist()
+        [1, 0, 1]
+    """
+    return np.frombuffer(text.encode("ascii"), dtype=np.uint8).astype(np.int8) - ord("0")

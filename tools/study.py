@@ -1,0 +1,90 @@
+"""Run a study: arms times seeds, paired; then its tables and figure, from the results of the finished runs."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from s2d3d.engine.cli import add_overrides, run_tool
+from s2d3d.engine.study import missing_cells, run_study
+from s2d3d.engine.study_config import load_study
+from s2d3d.engine.study_jobs import Launcher, Outcome, ProcessLauncher, SubmititLauncher
+from s2d3d.engine.study_record import read_records
+from s2d3d.engine.study_report import report_lines, write_report
+from s2d3d.engine.study_summary import summarize
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="study.py", description=__doc__)
+    parser.add_argument("study", metavar="STUDY", help="a YAML file, see configs/studies/")
+    add_overrides(parser)
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="runs side by side, each a process of one thread; default: one, in this process",
+    )
+    parser.add_argument("--only", action="append", default=[], metavar="ARM", help="run this arm; may be given again")
+    parser.add_argument("--max-runs", type=int, metavar="N", help="start at most N runs now")
+    parser.add_argument("--report-only", action="store_true", help="run nothing: tables and figure from what is there")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check all configs, list the runs that are missing, and stop"
+    )
+    parser.add_argument("--results", default="docs/results", metavar="DIR", help="folder of the results")
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; the same as train.device=")
+    parser.add_argument(
+        "--submitit",
+        choices=("slurm", "local", "debug"),
+        help="start runs through submitit; --jobs: how many at a time",
+    )
+    parser.add_argument(
+        "--submitit-option", action="append", default=[], metavar="KEY=VALUE",
+        help="such as slurm_partition=gpu, gpus_per_node=1, timeout_min=600; may be given again",
+    )  # fmt: skip
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    overrides = list(arguments.overrides)
+    if arguments.device:
+        overrides.append(f"train.device={arguments.device}")
+    study = load_study(arguments.study, overrides)
+    if arguments.dry_run:
+        for cell in missing_cells(study, arguments.results, arguments.only, write=False):
+            print(cell)
+        return 0
+    outcome = Outcome()
+    if not arguments.report_only:
+        jobs = arguments.jobs
+        if jobs is None and arguments.submitit != "slurm":  # a cluster queues what it has no room for
+            jobs = 1
+        outcome = run_study(
+            study, results=arguments.results, only=arguments.only, max_runs=arguments.max_runs,
+            launcher=_launcher(arguments, study.config.name), jobs=jobs,
+        )  # fmt: skip
+    # Imported when it is needed: drawing takes a second to import.
+    from s2d3d.viz.study_plot import draw_study
+
+    summary = summarize(study, read_records(arguments.results, study.cells))
+    written = write_report(summary, arguments.results, f"python tools/study.py configs/studies/{Path(study.path).name}")
+    figure = Path(arguments.results) / f"{study.config.name}.png"
+    draw_study(summary, figure)
+    print("\n".join(report_lines(summary)))
+    print(f"written to {', '.join(str(path) for path in (*written, figure))}")
+    if outcome.failed:
+        print(f"error: {len(outcome.failed)} runs failed: {', '.join(outcome.failed)}", file=sys.stderr)
+    return outcome.exit_code
+
+
+def _launcher(arguments: argparse.Namespace, name: str) -> Launcher | None:
+    if arguments.submitit:
+        return SubmititLauncher(arguments.submitit, f"runs/studies/{name}/submitit", arguments.submitit_option)
+    return ProcessLauncher(arguments.jobs) if arguments.jobs is not None and arguments.jobs > 1 else None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_tool(build_parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
