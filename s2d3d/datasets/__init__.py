@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from ..errors import InputError, did_you_mean
-from .base import PointCloudDataset, split_train_validation
+from .base import PointCloudDataset, same_data, split_train_validation
 from .loader import BatchLoader
 from .modelnet40 import load_modelnet40
 from .scanobjectnn import load_scanobjectnn
+from .stream import MEMORY_BUDGET_GB
 from .transforms import Transform, build_augmentation
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "build_augmentation",
     "create_dataset",
     "list_datasets",
+    "same_data",
     "split_train_validation",
 ]
 
@@ -51,6 +53,7 @@ def create_dataset(
     fraction: float = 1.0,
     seed: int = 0,
     cache_dir: str | os.PathLike | None = None,
+    memory_budget_gb: float = MEMORY_BUDGET_GB,
     variant: str | None = None,
     background: bool | None = None,
 ) -> PointCloudDataset:
@@ -70,6 +73,8 @@ def create_dataset(
         seed: chooses that share.
         cache_dir: where farthest-point prefixes are kept, when fewer points are asked for than are stored; by
             default beside the set, or in the user's cache folder when the set is read-only.
+        memory_budget_gb: 10^9 bytes, above 0. The points of a split that take more are not read into memory at once:
+            they stay in their files and are read batch by batch, through a cache of this size. Samples are the same.
         variant: of scanobjectnn alone, see `load_scanobjectnn`.
         background: of scanobjectnn alone, likewise.
 
@@ -98,5 +103,6 @@ def create_dataset(
         fraction=fraction,
         seed=seed,
         cache_dir=cache_dir,
+        memory_budget_gb=memory_budget_gb,
         **own,
     )

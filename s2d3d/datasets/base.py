@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,8 @@ from torch import Generator, Tensor
 from ..errors import InputError, did_you_mean
 from ..ops import gather_points
 from .prefix import farthest_prefix
-from .transforms import Transform, normalize_unit_sphere
+from .stream import StreamedClouds
+from .transforms import Transform, normalize_stored
 
 TRAIN = "train"
 
@@ -40,7 +42,8 @@ class PointCloudDataset(torch.utils.data.Dataset):
     faster and resumes exactly.
 
     Args:
-        points: (n, P, 3) float16 or float32, z up; not changed.
+        points: (n, P, 3) float16 or float32, z up; not changed. Or clouds that stay in their files, which are read
+            batch by batch: samples are the same, and a farthest-point prefix is computed anew each time.
         labels: (n,) int64 in [0, len(class_names)).
         class_names: one name for each class.
         names: one name for each shape.
@@ -65,7 +68,7 @@ class PointCloudDataset(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        points: Tensor,
+        points: Tensor | StreamedClouds,
         labels: Tensor,
         class_names: Sequence[str],
         *,
@@ -88,15 +91,19 @@ class PointCloudDataset(torch.utils.data.Dataset):
                 f"{source}: {stored_points} points stored for each shape, num_points asks for {num_points}; "
                 f"lower data.num_points to {stored_points} or less"
             )
-        points = _normalize_stored(points) if normalize else points
-        if stored_points > num_points:
-            length = min(stored_points, num_points * 6 // 5)
-            prefix = farthest_prefix(points, length, cache_dirs)
-            points = gather_points(points, prefix)
-            mask = mask.gather(1, prefix) if mask is not None else None
-        self._storage = _share(points)
+        length = min(stored_points, num_points * 6 // 5)
+        if isinstance(points, StreamedClouds):
+            self._storage = points.prepared(normalize=normalize, prefix=length)
+            self._storage_mask = self._storage.mask
+        else:
+            points = normalize_stored(points) if normalize else points
+            if stored_points > num_points:
+                prefix = farthest_prefix(points, length, cache_dirs)
+                points = gather_points(points, prefix)
+                mask = mask.gather(1, prefix) if mask is not None else None
+            self._storage = _share(points)
+            self._storage_mask = None if mask is None else mask.to(torch.int32)
         self._storage_labels = labels.to(torch.int64)
-        self._storage_mask = None if mask is None else mask.to(torch.int32)
         self._rows = torch.arange(count)
         self.class_names = list(class_names)
         self.names = list(names) if names is not None else [f"{split}_{index:05d}" for index in range(count)]
@@ -111,8 +118,11 @@ class PointCloudDataset(torch.utils.data.Dataset):
 
     @property
     def points(self) -> Tensor:
-        """(n, M, 3) float16 or float32: the points in use, M = P, or the prefix of about 1.2 N when P > N."""
-        whole = torch.equal(self._rows, torch.arange(len(self._storage)))
+        """(n, M, 3) float16 or float32: the points in use, M = P, or the prefix of about 1.2 N when P > N.
+
+        Of a set that stays in its files this reads everything.
+        """
+        whole = isinstance(self._storage, Tensor) and torch.equal(self._rows, torch.arange(len(self._storage)))
         return self._storage if whole else self._storage[self._rows]
 
     @property
@@ -210,6 +220,20 @@ class PointCloudDataset(torch.utils.data.Dataset):
         mask = self._storage_mask[self._rows[indices]].long()
         return mask[:, : self.num_points] if generator is None else mask.gather(1, self._draw(len(mask), generator))
 
+    def fingerprint(self) -> dict[str, object]:
+        """Describe the set in plain values, so that another one is told apart; see `same_data`.
+
+        Returns:
+            `labels`, a hash of all of them, and `clouds`, a number for each of up to 64 clouds spread over the set:
+            its weighted mean square coordinate, which other processors compute alike but for rounding.
+        """
+        chosen = torch.arange(0, len(self), max(1, len(self) // 64))[:64]
+        points = self._storage[self._rows[chosen]][:, : self.num_points].double()
+        digest = hashlib.blake2b(f"{len(self)} {self.num_points} {self.class_names}".encode(), digest_size=12)
+        digest.update(self.labels.contiguous().numpy())
+        clouds = (points.square() * torch.tensor([1.0, 2.0, 3.0])).mean(dim=(1, 2))
+        return {"labels": digest.hexdigest(), "clouds": clouds.tolist()}
+
     def subset(self, indices: Tensor | Sequence[int]) -> "PointCloudDataset":
         """Return the shapes at `indices`, in that order; the stored points are shared, not copied.
 
@@ -239,6 +263,13 @@ class PointCloudDataset(torch.utils.data.Dataset):
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_item_generator": None}
+
+
+def same_data(first: dict[str, object], second: dict[str, object]) -> bool:
+    """Tell whether two `fingerprint()` are of one set; those of sets of unlike size or labels differ in any case."""
+    if first["labels"] != second["labels"] or len(first["clouds"]) != len(second["clouds"]):
+        return False
+    return all(math.isclose(one, other, rel_tol=1e-4) for one, other in zip(first["clouds"], second["clouds"]))
 
 
 def split_train_validation(
@@ -354,18 +385,6 @@ def _shuffled_classes(labels: Tensor, seed: int) -> list[Tensor]:
         members = (labels == label).nonzero().flatten()
         groups.append(members[torch.randperm(len(members), generator=derived_generator(seed, "class", label))])
     return groups
-
-
-def _normalize_stored(points: Tensor, chunk: int = 512) -> Tensor:
-    """Normalise each cloud, except float16 ones that are so up to rounding: a second rounding would only add error."""
-    parts = []
-    for part in points.split(chunk):
-        normalized = normalize_unit_sphere(part)
-        if part.dtype == torch.float16:
-            change = (normalized.float() - part.float()).abs().amax(dim=(1, 2), keepdim=True)
-            normalized = torch.where(change <= torch.finfo(torch.float16).eps, part, normalized)
-        parts.append(normalized)
-    return torch.cat(parts)
 
 
 def _share(points: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ import torch
 
 from ..errors import InputError, did_you_mean
 from .base import PointCloudDataset, choose_shapes
-from .h5 import SEE, CloudFile, check_up_axis, read_h5
+from .h5 import SEE, CloudFile, CloudLayout, check_up_axis, read_h5
 from .prefix import cache_folders
+from .stream import MEMORY_BUDGET_GB, StreamedClouds, exceeds_budget, open_clouds, shape_names
 from .transforms import Transform, turn_up_axis
 
 SPLITS = ("train", "test")
@@ -34,6 +35,7 @@ def load_modelnet40(
     fraction: float = 1.0,
     seed: int = 0,
     cache_dir: str | os.PathLike | None = None,
+    memory_budget_gb: float = MEMORY_BUDGET_GB,
     prepare: str = "put ModelNet40 there (see data/README.md) or run: " + PREPARE,
 ) -> PointCloudDataset:
     """Read one split of a folder in ModelNet layout.
@@ -49,6 +51,7 @@ def load_modelnet40(
         fraction: share of the training shapes of each class to keep, in (0, 1]; the test split is kept whole.
         seed: chooses that share.
         cache_dir: where farthest-point prefixes are kept; default beside the set.
+        memory_budget_gb: 10^9 bytes; a split whose points take more stays in its files, see `StreamedClouds`.
         prepare: what a missing folder's message advises; the folder is appended.
 
     Raises:
@@ -67,20 +70,23 @@ def load_modelnet40(
     if not root.is_dir():
         raise InputError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}; {prepare} {root}")
     class_names = read_class_names(root)
-    points, labels, names = [], [], []
-    for path, file in read_split(root, split, extras=False):
-        stored_points = file.points.shape[1]
-        if points and stored_points != points[0].shape[1]:
-            raise InputError(f"{path}: {stored_points} points a shape, the files before it {points[0].shape[1]}; {SEE}")
-        points.append(turn_up_axis(torch.from_numpy(file.points), up_axis or stored_up_axis(file)))
-        labels.append(file.label)
-        names.extend(file.names or [f"{path.stem}_{index:04d}" for index in range(len(file.label))])
-    stored, all_labels = torch.cat(points), torch.from_numpy(np.concatenate(labels))
+    files = list_files(root, split)
+    if exceeds_budget(files, memory_budget_gb):
+        stored, all_labels, names = open_clouds(
+            files,
+            num_classes=len(class_names),
+            up_axis=lambda file: up_axis or stored_up_axis(file),
+            budget_gb=memory_budget_gb,
+        )
+    else:
+        stored, all_labels, names = _read_clouds(root, split, up_axis)
     kept, all_labels, class_names = choose_shapes(
         all_labels, class_names, split=split, classes=classes, fraction=fraction, seed=seed
     )
+    if len(kept) < len(stored):
+        stored = stored.subset(kept) if isinstance(stored, StreamedClouds) else stored[kept]
     return PointCloudDataset(
-        stored if len(kept) == len(stored) else stored[kept],
+        stored,
         all_labels,
         class_names,
         names=[names[index] for index in kept.tolist()],
@@ -91,6 +97,19 @@ def load_modelnet40(
         cache_dirs=cache_folders(root, cache_dir),
         source=str(root),
     )
+
+
+def _read_clouds(root: Path, split: str, up_axis: str | None) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Read all files of a split: points (n, P, 3) z up, labels (n,), names."""
+    points, labels, names = [], [], []
+    for path, file in read_split(root, split, extras=False):
+        stored_points = file.points.shape[1]
+        if points and stored_points != points[0].shape[1]:
+            raise InputError(f"{path}: {stored_points} points a shape, the files before it {points[0].shape[1]}; {SEE}")
+        points.append(turn_up_axis(torch.from_numpy(file.points), up_axis or stored_up_axis(file)))
+        labels.append(file.label)
+        names += shape_names(path, file)
+    return torch.cat(points), torch.from_numpy(np.concatenate(labels)), names
 
 
 def read_class_names(root: Path) -> list[str]:
@@ -145,7 +164,7 @@ def list_files(root: Path, split: str) -> list[Path]:
     return files
 
 
-def stored_up_axis(file: CloudFile) -> str:
+def stored_up_axis(file: CloudFile | CloudLayout) -> str:
     """Tell which axis of a file's points is vertical.
 
     Its attribute `up_axis` where there is one, as in every file that this package writes. Without it, float32 is the
@@ -153,7 +172,7 @@ def stored_up_axis(file: CloudFile) -> str:
     """
     if file.up_axis is not None:
         return file.up_axis
-    return "z" if file.points.dtype == np.float16 else "y"
+    return "z" if file.dtype == np.float16 else "y"
 
 
 def _read_lines(path: Path) -> list[str]:

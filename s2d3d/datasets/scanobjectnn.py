@@ -21,6 +21,7 @@ from .base import TRAIN, PointCloudDataset, choose_shapes
 from .h5 import SEE, check_up_axis, read_h5
 from .modelnet40 import SPLITS, read_class_names
 from .prefix import cache_folders
+from .stream import MEMORY_BUDGET_GB, exceeds_budget, open_clouds
 from .transforms import Transform, turn_up_axis
 
 CLASS_NAMES = (
@@ -74,6 +75,7 @@ def load_scanobjectnn(
     fraction: float = 1.0,
     seed: int = 0,
     cache_dir: str | os.PathLike | None = None,
+    memory_budget_gb: float = MEMORY_BUDGET_GB,
 ) -> PointCloudDataset:
     """Read one split of one variant; the mask of its points is the data set's `mask`.
 
@@ -90,6 +92,7 @@ def load_scanobjectnn(
         fraction: share of the training shapes of each class to keep, in (0, 1]; the test split is kept whole.
         seed: chooses that share.
         cache_dir: where farthest-point prefixes are kept; default beside the set.
+        memory_budget_gb: 10^9 bytes; a split whose points take more stays in its file, see `StreamedClouds`.
 
     Raises:
         InputError: the folder or a file in it is missing or wrong; an argument is out of range.
@@ -105,18 +108,34 @@ def load_scanobjectnn(
         check_up_axis(up_axis)
     path = find_file(root, split, variant, background)
     class_names = read_class_names(root) if (root / "shape_names.txt").is_file() else CLASS_NAMES
-    file = read_h5(path, num_classes=len(class_names))
+    streamed = exceeds_budget([path], memory_budget_gb)
+    if streamed:
+        clouds, all_labels, _ = open_clouds(
+            [path],
+            num_classes=len(class_names),
+            up_axis=lambda file: up_axis or file.up_axis or "y",
+            budget_gb=memory_budget_gb,
+        )
+        file = clouds.layouts[0]
+    else:
+        file = read_h5(path, num_classes=len(class_names))
+        all_labels = torch.from_numpy(file.label)
     kept, labels, class_names = choose_shapes(
-        torch.from_numpy(file.label), class_names, split=split, classes=classes, fraction=fraction, seed=seed
+        all_labels, class_names, split=split, classes=classes, fraction=fraction, seed=seed
     )
     names = file.names or [f"{path.stem}_{index:05d}" for index in range(len(file.label))]
-    points = torch.from_numpy(file.points)
+    if streamed:
+        points, mask = clouds.subset(kept), None
+    else:
+        points = torch.from_numpy(file.points)
+        points = turn_up_axis(points if len(kept) == len(points) else points[kept], up_axis or file.up_axis or "y")
+        mask = None if file.mask is None else torch.from_numpy(file.mask)[kept]
     return PointCloudDataset(
-        turn_up_axis(points if len(kept) == len(points) else points[kept], up_axis or file.up_axis or "y"),
+        points,
         labels,
         class_names,
         names=[names[index] for index in kept.tolist()],
-        mask=None if file.mask is None else torch.from_numpy(file.mask)[kept],
+        mask=mask,
         split=split,
         num_points=num_points,
         transform=transform,

@@ -57,6 +57,23 @@ def normalize_unit_sphere(points: Tensor) -> Tensor:
     return (centered / radius.clamp_min(torch.finfo(torch.float32).tiny)).to(points.dtype)
 
 
+def normalize_stored(points: Tensor, chunk: int = 512) -> Tensor:
+    """Normalise each cloud, except float16 ones that are so up to rounding: a second rounding would only add error.
+
+    Args:
+        points: (n, P, 3) float16 or float32. What becomes of a cloud does not depend on the others.
+        chunk: clouds at a time.
+    """
+    parts = []
+    for part in points.split(chunk):
+        normalized = normalize_unit_sphere(part)
+        if part.dtype == torch.float16:
+            change = (normalized.float() - part.float()).abs().amax(dim=(1, 2), keepdim=True)
+            normalized = torch.where(change <= torch.finfo(torch.float16).eps, part, normalized)
+        parts.append(normalized)
+    return torch.cat(parts)
+
+
 @dataclass(frozen=True)
 class Scale:
     """Multiply each axis of each cloud by its own factor from U(low, high)."""

@@ -73,6 +73,12 @@ class DataConfig(Section):
         None,
         description="Folder for derived files; null: beside the dataset, in the user's cache if that is read-only.",
     )
+    memory_budget_gb: Float = Field(
+        4.0,
+        gt=0,
+        description="Largest split read into memory, 10^9 bytes; a larger one is read batch by batch, with a cache "
+        "of this size.",
+    )
     variant: Literal["OBJ_BG", "OBJ_ONLY", "PB_T25", "PB_T25_R", "PB_T50_R", "PB_T50_RS"] | None = Field(
         None, description="Variant of scanobjectnn; null: PB_T50_RS. Null for every other dataset."
     )
@@ -236,7 +242,7 @@ class TrainConfig(Section):
         None, gt=0, lt=1, description="Decay of a moving average of the weights, in (0, 1); null: none."
     )
     device: DeviceName = Field("auto", description="'auto' (a GPU if there is one), 'cpu', 'cuda' or 'cuda:N'.")
-    num_threads: Int | None = Field(None, ge=1, description="CPU threads of torch; null: torch decides.")
+    num_threads: Int | None = Field(None, ge=1, le=1024, description="CPU threads of torch; null: torch decides.")
     checkpoint_every: Int | None = Field(
         None, ge=1, description="Updates between checkpoints within an epoch; null: only at the end of each epoch."
     )

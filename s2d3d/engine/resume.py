@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from .run_folder import RunFolder, find_checkpoint
 logger = logging.getLogger(__name__)
 
 MAY_CHANGE = (
-    "output_dir", "data.root", "data.cache_dir", "train.device", "train.num_threads", "train.compile",
-    "train.checkpoint_every", "train.keep_every", "train.max_steps", "eval", "log",
+    "output_dir", "data.root", "data.cache_dir", "data.memory_budget_gb", "train.device", "train.num_threads",
+    "train.compile", "train.checkpoint_every", "train.keep_every", "train.max_steps", "eval", "log",
 )  # fmt: skip
 """Config keys that a resumed run may change: they do not alter the trajectory of the weights."""
 TRAINING_KEYS = ("optimizer", "ewa", "ema", "progress", "sums", "history", "rng")
@@ -44,6 +44,14 @@ class Progress:
             raise ValueError(f"epoch, step and updates are {counts}")
         if not all(isinstance(value, (int, float)) for value in (self.seconds, self.best or 0.0)):
             raise ValueError(f"seconds and best are {self.seconds!r} and {self.best!r}")
+
+    @classmethod
+    def restored(cls, state: dict[str, Any]) -> "tuple[Progress, list[dict[str, Any]]]":
+        """Return the progress and the rows of the log that a checkpoint holds; errors are for `restoring`."""
+        history = list(state["history"])
+        if any(not {"epoch", "updates", "seconds", "train_loss"} <= row.keys() for row in history):
+            raise ValueError("a row of the log lacks a column")
+        return cls(**{field.name: state["progress"][field.name] for field in fields(cls)}), history
 
     def is_best(self, history: list[dict[str, Any]]) -> bool:
         """Tell whether the epoch that has just ended, the last row of the log, is the best one so far."""
@@ -74,6 +82,9 @@ def read_run(path: str | Path, *, warn: bool = True) -> tuple[Path, dict[str, An
         try:
             return checkpoint, load_checkpoint(checkpoint)
         except UnreadableError as error:
+            before = checkpoint.with_name(folder.previous.name)
+            if checkpoint.name == folder.last.name and before.is_file() and checkpoint != folder.last:
+                raise UnreadableError(f"{error}; the checkpoint before it is {before}") from error
             if checkpoint != folder.last or not folder.previous.is_file():
                 raise
             reason = str(error)

@@ -47,7 +47,7 @@ class RunFolder:
             InputError: the folder holds a run, which `resume` does not belong to, and `force` is not set; or no folder
                 can be made or written here.
         """
-        if self._present() and not force and not self._is_own(resume):
+        if self._present() and not force and not self.owns(resume):
             own = f", and {resume} is not of it;" if resume else f"; continue it with --resume {self.root},"
             raise InputError(
                 f"{self.root}: holds a run already{own} choose another output_dir, or pass --force to replace it"
@@ -66,7 +66,7 @@ class RunFolder:
         self.check(resume=resume, force=force)
         self.last.parent.mkdir(parents=True, exist_ok=True)
         self._claim_folder()
-        if not self._is_own(resume):
+        if not self.owns(resume):
             for path in self._present():
                 path.unlink()
         elif resume.resolve() == self.previous.resolve():
@@ -102,8 +102,14 @@ class RunFolder:
         )  # fmt: skip
         return [path for path in (*files, *self.all_kept().values()) if path.exists()]
 
-    def _is_own(self, checkpoint: Path | None) -> bool:
+    def owns(self, checkpoint: Path | None) -> bool:
+        """Tell whether a checkpoint lies in this folder."""
         return checkpoint is not None and checkpoint.resolve().is_relative_to(self.root.resolve())
+
+    def is_latest(self, checkpoint: Path | None) -> bool:
+        """Tell whether a checkpoint is the state from which this folder's run continues: last.pt, or previous.pt."""
+        latest = (self.last.resolve(), self.previous.resolve())
+        return checkpoint is not None and checkpoint.resolve() in latest
 
     def kept(self, epoch: int) -> Path:
         """Return where the model after `epoch` epochs is kept."""

@@ -17,21 +17,31 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..datasets import BatchLoader, PointCloudDataset, split_train_validation
+from ..datasets import BatchLoader, PointCloudDataset, same_data, split_train_validation
 from ..errors import InputError, TrainingError
 from ..models import create_model, load_pretrained_
 from ..s2d import EWA, TopKMoE, balance_loss, convert_to_mof_, merge_experts
 from ..s2d.analysis import expert_divergence
-from .checkpoint import load_checkpoint, load_weights_, model_payload, save_checkpoint
+from .checkpoint import load_weights_, model_payload, save_checkpoint
 from .config import Config, dump_config
 from .data import build_dataset, build_test_loader, check_classes
+from .diagnosis import nonfinite_message
 from .evaluator import ClassificationReport, evaluate, recalibrate_batchnorm_
 from .midway import merge_midway_
 from .optim import build_optimizer, build_scheduler
 from .results import norms_behind_experts, run_metrics, run_summary
-from .resume import Progress, check_same_run
-from .run_folder import RunFolder, find_checkpoint, write_json, write_text
-from .runtime import environment, package_versions, rng_state, seed_all, set_rng_state, start_runtime, stop_runtime
+from .resume import Progress, check_same_run, read_run, restoring, selection_score
+from .run_folder import RunFolder, write_json, write_text
+from .runtime import (
+    environment,
+    package_versions,
+    rng_state,
+    seed_all,
+    set_rng_state,
+    start_runtime,
+    stop_runtime,
+    watching_peers,
+)  # fmt: skip
 from .signals import SignalWatch, StoppedBySignal
 
 logger = logging.getLogger(__name__)
@@ -74,33 +84,36 @@ class Trainer:
         With `train.max_steps` a run may end earlier; the path is then that of its checkpoint.
 
         Args:
-            resume: a checkpoint, or a run folder whose last one is meant. On a CPU the run continues bit for bit.
+            resume: a checkpoint, or a run folder whose last one is meant; if that is damaged, the one before it. On a
+                CPU the run continues bit for bit.
 
         Raises:
             InputError: bad data, an output folder that holds a run, a checkpoint of another run.
-            TrainingError: loss or gradient is not finite.
+            TrainingError: loss or gradient is not finite; another process of the run is gone.
+            OSError: a checkpoint cannot be written; the one before it is as it was.
             StoppedBySignal: SIGTERM or Ctrl-C; the state has been saved.
         """
         cfg = self.config
         self.runtime = start_runtime(cfg.train.device, cfg.train.num_threads)
         try:
-            self._setup(resume)
-            with self.signals.watching(), logging_redirect_tqdm():
-                while self.progress.epoch < cfg.train.epochs:
-                    self._train_epoch()
-                    if self._reached_max_steps():
-                        return self._stop_early()
-                    self._finish_epoch()
-            return self._finish_run()
+            with watching_peers(self.runtime, self.folder.root):
+                self._setup(resume)
+                with self.signals.watching(), logging_redirect_tqdm():
+                    while self.progress.epoch < cfg.train.epochs:
+                        self._train_epoch()
+                        if self._reached_max_steps():
+                            return self._stop_early()
+                        self._finish_epoch()
+                return self._finish_run()
         finally:
+            self.folder.release()
             stop_runtime(self.runtime)
 
     # ------------------------------------------------------------------ setup
 
     def _setup(self, resume: str | Path | None) -> None:
         cfg, runtime = self.config, self.runtime
-        checkpoint = find_checkpoint(resume) if resume else None
-        state = load_checkpoint(checkpoint) if checkpoint else None
+        checkpoint, state = read_run(resume, warn=runtime.is_main) if resume else (None, None)
         if state:
             check_same_run(state, cfg, checkpoint)
         if runtime.is_main:  # before the data, which may take minutes
@@ -114,20 +127,23 @@ class Trainer:
         self.progress, self.history = Progress(), []
         # Sums over the epoch: loss, correct, samples, gradient norm; with routers also balance loss, dropped fraction.
         self.sums = torch.zeros(6 if self.routed else 4, dtype=torch.float64, device=runtime.device)
-        self.versions = package_versions()
+        self.versions, self.fingerprint = package_versions(), self.train_loader.dataset.fingerprint()
         self.bad_update = torch.full((), -1, dtype=torch.int64, device=runtime.device)
         seed_all(cfg.seed * 1000 + runtime.rank)  # ranks draw different partitions and drop different paths
         if state:
-            self._load_state(state, str(checkpoint))
+            with restoring(str(checkpoint)):
+                self._load_state(state, str(checkpoint))
         if runtime.is_main:
             self.folder.create(resume=checkpoint, force=self.force)
-            write_text(self.folder.config, dump_config(cfg))
-            write_json(self.folder.environment, environment())
         if runtime.is_distributed:
             dist.barrier()
-        if not state:
+        if not self.folder.owns(checkpoint):
             self._save()  # a run that is killed in its first epoch resumes as well
-        if runtime.is_main:
+        if runtime.is_main:  # after the checkpoint: a folder that holds a run can be resumed
+            if self.folder.is_latest(checkpoint):
+                self._keep_epoch(self.progress.is_best(self.history))
+            write_text(self.folder.config, dump_config(cfg))
+            write_json(self.folder.environment, environment())
             logger.info(self._describe())
 
     def _build_data(self) -> None:
@@ -146,7 +162,8 @@ class Trainer:
                 f"train.batch_size is {cfg.train.batch_size}, must be divisible by accum_steps x processes = {micro}"
             )
         self.train_loader = BatchLoader(
-            train, cfg.train.batch_size, shuffle=True, drop_last=cfg.train.drop_last, seed=cfg.seed, prefetch=2, **ranks
+            train, cfg.train.batch_size, shuffle=True, drop_last=cfg.train.drop_last, seed=cfg.seed, prefetch=2,
+            pin_memory=runtime.device.type == "cuda", **ranks,
         )
         tests = dict(batch_size=cfg.eval.batch_size, seed=cfg.seed, **ranks)
         self.test_loader = build_test_loader(test, cfg.data, **tests)
@@ -342,10 +359,7 @@ class Trainer:
         update = int(self.bad_update)
         if update >= 0:
             good = self.folder.last if self.folder.last.exists() else "none"
-            raise TrainingError(
-                f"loss or gradient is not finite at update {update + 1} (epoch {update // self.steps_per_epoch + 1}); "
-                f"last good checkpoint: {good}; lower optim.lr or optim.clip_grad"
-            )
+            raise TrainingError(nonfinite_message(self.train_loader, update, good))
 
     def _after_update(self, bar: tqdm) -> None:
         """Do what must happen between two updates: refresh the display, save, obey signals."""
@@ -409,10 +423,7 @@ class Trainer:
         is_best = self._select(row)
         self._save()
         if self.runtime.is_main:
-            if is_best:
-                self.folder.mark_best()
-            if cfg.train.keep_every and progress.epoch % cfg.train.keep_every == 0:
-                save_checkpoint(self.folder.kept(progress.epoch), self._payload(self.model))
+            self._keep_epoch(is_best)
             self.folder.write_log(self.history, LOG_COLUMNS)
             tested = "".join(f", {key} {100 * row[key]:.2f} %" for key in ("val_oa", "test_oa") if key in row)
             logger.info(
@@ -421,9 +432,17 @@ class Trainer:
                 f"lr {row['lr']:.2e}, share_rate {row['share_rate']:.3f}, {row['seconds']:.0f} s"
             )
 
+    def _keep_epoch(self, is_best: bool) -> None:
+        """Keep the state that last.pt holds; at a start too, for a run that was killed before it came to this."""
+        every, progress = self.config.train.keep_every, self.progress
+        if is_best:
+            self.folder.mark_best()
+        if every and progress.epoch and progress.step == 0 and progress.epoch % every == 0:
+            save_checkpoint(self.folder.kept(progress.epoch), self._payload(self.model))
+
     def _select(self, row: dict[str, Any]) -> bool:
-        """Tell whether this epoch is the best so far: by validation OA, without a validation part by training loss."""
-        score = row.get("val_oa", -row["train_loss"])
+        """Tell whether this epoch is the best so far."""
+        score = selection_score(row)
         if self.progress.best is not None and score <= self.progress.best:
             return False
         self.progress.best = score
@@ -508,17 +527,22 @@ class Trainer:
                 "history": self.history,
                 "rng": states,
                 "versions": self.versions,
+                "data": self.fingerprint,
             }
-            save_checkpoint(self.folder.last, payload)
+            save_checkpoint(self.folder.last, payload, previous=self.folder.previous)
         if self.runtime.is_distributed:
             dist.barrier()
 
     def _load_state(self, state: dict[str, Any], where: str) -> None:
-        progress = Progress(**state["progress"])
+        progress, history = Progress.restored(state)
         check_classes(self.train_loader.dataset, state["class_names"], where)
         if progress.updates != progress.epoch * self.steps_per_epoch + progress.step:
             raise InputError(
                 f"{where}: was trained on more or fewer shapes than {self.config.data.root} has; resume on its own data"
+            )
+        if "data" in state and not same_data(state["data"], self.fingerprint):
+            raise InputError(
+                f"{where}: was trained on other clouds than those in {self.config.data.root}; resume on its own data"
             )
         if len(state["rng"]) != self.runtime.world_size:
             raise InputError(
@@ -532,7 +556,7 @@ class Trainer:
             self.ewa.load_state_dict(state["ewa"])
         if self.ema:
             self.ema.load_state_dict(state["ema"])
-        self.progress, self.history = progress, list(state["history"])
+        self.progress, self.history = progress, history
         self.sums.copy_(state["sums"][self.runtime.rank])
         set_rng_state(state["rng"][self.runtime.rank], self.runtime.device)
 
