@@ -8,9 +8,11 @@ import pytest
 import yaml
 
 from s2d3d.engine.config import Config, dump_config, load_config, parse_config
+from s2d3d.engine.study_config import Study, load_study
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
+STUDIES = sorted((CONFIGS / "studies").glob("*.yaml"))
+SHIPPED = sorted(set(CONFIGS.rglob("*.yaml")) - set(STUDIES))
 DENSE = [path for path in SHIPPED if "_dense" in path.stem]
 
 
@@ -18,6 +20,11 @@ DENSE = [path for path in SHIPPED if "_dense" in path.stem]
 def load(path: Path) -> Config:
     """Load it once: to check the model section, the model is built."""
     return load_config(path)
+
+
+@functools.cache
+def load_shipped_study(path: Path) -> Study:
+    return load_study(path)
 
 
 def twin_of(dense: Path) -> Path:
@@ -53,6 +60,38 @@ def test_twins_differ_in_the_method_and_the_folder_alone(dense):
         assert (theirs.pop("s2d")["kind"], ours.pop("s2d")["kind"]) == ("none", "rup")
         del theirs["output_dir"], ours["output_dir"]
         assert theirs == ours
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_study_is_valid_and_named_like_its_file(path):
+    study = load_shipped_study(path)
+    assert study.config.name == path.stem
+    assert len({cell.config.output_dir for cell in study.cells}) == len(study.cells) >= 6
+    assert {cell.config.eval.split for cell in study.cells} == {study.config.evaluate}
+    dense = {cell.arm for cell in study.cells if cell.config.s2d.kind == "none"}
+    references = {study.config.row(reference)[0] for _, reference in study.config.pairs()}
+    assert dense and references & dense, "there is a dense twin to compare with"
+
+
+def test_no_study_that_scores_the_test_split_uses_a_seed_of_the_searches():
+    searched, tested = set(), set()
+    for path in STUDIES:
+        config = load_shipped_study(path).config
+        (searched if config.evaluate == "validation" else tested).update(config.seeds)
+    assert searched and len(tested) >= 5
+    assert not searched & tested
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_arms_that_are_compared_take_equally_many_updates(path):
+    """As far as the configs say it: batch, and epochs times the share of the data that is trained on."""
+    study = load_shipped_study(path)
+    by_arm = {cell.arm: cell.config for cell in study.cells}
+    for pair in study.config.pairs():
+        ours, theirs = (by_arm[study.config.row(row)[0]] for row in pair)
+        assert (ours.train.epochs, ours.train.batch_size, ours.data) == (
+            theirs.train.epochs, theirs.train.batch_size, theirs.data,
+        )  # fmt: skip
 
 
 def test_modelnet_recipe_is_the_published_one():

@@ -88,9 +88,14 @@ def _check_optimizer(name: str) -> str:
     return name
 
 
-def _check_plain(value: object) -> object:
+def check_plain(value: object) -> object:
+    """Return a value that is text, a finite number, true, false, null or a list of these; lists as tuples.
+
+    Raises:
+        ValueError: it is anything else.
+    """
     if isinstance(value, (list, tuple)):
-        return tuple(_check_plain(item) for item in value)
+        return tuple(check_plain(item) for item in value)
     if isinstance(value, (bool, int, str, type(None))) or (isinstance(value, float) and math.isfinite(value)):
         return value
     raise ValueError(f"must be a finite number, text, true, false, null or a list of these, got {show(value)}")
@@ -103,7 +108,7 @@ Str = Annotated[str, Strict()]
 Name = Annotated[Str, Field(min_length=1)]
 PathStr = Annotated[Str, AfterValidator(_check_path)]
 Interval = Annotated[tuple[Float, Float], BeforeValidator(_check_pair), AfterValidator(_check_interval)]
-Plain = Annotated[Any, AfterValidator(_check_plain)]
+Plain = Annotated[Any, AfterValidator(check_plain)]
 DatasetName = Annotated[Str, AfterValidator(_check_dataset)]
 ModelName = Annotated[Str, AfterValidator(_check_model)]
 OptimizerName = Annotated[Str, AfterValidator(_check_optimizer)]

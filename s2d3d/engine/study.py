@@ -9,7 +9,7 @@ from .run_folder import RunFolder, find_checkpoint
 from .signals import StoppedBySignal
 from .study_config import Cell, Study
 from .study_jobs import Launcher, Outcome, run_concurrently
-from .study_record import check_folder, read_records, write_record
+from .study_record import borrow_record, check_folder, read_records, write_record
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 def missing_cells(study: Study, results: str | Path, only: Sequence[str] = (), *, write: bool = True) -> list[Cell]:
     """Return the runs without a record, in order, after writing the records of those that have ended without one.
+
+    A run that another study has made with the same config and seed is taken over, not repeated.
 
     Args:
         study: from `load_study`.
@@ -38,7 +40,7 @@ def missing_cells(study: Study, results: str | Path, only: Sequence[str] = (), *
             ended = RunFolder(cell.config.output_dir).metrics.is_file()
             if ended and write:
                 write_record(results, cell)
-            elif not ended:
+            elif not ended and not (write and borrow_record(results, cell)):
                 missing.append(cell)
         except InputError as error:
             lines.append(str(error))

@@ -12,7 +12,7 @@ from ..errors import InputError, did_you_mean
 from .config import Config, load_config, load_layered_config
 from .config_io import Problem, read_yaml, schema_problems, show
 from .config_schema import raise_problems
-from .config_types import Int, Name, PathStr, Plain, Str
+from .config_types import Int, Name, PathStr, Str, check_plain
 
 FORMS = ("merged", "routed", "ema", "recalibrated", "voting")
 """Forms of a trained model that a run scores, as metrics.json names them."""
@@ -49,8 +49,14 @@ def _check_reference(reference: object) -> object:
     return reference
 
 
+def _check_value(value: object) -> object:
+    if not isinstance(value, dict):
+        return check_plain(value)
+    return {key: _check_value(item) for key, item in value.items()}
+
+
 Label = Annotated[Name, AfterValidator(_check_arm_name)]
-Values = dict[Str, Plain]
+Values = dict[Str, Annotated[Any, AfterValidator(_check_value)]]
 
 
 class StudyConfig(BaseModel):
@@ -71,7 +77,7 @@ class StudyConfig(BaseModel):
         description="Arm (or form) that all others are compared with, or a mapping of which is compared with which."
     )
     arms: Annotated[dict[Label, Values], AfterValidator(_check_arms)] = Field(
-        description="By name of the arm, what it changes: section.key: value; {} is the base itself."
+        description="By name of the arm, what it changes: section.key: value, or a section as a whole; {}: the base."
     )
     common: Values = Field({}, description="What all arms change.")
     forms: dict[Label, Name] = Field(
@@ -86,10 +92,9 @@ class StudyConfig(BaseModel):
     def _check_names(self) -> "StudyConfig":
         problems = []
         for place, values in (("common", self.common), *((f"arms.{arm}", arm_) for arm, arm_ in self.arms.items())):
+            set_here = flatten(values)
             problems += [
-                Problem((place, key), "is decided by the study; remove it")
-                for key in values
-                if any(key == fixed or fixed.startswith(f"{key}.") for fixed in FIXED)
+                Problem((place, key), "is decided by the study; remove it") for key in FIXED if key in set_here
             ]
         for name, target in self.forms.items():
             arm, _, form = target.rpartition(".")

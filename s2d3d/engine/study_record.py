@@ -65,11 +65,7 @@ def write_record(results: str | Path, cell: Cell) -> Path:
         },
         "curve": _curve(folder.log),
     }
-    path = record_path(results, cell)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (f" {json.dumps(key)}: {json.dumps(value, separators=(',', ':'))}" for key, value in record.items())
-    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
-    return path
+    return _write(results, cell, record)
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
@@ -111,6 +107,27 @@ def read_records(results: str | Path, cells: Iterable[Cell]) -> dict[tuple[str, 
     return records
 
 
+def borrow_record(results: str | Path, cell: Cell) -> Path | None:
+    """Write the record of a run that another study, or another arm, has made already; None: there is no such run.
+
+    It is one whose config is the same in everything that matters, seed included; its record says where it is from.
+    """
+    ours = cell.config.to_dict()
+    for path in sorted(Path(results).glob(f"*/*/seed{cell.seed}.json")):
+        try:
+            record = read_record(path)
+        except InputError:  # not ours to judge here: its own study says what is wrong with it
+            continue
+        theirs = {**record["config"], "output_dir": ours["output_dir"]}
+        own_folders = {key: ours["data"][key] for key in ("root", "cache_dir")}
+        if differences(ours, {**theirs, "data": {**theirs.get("data", {}), **own_folders}}, FREE):
+            continue
+        source = record.get("same_run_as", f"{record['study']}/{record['arm']}/seed{record['seed']}")
+        names = {"study": cell.study, "arm": cell.arm, "seed": cell.seed, "same_run_as": source}
+        return _write(results, cell, {**record, **names, "changes": cell.changes})
+    return None
+
+
 def check_folder(cell: Cell) -> None:
     """Check that the folder of a run, if there is one, is of this config.
 
@@ -147,6 +164,14 @@ def _changed(stored: object, cell: Cell, path: Path) -> str:
         own = differences(stored, ours, FREE)[key]
         return f"{key}={value!r}, the study says {own!r}"
     raise InputError(f"{path}: holds no config; remove it and run again")
+
+
+def _write(results: str | Path, cell: Cell, record: Mapping[str, Any]) -> Path:
+    path = record_path(results, cell)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (f" {json.dumps(key)}: {json.dumps(value, separators=(',', ':'))}" for key, value in record.items())
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
+    return path
 
 
 def _curve(log: Path) -> dict[str, list[float | None]]:
