@@ -148,7 +148,7 @@ class S2DConfig(Section):
         description="'rup': Random Uniform Partition over experts, merged at the end; 'topk': the gated baseline, "
         "whose experts stay; 'none': dense training, other keys unused.",
     )
-    num_experts: Int = Field(4, ge=1, description="Experts of a layer, at least 1; 1 is the dense FFN.")
+    num_experts: Int = Field(4, ge=1, le=4096, description="Experts of a layer, in [1, 4096]; 1 is the dense FFN.")
     targets: Names = Field(("*.mlp",), description="Glob patterns over module names: which FFNs may be replaced.")
     every: Int = Field(2, ge=1, description="Replace every n-th match in module order, at least 1.")
     init: Literal["copy", "independent"] = Field(

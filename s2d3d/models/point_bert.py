@@ -10,6 +10,8 @@ from ..ops import group_points
 from .layers import GroupEncoder, TransformerEncoder
 
 VARIANTS = ("bert", "mae")
+MAX_DEPTH = 1000
+"""Far beyond any model; a config or checkpoint with a larger number would be built for hours before it is refused."""
 
 
 class PointBERT(nn.Module):
@@ -44,7 +46,7 @@ class PointBERT(nn.Module):
             num_classes: outputs of the head.
             in_channels: channels of a point; the first three are its coordinates.
             trans_dim: width of the transformer.
-            depth: number of blocks.
+            depth: number of blocks, at most 1000.
             num_heads: attention heads, a divisor of `trans_dim`.
             num_group: groups per cloud, each one token.
             group_size: points per group.
@@ -76,6 +78,8 @@ class PointBERT(nn.Module):
             ),
             fractions=dict(drop_path_rate=drop_path_rate, head_dropout=head_dropout),
         )
+        if depth > MAX_DEPTH:
+            raise ValueError(f"depth is {depth}, must be at most {MAX_DEPTH}")
         if in_channels < 3:
             raise ValueError(f"in_channels is {in_channels}, must be at least 3 (x, y, z)")
         if variant not in VARIANTS:

@@ -15,6 +15,9 @@ from torch.nn import functional as F
 from ..ops import farthest_point_sample, gather_points, nearest_neighbours
 from .layers import max_over_group
 
+MAX_DEPTH, MAX_STAGES = 1000, 16
+"""Far beyond any model; a config or checkpoint with larger numbers would be built for hours before it is refused."""
+
 
 class PointTransformer(nn.Module):
     """Point Transformer classifier (Zhao et al. 2021, arXiv 2012.09164) with an FFN in every block.
@@ -326,6 +329,8 @@ def _check_stages(stages: dict[str, Sequence[int]], share_planes: int) -> None:
         for value in values:
             if value < least:
                 raise ValueError(f"{name} holds {value}, must be at least {least}")
+    if sum(stages["depths"]) > MAX_DEPTH or lengths["channels"] > MAX_STAGES:
+        raise ValueError(f"depths holds more than {MAX_DEPTH} blocks, or more than {MAX_STAGES} stages")
     if not any(stages["depths"]):
         raise ValueError("depths holds zeros alone, must give at least one block")
     if share_planes < 1:
