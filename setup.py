@@ -34,8 +34,19 @@ setup(
         "tqdm>=4.64",
         "matplotlib>=3.7",
         "plotly>=5.18",
+        "scipy>=1.10",
     ],
-    extras_require={"test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "transformers>=5", "scikit-learn>=1.3"]},
+    extras_require={
+        "slurm": ["submitit>=1.5"],
+        "test": [
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "ruff>=0.6",
+            "transformers>=5",
+            "scikit-learn>=1.3",
+            "submitit>=1.5",
+        ],
+    },
     classifiers=[
         "Programming Language :: Python :: 3",
         "License :: OSI Approved :: MIT License",
