@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N; default cpu")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of a process; default torch's choice")
     parser.add_argument("--rounds", type=int, metavar="N", help="rounds of every comparison; default its own number")
     parser.add_argument("--root", metavar="DATA", help="a folder in ModelNet40 layout, for the data path")

@@ -77,7 +77,7 @@ def cpu_flags() -> list[str]:
 def missing_bf16(device: torch.device) -> str | None:
     """Return why bf16 is of no use on a device, None where it has units for it."""
     if device.type == "cuda":
-        return None if torch.cuda.is_bf16_supported() else "this GPU has no bf16 unit"
+        return None if torch.cuda.is_bf16_supported(including_emulation=False) else "this GPU has no bf16 unit"
     found = set(cpu_flags()) & set(BF16_FLAGS)
     return None if found else f"this CPU has no bf16 unit (none of {', '.join(BF16_FLAGS)})"
 

@@ -6,7 +6,7 @@ from .interleave import Contestant, interleave
 from .presets import PUBLIC_BERT, PUBLIC_TRANSFORMER, SMALL_BERT, Preset, spec_for
 from .section import Section, Settings, new_section
 from .training import ModelSpec, build_inference, inference_flops
-from .versus import DENSE, EXPERTS, FOLDED, MERGED, REFERENCE_A, add_rates, add_versus, contestants
+from .versus import DENSE, EXPERTS, FOLDED, MERGED, REFERENCE_A, REFERENCE_B, add_rates, add_versus, contestants
 
 AGAIN = "ours, dense again"
 
@@ -28,7 +28,7 @@ def measure(settings: Settings) -> Section:
 def _against_reference(section: Section, settings: Settings, name: str, preset: Preset) -> None:
     spec = spec_for(preset, settings)
     present = contestants(build_inference, spec, settings)
-    present.append(Contestant(FOLDED, partial(build_inference, spec.but(folded=True))))
+    present.append(Contestant(FOLDED, partial(build_inference, spec.but(folded=True)), note="fold_batchnorm"))
     if name == "point_bert":
         present += _merged_and_again(spec)
     comparison = interleave(
@@ -42,7 +42,8 @@ def _against_reference(section: Section, settings: Settings, name: str, preset: 
     )
     section.comparisons.append(comparison)
     add_versus(section, settings, name, comparison, inference_flops(spec))
-    section.add_speedup(f"{name}.folded_A", comparison, FOLDED, REFERENCE_A)
+    for condition, reference in (("A", REFERENCE_A), ("B", REFERENCE_B)):
+        section.add_speedup(f"{name}.folded_{condition}", comparison, FOLDED, reference)
     if name == "point_bert":
         section.add_ratio(f"{name}.merged", comparison, MERGED, DENSE)
         section.add_ratio(f"{name}.noise", comparison, AGAIN, DENSE)

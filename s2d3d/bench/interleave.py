@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ..errors import InputError
 from .stats import Spread, ratios, spread
@@ -234,7 +235,7 @@ def interleave(
         repeat = _warm_up(runners, base, warmup, min_seconds)
         repeats = {contestant.name: repeat * contestant.repeat for contestant in present}
         times: dict[str, list[float]] = {contestant: [] for contestant in runners}
-        for index in range(rounds):
+        for index in tqdm(range(rounds), desc=name, leave=False, disable=None):
             for contestant in order(list(runners), index):
                 times[contestant].append(runners[contestant].run(repeats[contestant]))
         facts = {contestant: runner.facts() for contestant, runner in runners.items()}

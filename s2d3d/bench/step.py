@@ -48,7 +48,7 @@ def _against_reference(section: Section, settings: Settings, name: str, spec: Mo
         start=settings.apart(),
         base=REFERENCE_A,
         samples=spec.batch,
-        **settings.interleaving(8),
+        **settings.interleaving(8, min_seconds=0.2),
     )
     section.comparisons.append(comparison)
     if sparse:

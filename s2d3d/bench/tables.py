@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from .interleave import Comparison
 from .section import Section, Series
 
+BUSY = 0.5
+"""Load average of the last minute above which a machine is not idle."""
+
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table with aligned columns; the first is text, numbers in others are on the right.
@@ -97,7 +100,12 @@ def hardware_lines(section: Section) -> list[str]:
         f"{machine['memory_gib']} GiB of memory",
         f"- GPU: {machine['gpu'] or 'none used'}" + (f", CUDA {machine['cuda']}" if machine["cuda"] else ""),
         f"- threads: {machine['num_threads']}; load average at the start: "
-        + ", ".join(f"{value:.2f}" for value in machine["load_average"]),
+        + ", ".join(f"{value:.2f}" for value in machine["load_average"])
+        + (
+            " (**other programs were running: ratios hold, absolute times are too long**)"
+            if machine["load_average"][0] > BUSY
+            else ""
+        ),
         f"- allocator: {allocator['libc']}; as shipped: {allocator['shipped']}; set by the user: {chosen}",
         f"- software: Python {machine['python']}, {versions}" + (f"; not installed: {absent}" if absent else ""),
         f"- code: {machine['git_commit'] or 'not a checkout'}, {machine['time']}",

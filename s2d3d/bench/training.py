@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from .. import models
 from ..engine.optim import build_optimizer
+from ..models import fold_batchnorm
 from ..s2d import EWA, MoFConfig, convert_to_mof_, merge_experts
 from ..s2d.ewa import expert_layers
-from .interleave import Skip, Task
+from .interleave import Task
 from .reference import our_model, reference_model
 
 NUM_CLASSES = 40
@@ -87,10 +87,7 @@ def build_model(spec: ModelSpec) -> nn.Module:
     if spec.merged:
         merge_experts(model, inplace=True)
     if spec.folded:
-        fold = getattr(models, "fold_batchnorm", None)
-        if fold is None:
-            raise Skip("this version of the package folds no BatchNorm")
-        model = fold(model.eval())
+        model = fold_batchnorm(model.eval())
     return model.to(spec.device)
 
 

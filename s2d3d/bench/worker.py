@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ..engine.runtime import keep_large_allocations
 from ..errors import InputError
+from ..s2d.dispatch import scatter_backend
 from .interleave import KEPT, LocalRunner, Skip, Start, Task, make_timer
 
-PRELOAD = ("s2d3d.bench.training", "s2d3d.bench.parallel")
+PRELOAD = ("__main__", "s2d3d.bench.training", "s2d3d.bench.parallel")
 
 
 def workers(device: torch.device, num_threads: int) -> Start:
@@ -127,6 +128,7 @@ def serve(connection: Connection, build: Callable[[], Task], allocator: str, dev
         torch.set_num_threads(num_threads)
         if allocator == KEPT:
             keep_large_allocations()
+        scatter_backend()  # loads its library before memory is counted
         before = peak_memory(torch.device(device))
         task = build()
         runner = LocalRunner(task, make_timer(torch.device(device)))

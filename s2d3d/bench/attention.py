@@ -1,0 +1,82 @@
+"""Vector attention among neighbours, the layer of Point Transformers, against plain and public ones."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..models.point_transformer import VectorAttention, find_neighbours
+from ..ops import nearest_neighbours
+from .interleave import Comparison, Contestant, Task, interleave
+from .packages import require
+from .reference import load_reference, submodule
+from .section import Settings
+from .training import clouds
+
+
+def measure_attention(settings: Settings) -> Comparison:
+    """Compare forward and backward of one attention layer in training, its neighbour search included.
+
+    Raises:
+        InputError: ours and the plain one disagree.
+    """
+    batch, points, channels, share_planes, size = settings.pick((8, 1024, 64, 8, 16), (2, 32, 8, 4, 4))
+    xyz, _ = clouds(batch, points, settings.seed, settings.device)
+    torch.manual_seed(settings.seed)
+    ours = VectorAttention(channels, share_planes).to(settings.device).train()
+    x = torch.randn(batch, points, channels).to(settings.device).requires_grad_()
+    # Of a size with which gradients of weights, sums over all points, are numbers about 1.
+    direction = torch.randn(batch * points, channels).to(settings.device) / (batch * points) ** 0.5
+
+    def task(module: nn.Module, forward: Callable[[], Tensor]) -> Task:
+        def run() -> Tensor:
+            module.zero_grad(set_to_none=True)
+            x.grad = None
+            rows = forward().reshape(batch * points, channels)
+            rows.backward(direction)
+            return rows
+
+        def outputs() -> list[Tensor]:
+            rows = run().detach()
+            return [rows, x.grad.clone(), module.linear_v.weight.grad, module.linear_q.weight.grad]
+
+        return Task(run, outputs)
+
+    def plain() -> Task:
+        layer = submodule(load_reference(), "point_transformer").PointTransformerLayer(channels, share_planes, size)
+        layer.load_state_dict(ours.state_dict())
+        layer = layer.to(settings.device).train()
+        return task(layer, lambda: layer(xyz, x))
+
+    def public() -> Task:
+        package = require("torch_geometric.nn", "torch-geometric")
+        encode = nn.Sequential(nn.Linear(3, channels), nn.ReLU(), nn.Linear(channels, channels))
+        attend = nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, channels))
+        layer = package.PointTransformerConv(channels, channels, encode, attend, add_self_loops=False)
+        layer = layer.to(settings.device).train()
+        first = torch.arange(batch, device=xyz.device).view(-1, 1, 1) * points
+
+        def forward() -> Tensor:
+            sources = (nearest_neighbours(xyz, xyz, size) + first).flatten()
+            targets = torch.arange(batch * points, device=xyz.device).repeat_interleave(size)
+            return layer(x.flatten(0, 1), xyz.flatten(0, 1), torch.stack([sources, targets]))
+
+        return task(layer, forward)
+
+    return interleave(
+        "vector attention",
+        [
+            Contestant(
+                "ours", lambda: task(ours, lambda: ours(x.flatten(0, 1), find_neighbours(xyz, xyz, size))),
+                note="queries, keys and values of points, then gathered",
+            ),
+            Contestant("plain reference", plain, note="neighbours gathered, then every layer"),
+            Contestant(
+                "torch-geometric PointTransformerConv", public, same_math=False,
+                note="a weight for each channel, no BatchNorm; our neighbour search",
+            ),
+        ],
+        title=f"attention, {batch} x {points} points, {channels} channels, {size} neighbours, forward and backward",
+        start=settings.here(),
+        **settings.interleaving(12),
+    )  # fmt: skip
