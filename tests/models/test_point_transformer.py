@@ -1,5 +1,8 @@
 """Our Point Transformer equals the plain reference, sparse and merged, and the comparison notices small deviations."""
 
+import subprocess
+import sys
+
 import pytest
 import reference.point_transformer as plain
 import torch
@@ -381,3 +384,27 @@ def test_configs_name_what_the_model_refuses(tiny_config):
         pt_config(tiny_config(), channels=[16, 20, 64, 96])
     with pytest.raises(InputError, match="unknown key; did you mean 'depths'"):
         pt_config(tiny_config(), depth=3)
+
+
+TWO_STEPS = """
+import resource
+import torch
+from s2d3d import convert_to_mof_, create_model
+from s2d3d.engine.optim import build_optimizer
+
+model = create_model("point_transformer_small", num_classes=40)
+convert_to_mof_(model)
+optimizer = build_optimizer(model, name="adamw", lr=1e-3, weight_decay=0.05)
+for _ in range(2):
+    optimizer.zero_grad()
+    torch.nn.functional.cross_entropy(model(torch.rand(32, 1024, 3)), torch.randint(40, (32,))).backward()
+    optimizer.step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_training_the_small_model_fits_in_8_gib():
+    done = subprocess.run([sys.executable, "-c", TWO_STEPS], capture_output=True, text=True, check=True)
+    peak = int(done.stdout) / 2**20  # GiB, with libraries; measured: 1.3
+    assert 0.5 < peak < 8
