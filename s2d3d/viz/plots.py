@@ -183,7 +183,7 @@ def corruption_figure(results: Mapping[str, Mapping[str, Any]]) -> Figure:
         for name, accuracies in curves.items():
             panel = panels[[*names, "mean"].index(name)]
             values = 100 * np.array([result["clean"]["oa"], *accuracies])
-            panel.plot(range(len(values)), values, "o-", markersize=3, label=run, **_style(index))
+            panel.plot(range(len(values)), values, marker="o", markersize=3, label=run, **_style(index))
     for number, (panel, name) in enumerate(zip(panels, [*names, "mean"])):
         panel.set_title(name if name != "mean" else "mean of all", fontsize=10)
         panel.set_xlabel("severity", fontsize=8)
@@ -209,7 +209,7 @@ def throughput_figure(
 
     Example:
         >>> figure = throughput_figure({"dense": 100.0, "S2D": 98.0})
-        >>> [bar.get_width() for bar in figure.axes[0].patches]
+        >>> [float(bar.get_width()) for bar in figure.axes[0].patches]
         [100.0, 98.0]
     """
     if not values:

@@ -133,7 +133,7 @@ def build_report(
         plots="".join(_plot(name, figure_svg(figure)) for name, figure in figures.items()),
         config_title="Differences of the configs" if len(runs) > 1 else "Config",
         config=html_table(*config_rows(runs)),
-        environment=html_table(*environment_rows(runs)),
+        environment=html_table(*environment_rows(runs), mark_differences=True),
         data=embed_json({"runs": [entry for entry in data if entry], "points": points}),
     )
     if len(page.encode()) > MOST_BYTES:

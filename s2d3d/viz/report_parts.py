@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 Rows = tuple[list[str], list[list[str]]]
 """Head and rows of a table."""
 TITLES = {
-    "sparse": "before merge", "merged": "merged", "routed": "routed", "recalibrated": "BatchNorm recalibrated",
+    "sparse": "before merge", "merged": "merged or dense", "routed": "routed", "recalibrated": "BatchNorm recalibrated",
     "voting": "voting", "ema": "moving average",
 }  # fmt: skip
 """What metrics.json measures."""
@@ -78,8 +78,8 @@ def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table, the first column as heads of the rows; rows whose values differ are marked.
+def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, mark_differences: bool = False) -> str:
+    """Return a table, the first column as heads of the rows; rows whose values differ are marked if asked for.
 
     Example:
         >>> html_table(["", "a"], [["seed", "0"]])
@@ -90,7 +90,7 @@ def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     lines = []
     for first, *values in rows:
-        mark = ' class="differs"' if len(set(values)) > 1 else ""
+        mark = ' class="differs"' if mark_differences and len(set(values)) > 1 else ""
         cells = "".join(f"<td>{escape(value)}</td>" for value in values)
         lines.append(f"<tr{mark}><th>{escape(first)}</th>{cells}</tr>")
     return f"<table><thead><tr>{top}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
@@ -129,6 +129,8 @@ def _count(value: int | None) -> str | None:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, (list, tuple)) and not value:
+        return "none"
     if isinstance(value, (list, tuple)):
         return " ".join(map(str, value)) if all(isinstance(item, str) for item in value) else str(list(value))
     return "null" if value is None else str(value)

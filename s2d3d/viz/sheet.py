@@ -149,11 +149,19 @@ def encode_ply(points: ArrayLike, colors: ArrayLike, *, comment: str = "") -> by
     return "\n".join([*head, "end_header", ""]).encode() + vertices.tobytes()
 
 
-def cloud_page(sheet: CloudSheet) -> str:
+def cloud_page(sheet: CloudSheet, *, at_once: int = 8) -> str:
     """Return a sheet as one HTML page that needs no server, no network and no other file.
+
+    Args:
+        sheet: what to show.
+        at_once: about how many clouds are shown at a time, at least 1; browsers draw 16 scenes at most.
 
     Raises:
         InputError: plotly is missing.
+
+    Example:
+        >>> cloud_page(CloudSheet([[[0, 0, 0]]], ["a point"], "an example"))[:15]
+        '<!DOCTYPE html>'
     """
     try:
         from plotly.offline import get_plotlyjs
@@ -172,13 +180,13 @@ def cloud_page(sheet: CloudSheet) -> str:
                 "mark": mark,
             }
         )
-    columns = min(sheet.columns or 3, len(clouds), 4)
+    columns = min(sheet.columns or 3, len(clouds), 4, at_once)
     return fill_template(
         "clouds.html",
         title=escape(sheet.title.splitlines()[0]),
         heading="".join(f"<p>{escape(line)}</p>" for line in sheet.title.splitlines()[1:]),
         plotly=get_plotlyjs(),
-        data=embed_json({"clouds": clouds, "columns": columns, "rows": 8 // columns}),
+        data=embed_json({"clouds": clouds, "columns": columns, "rows": at_once // columns}),
     )
 
 

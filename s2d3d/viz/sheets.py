@@ -140,7 +140,7 @@ def group_of_points(model: PointBERT, points: Tensor) -> tuple[Tensor, Tensor]:
     """
     centers = gather_points(points, farthest_point_sample(points, model.num_group, skip_origin=model.fps_skip_origin))
     members = nearest_neighbours(centers, points, model.group_size)  # (B, G, S)
-    distance = torch.cdist(centers, points)  # (B, G, N)
+    distance = _distances(centers, points)  # (B, G, N)
     outside = torch.ones_like(distance, dtype=torch.bool).scatter_(2, members, False)
     nearest = distance.masked_fill(outside, torch.inf).min(1)
     return nearest.indices.masked_fill(nearest.values.isinf(), -1), centers
@@ -177,7 +177,7 @@ def experts_sheet(points: Tensor, passes: Sequence[TokenExperts], captions: Sequ
         for number, tokens in enumerate(passes, 1):
             experts, positions = tokens.experts[row], tokens.positions[row]
             rgb = np.where(experts.numpy()[:, None] >= 0, palette[experts.numpy() % len(palette)], 0.0)
-            nearest = torch.cdist(cloud, positions).argmin(1).numpy()
+            nearest = _distances(cloud, positions).argmin(1).numpy()
             clouds.append(torch.cat([cloud, positions]))
             colors.append(np.concatenate([0.45 * rgb[nearest] + 0.55, rgb]))
             scales.append(_scales(len(cloud), len(positions)))
@@ -280,6 +280,11 @@ def corruptions_sheet(
             texts.append(text)
             marks.append(mark)
     return CloudSheet(clouds, texts, title, marks=marks, columns=len(CORRUPTIONS) + 1)
+
+
+def _distances(first: Tensor, second: Tensor) -> Tensor:
+    # The default of large sets goes through a matrix product, which is off by 1e-3 for near points.
+    return torch.cdist(first, second, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def _scales(num_points: int, num_centers: int) -> NDArray[np.float64]:

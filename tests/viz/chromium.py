@@ -40,7 +40,7 @@ class Chromium:
         command = [
             find_chromium(), "--headless", "--remote-debugging-pipe", f"--user-data-dir={profile}", "--no-first-run",
             "--disable-extensions", "--disable-background-networking", "--disable-component-update",
-            "--enable-unsafe-swiftshader", "--window-size=1300,1000",
+            "--enable-unsafe-swiftshader", "--window-size=1200,800",
             *(["--no-sandbox"] if os.geteuid() == 0 else []),
         ]  # fmt: skip
         commands, self._out = os.pipe()
@@ -63,7 +63,9 @@ class Chromium:
 
     def open(self, path: Path) -> None:
         """Load a file of the disk, without a network, and wait until it is there."""
-        self._send("Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=0, uploadThroughput=0)
+        self._send(
+            "Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=0, uploadThroughput=0
+        )
         self._events.clear()
         self._send("Page.navigate", url=path.resolve().as_uri())
         self.wait("document.readyState === 'complete' && location.protocol === 'file:'")
