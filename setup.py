@@ -46,6 +46,15 @@ setup(
             "scikit-learn>=1.3",
             "submitit>=1.5",
         ],
+        "bench": [
+            "mixture-of-experts>=0.2.3",
+            "st-moe-pytorch>=0.1.8",
+            "soft-moe-pytorch>=0.1.9",
+            "transformers>=5",
+            "fpsample>=0.3.3",
+            "torch-cluster>=1.6.3",
+            "torch-geometric>=2.6",
+        ],
     },
     classifiers=[
         "Programming Language :: Python :: 3",

@@ -43,6 +43,10 @@ Point Transformer: stages of 32, 64, 128, 256, 512 channels with 0, 1, 2, 4, 1 a
 transitions, strides 1, 4, 4, 4, 4, 8 or 16 neighbours, no FFN, batch 8 of 1024 points. A training step is forward,
 backward, clipping at 10, AdamW, and with experts EWA. Clouds are random shells; no data set is needed.
 
+**Public packages** take part where they are installed (extra `bench` of setup.py; torch-cluster compiles for some
+minutes and needs `--no-build-isolation`). tutel is no part of that extra, because it has to be built from its
+repository. Layers are built at the size of the FFN that they stand for.
+
 **Limits.** The rate of a matrix product of the FFN's size is measured beside, the floating-point operations of the
 matrix products of a step are counted, and their quotient is the time below which no implementation of this model
 gets at that rate. "Would allow" is the reference's time over it.

@@ -116,7 +116,7 @@ def build_step(spec: ModelSpec) -> Task:
             ewa.step()
         return loss.detach()
 
-    return Task(step, partial(logits_of, model, points, precision))
+    return Task(step, partial(logits_of, network, points, precision))
 
 
 def build_inference(spec: ModelSpec) -> Task:

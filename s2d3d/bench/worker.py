@@ -128,6 +128,7 @@ def serve(connection: Connection, build: Callable[[], Task], allocator: str, dev
         torch.set_num_threads(num_threads)
         if allocator == KEPT:
             keep_large_allocations()
+        torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in convolutions too
         scatter_backend()  # loads its library before memory is counted
         before = peak_memory(torch.device(device))
         task = build()
