@@ -11,7 +11,10 @@ from matplotlib.image import imread
 
 from s2d3d import Trainer, create_dataset, evaluate, load_config, load_model
 from s2d3d.datasets import BatchLoader
+from s2d3d.datasets.corruptions import CorruptedDataset
 from s2d3d.viz.clouds import BACKGROUND
+from s2d3d.viz.sheets import point_saliency
+from s2d3d.viz.tokens import trace_experts
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +109,9 @@ def test_captions_say_what_the_model_says_wrong_ones_first(sheet_of, checkpoint,
         assert doubts == pytest.approx(sorted(doubts), abs=1e-6), "the least probable truth first"
 
 
-def test_gallery_shows_each_class_once(visualize, sheet_of, shapes_root, repository, test_set, drawing, tmp_path, capsys):
+def test_gallery_shows_each_class_once(
+    visualize, sheet_of, shapes_root, repository, test_set, drawing, tmp_path, capsys
+):
     command = ["--config", str(repository / "configs" / "demo.yaml"), f"data.root={shapes_root}", "data.num_points=128"]
     sheet = sheet_of(*command)
     assert sheet.captions == test_set.class_names and sheet.marks is None
@@ -141,6 +146,60 @@ def test_classes_take_turns_and_the_seed_chooses(visualize, test_set):
     assert not torch.equal(visualize.choose_clouds(test_set, 20, 1), twenty)
 
 
+def test_experts_are_those_of_the_same_batch_in_several_passes(sheet_of, checkpoint):
+    sheet = sheet_of("--checkpoint", checkpoint, "--kind", "experts", "--num-clouds", 2, "--passes", 3)
+    assert sheet.columns == 3 and len(sheet.clouds) == 6
+    model = load_model(checkpoint)
+    clouds = torch.stack([sheet.clouds[0][:128], sheet.clouds[3][:128]])
+    for number, traced in enumerate(trace_experts(model, clouds, passes=3, seed=0)):
+        for row in range(2):
+            counts = traced.experts[row].bincount(minlength=4).tolist()
+            assert sheet.captions[3 * row + number].endswith(f": {', '.join(map(str, counts))}")
+    assert sheet_of("--checkpoint", checkpoint, "--kind", "experts", "--seed", 1).captions != sheet.captions
+
+
+def test_patches_and_saliency_are_of_the_clouds_that_are_named(sheet_of, checkpoint, test_set):
+    model = load_model(checkpoint, merge=True)
+    patches = sheet_of("--checkpoint", checkpoint, "--kind", "patches", "--num-clouds", 4)
+    saliency = sheet_of("--checkpoint", checkpoint, "--kind", "saliency", "--num-clouds", 4)
+    assert len(patches.clouds) == len(saliency.clouds) == 4
+    for index, cloud in enumerate(saliency.clouds):
+        assert torch.equal(patches.clouds[index][:128], cloud) and len(patches.clouds[index]) == 128 + 12
+        name = test_set.class_names[
+            test_set.labels[(test_set.points.float() == cloud).all(-1).all(-1).nonzero().item()]
+        ]
+        assert saliency.captions[index].startswith(f"{name}\n") and patches.captions[index].startswith(f"{name}\n")
+        guess = test_set.class_names[model(cloud[None]).argmax()]
+        assert (f"taken for {guess}" in saliency.captions[index]) == (saliency.marks[index] is not None)
+        brightest = int(saliency.colors[index].sum(1).argmax())
+        gradient = point_saliency(model, cloud[None])[0]
+        assert gradient[brightest] >= gradient.quantile(0.97)
+
+
+def test_corruptions_need_no_model_but_take_one(sheet_of, checkpoint, shapes_root, repository, test_set):
+    options = ["--kind", "corruptions", "--num-clouds", 1, "--severity", 5]
+    judged = sheet_of("--checkpoint", checkpoint, *options)
+    config = ["--config", repository / "configs" / "demo.yaml", f"data.root={shapes_root}", "data.num_points=128"]
+    plain = sheet_of(*config, *options)
+    assert len(plain.clouds) == 8 and all(torch.equal(*pair) for pair in zip(plain.clouds, judged.clouds))
+    index = int((test_set.points.float() == plain.clouds[0]).all(-1).all(-1).nonzero())
+    seen = CorruptedDataset(test_set, "jitter", 5).batch(torch.tensor([index]))[0][0]
+    jittered = next(i for i, caption in enumerate(plain.captions) if caption.endswith(", jitter"))
+    assert torch.equal(plain.clouds[jittered], seen), "what an evaluation sees"
+    assert plain.marks == [None] * 8 and all("recognised" in c or "taken for" in c for c in judged.captions)
+
+
+def test_other_forms_of_output(visualize, checkpoint, tmp_path, capsys):
+    command = ["--checkpoint", str(checkpoint), "--num-clouds", "2", "--kind", "patches", "--output"]
+    assert visualize.main([*command, str(tmp_path / "p.ply")]) == 0
+    assert capsys.readouterr().out == f"written to {tmp_path / 'p_1.ply'} ... p_2.ply\n"
+    assert visualize.main([*command, str(tmp_path / "p.html")]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"p_1.ply", "p_2.ply", "p.html"}
+    capsys.readouterr()
+    assert visualize.main([*command, str(tmp_path / "p.ply")]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'p_1.ply'}: exists already")
+
+
 def test_existing_output_stays_unless_forced(visualize, checkpoint, tmp_path, capsys, drawing):
     output = tmp_path / "old.png"
     output.write_bytes(b"old")
@@ -156,7 +215,10 @@ BAD = {
     "no such checkpoint": (["--checkpoint", "none.pt"], "none.pt: no such checkpoint file"),
     "no checkpoint": (["--checkpoint", "text.pt"], "text.pt: cannot be read as a checkpoint"),
     "no such config": (["--config", "none.yaml"], "none.yaml"),
-    "not a png": (["--checkpoint", "GOOD", "--output", "picture.jpg"], "picture.jpg: the picture is a PNG, PLY or HTML file"),
+    "not a png": (
+        ["--checkpoint", "GOOD", "--output", "picture.jpg"],
+        "picture.jpg: the picture is a PNG, PLY or HTML file",
+    ),
     "no folder": (["--checkpoint", "GOOD", "--output", "none/picture.png"], "folder none does not exist"),
     "no cloud": (
         ["--checkpoint", "GOOD", "--num-clouds", "0"],
@@ -166,9 +228,28 @@ BAD = {
     "unknown key": (["--checkpoint", "GOOD", "data.rot=x"], "data.rot: unknown key; did you mean 'root'?"),
     "other classes": (["--checkpoint", "GOOD", "data.classes=[box, mug]"], "was trained on 12 classes, this set has 2"),
     "useless override": (["--checkpoint", "GOOD", "model.depth=5"], "'model.depth=5': has no effect on a checkpoint"),
+    "flag of another kind": (
+        ["--checkpoint", "GOOD", "--kind", "patches", "--passes", "2"],
+        "--passes: is for --kind experts only",
+    ),
+    "no model": (["--config", "none.yaml", "--kind", "saliency"], "--kind saliency: needs a model; give --checkpoint"),
+    "no such layer": (
+        ["--checkpoint", "GOOD", "--kind", "experts", "--layer", "blocks"],
+        "no expert layer 'blocks'",
+    ),
+    "no pass": (["--checkpoint", "GOOD", "--kind", "experts", "--passes", "0"], "passes is 0, must be at least 1"),
+    "severity": (["--checkpoint", "GOOD", "--kind", "corruptions", "--severity", "6"], "severity is 6, must be 1 .. 5"),
+    "size": (["--checkpoint", "GOOD", "--size", "5000"], "--size is 5000, must be between 16 and 1024"),
     "no data": (["--checkpoint", "GOOD", "data.root=none"], "none"),
     "device": (["--checkpoint", "GOOD", "--device", "gpu"], "device 'gpu' is unknown"),
 }
+
+
+def test_experts_of_a_dense_checkpoint(visualize, checkpoint, tmp_path, capsys):
+    merged = checkpoint.parent.parent / "merged.pt"
+    command = ["--checkpoint", str(merged), "--kind", "experts", "--output", str(tmp_path / "a.png")]
+    assert visualize.main(command) == 1
+    assert capsys.readouterr().err.startswith(f"error: {merged}: is dense, a sparse checkpoint is needed")
 
 
 @pytest.mark.parametrize("case", BAD)

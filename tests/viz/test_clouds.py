@@ -102,6 +102,15 @@ def test_point_size_is_the_diameter_in_pixels(drawing, point_size):
     assert bottom - top + 1 == pytest.approx(point_size, abs=2)
 
 
+def test_scales_are_relative_to_the_point_size(drawing):
+    pair = np.array([(-1.0, 0, 0), (1.0, 0, 0)])
+    (image,) = render_clouds([pair], scales=[[1.0, 3.0]], view=FRONT, point_size=8)
+    mask = drawn(image)
+    small, large = extent(mask[:, :160]), extent(mask[:, 160:])
+    assert small[3] - small[2] + 1 == pytest.approx(8, abs=2) and large[3] - large[2] + 1 == pytest.approx(24, abs=2)
+    assert large[1] < 158, "and is not cut off"
+
+
 def test_points_are_smaller_where_they_are_many(drawing):
     line = np.stack([np.zeros(2000), np.zeros(2000), np.linspace(-1, 1, 2000)], 1)
     widths = []
@@ -171,6 +180,9 @@ def test_nothing_is_printed(drawing, capfd):
         ),
         ([SQUARE], {"colors": [(255, 0, 0)]}, r"colors of cloud 0 must lie in \[0, 1\]"),
         ([SQUARE], {"colors": [RED, RED]}, "colors of 2 clouds for 1 clouds"),
+        ([SQUARE], {"scales": [None, None]}, "scales of 2 clouds for 1 clouds"),
+        ([SQUARE], {"scales": [[1.0, 2.0]]}, r"scales of cloud 0 have shape \(2,\), must be \(4,\)"),
+        ([SQUARE], {"scales": [[1.0, 2.0, 0.0, 1.0]]}, "scales of cloud 0 must be above 0"),
         ([SQUARE], {"size": 4}, "size is 4, must be at least 16"),
         ([SQUARE], {"point_size": 0}, "point_size is 0, must be above 0"),
     ],
