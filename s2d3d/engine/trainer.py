@@ -234,6 +234,7 @@ class Trainer:
 
     def _leave_experts(self) -> None:
         """Merge the experts and go on dense (`s2d.active_fraction`); everything that holds parameters follows."""
+        self.share_rate = 0.0
         self.network = self.ewa = None  # DDP takes its hooks off the parameters before they are wrapped again
         gc.collect()
         self._schedule(merge_midway_(self.model, self.optimizer, self._new_optimizer))
@@ -289,7 +290,7 @@ class Trainer:
             leave=False, disable=None if self.runtime.is_main and cfg.log.progress else True,
         )  # fmt: skip
         started = time.perf_counter()
-        self.share_rate = 0.0
+        self.share_rate = self.ewa.last_share_rate() if self.ewa else 0.0
         with bar:
             for points, labels in self.train_loader:
                 self.scheduler.step_update(progress.updates)

@@ -113,11 +113,18 @@ class EWA:
 
     def current_share_rate(self) -> float:
         """Return the share rate of the next step."""
-        if self.num_steps >= self.stop_step:
+        return self._share_rate_of(self.num_steps)
+
+    def last_share_rate(self) -> float:
+        """Return the share rate of the last step, 0 before the first."""
+        return self._share_rate_of(self.num_steps - 1) if self.num_steps else 0.0
+
+    def _share_rate_of(self, step: int) -> float:
+        if step >= self.stop_step:
             return 0.0
         if self.schedule == "constant":
             return self.share_rate
-        return self.share_rate * min(1.0, self.num_steps / max(1, self.rise_steps - 1))
+        return self.share_rate * min(1.0, step / max(1, self.rise_steps - 1))
 
     def step(self) -> float:
         """Average the experts once; return the share rate used."""
