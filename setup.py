@@ -38,6 +38,9 @@ setup(
     ],
     extras_require={
         "slurm": ["submitit>=1.5"],
+        "tensorboard": ["tensorboard>=2.14"],
+        "wandb": ["wandb>=0.17"],
+        "export": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.3"],
         "test": [
             "pytest>=8",
             "hypothesis>=6.100",
@@ -45,6 +48,10 @@ setup(
             "transformers>=5",
             "scikit-learn>=1.3",
             "submitit>=1.5",
+            "tensorboard>=2.14",
+            "onnx>=1.16",
+            "onnxruntime>=1.18",
+            "onnxscript>=0.3",
         ],
         "bench": [
             "mixture-of-experts>=0.2.3",

@@ -277,6 +277,8 @@ class LogConfig(Section):
 
     interval: Int = Field(20, ge=1, description="Updates between refreshes of the progress display, at least 1.")
     progress: Bool = Field(True, description="Show progress bars on a terminal.")
+    tensorboard: Bool = Field(False, description="Write TensorBoard events to tensorboard/ in the run folder.")
+    wandb: Str | None = Field(None, description="Project of Weights & Biases that the run is sent to; null: none.")
 
 
 class Config(Section):

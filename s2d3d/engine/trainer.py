@@ -5,6 +5,7 @@ import copy
 import gc
 import logging
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from .config import Config, dump_config
 from .data import build_dataset, build_test_loader, check_classes
 from .diagnosis import nonfinite_message
 from .evaluator import ClassificationReport, evaluate, recalibrate_batchnorm_
+from .loggers import RunLoggers, check_loggers, open_loggers
 from .midway import merge_midway_
 from .optim import build_optimizer, build_scheduler
 from .results import norms_behind_experts, run_metrics, run_summary
@@ -76,7 +78,7 @@ class Trainer:
                 must be given the same again.
         """
         self.config, self.force, self.datasets = config, force, datasets
-        self.folder, self.signals = RunFolder(config.output_dir), SignalWatch()
+        self.folder, self.signals, self.loggers = RunFolder(config.output_dir), SignalWatch(), RunLoggers()
 
     def fit(self, resume: str | Path | None = None) -> Path:
         """Train to the last epoch, evaluate, merge; return the path of the dense model (kind topk: of the routed one).
@@ -106,6 +108,7 @@ class Trainer:
                         self._finish_epoch()
                 return self._finish_run()
         finally:
+            self.loggers.close()
             self.folder.release()
             stop_runtime(self.runtime)
 
@@ -118,6 +121,7 @@ class Trainer:
             check_same_run(state, cfg, checkpoint)
         if runtime.is_main:  # before the data, which may take minutes
             self.folder.check(resume=checkpoint, force=self.force)
+        check_loggers(cfg)
         if not state and cfg.model.pretrained and not Path(cfg.model.pretrained).is_file():
             raise InputError(f"model.pretrained: no such file {cfg.model.pretrained}")  # before data is prepared for it
         self._build_data()
@@ -144,6 +148,7 @@ class Trainer:
                 self._keep_epoch(self.progress.is_best(self.history))
             write_text(self.folder.config, dump_config(cfg))
             write_json(self.folder.environment, environment())
+            self.loggers = open_loggers(cfg, self.folder, self.history, fresh=not self.folder.owns(checkpoint))
             logger.info(self._describe())
 
     def _build_data(self) -> None:
@@ -418,7 +423,9 @@ class Trainer:
         if due and progress.epoch + 1 < cfg.train.epochs:
             report = self._evaluate(self.model, self.test_loader)
             row["test_oa"], row["test_macc"] = report.oa, report.macc
+            self.loggers.report("test", report, progress.epoch + 1)
         self.history.append(row)
+        self.loggers.row(row)  # before the checkpoint: what it does not know of is superseded on resume
         progress.epoch, progress.step, progress.seconds = progress.epoch + 1, 0, 0.0
         self.sums.zero_()
         is_best = self._select(row)
@@ -426,11 +433,12 @@ class Trainer:
         if self.runtime.is_main:
             self._keep_epoch(is_best)
             self.folder.write_log(self.history, LOG_COLUMNS)
+            left = str(timedelta(seconds=round(row["seconds"] * (cfg.train.epochs - row["epoch"]))))
             tested = "".join(f", {key} {100 * row[key]:.2f} %" for key in ("val_oa", "test_oa") if key in row)
             logger.info(
                 f"epoch {row['epoch']}/{cfg.train.epochs}: loss {row['train_loss']:.4f}, "
                 f"train_oa {100 * row['train_oa']:.2f} %{tested}, "
-                f"lr {row['lr']:.2e}, share_rate {row['share_rate']:.3f}, {row['seconds']:.0f} s"
+                f"lr {row['lr']:.2e}, share_rate {row['share_rate']:.3f}, {row['seconds']:.0f} s, {left} left"
             )
 
     def _keep_epoch(self, is_best: bool) -> None:
@@ -476,6 +484,7 @@ class Trainer:
                 shapes=self.scored_loader.dataset.names,
             )  # fmt: skip
             write_json(self.folder.metrics, metrics)
+            self.loggers.finish(reports, self.scored_loader.dataset, self.progress.epoch)
             self.folder.write_log(self.history, LOG_COLUMNS)
         if self.runtime.is_distributed:
             dist.barrier()
