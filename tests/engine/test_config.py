@@ -7,7 +7,8 @@ import torch
 import yaml
 
 from s2d3d.datasets import list_datasets
-from s2d3d.engine.config import Config, load_config, parse_config
+from s2d3d.engine.config import Config, load_config, load_layered_config, parse_config
+from s2d3d.engine.config_schema import ELEMENTWISE_OPTIMIZERS
 from s2d3d.errors import InputError
 from s2d3d.models import create_model, list_models, model_kwargs
 
@@ -81,6 +82,10 @@ def test_model_section_is_filled_with_the_models_own_defaults():
         ("train.ema_decay", 0.999, 0.999),
         ("s2d.share_rate", 0.75, 0.75),
         ("s2d.targets", ["*.0.mlp", "*.1.mlp"], ("*.0.mlp", "*.1.mlp")),
+        ("s2d.rise_fraction", 0.25, 0.25),
+        ("s2d.lr_multiplier", 2, 2.0),
+        ("s2d.average_moments", True, True),
+        ("s2d.active_fraction", "5e-1", 0.5),
         ("seed", 2**32 - 1, 2**32 - 1),
         ("eval.every", 0, 0),
     ],
@@ -318,3 +323,76 @@ def test_to_dict_is_complete():
         assert set(resolved[section]) >= set(Config.model_fields[section].annotation.model_fields)
     own = set(Config.model_fields["model"].annotation.model_fields)
     assert set(resolved["model"]) == own | set(model_kwargs("point_bert_tiny"))
+
+
+# Keys of the studies
+
+
+def test_scoring_the_validation_part_needs_one():
+    (line,) = lines_of(changed("eval.split", "validation"))
+    assert line == ("a.yaml: eval.split: 'validation' needs data.val_fraction above 0; set it, or score the test split")
+    mapping = changed("eval.split", "validation")
+    mapping["data"]["val_fraction"] = 0.1
+    assert parse_config(mapping, where="base").eval.split == "validation"
+
+
+def test_experts_with_a_router_stay_to_the_end():
+    (line,) = lines_of(changed("s2d", {"kind": "topk", "active_fraction": 0.5}))
+    assert line == (
+        "a.yaml: s2d.active_fraction: must be 1 with kind 'topk', whose experts have no dense form to go on with, "
+        "got 0.5"
+    )
+    parse_config(changed("s2d", {"kind": "none", "active_fraction": 0.5}), where="base")
+
+
+@pytest.mark.parametrize(("key", "value"), [("average_moments", True), ("active_fraction", 0.5)])
+def test_averaging_moments_needs_an_optimizer_that_has_them_for_each_weight(key, value):
+    mapping = changed(f"s2d.{key}", value) | {"optim": {"name": "adafactor"}}
+    (line,) = lines_of(mapping)
+    assert line.startswith(f"a.yaml: s2d.{key}: needs an optimizer with state for each weight (optim.name: adam, adamw")
+    assert line.endswith("got 'adafactor'")
+    parse_config(changed(f"s2d.{key}", value) | {"optim": {"name": "sgd"}}, where="base")
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE_OPTIMIZERS)
+def test_those_optimizers_have(name):
+    from s2d3d.engine.optim import build_optimizer
+
+    layer = torch.nn.Linear(3, 2)
+    optimizer = build_optimizer(layer, name=name, lr=1e-3, weight_decay=0.0)
+    for _ in range(2):
+        layer(torch.rand(4, 3)).square().sum().backward()
+        optimizer.step()
+    for parameter in layer.parameters():
+        shapes = {value.shape for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor)}
+        assert parameter.shape in shapes and shapes <= {parameter.shape, torch.Size(()), torch.Size((1,))}
+
+
+# Layers of a study
+
+
+def test_layers_win_over_the_file_and_overrides_over_them(base):
+    layers = {"common": {"train.epochs": 20, "s2d.every": 1}, "arm": {"train.epochs": 30}}
+    config = load_layered_config(base, layers, ["s2d.every=3"])
+    assert (config.train.epochs, config.s2d.every) == (30, 3)
+
+
+def test_a_layer_may_replace_a_section(base):
+    config = load_layered_config(base, {"arm": {"model": {"name": "point_transformer_tiny"}}})
+    assert config.model.name == "point_transformer_tiny"
+
+
+def test_errors_name_the_layer_that_a_value_is_from(base):
+    layers = {
+        "common": {"optim.lr": -1, "train.epochs": 20},
+        "arm": {"s2d.evry": 2, "train.epochs": 0, "output_dir.x": 1},
+    }
+    with pytest.raises(InputError) as caught:
+        load_layered_config(base, layers, ["eval.batch_size=0"])
+    assert set(str(caught.value).splitlines()) == {
+        "common: optim.lr: must be greater than 0, got -1",
+        "arm: s2d.evry: unknown key; did you mean 'every'?",
+        "arm: train.epochs: must be at least 1, got 0",
+        "arm: output_dir.x: 'output_dir' is not a section",
+        "override 'eval.batch_size=0': eval.batch_size: must be at least 1, got 0",
+    }

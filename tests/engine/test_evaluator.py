@@ -47,6 +47,34 @@ def test_counts_by_hand():
     assert (report.num_samples, report.votes, report.class_names) == (5, 1, ["bowl", "cup", "vase"])
 
 
+def test_each_sample_is_marked_in_the_order_of_the_set():
+    report = evaluate(Table(), batches(SAID, TRUE), device="cpu", class_names=["bowl", "cup", "vase"], progress=False)
+    assert report.correct == "".join("01"[said[true] == 9] for said, true in zip(SAID, TRUE)) == "10100"
+
+
+def test_marks_of_several_ranks_are_put_back_in_order(monkeypatch):
+    """Each rank has a part of every batch; the others' parts are what they would have sent."""
+    import torch.distributed as dist
+
+    torch.manual_seed(0)
+    labels = torch.randint(0, 3, (11,))
+    points = torch.randn(11, 4, 3)
+    dataset = PointCloudDataset(points, labels, ["a", "b", "c"], num_points=4, split="test", normalize=False)
+    whole = evaluate(Table(), BatchLoader(dataset, 4), device="cpu", progress=False)
+    sent = []
+
+    def gather(everyone, own):
+        sent.append(own)
+        everyone[:] = [*sent, *[[]] * (3 - len(sent))]
+
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: None)
+    for rank in range(3):
+        loader = BatchLoader(dataset, 6, rank=rank, world_size=3)
+        report = evaluate(Table(), loader, device="cpu", progress=False)
+    assert report.correct == whole.correct and len(set(whole.correct)) == 2
+
+
 def test_table_and_summary():
     report = evaluate(Table(), batches(SAID, TRUE), device="cpu", class_names=["bowl", "cup", "vase"], progress=False)
     assert [line.split() for line in report.table().splitlines()[1:]] == [

@@ -118,3 +118,55 @@ def test_the_rate_depends_on_the_update_alone():
     for update in (17, 3, 29):
         scheduler.step_update(update)
         assert optimizer.param_groups[0]["lr"] == whole[update]
+
+
+# Experts at another rate
+
+
+@pytest.mark.parametrize("kind", ["rup", "topk"])
+def test_multiplier_splits_the_groups_and_keeps_the_rule_of_decay(kind):
+    model = tiny(kind=kind)
+    optimizer = build_optimizer(model, name="adamw", lr=1e-2, weight_decay=0.05, lr_multiplier=4.0)
+    names, skip = {id(p): name for name, p in model.named_parameters()}, no_decay_names(model)
+    seen = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(seen) == sorted(names.values()), "every parameter once"
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            name = names[id(p)]
+            assert group["weight_decay"] == (0 if name in skip else 0.05), name
+            is_expert = ".mlp.fc" in name  # stacked; a router is none
+            assert group.get("lr_scale", 1.0) == (4.0 if is_expert else 1.0), name
+            assert group["lr"] == pytest.approx(1e-2 * group.get("lr_scale", 1.0))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_multiplier_holds_at_every_update_of_the_schedule(schedule):
+    expected = rates(schedule, 20, 4)
+    optimizer = build_optimizer(tiny(kind="rup"), name="adamw", lr=1e-2, weight_decay=0.05, lr_multiplier=0.5)
+    options = dict(schedule=schedule, min_lr=1e-4, warmup_lr=1e-5, warmup_steps=4, total_steps=20)
+    scheduler = build_scheduler(optimizer, **options)
+    for update, rate in enumerate(expected):
+        scheduler.step_update(update)
+        got = [group["lr"] for group in optimizer.param_groups]
+        assert got == pytest.approx([rate, rate, rate / 2, rate / 2], rel=1e-9), update
+
+
+def test_multiplier_scales_the_step_of_the_experts_alone():
+    """Of plain SGD, whose step is the rate times the gradient."""
+    steps = []
+    for multiplier in (1.0, 3.0):
+        torch.manual_seed(0)
+        model = tiny(kind="rup")
+        optimizer = build_optimizer(model, name="momentum", lr=0.1, weight_decay=0.0, lr_multiplier=multiplier)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        steps.append({name: before[name] - p.detach() for name, p in model.named_parameters()})
+    for name, step in steps[0].items():
+        torch.testing.assert_close(steps[1][name], step * (3 if ".mlp.fc" in name else 1))
+
+
+def test_multiplier_of_a_dense_model_changes_nothing():
+    optimizer = build_optimizer(tiny(), name="adamw", lr=1e-3, weight_decay=0.1, lr_multiplier=4.0)
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 1e-3]

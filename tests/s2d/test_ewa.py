@@ -243,6 +243,45 @@ def test_resumed_schedule_equals_the_uninterrupted_one(schedule, make_layer):
     assert all(torch.equal(a, b) for a, b in zip(values(whole).values(), values(part).values(), strict=True))
 
 
+def test_early_rise_reaches_the_share_rate_after_its_part_of_the_training(make_layer):
+    ewa = EWA(make_layer(), share_rate=0.3, total_steps=8, rise_fraction=0.5)
+    assert [ewa.step() for _ in range(8)] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.3, 0.3, 0.3, 0.3])
+    at_once = EWA(make_layer(), share_rate=0.3, total_steps=8, rise_fraction=0.01)
+    assert [at_once.step() for _ in range(3)] == pytest.approx([0.0, 0.3, 0.3]), "t = 0 is 0 as in the whole rise"
+
+
+def test_rise_and_stop_combine_and_a_constant_rate_does_not_rise(make_layer):
+    options = dict(share_rate=0.3, total_steps=8, rise_fraction=0.25)
+    ewa = EWA(make_layer(), stop_fraction=0.5, **options)
+    assert [ewa.step() for _ in range(6)] == pytest.approx([0.0, 0.3, 0.3, 0.3, 0.0, 0.0])
+    constant = EWA(make_layer(), schedule="constant", **options)
+    assert [constant.step() for _ in range(4)] == [0.3] * 4
+
+
+def test_moments_are_averaged_by_the_formula_of_the_weights_and_counts_stay(make_layer):
+    layer = make_layer(3)
+    bare = nn.Linear(2, 2).double()
+    optimizer = torch.optim.AdamW([*layer.parameters(), *bare.parameters()])
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    before = {p: {key: value.clone() for key, value in state.items()} for p, state in optimizer.state.items()}
+    EWA(layer, share_rate=0.4, schedule="constant", total_steps=2, optimizer=optimizer).step()
+    for parameter, state in optimizer.state.items():
+        assert state["step"] == 1
+        for key in ("exp_avg", "exp_avg_sq"):
+            old = before[parameter][key]
+            mine = any(parameter is p for p in layer.expert_parameters())
+            torch.testing.assert_close(state[key], formula(old, 0.4) if mine else old)
+            assert mine == (not torch.equal(state[key], old))
+
+
+def test_an_optimizer_without_state_yet_is_no_problem(make_layer):
+    layer = make_layer(3)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    assert EWA(layer, share_rate=0.4, schedule="constant", total_steps=2, optimizer=optimizer).step() == 0.4
+
+
 def test_layers_moved_to_another_dtype_later_are_still_averaged(make_layer):
     layer = make_layer(4, torch.float32)
     ewa = EWA(layer, share_rate=0.3, schedule="constant", total_steps=2)
