@@ -140,11 +140,15 @@ def autocast(spec: ModelSpec) -> torch.autocast:
 
 
 def logits_of(model: nn.Module, points: Tensor, precision: Callable[[], torch.autocast]) -> list[Tensor]:
-    """Return the logits in evaluation and in training without dropout, where experts differ from their mean."""
-    with torch.no_grad(), precision():
-        evaluated = model.eval()(points).float()
+    """Return the logits in evaluation and in training without dropout, where experts differ from their mean.
+
+    The latter always in float32: BatchNorm over the few clouds of a batch would blow up the rounding of bf16.
+    """
+    with torch.no_grad():
+        with precision():
+            evaluated = model.eval()(points).float()
         with without_dropping(model):
-            trained = model.train()(points).float()
+            trained = model.train()(points)
     return [evaluated, trained]
 
 
