@@ -56,6 +56,8 @@ $(VENV)/.s2d3d: $(VENV)/.scatter $(VENV)/.system setup.py
 	@touch $@
 
 # System libraries of Open3D, which draws pictures. Installed where that is possible, named otherwise.
+# Not installed: a browser (300 MB) for the tests that open pages, which are skipped without one:
+# apt-get install chromium-headless-shell
 SYSTEM_PACKAGES := libusb-1.0-0 libegl1 libgl1 libgl1-mesa-dri libgomp1
 $(VENV)/.system: | $(VENV)/.python
 	@ldconfig=$$(command -v ldconfig || echo /sbin/ldconfig); missing=; \

@@ -90,7 +90,8 @@ def _layout(
     """Lay the grid out to the pixel."""
     size, dpi = images[0].shape[0], 100
     rows, columns = math.ceil(len(images) / columns), min(columns, len(images))
-    gap, line, title_line = round(0.05 * size), round(0.062 * size), round(0.08 * size)
+    # Below the floors no letter can be read.
+    gap, line, title_line = round(0.05 * size), max(14, round(0.062 * size)), max(18, round(0.08 * size))
     below = line * max(len(caption.splitlines()) for caption in captions) + gap
     above = title_line * len(title.splitlines()) + gap if title else 0
     width, height = columns * (size + gap) + gap, gap + above + rows * (size + below + gap)

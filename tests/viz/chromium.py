@@ -1,11 +1,17 @@
-"""A real, headless Chromium for tests, driven through its DevTools pipe with the standard library alone."""
+"""A real, headless Chromium for tests, driven through its DevTools pipe with the standard library alone.
 
+As a program it takes a picture of a page after a click: python tests/viz/chromium.py PAGE.html SELECTOR PICTURE.png
+"""
+
+import base64
 import fcntl
 import json
 import os
 import select
 import shutil
 import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -40,7 +46,7 @@ class Chromium:
         command = [
             find_chromium(), "--headless", "--remote-debugging-pipe", f"--user-data-dir={profile}", "--no-first-run",
             "--disable-extensions", "--disable-background-networking", "--disable-component-update",
-            "--enable-unsafe-swiftshader", "--window-size=1200,800",
+            "--enable-unsafe-swiftshader", "--window-size=1100,740",
             *(["--no-sandbox"] if os.geteuid() == 0 else []),
         ]  # fmt: skip
         commands, self._out = os.pipe()
@@ -106,9 +112,9 @@ class Chromium:
         self._send("Input.dispatchMouseEvent", type="mouseMoved", x=x + dx, y=y + dy, button="left", buttons=1)
         self._send("Input.dispatchMouseEvent", type="mouseReleased", x=x + dx, y=y + dy, button="left", clickCount=1)
 
-    def screenshot(self) -> str:
-        """Return what is seen as a PNG in base64."""
-        return self._send("Page.captureScreenshot", format="png")["data"]
+    def screenshot(self) -> bytes:
+        """Return what is seen as a PNG."""
+        return base64.b64decode(self._send("Page.captureScreenshot", format="png")["data"])
 
     def close(self) -> None:
         self._process.terminate()
@@ -146,3 +152,16 @@ class Chromium:
             self.errors.append(str(content["exceptionDetails"]))
         elif method == "Log.entryAdded" and content["entry"]["level"] == "error":
             self.errors.append(content["entry"]["text"])
+
+
+def main(page: str, selector: str, picture: str) -> None:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        browser = Chromium(Path(profile))
+        browser.open(Path(page))
+        browser.click(selector)
+        Path(picture).write_bytes(browser.screenshot())
+        browser.close()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,6 +1,5 @@
 """Sheets as files: read back by another program, or opened in a browser."""
 
-import base64
 import io
 import json
 import sys
@@ -81,7 +80,7 @@ def test_the_page_shows_the_clouds_in_a_browser(browser, tmp_path):
     assert browser.evaluate("document.querySelector('.plot').data[0].marker.color[7]") == "rgb(255,0,0)"
 
     def red():
-        pixels = imread(io.BytesIO(base64.b64decode(browser.screenshot())))[..., :3]
+        pixels = imread(io.BytesIO(browser.screenshot()))[..., :3]
         return int(((pixels[..., 0] > 0.8) & (pixels[..., 1:].max(-1) < 0.3)).sum())
 
     assert any(red() > 300 for _ in range(50)), "points are drawn, not only known"
