@@ -6,6 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from matplotlib.figure import Figure
+
 from s2d3d import load_checkpoint
 from s2d3d.engine.checkpoint import build_model
 from s2d3d.engine.cli import refuse_existing, run_tool
@@ -78,7 +81,7 @@ def split_arguments(items: Sequence[str]) -> tuple[list[str], list[str]]:
     return folders, overrides
 
 
-def classify(record: RunRecord, overrides: Sequence[str], device) -> Predictions:
+def classify(record: RunRecord, overrides: Sequence[str], device: torch.device) -> Predictions:
     """Run the model that a run left on its test set, once."""
     path = record.checkpoint
     if path is None:
@@ -110,7 +113,7 @@ def as_run(record: RunRecord, predictions: Predictions | None = None) -> ReportR
     )
 
 
-def plot_files(records: Sequence[RunRecord], folder: Path, force: bool) -> dict:
+def plot_files(records: Sequence[RunRecord], folder: Path, force: bool) -> dict[Path, Figure]:
     """Return the figures by the file that each goes to, after checking that they may go there."""
     runs = [as_run(record) for record in records]
     figures = report_figures(runs)

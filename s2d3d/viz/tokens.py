@@ -1,7 +1,7 @@
 """Which expert each token of a cloud goes to, and where in space the token lies."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -79,7 +79,7 @@ def trace_experts(
             for _ in range(passes):
                 with _plans(layers[name]) as plans:
                     model(points)
-                experts = token_experts(plans[0]).view(plans[0].shape).cpu()
+                experts = token_experts(plans[0]).view(plans[0].shape)
                 positions = places(points).cpu()
                 skipped = experts.shape[1] - positions.shape[1]  # the class token comes first
                 traced.append(TokenExperts(name, experts[:, skipped:], positions, layers[name].num_experts))
@@ -90,7 +90,7 @@ def trace_experts(
 
 
 def token_experts(plan: Plan) -> Tensor:
-    """Return the expert of each token (num_tokens,), of several the one with the greatest weight; -1: none.
+    """Return the expert of each token (num_tokens,) on the CPU, of several the one with the greatest weight; -1: none.
 
     Example:
         >>> from s2d3d.s2d.dispatch import random_partition
@@ -98,13 +98,13 @@ def token_experts(plan: Plan) -> Tensor:
         [2, 2, 1, 1]
     """
     partition: Partition = plan.partition
-    slots = torch.arange(len(partition.target), device=partition.target.device)
-    expert = slots // (len(slots) // partition.num_experts)
-    weights = torch.ones_like(slots, dtype=torch.float32) if plan.weights is None else plan.weights
+    target = partition.target.cpu()
+    expert = torch.arange(len(target)) // (len(target) // partition.num_experts)
+    weights = torch.ones(len(target)) if plan.weights is None else plan.weights.cpu()
     # Written from the smallest to the greatest weight, so that the greatest stays; idle slots write into a spare row.
-    result = torch.full((partition.num_tokens + 1,), -1, device=slots.device)
+    result = torch.full((partition.num_tokens + 1,), -1)
     for slot in weights.argsort(stable=True).tolist():
-        result[partition.target[slot]] = expert[slot]
+        result[target[slot]] = expert[slot]
     return result[:-1]
 
 
@@ -126,7 +126,7 @@ def _plans(layer: ExpertLayer) -> Iterator[list[Plan]]:
 
 
 @contextlib.contextmanager
-def _positions(model: nn.Module, layer: str) -> Iterator:
+def _positions(model: nn.Module, layer: str) -> Iterator[Callable[[Tensor], Tensor]]:
     """Yield a function that gives the places (B, T, 3) of a layer's tokens after the clouds went through the model."""
     if isinstance(model, PointBERT):
 

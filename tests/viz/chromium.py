@@ -46,8 +46,8 @@ class Chromium:
         command = [
             find_chromium(), "--headless", "--remote-debugging-pipe", f"--user-data-dir={profile}", "--no-first-run",
             "--disable-extensions", "--disable-background-networking", "--disable-component-update",
-            "--enable-unsafe-swiftshader", "--window-size=1100,740",
-            *(["--no-sandbox"] if os.geteuid() == 0 else []),
+            "--enable-unsafe-swiftshader", "--disable-dev-shm-usage", "--window-size=1100,740",
+            "--no-sandbox",  # containers have none, and what is opened here is our own
         ]  # fmt: skip
         commands, self._out = os.pipe()
         self._in, answers = os.pipe()
