@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from s2d3d import load_config
 from s2d3d.datasets.shapes import write_shapes
+from s2d3d.engine.config import dump_config
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -18,6 +20,11 @@ def pytest_addoption(parser):
         "--published-checkpoint",
         metavar="FILE",
         help="a checkpoint of the public Point-BERT or Point-MAE to test against",
+    )
+    parser.addoption(
+        "--faults-report",
+        metavar="FILE",
+        help="where tests/faults notes what it tried, as JSON, such as docs/results/faults.json",
     )
 
 
@@ -75,6 +82,31 @@ def tiny_config(shapes_root, tmp_path, repository):
         )
 
     return make
+
+
+@pytest.fixture
+def write_study(tiny_config, tmp_path):
+    """Write a study of runs of a second, arms dense and s2d, seeds 0 and 1, scored on a quarter of 96 shapes."""
+
+    def write(**changes: object) -> Path:
+        base = tmp_path / "base.yaml"
+        base.write_text(dump_config(tiny_config("data.val_fraction=0.25", "optim.lr=4e-3", "output_dir=runs/unused")))
+        study = {
+            "name": "tiny",
+            "question": "Does it run?",
+            "base": "base.yaml",
+            "evaluate": "validation",
+            "seeds": [0, 1],
+            "reference": "dense",
+            "output_dir": str(tmp_path / "runs"),
+            "arms": {"dense": {"s2d.kind": "none"}, "s2d": {}},
+        }
+        study = {key: value for key, value in (study | changes).items() if value is not None}
+        path = tmp_path / "tiny.yaml"
+        path.write_text(yaml.safe_dump(study, sort_keys=False))
+        return path
+
+    return write
 
 
 @pytest.fixture
