@@ -16,6 +16,17 @@ class TrainingError(RuntimeError):
     """A training that cannot go on. Says at which step, and where its last good checkpoint lies."""
 
 
+def quoted(text: str, limit: int = 100) -> str:
+    """Return text from a file in quotes, on one line and no longer than a message can bear.
+
+    Example:
+        >>> quoted("a\\nb")
+        "'a\\\\nb'"
+    """
+    shown = repr(text)[1:-1] if not text.isprintable() else text
+    return f"'{shown}'" if len(shown) <= limit else f"'{shown[:limit]}...'"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return "; did you mean '...'?" for the nearest known word, or an empty string."""
     near = difflib.get_close_matches(word, list(known), n=1)

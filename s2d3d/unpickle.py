@@ -21,6 +21,8 @@ _UNREADABLE = (
     RuntimeError,
     NotImplementedError,
     OverflowError,
+    MemoryError,
+    RecursionError,
     EOFError,
     zlib.error,
     ValueError,

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import numpy as np
 import torch
 
-from ..errors import InputError, did_you_mean
+from ..errors import InputError, did_you_mean, quoted
 from .base import PointCloudDataset, choose_shapes
 from .h5 import SEE, CloudFile, CloudLayout, check_up_axis, read_h5
 from .prefix import cache_folders
@@ -122,7 +122,7 @@ def read_class_names(root: Path) -> list[str]:
     names = _read_lines(path)
     for index, name in enumerate(names):
         if name in names[:index]:
-            raise InputError(f"{path}: class '{name}' is listed twice; {SEE}")
+            raise InputError(f"{path}: class {quoted(name)} is listed twice; {SEE}")
     return names
 
 
@@ -151,15 +151,15 @@ def list_files(root: Path, split: str) -> list[Path]:
     for entry in _read_lines(list_path):
         relative = PurePosixPath(entry.replace("\\", "/"))
         if relative.is_absolute() or PureWindowsPath(entry).drive or ".." in relative.parts:
-            raise InputError(f"{list_path}: '{entry}' leads out of the folder; list files inside {root}")
+            raise InputError(f"{list_path}: {quoted(entry)} leads out of the folder; list files inside {root}")
         candidates = [root / relative.name, root / relative]
-        path = next((candidate for candidate in candidates if candidate.is_file()), None)
+        path = next((candidate for candidate in candidates if _is_file(candidate)), None)
         if path is None:
-            raise InputError(f"{list_path}: '{entry}' is not in {root}; {SEE}")
+            raise InputError(f"{list_path}: {quoted(entry)} is not in {root}; {SEE}")
         if not path.resolve().is_relative_to(root.resolve()):
-            raise InputError(f"{list_path}: '{entry}' is a link out of the folder; copy the file into {root}")
+            raise InputError(f"{list_path}: {quoted(entry)} is a link out of the folder; copy the file into {root}")
         if path in files:
-            raise InputError(f"{list_path}: '{entry}' is listed twice; {SEE}")
+            raise InputError(f"{list_path}: {quoted(entry)} is listed twice; {SEE}")
         files.append(path)
     return files
 
@@ -173,6 +173,13 @@ def stored_up_axis(file: CloudFile | CloudLayout) -> str:
     if file.up_axis is not None:
         return file.up_axis
     return "z" if file.dtype == np.float16 else "y"
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long for any file
+        return False
 
 
 def _read_lines(path: Path) -> list[str]:

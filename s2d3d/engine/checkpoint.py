@@ -185,18 +185,25 @@ def check_weights(model: nn.Module, state_dict: dict[str, torch.Tensor], *, wher
     """Raise InputError unless `state_dict` has the keys and shapes of a model, which may be on the meta device."""
     own = model.state_dict()
     missing, unexpected = own.keys() - state_dict.keys(), state_dict.keys() - own.keys()
-    shapes = [key for key in own.keys() & state_dict.keys() if own[key].shape != state_dict[key].shape]
+    common = own.keys() & state_dict.keys()
+    shapes = [key for key in common if own[key].shape != state_dict[key].shape]
+    kinds = [key for key in common if _kind(own[key]) != _kind(state_dict[key])]
     problems = [
         f"{len(keys)} {what} (such as '{min(keys)}')"
         for what, keys in (
             ("weights missing", missing),
             ("unknown weights", unexpected),
             ("weights of another shape", shapes),
+            ("weights of another kind of number", kinds),
         )
         if keys
     ]
     if problems:
         raise InputError(f"{where}: does not fit the model: {', '.join(problems)}")
+
+
+def _kind(weight: torch.Tensor) -> tuple[bool, bool]:
+    return weight.dtype.is_floating_point, weight.dtype.is_complex
 
 
 def require_sparse(payload: dict[str, Any], where: str) -> None:
