@@ -1,4 +1,4 @@
-"""What a measurement was made on: processor, threads, allocator, versions, and what else was running."""
+"""What a measurement was made on: processor, threads, allocator, versions; what its units attain."""
 
 import importlib.metadata
 import os
@@ -24,7 +24,7 @@ PACKAGES = (
 
 
 def hardware(device: torch.device, num_threads: int) -> dict[str, object]:
-    """Describe machine, versions and load, in plain types for JSON.
+    """Describe machine, versions and allocator, in plain types for JSON.
 
     Example:
         >>> machine = hardware(torch.device("cpu"), num_threads=1)
@@ -42,7 +42,6 @@ def hardware(device: torch.device, num_threads: int) -> dict[str, object]:
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "cpu_flags": cpu_flags(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "load_average": [round(value, 2) for value in os.getloadavg()],
         "allocator": {
             "libc": " ".join(platform.libc_ver()).strip() or "unknown",
             "set_by_user": chosen,

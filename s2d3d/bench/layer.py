@@ -188,7 +188,7 @@ def _averaging(settings: Settings) -> Comparison:
             Contestant("_foreach", lambda: task(_average_foreach)),
             Contestant("naive loops", lambda: task(_average_naively)),
         ],
-        title=f"EWA over {LAYERS} layers x {EXPERTS} experts, {weights / 1e6:.1f} M weights",
+        title=f"EWA over {settings.pick(LAYERS, 2)} layers x {EXPERTS} experts, {weights / 1e6:.1f} M weights",
         start=settings.here(),
         tolerance=1e-6,
         **settings.interleaving(30),

@@ -5,6 +5,7 @@ compared.
 """
 
 import importlib
+import warnings
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
@@ -45,7 +46,9 @@ def require(module: str, package: str) -> ModuleType:
         Skip: it is not installed, or does not load.
     """
     try:
-        return importlib.import_module(module)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about their own code, which nobody here can change
+            return importlib.import_module(module)
     except (ImportError, OSError) as error:  # OSError: compiled for another torch
         detail = "" if isinstance(error, ModuleNotFoundError) else f" ({str(error).splitlines()[0]})"
         raise Skip(f"{package} is not usable here{detail}; pip install {package}") from None

@@ -1,6 +1,7 @@
 """What the subcommands have in common: their settings, and the form of their results."""
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ class Settings:
         compile: also measure compiled models.
         force_bf16: measure bf16 even where there is no unit for it.
         seed: of weights and inputs.
+        load_average: of the machine before anything is measured.
     """
 
     device: torch.device
@@ -39,6 +41,7 @@ class Settings:
     compile: bool = False
     force_bf16: bool = False
     seed: int = 0
+    load_average: tuple[float, ...] = field(default_factory=os.getloadavg)
 
     def pick(self, full: Choice, quick: Choice) -> Choice:
         """Return the size to use: the first, or the second in the quick form."""
@@ -185,6 +188,7 @@ class Section:
 def new_section(name: str, title: str, settings: Settings) -> Section:
     """Return an empty section that knows where and how it is measured."""
     plain = {**asdict(settings), "device": str(settings.device), "root": settings.root and settings.root.name}
+    plain["load_average"] = [round(value, 2) for value in settings.load_average]
     return Section(name, title, hardware(settings.device, settings.num_threads), plain)
 
 

@@ -99,11 +99,11 @@ def hardware_lines(section: Section) -> list[str]:
         f"- processor: {machine['processor']}; units: {', '.join(machine['cpu_flags']) or 'unknown'}; "
         f"{machine['memory_gib']} GiB of memory",
         f"- GPU: {machine['gpu'] or 'none used'}" + (f", CUDA {machine['cuda']}" if machine["cuda"] else ""),
-        f"- threads: {machine['num_threads']}; load average at the start: "
-        + ", ".join(f"{value:.2f}" for value in machine["load_average"])
+        f"- threads: {machine['num_threads']}; load average before: "
+        + ", ".join(f"{value:.2f}" for value in section.settings["load_average"])
         + (
             " (**other programs were running: ratios hold, absolute times are too long**)"
-            if machine["load_average"][0] > BUSY
+            if section.settings["load_average"][0] > BUSY
             else ""
         ),
         f"- allocator: {allocator['libc']}; as shipped: {allocator['shipped']}; set by the user: {chosen}",

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from s2d3d.bench import SECTIONS, layer, training
+from s2d3d.bench import SECTIONS, layer, measure_section, reference, training
 from s2d3d.bench.interleave import Skip
+from s2d3d.bench.ops import farthest_from
 from s2d3d.bench.presets import PUBLIC_BERT
 from s2d3d.bench.reference import load_reference
 from s2d3d.bench.report import MARK, merge_results, read_results
@@ -224,3 +225,28 @@ def test_nothing_is_dropped_while_results_are_compared():
 def test_without_the_repository_the_baselines_say_so(tmp_path):
     with pytest.raises(Skip, match="tests/reference is missing: the baselines need a clone of the repository"):
         load_reference(tmp_path / "tests" / "reference")
+
+
+def test_without_baselines_the_rest_is_measured(monkeypatch):
+    def missing():
+        raise Skip("tests/reference is missing")
+
+    monkeypatch.setattr(reference, "load_reference", missing)
+    monkeypatch.setattr(Settings, "apart", Settings.here)
+    section = measure_section("inference", Settings(CPU, 1, rounds=1, quick=True))
+    measures = {key.removeprefix("cpu.inference."): measure for key, measure in section.measures.items()}
+    assert measures["point_bert.A"] == Measure(reason="tests/reference is missing")
+    assert measures["point_bert.limit_B"] == Measure(reason="tests/reference is missing")
+    assert measures["point_bert.merged"].value > 0
+    assert section.comparisons[0].base == "ours, dense"
+    assert section.comparisons[0].deviations["ours, merged"] <= 1e-6, "weights are equal all the same"
+
+
+def test_farthest_points_from_any_start_are_those_of_a_loop():
+    xyz, start = torch.rand(3, 40, 3), torch.tensor([0, 7, 39])
+    found = farthest_from(xyz, start, 6)
+    for cloud, first, indices in zip(xyz, start.tolist(), found.tolist()):
+        chosen = [first]
+        while len(chosen) < 6:
+            chosen.append(int(torch.cdist(cloud, cloud[chosen]).amin(1).argmax()))
+        assert indices == chosen
