@@ -42,7 +42,7 @@ class Chromium:
     def __init__(self, profile: Path) -> None:
         self.requests: list[str] = []
         self.errors: list[str] = []
-        self._buffer, self._number, self._session, self._events = b"", 0, None, []
+        self._buffer, self._number, self._session, self._loaded = b"", 0, None, False
         command = [
             find_chromium(), "--headless", "--remote-debugging-pipe", f"--user-data-dir={profile}", "--no-first-run",
             "--disable-extensions", "--disable-background-networking", "--disable-component-update",
@@ -72,9 +72,10 @@ class Chromium:
         self._send(
             "Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=0, uploadThroughput=0
         )
-        self._events.clear()
+        self._loaded = False
         self._send("Page.navigate", url=path.resolve().as_uri())
-        self.wait("document.readyState === 'complete' && location.protocol === 'file:'")
+        while not self._loaded:
+            self._note(self._receive())
 
     def evaluate(self, expression: str):
         """Return the value of a JavaScript expression."""
@@ -147,7 +148,10 @@ class Chromium:
     def _note(self, event: dict) -> None:
         method, content = event.get("method"), event.get("params", {})
         if method == "Network.requestWillBeSent":
-            self.requests.append(content["request"]["url"][:100])  # pictures inside of the page are long ones
+            # Pictures inside of the page have long ones.
+            self.requests.append(content["request"]["url"][:100])
+        elif method == "Page.loadEventFired":
+            self._loaded = True
         elif method == "Runtime.exceptionThrown":
             self.errors.append(str(content["exceptionDetails"]))
         elif method == "Log.entryAdded" and content["entry"]["level"] == "error":
