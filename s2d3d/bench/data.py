@@ -70,7 +70,6 @@ def _deliver(
                 loaded,
                 loading,
                 same_math=False,
-                repeat=settings.pick(20, 1),
                 note=f"{stored}, scaled and shifted; no workers",
             ),
             *(
@@ -81,7 +80,7 @@ def _deliver(
         title=f"{title}: a batch of {batch} clouds of {dataset.num_points} points, loaded and trained on",
         start=settings.here(),
         samples=batch,
-        **settings.interleaving(10),
+        **settings.interleaving(10, min_seconds=0.1),
     )
     section.comparisons.append(comparison)
     key = "prefix" if title == "cached prefix" else "modelnet40"

@@ -52,7 +52,6 @@ class Contestant:
         same_math: its outputs must equal the base's. False: it computes something else, and says so in `note`.
         tolerance: its own, such as that of a lower precision; None takes that of the comparison.
         allocator: `KEPT` or `DEFAULT`; has a meaning in worker processes alone.
-        repeat: runs in a turn, for work much shorter than that of the others; its time is their mean.
         note: what a reader of the table should know.
     """
 
@@ -61,7 +60,6 @@ class Contestant:
     same_math: bool = True
     tolerance: float | None = None
     allocator: str = KEPT
-    repeat: int = 1
     note: str = ""
 
 
@@ -137,7 +135,7 @@ class Comparison:
         notes: by contestant.
         skipped: reasons by contestant that did not take part.
         facts: what the tasks reported.
-        repeat: runs of the base whose mean is one entry of its `times`.
+        repeats: runs whose mean is one entry of `times`, by contestant.
         samples: clouds, or other items, of one run; 0 where throughput means nothing.
     """
 
@@ -150,7 +148,7 @@ class Comparison:
     notes: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     facts: dict[str, dict[str, float]] = field(default_factory=dict)
-    repeat: int = 1
+    repeats: dict[str, int] = field(default_factory=dict)
     samples: int = 0
 
     def time(self, name: str) -> Spread:
@@ -200,7 +198,7 @@ def interleave(
         rounds: how often each runs, at least 1.
         warmup: rounds before, not counted.
         tolerance: largest absolute deviation of any output from the base's, for contestants of equal mathematics.
-        min_seconds: repeat short work within a turn until the base takes about so long.
+        min_seconds: short work is repeated within its turn until it takes about so long; its time is the mean.
         samples: items of one run, for throughput.
 
     Raises:
@@ -232,8 +230,7 @@ def interleave(
             raise InputError(f"{name}: no contestant can take part: {'; '.join(skipped.values())}")
         base = base if base in runners else next((c.name for c in present if c.same_math), present[0].name)
         deviations = _check_equal(name, present, runners, base, tolerance)
-        repeat = _warm_up(runners, base, warmup, min_seconds)
-        repeats = {contestant.name: repeat * contestant.repeat for contestant in present}
+        repeats = _warm_up(runners, warmup, min_seconds)
         times: dict[str, list[float]] = {contestant: [] for contestant in runners}
         for index in tqdm(range(rounds), desc=name, leave=False, disable=None):
             for contestant in order(list(runners), index):
@@ -252,7 +249,7 @@ def interleave(
         notes={contestant.name: contestant.note for contestant in present if contestant.note},
         skipped=skipped,
         facts={contestant: values for contestant, values in facts.items() if values},
-        repeat=repeat,
+        repeats=repeats,
         samples=samples,
     )
 
@@ -298,13 +295,10 @@ def _check_equal(
     return found
 
 
-def _warm_up(runners: dict[str, Runner], base: str, warmup: int, min_seconds: float) -> int:
-    """Run everything `warmup` times; return how many runs of the base fill `min_seconds`."""
-    seconds = math.inf
+def _warm_up(runners: dict[str, Runner], warmup: int, min_seconds: float) -> dict[str, int]:
+    """Run everything `warmup` times; return how many runs of each fill `min_seconds`."""
+    seconds = dict.fromkeys(runners, math.inf)
     for _ in range(warmup):
         for contestant, runner in runners.items():
-            taken = runner.run(1)
-            seconds = min(seconds, taken) if contestant == base else seconds
-    if not min_seconds or not 0 < seconds < math.inf:
-        return 1
-    return max(1, math.ceil(min_seconds / seconds))
+            seconds[contestant] = min(seconds[contestant], runner.run(1))
+    return {name: max(1, math.ceil(min_seconds / taken)) if taken > 0 else 1 for name, taken in seconds.items()}

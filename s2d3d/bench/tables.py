@@ -52,7 +52,8 @@ def comparison_table(comparison: Comparison) -> str:
     head = ["contestant", unit, "quartiles", "ratio", "quartiles", *(["items/s"] if comparison.samples else []),
             "deviation", "note"]  # fmt: skip
     rounds = len(next(iter(comparison.times.values())))
-    repeated = f" of {comparison.repeat} runs" if comparison.repeat > 1 else ""
+    most = max(comparison.repeats.values(), default=1)
+    repeated = f" of up to {most} runs" if most > 1 else ""
     lines = [
         f"**{comparison.title}** ({rounds} rounds{repeated}; ratios to '{comparison.base}')",
         "",

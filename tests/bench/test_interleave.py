@@ -72,11 +72,11 @@ def test_ratio_is_the_median_of_ratios_of_rounds(world):
 
 
 def test_short_work_is_repeated_and_its_mean_is_the_time(world):
-    short = [world.contestant("a", lambda n: 0.25), world.contestant("b", lambda n: 0.5, repeat=3)]
+    short = [world.contestant(name, lambda n, s=s: s) for name, s in (("a", 0.25), ("b", 0.5), ("c", 3.0))]
     result = interleave("short", short, start=world.start(), rounds=2, warmup=1, min_seconds=1.0)
-    assert result.repeat == 4
-    assert world.diary.count("a") == 1 + 2 * 4 and world.diary.count("b") == 1 + 2 * 4 * 3
-    assert result.times == {"a": [0.25, 0.25], "b": [0.5, 0.5]}
+    assert result.repeats == {"a": 4, "b": 2, "c": 1}
+    assert [world.diary.count(name) for name in "abc"] == [1 + 2 * 4, 1 + 2 * 2, 1 + 2 * 1]
+    assert result.times == {"a": [0.25, 0.25], "b": [0.5, 0.5], "c": [3.0, 3.0]}
 
 
 def test_results_beyond_tolerance_are_not_compared(world):
@@ -152,7 +152,7 @@ def test_bad_arguments(world, names, options, message):
 
 
 def test_comparison_survives_json():
-    result = Comparison("n", "t", "a", {"a": [1.0, 2.0]}, 1e-4, {"a": None}, {}, {"b": "why"}, {}, 3, 32)
+    result = Comparison("n", "t", "a", {"a": [1.0, 2.0]}, 1e-4, {"a": None}, {}, {"b": "why"}, {}, {"a": 3}, 32)
     assert Comparison(**result.to_dict()) == result
 
 
