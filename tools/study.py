@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; the same as train.device=")
     parser.add_argument(
         "--submitit",
-        choices=("slurm", "local", "debug"),
+        choices=("slurm", "local"),
         help="start runs through submitit; --jobs: how many at a time",
     )
     parser.add_argument(

@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -173,7 +174,7 @@ class SubmititLauncher:
         """Prepare the executor; nothing is submitted.
 
         Args:
-            cluster: "slurm", "local" (processes here) or "debug" (in this process).
+            cluster: "slurm", "local" (processes here) or "debug" (in this process, with a debugger at an error).
             folder: for submitit's own files, visible from all nodes.
             options: `KEY=VALUE` for submitit's `update_parameters`, such as `slurm_partition=gpu`, `timeout_min=600`,
                 `gpus_per_node=1`; the value is a whole number where it looks like one.
@@ -211,7 +212,11 @@ class _SubmittedJob:
         if not self.job.done():
             return None
         error = self.job.exception()
-        return "" if error is None else " ".join(str(error).split()[-60:]) or type(error).__name__
+        if error is None:
+            return ""
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        named = [line for line in lines if re.match(r"[\w.]+(Error|Signal|Interrupt): ", line)]  # ends a traceback
+        return f"{(named or lines)[-1]} (log: {self.job.paths.stderr})"
 
     def stop(self) -> None:
         self.job.cancel()

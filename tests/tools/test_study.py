@@ -1,0 +1,105 @@
+"""tools/study.py: tables and figure of a finished study, one line for what is wrong, and processes that are stopped."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import threading
+import time
+
+import pytest
+from PIL import Image
+
+from s2d3d import load_checkpoint
+
+EPOCHS = 40
+"""Of runs that are stopped: some seconds, so that the signal comes before their end."""
+
+
+@pytest.fixture
+def results(tmp_path):
+    return tmp_path / "results"
+
+
+def test_a_study_and_its_report_alone(call, write_study, results, tmp_path):
+    path = write_study()
+    assert call("study", path, "--results", results, "--dry-run").out.split() == [
+        "dense/seed0", "s2d/seed0", "dense/seed1", "s2d/seed1",
+    ]  # fmt: skip
+    assert not results.exists(), "a dry run leaves nothing"
+    first = call("study", path, "--results", results)
+    assert first.code == 0 and "run 4 of 4: s2d/seed1" in first.err
+    files = [results / f"tiny.{suffix}" for suffix in ("json", "md", "png")]
+    content = [file.read_bytes() for file in files]
+    summary = json.loads(content[0])
+    (difference,) = summary["comparisons"]
+    mean = f"{100 * difference['mean']:+.2f}"
+    assert re.search(rf"s2d - dense +{re.escape(mean)} points", first.out) and first.out.endswith(
+        f"written to {', '.join(map(str, files))}\n"
+    )
+    with Image.open(files[2]) as picture:
+        assert picture.size[0] > 300 and len(picture.convert("L").getcolors(1 << 20)) > 5, "something is drawn"
+    shutil.rmtree(tmp_path / "runs")
+    for file in files:
+        file.unlink()
+    again = call("study", path, "--results", results, "--report-only", "data.root=nowhere")
+    assert again.code == 0 and again.out == first.out
+    assert [file.read_bytes() for file in files[:2]] == content[:2]
+
+
+def test_a_report_of_nothing_lists_every_cell_as_empty(call, write_study, results):
+    result = call("study", write_study(along="train.epochs"), "--results", results, "--report-only")
+    assert result.code == 0 and "4 cells are empty" in result.out
+    assert "- dense: seed 0, 1\n- s2d: seed 0, 1" in (results / "tiny.md").read_text()
+    assert (results / "tiny.png").is_file()
+
+
+def test_what_is_wrong_is_one_line(refuses, write_study, results, tmp_path):
+    assert refuses("study", tmp_path / "no.yaml") == f"{tmp_path / 'no.yaml'}: no such file"
+    path = write_study(evaluate="tset")
+    expected = f"{path}: evaluate: must be 'validation' or 'test', got 'tset'; did you mean 'test'?"
+    assert refuses("study", path, "--results", results) == expected
+    path = write_study()
+    assert refuses("study", path, "train.epoch=3").startswith("override 'train.epoch=3': train.epoch: unknown key")
+    assert refuses("study", path, "--only", "sdd").startswith(f"{path}: no arm 'sdd'; did you mean 's2d'?")
+    assert refuses("study", path, "--jobs", 0) == "jobs is 0, must be at least 1"
+    assert refuses("study", path, "--submitit", "lsf", code=2).startswith("argument --submitit: invalid choice: 'lsf'")
+
+
+def test_a_failing_run_makes_the_exit_code(call, write_study, results):
+    arms = {"dense": {"s2d.kind": "none"}, "bad": {"optim.lr": 1e30, "optim.warmup_epochs": 0, "optim.clip_grad": None}}
+    result = call("study", write_study(arms=arms, seeds=[0]), "--results", results)
+    assert result.code == 1 and "error: 1 runs failed: bad/seed0" in result.err
+    assert "error: bad/seed0 failed: loss or gradient is not finite" in result.err
+    assert "- bad: seed 0" in (results / "tiny.md").read_text(), "the tables are written all the same"
+
+
+def test_a_process_stops_with_its_study_and_goes_on_with_it(call, write_study, results, tmp_path):
+    """SIGTERM to the study: its run saves and ends; the same command finishes it."""
+    path = write_study(seeds=[0], common={"train.epochs": EPOCHS})
+    run = tmp_path / "runs" / "s2d" / "seed0"
+    over = threading.Event()
+
+    def strike():
+        deadline = time.monotonic() + 300
+        while not (run / "log.csv").exists() and not over.wait(0.02):
+            assert time.monotonic() < deadline
+        if not over.is_set():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    watch = threading.Thread(target=strike)
+    watch.start()
+    stopped = call("study", path, "--results", results, "--jobs", 2, "--only", "s2d")
+    over.set()
+    watch.join()
+    assert stopped.code == 128 + signal.SIGTERM, stopped.err
+    assert "stopping 1 runs; the same command continues them" in stopped.err
+    assert "stopped by SIGTERM" in run.with_name("seed0.log").read_text()
+    assert 0 < load_checkpoint(run / "checkpoints" / "last.pt")["progress"]["epoch"] < EPOCHS
+    assert not list(results.glob("tiny/*/*.json")) and "- s2d: seed 0" in (results / "tiny.md").read_text()
+    result = call("study", path, "--results", results, "--only", "s2d")
+    assert result.code == 0 and "run 1 of 1: s2d/seed0" in result.err and f"epoch {EPOCHS}/{EPOCHS}" in result.err
+    assert "epoch 1/" not in result.err, "it went on"
+    (record,) = results.glob("tiny/*/*.json")
+    assert len(json.loads(record.read_text())["curve"]["val_oa"]) == EPOCHS
