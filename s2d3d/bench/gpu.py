@@ -28,7 +28,7 @@ def measure_throughput(section: Section, settings: Settings, spec: ModelSpec) ->
         comparison = interleave(
             f"batch {batch}",
             [
-                Contestant(EAGER, partial(build_step, own)),
+                Contestant(EAGER, partial(build_step, own), tolerance=BF16_TOLERANCE),
                 Contestant(COMPILED, partial(build_step, own.but(compile=True)), tolerance=BF16_TOLERANCE),
                 Contestant(
                     SPARSE, partial(build_step, own.but(compile=True, experts=EXPERTS)), tolerance=BF16_TOLERANCE
