@@ -62,10 +62,11 @@ def _draw_accuracy(panel: Axes, checkpoints: list[dict[str, Any]]) -> None:
 
 def _draw_gap(panel: Axes, checkpoints: list[dict[str, Any]]) -> None:
     """Draw what the mean gains over its experts against their divergence, and the square that curvature makes of it."""
-    points = [(_mean_divergence(point), point["gap"]) for point in checkpoints if point["gap"] > 0]
-    points = [(divergence, gap) for divergence, gap in points if divergence > 0]
+    measured = [(_mean_divergence(point), point["gap"]) for point in checkpoints]
+    points = [(divergence, gap) for divergence, gap in measured if divergence > 0 and gap > 0]
     panel.set(xlabel="divergence", ylabel="gap of loss, nats", title="Mean loss of the experts less that of their mean")
-    if not points:
+    if not points:  # nothing that a logarithm could show
+        panel.plot(*zip(*measured), "o", label="checkpoints")
         return
     panel.loglog(*zip(*points), "o", label="checkpoints")
     ratios = sorted(gap / divergence**2 for divergence, gap in points)
