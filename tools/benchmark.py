@@ -1,7 +1,6 @@
 """Measure speed and memory: layers, training steps, point operations, data path, scaling, evaluation."""
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 from s2d3d.bench import SECTIONS, measure_section
 from s2d3d.bench.hardware import num_threads
 from s2d3d.bench.report import is_ours, merge_results, read_results, target_table, write_report, write_results
-from s2d3d.bench.section import Settings
+from s2d3d.bench.section import Section, Settings
 from s2d3d.bench.tables import hardware_lines, section_text
 from s2d3d.engine.cli import refuse_existing, run_tool
 from s2d3d.engine.runtime import choose_device, keep_large_allocations
@@ -53,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.command == "report":
         page, numbers = _places(arguments, arguments.inputs)
         sections = merge_results(read_results(path) for path in arguments.inputs)
-        _write(page, numbers, sections)
+        _write(page, numbers, sections, "report FILE.json ... --output docs/benchmarks.md")
         return
     settings = _settings(arguments)
     keep_large_allocations()
@@ -64,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
             sections.append(measure_section(name, settings))
             print(f"{section_text(sections[-1])}\n", flush=True)
             write_results(numbers, sections)  # what was measured stays when a later section fails
-        _write(page, numbers, sections)
+        _write(page, numbers, sections, _command(settings))
         return
     output = refuse_existing(arguments.output, arguments.force) if arguments.output is not None else None
     section = measure_section(arguments.command, settings)
@@ -107,10 +106,18 @@ def _places(arguments: argparse.Namespace, sources: Sequence[str] = ()) -> tuple
     return page, numbers
 
 
-def _write(page: Path, numbers: Path, sections: list) -> None:
+def _command(settings: Settings) -> str:
+    """Return the command that makes the page again, without the folders of this machine."""
+    flags = {"--root DATA": settings.root, "--quick": settings.quick, "--compile": settings.compile}
+    flags |= {"--bf16": settings.force_bf16, f"--seed {settings.seed}": settings.seed}
+    flags |= {f"--rounds {settings.rounds}": settings.rounds, f"--device {settings.device}": True}
+    chosen = [flag for flag, given in flags.items() if given]
+    return " ".join(["all --output docs/benchmarks.md", *chosen, f"--threads {settings.num_threads}"])
+
+
+def _write(page: Path, numbers: Path, sections: list[Section], command: str) -> None:
     write_results(numbers, sections)
-    words = [word for word in sys.argv[1:] if word != "--force"]
-    write_report(page, sections, shlex.join(["python", "tools/benchmark.py", *words]))
+    write_report(page, sections, f"python tools/benchmark.py {command}")
     print(f"{target_table(sections)}\n\nwritten to {page} and {numbers}")
 
 

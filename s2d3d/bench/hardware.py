@@ -32,6 +32,7 @@ def hardware(device: torch.device, num_threads: int) -> dict[str, object]:
         (1, ['libc', 'set_by_user', 'shipped'])
     """
     described = environment()
+    del described["command"]  # it names folders of this machine
     described["packages"] |= {name: version(name) for name in PACKAGES}
     chosen = {key: value for key, value in os.environ.items() if key.startswith("MALLOC_") or key == "LD_PRELOAD"}
     return {

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from s2d3d.bench import SECTIONS, layer, measure_section, reference, training
-from s2d3d.bench.interleave import Skip
+from s2d3d.bench import SECTIONS, gpu, layer, measure_section, reference, training
+from s2d3d.bench.interleave import Skip, Task
 from s2d3d.bench.ops import farthest_from
 from s2d3d.bench.presets import PUBLIC_BERT
 from s2d3d.bench.reference import load_reference
@@ -250,3 +250,24 @@ def test_farthest_points_from_any_start_are_those_of_a_loop():
         while len(chosen) < 6:
             chosen.append(int(torch.cdist(cloud, cloud[chosen]).amin(1).argmax()))
         assert indices == chosen
+
+
+def test_targets_of_a_gpu_name_what_is_measured_there(monkeypatch):
+    """Without a GPU: nothing is compiled, and seeds run one after another."""
+
+    def one_after_another(spec, count):
+        steps = [build_step(spec.but(seed=seed)).run for seed in range(count)]
+        return Task(lambda: [step() for step in steps])
+
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    monkeypatch.setattr(gpu, "build_seeds", one_after_another)
+    monkeypatch.setattr(Settings, "apart", Settings.here)
+    settings = Settings(CPU, 1, rounds=1, quick=True)
+    section = new_section("step", "Training step", settings)
+    section.hardware["device"] = "cuda"
+    gpu.measure_throughput(section, settings, TINY)
+    targets = [target for target in TARGETS if target.key.startswith("cuda.")]
+    assert len(targets) == 2
+    for target in targets:
+        verdict = judge(target, section.measures)
+        assert verdict.state != "not measured" and "(not measured)" not in verdict.why
