@@ -1,5 +1,6 @@
 # make demo   environment, procedural data, S2D training of a tiny model, merge, evaluation, a picture
 # make test   environment and the default test suite
+# make faults fault injection and fuzzing, thorough: docs/reliability.md
 # make setup  the environment alone: .venv in tested versions
 #
 # Needs Python >= 3.10 with venv, a C++ compiler and make. Nothing is done twice.
@@ -11,7 +12,7 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint co
 # ninja, installed first, must be found by the compilation of torch-scatter
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test faults faults-table lint clean
 
 setup: $(VENV)/.s2d3d
 
@@ -22,6 +23,14 @@ demo: $(VENV)/.s2d3d data/shapes/train_files.txt
 
 test: $(VENV)/.s2d3d
 	$(RUN) -m pytest
+
+# Thorough fault injection and fuzzing; half an hour. Notes go to docs/results, the table to docs/reliability.md.
+faults: $(VENV)/.s2d3d
+	$(RUN) -m pytest tests/faults -m slow --faults-report docs/results/faults.json; status=$$?; \
+		PYTHONPATH=tests $(RUN) -m faults.report && exit $$status
+
+faults-table: $(VENV)/.s2d3d
+	PYTHONPATH=tests $(RUN) -m faults.report
 
 lint: $(VENV)/.s2d3d
 	$(RUN) -m ruff check .
