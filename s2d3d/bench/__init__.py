@@ -29,8 +29,8 @@ def measure_section(name: str, settings: Settings) -> Section:
 
     Example:
         >>> import torch
-        >>> section = measure_section("layer", Settings(torch.device("cpu"), num_threads=1, quick=True))
-        >>> section.comparisons[0].base
+        >>> section = measure_section("layer", Settings(torch.device("cpu"), num_threads=2))  # doctest: +SKIP
+        >>> section.comparisons[0].base  # doctest: +SKIP
         'dense FFN'
     """
     return importlib.import_module(f".{name}", __name__).measure(settings)
