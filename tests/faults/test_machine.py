@@ -132,20 +132,23 @@ def test_data_that_changes_under_a_run(runs, shapes_root, tmp_path, record):
 
 
 RANKS = """
-import sys, time
+import os, runpy, sys, time
 from datetime import timedelta
-from s2d3d.engine import runtime
-runtime.PEER_TIMEOUT = timedelta(seconds=float(sys.argv[1]))
-import os
 from s2d3d import Trainer
+from s2d3d.engine import runtime
+
+timeout, notes, *arguments = sys.argv[1:]
+runtime.PEER_TIMEOUT = timedelta(seconds=float(timeout))
 after = Trainer._after_update
+
 def noted(self, bar):
     after(self, bar)
-    open(f"{sys.argv[2]}/rank{self.runtime.rank}", "w").write(f"{os.getpid()} {self.progress.updates}")
+    with open(f"{notes}/rank{self.runtime.rank}", "w") as file:
+        file.write(f"{os.getpid()} {self.progress.updates}")
     time.sleep(0.05)
+
 Trainer._after_update = noted
-import runpy
-notes, sys.argv = sys.argv[2], ["tools/train.py", *sys.argv[3:]]
+sys.argv = ["tools/train.py", *arguments]
 runpy.run_path("tools/train.py", run_name="__main__")
 """
 
