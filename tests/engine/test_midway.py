@@ -142,25 +142,33 @@ def test_the_run_is_that_of_s2d_before_the_merge_and_dense_after_it(tiny_config,
     assert counts == runs["s2d"]._parameter_counts() and counts["training"] > counts["merged"]
 
 
-def test_experts_leave_on_two_processes_alike(tiny_config, tmp_path):
-    """With batches that are the same on both ranks in number: the ranks end equal, and see no expert at the end."""
-    path = tmp_path / "config.yaml"
+RANK = """
+import os, sys, torch
+from s2d3d import Trainer, is_sparse, load_config
+
+class Watched(Trainer):
+    def _after_update(self, bar):
+        seen.append(is_sparse(self.model))
+        super()._after_update(bar)
+
+state = {}
+for name, folder, overrides, resume in (
+    ("whole", "whole", [], False), ("stopped", "part", ["train.max_steps=8"], False), ("resumed", "part", [], True),
+):
+    seen, os.environ["MASTER_PORT"] = [], str(int(os.environ["MASTER_PORT"]) + 1)  # a store can be opened once
+    trainer = Watched(load_config(sys.argv[1], [f"output_dir={sys.argv[2]}/{folder}", *overrides]))
+    trainer.fit(resume=trainer.folder.root if resume else None)
+    state[name] = {"seen": seen, "weights": trainer.model.state_dict()}
+torch.save(state, f"{sys.argv[2]}/rank{trainer.runtime.rank}.pt")
+"""
+
+
+def test_experts_leave_on_two_processes_alike_and_resume_bit_exact(tiny_config, tmp_path):
+    path, script = tmp_path / "config.yaml", tmp_path / "rank.py"
     path.write_text(dump_config(tiny_config("train.epochs=2", "s2d.active_fraction=0.5")))
-    script = tmp_path / "rank.py"
-    script.write_text(
-        "import sys, torch\n"
-        "from s2d3d import Trainer, is_sparse, load_config\n"
-        "seen = []\n"
-        "class Watched(Trainer):\n"
-        "    def _after_update(self, bar):\n"
-        "        seen.append(is_sparse(self.model))\n"
-        "        super()._after_update(bar)\n"
-        "trainer = Watched(load_config(sys.argv[1]))\n"
-        "trainer.fit()\n"
-        "state = {'seen': seen, 'weights': trainer.model.state_dict()}\n"
-        "torch.save(state, f'{sys.argv[2]}/rank{trainer.runtime.rank}.pt')\n"
-    )
-    shared = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29617"}
+    script.write_text(RANK)
+    shared = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    shared["MASTER_PORT"] = str(20_000 + os.getpid() % 20_000)  # not that of a second run of these tests
     ranks = [
         subprocess.Popen(
             [sys.executable, script, path, tmp_path], stderr=subprocess.PIPE, text=True,
@@ -168,11 +176,19 @@ def test_experts_leave_on_two_processes_alike(tiny_config, tmp_path):
         )
         for rank in range(2)
     ]  # fmt: skip
-    errors = [process.communicate(timeout=240)[1] for process in ranks]
+    try:
+        errors = [process.communicate(timeout=240)[1] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
     assert [process.returncode for process in ranks] == [0, 0], errors
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
-    assert first["seen"] == second["seen"] == [True] * 5 + [False] * 7
-    assert_same_weights(first["weights"], second["weights"])
+    experts = [True] * 5 + [False] * 7  # after each update; the sixth is the last with experts
+    for state in (first, second):
+        assert state["whole"]["seen"] == experts and state["stopped"]["seen"] == experts[:8]
+        assert state["resumed"]["seen"] == experts[8:]
+        assert_same_weights(state["resumed"]["weights"], state["whole"]["weights"])
+    assert_same_weights(first["whole"]["weights"], second["whole"]["weights"])
 
 
 def test_gradients_of_the_merged_model_are_those_of_a_dense_one(tiny_config, tmp_path):

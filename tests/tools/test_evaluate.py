@@ -31,7 +31,7 @@ def test_process_gives_the_numbers_of_the_run(fork, trained, tmp_path):
     assert content.pop("checkpoint") == str(trained.last)
     assert content == metrics["sparse"]
     assert set(content) == {
-        "oa", "macc", "loss", "per_class", "confusion", "class_names", "num_samples", "votes",
+        "oa", "macc", "loss", "per_class", "confusion", "class_names", "num_samples", "votes", "correct",
     }  # fmt: skip
 
     # The table is the confusion matrix of the file.
