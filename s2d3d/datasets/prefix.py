@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import time
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from ..errors import InputError
 from ..ops import farthest_point_sample
 
+STALE_SECONDS = 24 * 3600
 CHUNK = 64  # clouds at a time: the distances of a chunk stay in the processor's cache
 
 
@@ -90,6 +92,7 @@ def _write(path: Path, selected: Tensor) -> bool:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path.parent)
         try:
             with open(temporary, "wb") as file:
                 np.savez(file, selected=selected.numpy().astype(np.int32))
@@ -99,6 +102,13 @@ def _write(path: Path, selected: Tensor) -> bool:
     except OSError:
         return False
     return True
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes left; a process that still writes does not take this long."""
+    for path in folder.glob("fps_*.tmp"):
+        if time.time() - path.stat().st_mtime > STALE_SECONDS:
+            path.unlink(missing_ok=True)
 
 
 def _is_writable(folder: Path) -> bool:

@@ -1,4 +1,5 @@
 import os
+import resource
 
 import h5py
 import numpy as np
@@ -221,3 +222,21 @@ def test_write_refuses_an_unknown_axis(path, clouds):
     with pytest.raises(InputError, match="up_axis is 'x'"):
         write_h5(path, clouds(1, 8), [0], up_axis="x")
     assert not path.exists()
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(path, clouds):
+    """A limit on the size of files stands for the disk; HDF5's own writer loses such errors, or crashes."""
+    write_h5(path, clouds(2, 8), [0, 1])
+    before = path.read_bytes()
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+            write_h5(path, clouds(400, 64), [0] * 400)
+        except OSError as error:
+            code = 0 if error.filename == str(path) and "cannot be written" in error.strerror else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]

@@ -109,3 +109,12 @@ def test_a_given_folder_is_the_only_one_and_must_be_usable(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be a cache folder"):
         cache_folders(tmp_path, tmp_path / "file")
+
+
+def test_what_killed_processes_left_in_the_cache_does_not_stay_for_ever(points, tmp_path):
+    old, new = tmp_path / "fps_a_5.npz.123.tmp", tmp_path / "fps_b_5.npz.124.tmp"
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    farthest_prefix(points, 5, [tmp_path])
+    assert not old.exists() and new.exists(), "another process may be writing the new one"

@@ -1,0 +1,190 @@
+"""What must hold for the datasets of an HDF5 file of point clouds, and how each is read; the inside of `h5`."""
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from ..errors import InputError
+
+MAX_BYTES = 64 * 2**30
+"""Largest dataset that is read: a declared shape above it is a broken or hostile file."""
+
+MAX_RATIO = 2000
+"""Declared bytes for each stored one; gzip reaches about 1000."""
+
+MAX_SHAPES = 2**27
+"""Most shapes of a file: their labels alone take a gigabyte."""
+
+MAX_COORDINATE = 1e18
+"""Largest coordinate: squared distances of larger ones overflow float32."""
+
+READ_BYTES = 8 * 2**20
+"""What is read at once from a file that does not say itself in which pieces it is stored."""
+
+MAX_PIECE = 2**30
+"""Largest piece (HDF5 chunk) of a file that is not read as a whole."""
+
+UP_AXES = ("y", "z")
+SEE = "see data/README.md"
+
+
+def check_up_axis(up_axis: str, where: str = "up_axis") -> None:
+    """Raise InputError unless `up_axis` is "y" or "z"."""
+    if up_axis not in UP_AXES:
+        raise InputError(f"{where} is {up_axis!r}, must be 'y' or 'z'")
+
+
+def dataset(path: Path, file: h5py.File, key: str, max_bytes: int) -> h5py.Dataset | None:
+    """Return a dataset that lies in this very file and has a sane size, None when there is none of this name."""
+    link = file.get(key, getlink=True)
+    if link is None:
+        return None
+    if not isinstance(link, h5py.HardLink):
+        raise InputError(f"{path}: '{key}' is a link, which is not followed; store the dataset in the file itself")
+    item = file[key]
+    if not isinstance(item, h5py.Dataset):
+        raise InputError(f"{path}: '{key}' is a group, must be a dataset; {SEE}")
+    if item.external or item.is_virtual:
+        raise InputError(f"{path}: dataset '{key}' keeps its values in other files, which are not read")
+    if item.shape is None:
+        raise InputError(f"{path}: dataset '{key}' is empty; {SEE}")
+    num_bytes = item.size * item.dtype.itemsize
+    if num_bytes > max_bytes:
+        raise InputError(f"{path}: dataset '{key}' declares shape {item.shape}, above {max_bytes} bytes; is it broken?")
+    if num_bytes > MAX_RATIO * max(item.id.get_storage_size(), 1024):
+        raise InputError(f"{path}: dataset '{key}' declares shape {item.shape} but stores next to nothing; {SEE}")
+    return item
+
+
+def required(path: Path, file: h5py.File, key: str, max_bytes: int) -> h5py.Dataset:
+    """Return a dataset that must be there; see `dataset`."""
+    item = dataset(path, file, key, max_bytes)
+    if item is None:
+        raise InputError(f"{path}: dataset '{key}' missing, found {sorted(map(str, file))}; {SEE}")
+    return item
+
+
+def points_dataset(path: Path, file: h5py.File, max_bytes: int) -> h5py.Dataset:
+    """Return `data` after checking its shape and type."""
+    item = required(path, file, "data", max_bytes)
+    if item.ndim != 3 or item.shape[2] != 3:
+        raise InputError(f"{path}: dataset 'data' has shape {item.shape}, must be (shapes, points, 3); {SEE}")
+    if 0 in item.shape:
+        raise InputError(f"{path}: dataset 'data' is empty, shape {item.shape}; {SEE}")
+    if item.shape[0] > MAX_SHAPES:
+        raise InputError(f"{path}: dataset 'data' declares {item.shape[0]} shapes, above {MAX_SHAPES}; is it broken?")
+    if item.dtype.kind != "f":
+        raise InputError(f"{path}: dataset 'data' has dtype {item.dtype}, must be float32 or float16; {SEE}")
+    return item
+
+
+def kept_dtype(item: h5py.Dataset) -> np.dtype:
+    """Return the type in which points are kept: float16 as stored, anything else as float32."""
+    return np.dtype(np.float16 if item.dtype.itemsize == 2 else np.float32)
+
+
+def rows_per_read(path: Path, item: h5py.Dataset) -> int:
+    """Return how many clouds lie in one piece of the file."""
+    row_bytes = item.dtype.itemsize * item.shape[1] * item.shape[2]
+    if item.chunks is None:
+        return max(1, READ_BYTES // row_bytes)
+    if int(np.prod(item.chunks, dtype=object)) * item.dtype.itemsize > MAX_PIECE:
+        raise InputError(
+            f"{path}: dataset 'data' is stored in pieces {item.chunks}, too large to be read one by one; raise "
+            "data.memory_budget_gb, or copy it with tools/prepare_data.py"
+        )
+    return item.chunks[0]
+
+
+def load_points(path: Path, item: h5py.Dataset, start: int, stop: int) -> np.ndarray:
+    """Read clouds `start` to `stop`, and check that they are finite."""
+    with np.errstate(over="ignore"):
+        points = item[start:stop].astype(kept_dtype(item), copy=False)
+    # The sum over a shape is not finite if any coordinate is not: cheaper than a mask as large as the data.
+    with np.errstate(invalid="ignore"):
+        finite = np.isfinite(points.sum(axis=(1, 2), dtype=np.float64))
+    if not finite.all():
+        sample = start + int(finite.argmin())
+        raise InputError(f"{path}: dataset 'data' holds NaN or infinity in sample {sample}; remove it")
+    if points.dtype != np.float16 and max(points.max(), -points.min()) > MAX_COORDINATE:
+        sample = start + int(np.abs(points).max(axis=(1, 2)).argmax())
+        raise InputError(f"{path}: dataset 'data' holds coordinates above {MAX_COORDINATE:g} in sample {sample}; {SEE}")
+    return points
+
+
+def read_label(path: Path, file: h5py.File, count: int, num_classes: int | None, max_bytes: int) -> np.ndarray:
+    """Read the labels as (n,) int64, and check them."""
+    item = required(path, file, "label", max_bytes)
+    if item.shape not in ((item.size,), (item.size, 1)):
+        raise InputError(f"{path}: dataset 'label' has shape {item.shape}, must be (shapes,) or (shapes, 1); {SEE}")
+    if item.size != count:
+        raise InputError(f"{path}: dataset 'label' has {item.size} entries, 'data' has {count} shapes; {SEE}")
+    if item.dtype.kind not in "iuf":
+        raise InputError(f"{path}: dataset 'label' has dtype {item.dtype}, must be an integer; {SEE}")
+    label = item[()].reshape(-1)
+    bad = ~np.isfinite(label) | (label != np.floor(label))
+    if bad.any():
+        first = int(bad.argmax())
+        raise InputError(f"{path}: dataset 'label' holds {label[first]} in sample {first}, must be a whole number")
+    bad = (label < 0) | (label >= (2**31 if num_classes is None else num_classes))
+    if bad.any():
+        first = int(bad.argmax())
+        bound = "at least 0" if num_classes is None else f"in [0, {num_classes})"
+        raise InputError(f"{path}: dataset 'label' holds {int(label[first])} in sample {first}, must be {bound}")
+    return label.astype(np.int64)
+
+
+def read_names(path: Path, file: h5py.File, count: int, max_bytes: int) -> list[str] | None:
+    """Read the names of the shapes, if there are any."""
+    item = dataset(path, file, "name", max_bytes)
+    if item is None:
+        return None
+    if item.size != count or h5py.check_string_dtype(item.dtype) is None:
+        raise InputError(f"{path}: dataset 'name' has shape {item.shape} of {item.dtype}, must be {count} strings")
+    try:
+        return [name.decode() for name in item[()].reshape(-1)]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: dataset 'name' is not UTF-8 text ({error.reason})") from error
+
+
+def read_normal(path: Path, file: h5py.File, points: np.ndarray, max_bytes: int) -> np.ndarray | None:
+    """Read the normals, if there are any."""
+    item = dataset(path, file, "normal", max_bytes)
+    if item is None:
+        return None
+    if item.shape != points.shape or item.dtype.kind != "f":
+        raise InputError(f"{path}: dataset 'normal' is {item.shape} {item.dtype}, must be {points.shape} float")
+    return item[()].astype(points.dtype, copy=False)
+
+
+def mask_dataset(path: Path, file: h5py.File, shape: tuple[int, ...], max_bytes: int) -> h5py.Dataset | None:
+    """Return `mask` after checking its shape and type, if it is there."""
+    item = dataset(path, file, "mask", max_bytes)
+    if item is not None and (item.shape != shape or item.dtype.kind not in "iufb"):
+        raise InputError(f"{path}: dataset 'mask' is {item.shape} {item.dtype}, must be {shape} numbers")
+    return item
+
+
+def load_mask(path: Path, item: h5py.Dataset, start: int, stop: int) -> np.ndarray:
+    """Read the masks of clouds `start` to `stop` as int64."""
+    mask = item[start:stop]
+    if not (np.abs(mask) < 2**31).all():  # false for NaN too
+        raise InputError(f"{path}: dataset 'mask' holds NaN or numbers beyond 32 bits; {SEE}")
+    return mask.astype(np.int64)
+
+
+def read_mask(path: Path, file: h5py.File, shape: tuple[int, ...], max_bytes: int) -> np.ndarray | None:
+    """Read all masks, if there are any."""
+    item = mask_dataset(path, file, shape, max_bytes)
+    return None if item is None else load_mask(path, item, 0, shape[0])
+
+
+def read_up_axis(path: Path, file: h5py.File) -> str | None:
+    """Read the attribute `up_axis`, if it is there."""
+    value = file.attrs.get("up_axis")
+    if value is None:
+        return None
+    value = value.decode(errors="replace") if isinstance(value, bytes) else value
+    check_up_axis(value if isinstance(value, str) else repr(value), f"{path}: attribute 'up_axis'")
+    return value
