@@ -1,6 +1,5 @@
 """The figure of a study: paired differences with their intervals, one line each or along a config key."""
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -61,25 +60,23 @@ def _draw_lines(panel: Axes, items: list[dict[str, Any]]) -> None:
 
 
 def _draw_along(panel: Axes, items: list[dict[str, Any]], places: dict[str, float], along: str) -> None:
-    """Draw the comparisons over the key's value; those at one value stand side by side."""
+    """Draw the comparisons at the key's values, evenly spaced; those at one value stand side by side."""
     values = sorted({places[item["name"]] for item in items})
-    gaps = [second - first for first, second in itertools.pairwise(values)]
-    step = 0.08 * min(gaps, default=1.0)
-    for value in values:
+    for place, value in enumerate(values):
         here = [item for item in items if places[item["name"]] == value]
         for index, item in enumerate(here):
-            x = value + step * (index - (len(here) - 1) / 2)
+            x = place + 0.25 * (index - (len(here) - 1) / 2)
             seeds = [100 * difference for difference in item["differences"].values()]
-            panel.plot([x] * len(seeds), seeds, ".", color="0.6", markersize=5)
+            panel.plot([x - 0.06] * len(seeds), seeds, ".", color="0.6", markersize=5)
             if item["t_low"] is not None:
                 panel.plot([x] * 2, [100 * item["t_low"], 100 * item["t_high"]], color="C0", linewidth=3, alpha=0.6)
                 low, high = 100 * item["bootstrap_low"], 100 * item["bootstrap_high"]
-                panel.plot([x + 0.3 * step] * 2, [low, high], color="C1", linewidth=1.2)
+                panel.plot([x + 0.05] * 2, [low, high], color="C1", linewidth=1.2)
             panel.plot(x, 100 * item["mean"], "o", color="C0")
-            note = f"{item['name']} - {item['reference']}"
-            panel.annotate(note, (x, 100 * item["mean"]), (4, 4), textcoords="offset points", fontsize=7)
+            note = f"{item['name']} - {item['reference']} (n={item['n']})"
+            panel.annotate(note, (x, 100 * item["mean"]), (10, 4), textcoords="offset points", fontsize=7)
     panel.axhline(0, color="0.3", linewidth=0.8)
-    panel.grid(alpha=0.3)
-    panel.set_xticks(values)
-    panel.margins(x=0.15)
-    panel.set(xlabel=along, ylabel="difference in OA, points (thick: 95 % paired t, thin: bootstrap)")
+    panel.grid(axis="y", alpha=0.3)
+    panel.set_xticks(range(len(values)), [f"{value:g}" for value in values])
+    panel.set_xlim(-0.4, len(values) - 0.2)
+    panel.set(xlabel=along, ylabel="difference in OA, points\n(thick: 95 % paired t, thin: bootstrap, grey: seeds)")
