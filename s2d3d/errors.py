@@ -16,6 +16,16 @@ class TrainingError(RuntimeError):
     """A training that cannot go on. Says at which step, and where its last good checkpoint lies."""
 
 
+def printable(text: str) -> str:
+    """Escape what text from outside could do to a terminal, or what its encoding lacks.
+
+    Example:
+        >>> printable("red: \\x1b[31m")
+        'red: \\\\x1b[31m'
+    """
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
 def quoted(text: str, limit: int = 100) -> str:
     """Return text from a file in quotes, on one line and no longer than a message can bear.
 
@@ -23,7 +33,7 @@ def quoted(text: str, limit: int = 100) -> str:
         >>> quoted("a\\nb")
         "'a\\\\nb'"
     """
-    shown = repr(text)[1:-1] if not text.isprintable() else text
+    shown = printable(text)
     return f"'{shown}'" if len(shown) <= limit else f"'{shown[:limit]}...'"
 
 

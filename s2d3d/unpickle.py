@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .errors import InputError, UnreadableError
+from .errors import InputError, UnreadableError, printable
 
 _UNREADABLE = (
     pickle.UnpicklingError,
@@ -66,7 +66,7 @@ def load_data(
     except (*_UNREADABLE, OSError) as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise  # the file cannot be opened; without a name it is torch that seeks where there is nothing
-        raise UnreadableError(f"{path}: cannot be read as a checkpoint ({_reason(error)})") from error
+        raise UnreadableError(f"{path}: cannot be read as a checkpoint ({printable(_reason(error))})") from error
 
 
 def _check_sums(path: str | Path) -> None:

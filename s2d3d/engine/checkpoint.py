@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..atomic import replacing
-from ..errors import InputError, UnreadableError
+from ..errors import InputError, UnreadableError, printable, quoted
 from ..models import create_model
 from ..s2d import MoFConfig, convert_to_mof_, is_sparse, merge_experts
 from ..unpickle import load_data
@@ -189,7 +189,7 @@ def check_weights(model: nn.Module, state_dict: dict[str, torch.Tensor], *, wher
     shapes = [key for key in common if own[key].shape != state_dict[key].shape]
     kinds = [key for key in common if _kind(own[key]) != _kind(state_dict[key])]
     problems = [
-        f"{len(keys)} {what} (such as '{min(keys)}')"
+        f"{len(keys)} {what} (such as {quoted(min(keys))})"
         for what, keys in (
             ("weights missing", missing),
             ("unknown weights", unexpected),
@@ -266,4 +266,4 @@ _MIGRATIONS = {1: _from_version_1}
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".:") if lines else type(error).__name__
+    return printable(lines[0].rstrip(".:")) if lines else type(error).__name__

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from ..errors import InputError, TrainingError
+from ..errors import InputError, TrainingError, printable
 from .config import Config
 from .config_io import override_name
 from .run_folder import check_writable
@@ -52,7 +52,7 @@ def run_tool(parser: argparse.ArgumentParser, body: Body, argv: Sequence[str] | 
         if arguments.debug or lines is None:
             raise
         for line in lines:
-            print(f"error: {_printable(line)}", file=sys.stderr)
+            print(f"error: {printable(line)}", file=sys.stderr)
         return 1
 
 
@@ -121,7 +121,7 @@ def _shorten_errors(parser: argparse.ArgumentParser) -> None:
     """Let wrong arguments end in one line, as all other mistakes do, instead of the usage and a line."""
 
     def error(message: str) -> None:
-        parser.exit(2, f"error: {_printable(message)}; see {parser.prog} --help\n")
+        parser.exit(2, f"error: {printable(message)}; see {parser.prog} --help\n")
 
     parser.error = error
     for action in parser._actions:
@@ -143,11 +143,6 @@ def _messages_on_stderr() -> Iterator[None]:
     finally:
         root.removeHandler(handler)
         root.setLevel(level)
-
-
-def _printable(text: str) -> str:
-    """Escape what a name from outside could do to a terminal, or what its encoding lacks."""
-    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def _silence_stdout() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, UnreadableError
+from ..errors import InputError, UnreadableError, printable
 from .checkpoint import load_checkpoint
 from .config import Config, parse_config
 from .run_folder import RunFolder, find_checkpoint
@@ -102,7 +102,7 @@ def restoring(where: str) -> Iterator[None]:
     except InputError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = printable(" ".join(str(error).split())[:200]) or type(error).__name__
         raise InputError(f"{where}: its training state cannot be what s2d3d wrote ({reason})") from error
 
 
