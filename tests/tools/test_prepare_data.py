@@ -26,7 +26,10 @@ def test_process_refuses_a_folder_that_is_no_set(fork, tmp_path):
     (tmp_path / "photos").mkdir()
     process = fork("prepare_data", "modelnet40", "--from", tmp_path / "photos", "--output", tmp_path / "set")
     assert (process.returncode, process.stdout) == (1, "")
-    assert process.stderr == f"error: {tmp_path}/photos/shape_names.txt: no such file; see data/README.md\n"
+    assert process.stderr.startswith(
+        f"error: {tmp_path}/photos: is no public copy of ModelNet: neither shape_names.txt ("
+    )
+    assert process.stderr.endswith("; see data/README.md\n") and process.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 
@@ -99,7 +102,7 @@ def test_numbers_out_of_range(refuses, tmp_path, arguments, message):
         ),
         (
             ["modelnet40", "--output", "x"],
-            "the following arguments are required: --from; see prepare_data.py modelnet40",
+            "one of the arguments --from --download is required; see prepare_data.py modelnet40",
         ),
         (["modelnet40", "--from", "x", "--output", "y", "--up-axis", "x"], "argument --up-axis: invalid choice: 'x'"),
         (["imagenet", "--output", "x"], "argument command: invalid choice: 'imagenet'"),
@@ -127,7 +130,7 @@ def test_broken_sources(refuses, broken_data, tmp_path):
 
 def test_sources_that_are_none(refuses, data_copy, tmp_path):
     line = refuses("prepare_data", "modelnet40", "--from", tmp_path / "no", "--output", tmp_path / "set")
-    assert line == f"{tmp_path}/no: no such folder; --from names the one that holds shape_names.txt"
+    assert line == f"{tmp_path}/no: no such folder; --from names the one that holds the public files"
     line = refuses("prepare_data", "modelnet40", "--from", data_copy, "--output", data_copy, "--force")
     assert line == f"{data_copy}: is the folder to copy from; choose another --output"
     shutil.rmtree(data_copy)
