@@ -1,14 +1,18 @@
-"""Make or check a data set: `shapes` generates the procedural one, `modelnet40` takes over a downloaded folder, `scan`
-simulates single-view scans of another set."""
+"""Make or check a data set: `shapes` generates the procedural one, `modelnet40` fetches or takes over a public copy of
+ModelNet, `scan` simulates single-view scans of another set."""
 
 import argparse
 import sys
+from pathlib import Path
 
-from s2d3d.datasets.folder import copy_modelnet40
+from s2d3d.datasets.convert import DEFAULT_POINTS, convert_modelnet
+from s2d3d.datasets.download import ARCHIVES, fetch
+from s2d3d.datasets.folder import MARK, check_output, copy_modelnet40
 from s2d3d.datasets.scan import write_scans
 from s2d3d.datasets.scan_view import PERTURBATIONS
 from s2d3d.datasets.shapes import write_shapes
 from s2d3d.engine.cli import run_tool
+from s2d3d.errors import InputError
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -21,8 +25,24 @@ def build_parser() -> argparse.ArgumentParser:
     shapes.add_argument("--num-points", type=int, default=1024, help="points of a shape (default: %(default)s)")
     shapes.add_argument("--seed", type=int, default=0, help="seed of everything (default: %(default)s)")
 
-    modelnet40 = commands.add_parser("modelnet40", help="check a folder in the public HDF5 layout and copy it")
-    modelnet40.add_argument("--from", dest="source", required=True, metavar="DIR", help="the folder as downloaded")
+    modelnet40 = commands.add_parser("modelnet40", help="take over a public copy of ModelNet10 or ModelNet40")
+    origin = modelnet40.add_mutually_exclusive_group(required=True)
+    origin.add_argument("--from", dest="source", metavar="DIR", help="a public copy: HDF5, OFF meshes or text files")
+    origin.add_argument(
+        "--download",
+        nargs="?",
+        choices=ARCHIVES,
+        const="modelnet40_ply_hdf5_2048",
+        help="fetch a public copy first, with resume and checksum (default: %(const)s)",
+    )
+    modelnet40.add_argument(
+        "--downloads", metavar="DIR", help="where what is fetched is kept (default: downloads/ beside the output)"
+    )
+    modelnet40.add_argument(
+        "--num-points", type=int, help=f"points of a shape, from meshes and text files (default: {DEFAULT_POINTS})"
+    )
+    modelnet40.add_argument("--seed", type=int, default=0, help="of the choice of points (default: %(default)s)")
+    modelnet40.add_argument("--workers", type=int, help="processes (default: the number of cores, at most 8)")
     modelnet40.add_argument("--up-axis", choices=("y", "z"), help="vertical of the points (default: data/README.md)")
 
     scan = commands.add_parser("scan", help="simulate scans in ScanObjectNN's layout, see docs/scan.md")
@@ -76,9 +96,38 @@ def body(args: argparse.Namespace) -> None:
             force=args.force,
         )
     else:
-        counts = copy_modelnet40(args.source, args.output, up_axis=args.up_axis, force=args.force)
+        counts = take_over(args)
     what = "simulated scans" if args.command == "scan" else "shapes"
     print(f"{args.output}: {counts['train']} training and {counts['test']} test {what}")
+
+
+def take_over(args: argparse.Namespace) -> dict[str, int]:
+    """Copy or convert a public copy of ModelNet, fetched first where that is asked for."""
+    output = Path(args.output)
+    check_output(output, args.force)
+    if args.download:
+        source = fetch(args.download, args.downloads or output.parent / "downloads")
+    elif args.downloads:
+        raise InputError("--downloads: is for --download only")
+    else:
+        source = Path(args.source)
+    if not source.is_dir():
+        raise InputError(f"{source}: no such folder; --from names the one that holds the public files")
+    if not (source / MARK).is_file():
+        return convert_modelnet(
+            source,
+            output,
+            num_points=DEFAULT_POINTS if args.num_points is None else args.num_points,
+            seed=args.seed,
+            up_axis=args.up_axis,
+            workers=args.workers,
+            force=args.force,
+        )
+    if args.num_points is not None:
+        raise InputError(
+            f"--num-points: {source} is in HDF5 layout, whose points stay as they are; set data.num_points"
+        )
+    return copy_modelnet40(source, output, up_axis=args.up_axis, force=args.force)
 
 
 def main(argv: list[str] | None = None) -> int:

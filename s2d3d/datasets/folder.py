@@ -27,7 +27,7 @@ def new_folder(output: Path, *, force: bool = False) -> Iterator[Path]:
     Raises:
         InputError: there is something else in the way.
     """
-    _check_output(output, force)
+    check_output(output, force)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent))
@@ -37,7 +37,7 @@ def new_folder(output: Path, *, force: bool = False) -> Iterator[Path]:
         fresh = work / "new"
         fresh.mkdir()
         yield fresh
-        _check_output(output, force)
+        check_output(output, force)
         if output.exists():
             os.replace(output, work / "old")
         os.replace(fresh, output)
@@ -95,7 +95,8 @@ def copy_modelnet40(
     return counts
 
 
-def _check_output(output: Path, force: bool) -> None:
+def check_output(output: Path, force: bool) -> None:
+    """Raise InputError unless a data set may be made at `output`: see `new_folder`."""
     if not output.exists() and not output.is_symlink():
         return
     if output.is_symlink() or not output.is_dir():

@@ -1,0 +1,73 @@
+"""Classify files: clouds and meshes of any origin, which have no label. With labels: tools/evaluate.py."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+from tqdm import tqdm
+
+from s2d3d import load_checkpoint
+from s2d3d.datasets.files import SUFFIXES, read_cloud
+from s2d3d.engine.checkpoint import build_model
+from s2d3d.engine.cli import refuse_existing, run_tool
+from s2d3d.engine.config import parse_config
+from s2d3d.engine.run_folder import write_json
+from s2d3d.engine.runtime import choose_device
+from s2d3d.errors import InputError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="predict.py", description=__doc__)
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a checkpoint, sparse or dense")
+    parser.add_argument("files", nargs="+", metavar="FILE", help=f"what to classify: {' '.join(SUFFIXES)}")
+    parser.add_argument("--up-axis", choices=("y", "z"), default="z", help="vertical of the files (default: z)")
+    parser.add_argument("--seed", type=int, default=0, help="of the points drawn from meshes (default: 0)")
+    parser.add_argument("--top", type=int, default=3, metavar="N", help="classes named for each file (default: 3)")
+    parser.add_argument("--output", metavar="FILE.json", help="write all probabilities there as well")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--force", action="store_true", help="replace the output if it exists")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    output = None
+    if arguments.output is not None:
+        output = refuse_existing(
+            arguments.output, arguments.force, sources=[arguments.checkpoint, *arguments.files]
+        )  # fmt: skip
+    for name, least in (("top", 1), ("seed", 0)):
+        if getattr(arguments, name) < least:
+            raise InputError(f"--{name} is {getattr(arguments, name)}, must be at least {least}")
+    device = choose_device(arguments.device)
+    payload = load_checkpoint(arguments.checkpoint)
+    config = parse_config(payload["config"], where=arguments.checkpoint)
+    model = build_model(payload, where=arguments.checkpoint).to(device)
+    names, results = payload["class_names"], []
+    for path in tqdm(arguments.files, desc="predict", leave=False, disable=None):
+        cloud = read_cloud(
+            path, config.data.num_points, up_axis=arguments.up_axis, normalize=config.data.normalize,
+            seed=arguments.seed,
+        )  # fmt: skip
+        with torch.no_grad():
+            shares = model(cloud[None].to(device)).double().softmax(1)[0].cpu()
+        if not torch.isfinite(shares).all():
+            raise InputError(f"{arguments.checkpoint}: the model's output for {path} is not finite")
+        best = shares.argsort(descending=True).tolist()
+        results.append(
+            {"file": path, "class": names[best[0]], "probabilities": {names[i]: float(shares[i]) for i in best}}
+        )
+    for result in results:
+        top = list(result["probabilities"].items())[: arguments.top]
+        print(f"{result['file']}: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in top))
+    if output:
+        write_json(output, {"checkpoint": arguments.checkpoint, "predictions": results})
+        print(f"written to {output}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_tool(build_parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
