@@ -99,7 +99,7 @@ def outputs(model, points: torch.Tensor, *, network=None, bf16: bool = False) ->
     model.zero_grad()
     torch.manual_seed(3)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        logits = (network or model)(points).float()
+        logits = (model if network is None else network)(points).float()
     torch.nn.functional.cross_entropy(logits, torch.arange(len(points)) % 5).backward()
     return logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
