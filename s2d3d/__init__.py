@@ -1,11 +1,12 @@
 """s2d3d: Sparse-to-Dense training of 3D point-cloud transformers."""
 
-from .datasets import create_dataset
+from .datasets import create_dataset, register_dataset
 from .engine.checkpoint import load_checkpoint, load_model, save_checkpoint
 from .engine.config import Config, load_config
 from .engine.evaluator import ClassificationReport, evaluate, recalibrate_batchnorm_
 from .engine.trainer import Trainer
-from .models import create_model, fold_batchnorm, list_models, load_pretrained_
+from .export import export_model
+from .models import create_model, fold_batchnorm, list_models, load_pretrained_, register_model
 from .s2d import EWA, MoFConfig, RUPMoF, TopKMoE, apply_ewa_, balance_loss, convert_to_mof_, is_sparse, merge_experts
 from .version import __version__
 
@@ -24,6 +25,7 @@ __all__ = [
     "create_dataset",
     "create_model",
     "evaluate",
+    "export_model",
     "fold_batchnorm",
     "is_sparse",
     "list_models",
@@ -33,5 +35,7 @@ __all__ = [
     "load_pretrained_",
     "merge_experts",
     "recalibrate_batchnorm_",
+    "register_dataset",
+    "register_model",
     "save_checkpoint",
 ]

@@ -52,6 +52,10 @@ def farthest_point_sample(points: Tensor, num_samples: int, *, skip_origin: bool
             return ops_triton.farthest_point_sample(planes, num_samples, ORIGIN_RADIUS_SQ if skip_origin else -1.0)
     # Separate coordinate planes keep every pass over memory contiguous: about 5x the speed of (B, N, 3) on a CPU.
     planes = points.detach().float().permute(2, 0, 1).contiguous()
+    if torch.compiler.is_exporting():
+        from . import ops_export
+
+        return ops_export.farthest_point_sample(planes, num_samples, ORIGIN_RADIUS_SQ if skip_origin else -1.0)
     distance = torch.full((batch, num_points), torch.inf, device=points.device)
     if skip_origin:
         distance.masked_fill_(planes.square().sum(0) <= ORIGIN_RADIUS_SQ, -1.0)
@@ -91,6 +95,8 @@ def nearest_neighbours(query: Tensor, points: Tensor, num_neighbors: int) -> Ten
             f"num_neighbors is {num_neighbors}, must be between 1 and the {points.shape[1]} points of a cloud"
         )
     query, points = query.detach().float(), points.detach().float()
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # a program for any number of clouds
+        return _nearest(query, points, num_neighbors)
     # A CPU takes few clouds at a time, whose distances stay in its cache: a third faster on clouds of 1024 points.
     clouds = CACHED_DISTANCES // (query.shape[1] * points.shape[1]) if query.device.type == "cpu" else query.shape[0]
     parts = zip(query.split(max(1, clouds)), points.split(max(1, clouds)))

@@ -18,6 +18,7 @@ __all__ = [
     "build_augmentation",
     "create_dataset",
     "list_datasets",
+    "register_dataset",
     "same_data",
     "split_train_validation",
 ]
@@ -38,6 +39,33 @@ def list_datasets() -> list[str]:
         True
     """
     return sorted(_DATASETS)
+
+
+def register_dataset(name: str, read: Callable[..., PointCloudDataset]) -> None:
+    """Make a data set of your own known to `create_dataset` and configs, in this process.
+
+    Args:
+        name: new, for `create_dataset` and `data.name`.
+        read: called as `read(root, split, **keywords)` with the keywords of `create_dataset`: takes what it needs, and
+            `**_` for the others. Its points are z up.
+
+    Raises:
+        InputError: the name is taken.
+
+    Example:
+        >>> import torch
+        >>> def read(root, split, *, num_points, transform=None, **_):
+        ...     points, labels = torch.rand(4, 64, 3), torch.tensor([0, 1, 0, 1])
+        ...     options = dict(split=split, num_points=num_points, transform=transform)
+        ...     return PointCloudDataset(points, labels, ["a", "b"], **options)
+        >>> register_dataset("noise", read)
+        >>> len(create_dataset("noise", "anywhere", "train", num_points=32))
+        4
+        >>> del _DATASETS["noise"]
+    """
+    if name in _DATASETS:
+        raise InputError(f"data set '{name}' is there already; choose another name")
+    _DATASETS[name] = read
 
 
 def create_dataset(

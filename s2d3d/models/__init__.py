@@ -21,6 +21,7 @@ __all__ = [
     "list_models",
     "load_pretrained_",
     "model_kwargs",
+    "register_model",
 ]
 
 _MODELS: dict[str, tuple[Callable[..., nn.Module], dict[str, object]]] = {
@@ -130,6 +131,41 @@ def create_model(name: str, *, num_classes: int, in_channels: int = 3, **kwargs)
         if key not in known:
             raise InputError(f"model '{name}' has no parameter '{key}'{did_you_mean(key, known)}")
     return build(num_classes, in_channels, **{**preset, **kwargs})
+
+
+def register_model(name: str, build: Callable[..., nn.Module], **preset: object) -> None:
+    """Make a backbone of your own known to `create_model`, configs and checkpoints, in this process.
+
+    Args:
+        name: new, for `create_model` and `model.name`.
+        build: called as `build(num_classes, in_channels, **kwargs)`; every further parameter is keyword-only and has a
+            default. The module maps points (B, N, C), z up, to logits (B, num_classes).
+        **preset: values for `build` that replace its defaults.
+
+    Raises:
+        InputError: the name is taken, or `preset` names what `build` does not take.
+
+    Example:
+        >>> class Flat(nn.Module):
+        ...     def __init__(self, num_classes: int, in_channels: int = 3, *, width: int = 8):
+        ...         super().__init__()
+        ...         self.layers = nn.Sequential(nn.Linear(in_channels, width), nn.ReLU(), nn.Linear(width, num_classes))
+        ...
+        ...     def forward(self, points):
+        ...         return self.layers(points).amax(1)
+        >>> register_model("flat_wide", Flat, width=64)
+        >>> create_model("flat_wide", num_classes=10).layers[0].out_features
+        64
+        >>> del _MODELS["flat_wide"]
+    """
+    if name in _MODELS:
+        raise InputError(f"model '{name}' is there already; choose another name")
+    parameters = inspect.signature(build).parameters.values()
+    known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    unknown = [key for key in preset if key not in known]
+    if unknown:
+        raise InputError(f"model '{name}' has no parameter '{unknown[0]}'{did_you_mean(unknown[0], known)}")
+    _MODELS[name] = (build, preset)
 
 
 def _lookup(name: str) -> tuple[Callable[..., nn.Module], dict[str, object]]:

@@ -272,7 +272,18 @@ def gather_sum(
         (B M k, C) in the dtype of `of_points`.
     """
     others = (other if other is None else other.to(of_points.dtype) for other in (of_centers, of_pairs))
+    if torch.jit.is_tracing():  # TorchScript has no place for a Python function
+        return _gather_sum(neighbourhood.rows, neighbourhood.size, of_points, *others)
     return _GatherSum.apply(neighbourhood.rows, neighbourhood.size, of_points, *others)
+
+
+def _gather_sum(
+    rows: Tensor, size: int, of_points: Tensor, of_centers: Tensor | None, of_pairs: Tensor | None
+) -> Tensor:
+    result = of_points.index_select(0, rows)
+    if of_centers is not None:
+        result.view(-1, size, result.shape[1]).add_(of_centers.unsqueeze(1))
+    return result if of_pairs is None else result.add_(of_pairs)
 
 
 class _GatherSum(torch.autograd.Function):
@@ -285,10 +296,7 @@ class _GatherSum(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(rows)
         ctx.size, ctx.num_points = size, of_points.shape[0]
-        result = of_points.index_select(0, rows)
-        if of_centers is not None:
-            result.view(-1, size, result.shape[1]).add_(of_centers.unsqueeze(1))
-        return result if of_pairs is None else result.add_(of_pairs)
+        return _gather_sum(rows, size, of_points, of_centers, of_pairs)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:

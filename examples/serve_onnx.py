@@ -1,0 +1,155 @@
+"""Classify files with an exported model: NumPy and ONNX Runtime are all it needs, no torch, no Open3D.
+
+    python tools/export.py --checkpoint runs/demo/merged.pt --output model.onnx
+    python examples/serve_onnx.py model.onnx chair.ply scan.npy table.off
+
+Reads .ply (ASCII and binary; vertices, and polygons as a mesh), .off (meshes) and .npy (N, 3). Points are sampled from
+the surface of a mesh. More points than the model takes: farthest point sampling, as in the evaluation of s2d3d.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+PLY_TYPES = {
+    "char": "i1", "int8": "i1", "uchar": "u1", "uint8": "u1", "short": "i2", "int16": "i2", "ushort": "u2",
+    "uint16": "u2", "int": "i4", "int32": "i4", "uint": "u4", "uint32": "u4", "float": "f4", "float32": "f4",
+    "double": "f8", "float64": "f8",
+}  # fmt: skip
+
+
+def read_ply(path: Path) -> tuple[np.ndarray, list[list[int]]]:
+    """Return vertices (V, 3) and faces, lists of corners, of a PLY file."""
+    content = path.read_bytes()
+    head, end, body = content.partition(b"end_header")
+    lines = head.decode("ascii", "replace").splitlines()
+    if not end or not lines or lines[0].strip() != "ply":
+        raise ValueError("not a PLY file")
+    body = body[body.index(b"\n") + 1 :]
+    encoding, elements = "", []
+    for word, *rest in (line.split() for line in lines[1:] if line.strip()):
+        if word == "format":
+            encoding = rest[0]
+        elif word == "element":
+            elements.append((rest[0], int(rest[1]), []))
+        elif word == "property":
+            elements[-1][2].append(rest)
+    order = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": ">"}[encoding]
+    tokens, at = iter(body.split()) if not order else None, 0
+
+    def take(kind: str, count: int = 1) -> list[float]:
+        nonlocal at
+        if tokens is not None:
+            return [float(next(tokens)) for _ in range(count)]
+        values = np.frombuffer(body, order + PLY_TYPES[kind], count, at)
+        at += values.nbytes
+        return values.tolist()
+
+    vertices, faces = np.empty((0, 3)), []
+    for name, count, properties in elements:
+        if name == "vertex":
+            names = [p[-1] for p in properties]
+            rows = np.array([[take(p[0])[0] for p in properties] for _ in range(count)]).reshape(count, len(names))
+            vertices = rows[:, [names.index(axis) for axis in "xyz"]]
+            continue
+        for _ in range(count):
+            for kind, *rest in properties:
+                values = take(rest[1], int(take(rest[0])[0])) if kind == "list" else take(kind)
+                if kind == "list" and rest[2] in ("vertex_indices", "vertex_index"):
+                    faces.append([int(value) for value in values])
+    return vertices, faces
+
+
+def read_off(path: Path) -> tuple[np.ndarray, list[list[int]]]:
+    """Return vertices (V, 3) and faces of an OFF file; the counts may stand on the line of the keyword."""
+    lines = [line for line in (raw.partition("#")[0].strip() for raw in path.read_text().splitlines()) if line]
+    if not lines or not lines[0].startswith("OFF"):
+        raise ValueError("not an OFF file")
+    counts = lines[0][3:].split()
+    start = 1 if counts else 2
+    num_vertices, num_faces = map(int, (counts or lines[1].split())[:2])
+    vertices = np.array([line.split()[:3] for line in lines[start : start + num_vertices]], dtype=np.float64)
+    rows = [line.split() for line in lines[start + num_vertices : start + num_vertices + num_faces]]
+    return vertices, [[int(index) for index in row[1 : int(row[0]) + 1]] for row in rows]
+
+
+def read_points(path: Path, num_points: int, seed: int = 0) -> np.ndarray:
+    """Return the points of a file (N, 3); of a mesh `num_points` of them, drawn from its surface."""
+    readers = {".ply": read_ply, ".off": read_off, ".npy": lambda file: (np.load(file, allow_pickle=False), [])}
+    if path.suffix.lower() not in readers:
+        raise ValueError(f"unknown kind of file, must be one of {', '.join(readers)}")
+    vertices, faces = readers[path.suffix.lower()](path)
+    if vertices.ndim != 2 or vertices.shape[1] < 3 or not np.isfinite(vertices[:, :3]).all():
+        raise ValueError(f"holds an array of shape {vertices.shape}, must be (N, 3) of finite numbers")
+    corners = [(f[0], f[i], f[i + 1]) for f in faces for i in range(1, len(f) - 1)]
+    return sample_mesh(vertices[np.array(corners)], num_points, seed) if corners else vertices[:, :3]
+
+
+def sample_mesh(triangles: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Draw points (count, 3) evenly from the area of triangles (F, 3, 3)."""
+    random = np.random.default_rng(seed)
+    a, b, c = triangles.transpose(1, 0, 2)
+    area = np.linalg.norm(np.cross(b - a, c - a), axis=1)
+    chosen = random.choice(len(triangles), count, p=area / area.sum())
+    u, v = random.random((2, count, 1))
+    u, v = np.where(u + v > 1, 1 - u, u), np.where(u + v > 1, 1 - v, v)
+    return a[chosen] + u * (b - a)[chosen] + v * (c - a)[chosen]
+
+
+def prepare(points: np.ndarray, metadata: dict, up_axis: str = "z") -> np.ndarray:
+    """Return a cloud as the model saw them in its evaluation: turned, normalised, of `num_points` points, float32."""
+    points = np.asarray(points, dtype=np.float32)
+    if len(points) < metadata["num_points"]:
+        raise ValueError(f"{len(points)} points are fewer than the {metadata['num_points']} that the model takes")
+    x, y, z = points.T
+    if up_axis != metadata.get("up_axis", "z"):
+        points = np.stack([x, -z, y] if up_axis == "y" else [x, z, -y], axis=1)
+    if metadata.get("normalize") == "unit_sphere":
+        points = points - points.mean(axis=0, keepdims=True)
+        points = points / max(float(np.linalg.norm(points, axis=1).max()), np.finfo(np.float32).tiny)
+    return points[farthest_points(points, metadata["num_points"])] if len(points) > metadata["num_points"] else points
+
+
+def farthest_points(points: np.ndarray, count: int) -> list[int]:
+    """Choose points one by one, each as far as possible from those chosen before; the first is number 0."""
+    distance, chosen = np.full(len(points), np.inf, dtype=np.float32), [0]
+    while len(chosen) < count:
+        distance = np.minimum(distance, ((points - points[chosen[-1]]) ** 2).sum(axis=1))
+        chosen.append(int(distance.argmax()))
+    return chosen
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="file that tools/export.py wrote")
+    parser.add_argument("files", type=Path, nargs="+", help=".ply, .off or .npy")
+    parser.add_argument("--up-axis", choices=("y", "z"), default="z", help="vertical axis of the files (default: z)")
+    parser.add_argument("--seed", type=int, default=0, help="of the points drawn from meshes (default: 0)")
+    arguments = parser.parse_args()
+    session = onnxruntime.InferenceSession(str(arguments.model), providers=["CPUExecutionProvider"])
+    texts = session.get_modelmeta().custom_metadata_map
+    metadata = {key: json.loads(texts[key]) for key in ("num_points", "class_names") if key in texts}
+    metadata |= {key: texts[key] for key in ("up_axis", "normalize") if key in texts}
+    failed = False
+    for path in arguments.files:
+        try:
+            points = read_points(path, metadata["num_points"], arguments.seed)
+            cloud = prepare(points, metadata, arguments.up_axis)
+        except (OSError, ValueError, LookupError, StopIteration) as error:
+            print(f"error: {path}: {error or 'is cut short'}", file=sys.stderr)
+            failed = True
+            continue
+        logits = session.run(["logits"], {"points": cloud[None]})[0][0].astype(np.float64)
+        shares = np.exp(logits - logits.max())
+        best = int(shares.argmax())
+        name = metadata["class_names"][best] if "class_names" in metadata else str(best)
+        print(f"{path}: {name} ({100 * shares[best] / shares.sum():.1f} %)")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
