@@ -18,9 +18,17 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
+    url="https://doi.org/10.1109/TCSVT.2025.3586550",
     python_requires=">=3.10",
-    packages=find_packages(include=["s2d3d", "s2d3d.*"]),
-    package_data={"s2d3d.viz": ["*.css", "*.html", "*.js"]},
+    # The tools and configs of the repository travel with the wheel, for the command s2d3d.
+    packages=[*find_packages(include=["s2d3d", "s2d3d.*"]), "s2d3d.tools", "s2d3d.configs", "s2d3d.configs.studies"],
+    package_dir={
+        "s2d3d.tools": "tools",
+        "s2d3d.configs": "configs",
+        "s2d3d.configs.studies": "configs/studies",
+    },
+    package_data={"s2d3d.viz": ["*.css", "*.html", "*.js"], "s2d3d": ["py.typed"], "": ["*.yaml"]},
+    entry_points={"console_scripts": ["s2d3d = s2d3d.console:main"]},
     install_requires=[
         "torch>=2.6",
         "torch-scatter>=2.1.2",
@@ -33,6 +41,7 @@ setup(
         "torchmetrics>=1.3",
         "tqdm>=4.64",
         "matplotlib>=3.7",
+        "safetensors>=0.4",
         "plotly>=5.18",
         "scipy>=1.10",
     ],
@@ -41,6 +50,11 @@ setup(
         "tensorboard": ["tensorboard>=2.14"],
         "wandb": ["wandb>=0.17"],
         "export": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.3"],
+        "docs": [
+            "mkdocs-material>=9.5",
+            "mkdocstrings[python]>=0.25",
+        ],
+        "types": ["mypy>=1.10", "types-PyYAML", "types-tqdm"],
         "test": [
             "pytest>=8",
             "hypothesis>=6.100",

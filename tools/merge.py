@@ -13,7 +13,7 @@ from s2d3d.errors import InputError
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="merge.py", description=__doc__)
     parser.add_argument("--checkpoint", required=True, metavar="SPARSE", help="a sparse checkpoint")
-    parser.add_argument("--output", required=True, metavar="FILE", help="dense checkpoint to write")
+    parser.add_argument("--output", required=True, metavar="FILE", help="dense checkpoint, .pt or .safetensors")
     parser.add_argument("--force", action="store_true", help="replace the output if it exists")
     return parser
 

@@ -12,6 +12,7 @@ from ..models import create_model
 from ..s2d import MoFConfig, convert_to_mof_, is_sparse, merge_experts
 from ..unpickle import load_data
 from ..version import __version__
+from .interchange import SUFFIX, read_safetensors, save_safetensors
 from .runtime import package_versions
 
 FORMAT = "s2d3d"
@@ -28,7 +29,8 @@ def save_checkpoint(path: str | Path, payload: dict[str, Any], *, previous: str 
     Every part of it carries a checksum, which `load_checkpoint` verifies.
 
     Args:
-        path: where to; its folder exists.
+        path: where to; its folder exists. With the ending ".safetensors" the model alone is written, without anything
+            of a run under way, in that format.
         payload: as `model_payload` makes it, possibly with more keys; tensors and plain Python types only.
         previous: where the checkpoint that `path` holds now is kept.
 
@@ -41,6 +43,8 @@ def save_checkpoint(path: str | Path, payload: dict[str, Any], *, previous: str 
     Example:
         >>> save_checkpoint("dense.pt", load_checkpoint("runs/demo/merged.pt"))  # doctest: +SKIP
     """
+    if Path(path).suffix == SUFFIX:
+        return save_safetensors(path, payload, format_version=FORMAT_VERSION)
     header = {"format": FORMAT, "format_version": FORMAT_VERSION, "s2d3d_version": __version__}
     header["versions"] = package_versions()
     with replacing(path, previous=previous) as file:
@@ -65,7 +69,8 @@ def load_checkpoint(path: str | Path, *, map_location: torch.device | str = "cpu
     """
     if Path(path).is_dir():
         raise InputError(f"{path}: is a folder; name the file, such as {Path(path) / 'merged.pt'}")
-    payload = load_data(path, map_location=map_location)
+    is_safetensors = Path(path).suffix == SUFFIX and Path(path).is_file()
+    payload = read_safetensors(path) if is_safetensors else load_data(path, map_location=map_location)
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         what = "it needs one written by tools/train.py or tools/merge.py"
         raise UnreadableError(f"{path}: not a checkpoint of s2d3d; {what}")
@@ -76,6 +81,7 @@ def load_checkpoint(path: str | Path, *, map_location: torch.device | str = "cpu
         newest = f"this s2d3d {__version__} reads up to {FORMAT_VERSION}"
         raise InputError(f"{path}: checkpoint format {version}, {newest}; update s2d3d")
     _check_content(payload, path)
+    payload.setdefault("versions", {})
     for older in range(version, FORMAT_VERSION):
         payload = _MIGRATIONS[older](payload)
     return payload

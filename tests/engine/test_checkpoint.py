@@ -315,3 +315,39 @@ def test_code_in_a_file_is_never_run(path, tmp_path, name, wrap):
     if name in ("open", "mkdir"):
         torch.load(path, weights_only=False) if wrap != "pickle" else pickle.loads(path.read_bytes())
         assert victim.exists()
+
+
+# Safetensors
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_safetensors_hold_the_same_model_and_can_be_read_without_this_package(tmp_path, kind):
+    from safetensors.torch import load_file
+
+    path = tmp_path / "model.safetensors"
+    model, payload = payload_of(kind)
+    assert save(path, payload | {"progress": {"epoch": 3}}) == path
+    assert same(load_file(path), payload["state_dict"])
+    loaded = load_checkpoint(path)
+    assert "progress" not in loaded and loaded["format_version"] == 2
+    assert same({key: loaded[key] for key in MODEL_KEYS}, payload)
+    points = torch.randn(2, 32, 3)
+    assert torch.equal(load_model(path)(points), model(points))
+
+
+def test_safetensors_that_are_damaged_or_of_other_programs(tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "model.safetensors"
+    save(path, payload_of()[1])
+    content = path.read_bytes()
+    for broken in (b"", content[:5], content[: len(content) // 2], b"\xff" * 100, content[:8] + b"[" + content[9:]):
+        path.write_bytes(broken)
+        assert refusal(path).startswith("cannot be read as safetensors (truncated, damaged or something else: ")
+    save_file({"a": torch.zeros(3)}, path)
+    assert refusal(path) == "holds weights but no description by s2d3d; it needs one of merge.py"
+    save_file({"a": torch.zeros(3)}, path, metadata={"s2d3d": "[1]"})
+    assert refusal(path).startswith("cannot be read as safetensors (")
+    save_file({"a": torch.zeros(3)}, path, metadata={"s2d3d": "{}"})
+    assert refusal(path).startswith("not a checkpoint of s2d3d")
+    assert refusal(tmp_path / "absent.safetensors") == "no such checkpoint file"

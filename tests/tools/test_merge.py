@@ -94,3 +94,12 @@ def test_weights_that_are_not_finite(refuses, trained, tmp_path):
     assert line == (
         f"{path}: merging 'blocks.blocks.1.mlp' gives non-finite weights in fc2.bias: the training has diverged"
     )
+
+
+def test_safetensors_are_the_same_model(call, trained, tmp_path):
+    output = tmp_path / "dense.safetensors"
+    assert call("merge", "--checkpoint", trained.last, "--output", output).code == 0
+    ours, theirs = load_checkpoint(output), load_checkpoint(trained.merged)
+    assert ours["class_names"] == theirs["class_names"] and ours["config"] == theirs["config"]
+    points = torch.rand(2, 128, 3)
+    assert torch.equal(load_model(output)(points), load_model(trained.merged)(points))
