@@ -1,6 +1,7 @@
 # make demo   environment, procedural data, S2D training of a tiny model, merge, evaluation, a picture
 # make test   environment and the default test suite
 # make faults fault injection and fuzzing, thorough: docs/reliability.md
+# make types  type hints; make docs  the site, in build/site
 # make setup  the environment alone: .venv in tested versions
 #
 # Needs Python >= 3.10 with venv, a C++ compiler and make. Nothing is done twice.
@@ -12,7 +13,7 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint co
 # ninja, installed first, must be found by the compilation of torch-scatter
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: setup demo test faults faults-table lint clean
+.PHONY: setup demo test faults faults-table lint types docs clean
 
 setup: $(VENV)/.s2d3d
 
@@ -34,6 +35,14 @@ faults-table: $(VENV)/.s2d3d
 
 lint: $(VENV)/.s2d3d
 	$(RUN) -m ruff check .
+
+types: $(VENV)/.s2d3d
+	$(PIP) "mypy>=1.10" types-PyYAML types-tqdm
+	$(RUN) -m mypy
+
+docs: $(VENV)/.s2d3d
+	$(PIP) "mkdocs-material>=9.5" "mkdocstrings[python]>=0.25"
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 data/shapes/train_files.txt: | $(VENV)/.s2d3d
 	$(RUN) tools/prepare_data.py shapes --output data/shapes

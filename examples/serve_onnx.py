@@ -30,7 +30,8 @@ def read_ply(path: Path) -> tuple[np.ndarray, list[list[int]]]:
     if not end or not lines or lines[0].strip() != "ply":
         raise ValueError("not a PLY file")
     body = body[body.index(b"\n") + 1 :]
-    encoding, elements = "", []
+    encoding = ""
+    elements: list[tuple[str, int, list[list[str]]]] = []
     for word, *rest in (line.split() for line in lines[1:] if line.strip()):
         if word == "format":
             encoding = rest[0]

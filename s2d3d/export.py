@@ -167,6 +167,7 @@ def _write_onnx(network: nn.Module, example: Tensor, free_points: bool, metadata
         _program(network, example, free_points), (example,), dynamo=True, optimize=True, verbose=False,
         input_names=["points"], output_names=["logits"],
     )  # fmt: skip
+    assert program is not None
     proto = program.model_proto
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
     _import("onnx").helper.set_model_props(proto, texts)

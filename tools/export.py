@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -84,12 +85,17 @@ def latency_table(model: nn.Module, exported: Exported, payload: dict, points: t
         described["name"], num_classes=described["num_classes"], in_channels=described["in_channels"],
         **described["kwargs"],
     )  # fmt: skip
-    forms = {"checkpoint": model, "fresh dense": fresh.eval(), "BatchNorm folded": fold_batchnorm(model.eval())}
+    forms: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "checkpoint": model,
+        "fresh dense": fresh.eval(),
+        "BatchNorm folded": fold_batchnorm(model.eval()),
+        "exported": exported,
+    }
     tables = []
     for batch in (points[:1], points):
         contestants = [
-            Contestant(name, lambda form=form, batch=batch: Task(*_calls(form, batch)), same_math=name != "fresh dense")
-            for name, form in {**forms, "exported": exported}.items()
+            Contestant(name, partial(_task, form, batch), same_math=name != "fresh dense")
+            for name, form in forms.items()
         ]
         comparison = interleave(
             "latency", contestants, start=local(make_timer(torch.device("cpu"))), rounds=rounds, tolerance=TOLERANCE,
@@ -100,12 +106,12 @@ def latency_table(model: nn.Module, exported: Exported, payload: dict, points: t
     return "\n" + "\n\n".join(tables)
 
 
-def _calls(form, points):
-    def call():
+def _task(form: Callable[[torch.Tensor], torch.Tensor], points: torch.Tensor) -> Task:
+    def call() -> torch.Tensor:
         with torch.no_grad():
             return form(points)
 
-    return call, lambda: [call()]
+    return Task(call, lambda: [call()])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

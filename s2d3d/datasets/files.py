@@ -171,10 +171,10 @@ def _read_with_open3d(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         ) from error
     with _silent_stderr(), open3d.utility.VerbosityContextManager(open3d.utility.VerbosityLevel.Error):
         if path.suffix.lower() == ".ply":
-            mesh = open3d.io.read_triangle_mesh(str(path))
+            mesh = open3d.io.read_triangle_mesh(path)
             if len(mesh.triangles):
                 return np.asarray(mesh.vertices), np.asarray(mesh.triangles, dtype=np.int64)
-        return np.asarray(open3d.io.read_point_cloud(str(path)).points), None
+        return np.asarray(open3d.io.read_point_cloud(path).points), None
 
 
 @contextlib.contextmanager

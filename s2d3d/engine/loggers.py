@@ -2,7 +2,7 @@
 
 import importlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -221,7 +221,7 @@ def open_loggers(
     if fresh:
         for leftover in (*_events(folder), _wandb_note(folder)):
             leftover.unlink(missing_ok=True)
-    kinds = {"tensorboard": TensorBoardLogger, "wandb": WandbLogger}
+    kinds: dict[str, Callable[..., RunLogger]] = {"tensorboard": TensorBoardLogger, "wandb": WandbLogger}
     return RunLoggers([kinds[key](config, folder, history) for key in _asked(config)])
 
 

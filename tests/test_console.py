@@ -1,0 +1,74 @@
+"""The command s2d3d, from the repository and from the wheel alone."""
+
+import os
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+from s2d3d import __version__
+from s2d3d.console import COMMANDS, load_tool, main
+
+
+def test_every_tool_is_a_command(repository):
+    tools = {path.stem.replace("_", "-") for path in (repository / "tools").glob("*.py")}
+    assert set(COMMANDS) == tools
+    for command in COMMANDS:
+        assert callable(load_tool(command.replace("-", "_")).main)
+
+
+def test_version_help_and_mistakes(capsys, tmp_path):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"s2d3d {__version__}\n"
+    assert main(["--help"]) == 0
+    assert "prepare-data" in capsys.readouterr().out
+    for argv, word in (([], "a command is missing"), (["trian"], "invalid choice"), (["--cofnig"], "unrecognized")):
+        assert main(argv) == 2
+        assert word in capsys.readouterr().err
+    assert main(["merge", "--checkpoint", str(tmp_path / "no.pt"), "--output", str(tmp_path / "m.pt")]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/no.pt: no such checkpoint")
+
+
+def test_configs_can_be_copied_once(capsys, tmp_path, repository):
+    assert main(["--copy-configs", str(tmp_path / "configs")]) == 0
+    ours, theirs = (
+        {path.relative_to(root): path.read_bytes() for path in root.rglob("*.yaml")}
+        for root in (tmp_path / "configs", repository / "configs")
+    )
+    assert ours == theirs and len(ours) > 20
+    assert main(["--copy-configs", str(tmp_path / "configs")]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/configs: ")
+
+
+@pytest.mark.slow
+def test_the_wheel_alone_trains_and_evaluates(repository, tmp_path):
+    """Unpacked away from the repository, with the packages it depends on beside it."""
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
+    subprocess.run([*build, tmp_path, repository], check=True, timeout=300)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "site")
+    for needed in ("s2d3d/py.typed", "s2d3d/tools/train.py", "s2d3d/configs/demo.yaml", "s2d3d/viz/report.html"):
+        assert needed in names
+    assert not [name for name in names if name.startswith(("tests/", "docs/"))]
+    (entry,) = (name for name in names if name.endswith("entry_points.txt"))
+    assert "s2d3d = s2d3d.console:main" in (tmp_path / "site" / entry).read_text()
+
+    work = tmp_path / "work"
+    work.mkdir()
+
+    def s2d3d(*arguments: str) -> str:
+        program = "import sys; from s2d3d.console import HERE, main; assert 'site' in HERE.parts; sys.exit(main())"
+        process = subprocess.run(
+            [sys.executable, "-c", program, *arguments], cwd=work, capture_output=True, text=True, timeout=600,
+            env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        )  # fmt: skip
+        assert process.returncode == 0, process.stderr
+        return process.stdout
+
+    s2d3d("--copy-configs", "configs")
+    s2d3d("prepare-data", "shapes", "--output", "data/shapes", "--num-train", "48", "--num-test", "24")
+    s2d3d("train", "configs/demo.yaml", "train.epochs=1", "optim.warmup_epochs=0", "train.batch_size=16")
+    assert "OA" in s2d3d("evaluate", "--checkpoint", "runs/demo/merged.pt")
