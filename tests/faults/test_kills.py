@@ -1,4 +1,7 @@
-"""A run that is killed, at any moment and as often as it may be, ends with the weights of one that was not."""
+"""A run that is killed, at any moment and as often as it may be, ends with the weights of one that was not.
+
+Quick ones of this kind are in tests/engine/test_resilience.py and test_trainer.py.
+"""
 
 import random
 import signal
@@ -9,21 +12,6 @@ import pytest
 from faults.training import Ended, Runs, end
 
 KILLS, TERMS = 30, 10
-
-
-def finish(runs: Runs) -> None:
-    ended = runs.go()
-    assert ended.code == 0, ended.err
-    assert runs.complaints() == []
-
-
-def test_a_kill_at_some_writes(runs):
-    """In the write of a checkpoint, between the two renames that follow it, between two files of an epoch's end."""
-    points = int(runs.reference().out.split("points ")[1])
-    for point in (points // 7, points // 3, points // 2):
-        assert runs.go(die_at=point).code == -signal.SIGKILL
-        runs.newest()  # raises if any checkpoint is unreadable
-    finish(runs)
 
 
 @pytest.mark.slow

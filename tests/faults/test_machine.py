@@ -13,8 +13,6 @@ import h5py
 import pytest
 
 from faults.training import Runs, end, log_rows, same_weights
-from s2d3d import load_config
-from s2d3d.engine.config import dump_config
 from s2d3d.engine.run_folder import RunFolder
 
 WITHIN = 60
@@ -233,8 +231,3 @@ def test_the_others_notice_that_a_process_is_gone(ranks, runs, record, tmp_path,
     name = request.node.callspec.id
     record(f"{name} under torchrun", 1, failures=failures, resumed=1 - bool(failures))
     assert not failures
-
-
-def test_config_of_these_runs_is_a_valid_one(runs):
-    """Quick: the slow tests would all fail without it."""
-    assert dump_config(load_config(runs.config)) == runs.config.read_text()

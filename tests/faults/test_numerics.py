@@ -8,7 +8,7 @@ import torch
 from s2d3d import MoFConfig, convert_to_mof_, create_model, list_models
 from s2d3d.datasets import PointCloudDataset
 
-NUM_POINTS = 96
+NUM_POINTS = 64
 SMALLER = {
     "point_bert": dict(depth=2, trans_dim=96, encoder_width=32),
     "point_mae": dict(depth=2, trans_dim=96, encoder_dims=96, encoder_width=32),

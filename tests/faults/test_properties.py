@@ -13,7 +13,7 @@ from s2d3d.engine.config import dump_config
 from s2d3d.errors import InputError
 
 FEW = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
 )
 SCALARS = st.one_of(
     st.none(),
