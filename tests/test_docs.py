@@ -47,7 +47,9 @@ def test_a_backbone_and_a_data_set_of_one_s_own_train(blocks, tiny_config, tmp_p
     exec(compile(training, "docs/extend.md", "exec"), {"__name__": "extend"})
     trainer = Trainer(load_config("my_config.yaml"))
     dataset = s2d3d.create_dataset("scans", tmp_path / "scans", "test", num_points=128)
-    assert np.ptp(dataset.points[-1, :, 2]) > 2 * np.ptp(dataset.points[-1, :, 0]), "the tall ones stand"
+    assert np.ptp(dataset.points[-1, :, 2].numpy()) > 2 * np.ptp(dataset.points[-1, :, 0].numpy()), (
+        "the tall ones stand"
+    )
     model = load_model(trainer.folder.merged)
     assert type(model).__name__ == "Patchless"
     assert float((model(dataset.points).argmax(1) == dataset.labels).float().mean()) > 0.9

@@ -99,7 +99,9 @@ def test_metadata_and_the_model_itself_survive(models, onnx_file):
 
 
 @pytest.mark.parametrize(
-    "name, format", [(name, "torchscript") for name in TINY] + [("point_bert_tiny", "torch_export")]
+    "name, format",
+    [(name, "torchscript") for name in TINY]
+    + [pytest.param("point_bert_tiny", "torch_export", marks=pytest.mark.slow)],
 )
 def test_other_formats_equal_pytorch(models, tmp_path, name, format):
     path = export_model(models[name], tmp_path / f"m{FORMATS[format]}", format=format, num_points=64, metadata=METADATA)
