@@ -46,7 +46,7 @@ def test_process_trains_merges_and_reports(trained):
     names = {path.relative_to(folder.root).as_posix() for path in folder.root.rglob("*") if path.is_file()}
     assert names == {
         "config.yaml", "environment.json", "log.csv", "metrics.json", "merged.pt", "checkpoints/last.pt",
-        "checkpoints/best.pt",
+        "checkpoints/best.pt", "checkpoints/previous.pt",
     }  # fmt: skip
     with open(folder.log) as file:
         assert [row["epoch"] for row in csv.DictReader(file)] == [str(epoch) for epoch in range(1, 11)]
