@@ -7,13 +7,8 @@ modelnet40_shape_names.txt, modelnet40_train.txt, class/*.txt    modelnet40_norm
 """
 
 import json
-import multiprocessing
 import os
 import shutil
-import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,6 +23,7 @@ from .modelnet40 import SPLITS
 from .off import read_off
 from .scan import derived_rng
 from .scan_view import unit_sphere
+from .workers import worker_pool
 
 PART = 512
 """Shapes of one HDF5 file, which is what a conversion that was stopped does not do again."""
@@ -138,14 +134,17 @@ def convert_modelnet(
             jobs.append((work / entries[-1], split, shapes[start : start + PART]))
         (work / f"{split}_files.txt").write_text("".join(f"data/{output.name}/{entry}\n" for entry in entries))
     cores = workers or min(os.cpu_count() or 1, 8)
-    with tqdm(total=sum(counts.values()), unit="shape", disable=None) as bar, _Pool(cores) as pool:
+    with (
+        tqdm(total=sum(counts.values()), unit="shape", disable=None) as bar,
+        worker_pool(cores, __name__, doing="converting") as spread,
+    ):
         for path, split, shapes in jobs:
             if path.exists():  # whole, since it got its name at its end
                 bar.update(len(shapes))
                 continue
             task = (str(source), found.kind, num_points, seed, split)
             clouds = []
-            for cloud in pool.map(_Job(*task), [(relative, name) for relative, name, _ in shapes]):
+            for cloud in spread(_Job(*task), [(relative, name) for relative, name, _ in shapes]):
                 clouds.append(cloud)
                 bar.update()
             stacked = np.stack(clouds)
@@ -253,45 +252,3 @@ def _natural(path: Path) -> tuple[str, int]:
     """Sort chair_2 before chair_10; public files have leading zeros, copies not always."""
     stem, _, number = path.stem.rpartition("_")
     return (stem, int(number)) if number.isdecimal() else (path.stem, 0)
-
-
-class _Pool:
-    """Worker processes, or with one this process itself."""
-
-    def __init__(self, workers: int) -> None:
-        self._pool = None
-        if workers > 1:
-            # Not fork: this process may run threads of torch, which a forked child would wait for.
-            context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
-            if os.name == "posix":
-                context.set_forkserver_preload([__name__])
-            self._pool = ProcessPoolExecutor(workers, context, _start_worker)
-
-    def __enter__(self) -> "_Pool":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._pool:
-            self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def map(self, job: _Job, shapes: Sequence[tuple[str, str]]) -> Iterator[np.ndarray]:
-        """Yield the clouds in order."""
-        if self._pool is None:
-            yield from map(job, shapes)
-            return
-        try:
-            yield from self._pool.map(job, shapes, chunksize=8)
-        except BrokenProcessPool as error:
-            raise InputError("a converting process died, perhaps for lack of memory; try fewer --workers") from error
-
-
-def _start_worker() -> None:
-    # A process that is killed cannot stop its workers, and they would wait for work forever.
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

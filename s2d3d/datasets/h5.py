@@ -82,11 +82,6 @@ class CloudLayout:
     up_axis: str | None
     stamp: tuple[int, int]
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the points once read."""
-        return int(np.prod(self.shape, dtype=object)) * self.dtype.itemsize
-
 
 def read_h5(
     path: str | os.PathLike, *, num_classes: int | None = None, extras: bool = True, max_bytes: int = MAX_BYTES

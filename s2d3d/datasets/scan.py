@@ -5,12 +5,8 @@ neither the order of the shapes nor the number of processes matters. Clutter com
 """
 
 import hashlib
-import multiprocessing
 import os
-import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +26,7 @@ from .scan_view import PERTURBATIONS, View, import_open3d, simulate_view, unit_s
 from .scanobjectnn import OBJECT_ONLY, relative_path
 from .shapes import sample_by_area
 from .transforms import turn_up_axis
+from .workers import worker_pool
 
 DEFAULT_POINTS = 2048
 MIN_POINTS = 64
@@ -303,16 +300,9 @@ _job: tuple[ShapeSet, ScanOptions] | None = None
 """What a worker process scans; sent to it once."""
 
 
-def _start_worker(shapes: ShapeSet, options: ScanOptions) -> None:
+def _keep_job(shapes: ShapeSet, options: ScanOptions) -> None:
     global _job
     _job = shapes, options
-    # A process that is killed cannot stop its workers, and they would wait for work forever.
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def _scan_in_worker(index: int) -> list[View]:
@@ -325,14 +315,5 @@ def _all_views(shapes: ShapeSet, options: ScanOptions, workers: int) -> Iterator
     if workers == 1:
         yield from (scan_shape(shapes, index, options) for index in indices)
         return
-    # Not fork: this process may run threads of torch, which a forked child would wait for.
-    context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
-    if os.name == "posix":
-        context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(workers, context, _start_worker, (shapes, options)) as pool:
-        try:
-            yield from pool.map(_scan_in_worker, indices, chunksize=8)
-        except BrokenProcessPool as error:
-            raise InputError("a scanning process died, perhaps for lack of memory; try fewer --workers") from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    with worker_pool(workers, __name__, doing="scanning", start=_keep_job, arguments=(shapes, options)) as spread:
+        yield from spread(_scan_in_worker, indices)

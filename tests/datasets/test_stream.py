@@ -184,7 +184,7 @@ def test_large_clouds_are_written_in_small_pieces(tmp_path):
     points[:, 0] = 1
     write_h5(tmp_path / "a.h5", points, [0] * 9)
     layout = inspect_h5(tmp_path / "a.h5")
-    assert layout.rows_per_read == 6 and layout.num_bytes == points.nbytes
+    assert layout.rows_per_read == 6 and np.prod(layout.shape) * layout.dtype.itemsize == points.nbytes
     np.testing.assert_array_equal(read_rows(layout, 6, 9), points[6:])
 
 

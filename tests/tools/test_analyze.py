@@ -6,7 +6,7 @@ import matplotlib.image
 import pytest
 
 from s2d3d import Trainer
-from s2d3d.engine.run_analysis import analysis_table
+from s2d3d.engine.run_analysis import analysis_table, analyze_run
 
 
 @pytest.fixture
@@ -21,6 +21,7 @@ def test_text_numbers_and_picture(call, run):
     first = call("analyze", *arguments)
     assert first.code == 0
     result = json.loads((run / "analysis.json").read_text())
+    assert result == json.loads(json.dumps(analyze_run(run, num_shapes=24, num_positions=3)))
     assert [point["epoch"] for point in result["checkpoints"]] == [1, 2] and result["num_shapes"] == 24
     assert [len(line["positions"]) for line in result["between_checkpoints"]] == [3]
     assert first.out == f"{analysis_table(result)}\nwritten to {run / 'analysis.json'} and analysis.png\n"

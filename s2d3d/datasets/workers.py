@@ -1,0 +1,67 @@
+"""Worker processes for the preparation of data; they end with the process that started them, however it ends."""
+
+import contextlib
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from typing import Any
+
+from ..errors import InputError
+
+CHUNK = 8
+"""Items that a worker is sent at once."""
+
+
+@contextlib.contextmanager
+def worker_pool(
+    workers: int, module: str, *, doing: str, start: Callable[..., None] | None = None, arguments: tuple = ()
+) -> Iterator[Callable[..., Iterator[Any]]]:
+    """Give a `map` that computes in worker processes and yields in order; with one worker in this process itself.
+
+    Args:
+        workers: processes, at least 1.
+        module: which each process has imported before it starts.
+        doing: what a process does, for the message when one dies: "scanning".
+        start: called in each process before its first item; not with one worker.
+        arguments: of `start`.
+
+    Raises:
+        InputError: a process died.
+
+    Example:
+        >>> with worker_pool(1, __name__, doing="counting") as spread:
+        ...     list(spread(abs, [-1, 2]))
+        [1, 2]
+    """
+    if workers == 1:
+        yield map
+        return
+    # Not fork: this process may run threads of torch, which a forked child would wait for.
+    context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+    if os.name == "posix":
+        context.set_forkserver_preload([module])
+    with ProcessPoolExecutor(workers, context, _start_worker, (start, arguments)) as pool:
+        try:
+            yield partial(pool.map, chunksize=CHUNK)
+        except BrokenProcessPool as error:
+            raise InputError(f"a {doing} process died, perhaps for lack of memory; try fewer --workers") from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _start_worker(start: Callable[..., None] | None, arguments: tuple) -> None:
+    if start is not None:
+        start(*arguments)
+    # A process that is killed cannot stop its workers, and they would wait for work forever.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
