@@ -34,9 +34,12 @@ for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 2**-6)):
         stacked = torch.randn(4, 37, 50).to(dtype)
         exact = stacked.float()
         expected = exact.lerp(exact.mean(0, keepdim=True), weight)
+        from_memory = stacked.clone()
         average_experts_(stacked, weight)
         assert (stacked.float() - expected).abs().max() <= bound, (dtype, weight)
         assert weight < 1 or all(torch.equal(stacked[0], expert) for expert in stacked)
+        average_experts_(from_memory, torch.tensor(weight, dtype=torch.float64))
+        assert torch.equal(from_memory, stacked), (dtype, weight)
 print("all equal")
 """
 

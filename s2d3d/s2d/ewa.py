@@ -13,7 +13,7 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def apply_ewa_(model: nn.Module, share_rate: float) -> int:
+def apply_ewa_(model: nn.Module, share_rate: float | Tensor) -> int:
     """Average the experts' weights once, in place: `W_i <- (1 - b) W_i + b * mean_{j != i} W_j`.
 
     Computed as `lerp(W_i, mean_j W_j, b * K / (K - 1))`, which is the same. The mean of the experts stays, deviations
@@ -23,13 +23,15 @@ def apply_ewa_(model: nn.Module, share_rate: float) -> int:
 
     Args:
         model: any module with expert layers inside: RUPMoF, or TopKMoE, whose routers are left alone.
-        share_rate: b, in [0, 1].
+        share_rate: b, in [0, 1]. A 0-d tensor on the device of the experts, best float64, is read there when the
+            update runs: a CUDA graph that recorded the update follows its value. That value is not checked.
 
     Returns:
         The number of expert layers that were averaged.
 
     Raises:
-        ValueError: `share_rate` outside [0, 1], no expert layer in the model, or experts sharded one from another.
+        ValueError: `share_rate` outside [0, 1] or a tensor of other than 0 dimensions, no expert layer in the model, or
+            experts sharded one from another.
 
     Source: arXiv 2308.06093, equation of the EWA update; Sparse-to-Dense Training, IEEE TCSVT 2025.
 
@@ -129,11 +131,19 @@ class EWA:
     def step(self) -> float:
         """Average the experts once; return the share rate used."""
         share_rate = self.current_share_rate()
+        self.average_(share_rate)
+        self.num_steps += 1
+        return share_rate
+
+    def average_(self, share_rate: float | Tensor) -> None:
+        """Average once at a rate of the caller's choice, without a step of the schedule.
+
+        A 0-d tensor is allowed as in `apply_ewa_`: work for a CUDA graph, whose host part sets the tensor to
+        `current_share_rate()` and counts `num_steps` up before each replay.
+        """
         _average_layers_(self.layers, share_rate)
         if self.optimizer is not None:
             _average_state_(self.optimizer, self.layers, share_rate)
-        self.num_steps += 1
-        return share_rate
 
     def state_dict(self) -> dict[str, int]:
         """Return the position in the schedule; rate, schedule and length come from the constructor."""
@@ -162,7 +172,7 @@ def expert_layers(model: nn.Module) -> list[ExpertLayer]:
 
 
 @torch.no_grad()
-def _average_layers_(layers: list[ExpertLayer], share_rate: float) -> int:
+def _average_layers_(layers: list[ExpertLayer], share_rate: float | Tensor) -> int:
     for layer in layers:
         for parameter in layer.expert_parameters():
             _average_(parameter, share_rate)
@@ -170,7 +180,7 @@ def _average_layers_(layers: list[ExpertLayer], share_rate: float) -> int:
 
 
 @torch.no_grad()
-def _average_state_(optimizer: torch.optim.Optimizer, layers: list[ExpertLayer], share_rate: float) -> None:
+def _average_state_(optimizer: torch.optim.Optimizer, layers: list[ExpertLayer], share_rate: float | Tensor) -> None:
     for layer in layers:
         for parameter in layer.expert_parameters():
             for value in optimizer.state.get(parameter, {}).values():
@@ -178,9 +188,9 @@ def _average_state_(optimizer: torch.optim.Optimizer, layers: list[ExpertLayer],
                     _average_(value, share_rate)
 
 
-def _average_(stacked: Tensor, share_rate: float) -> None:
+def _average_(stacked: Tensor, share_rate: float | Tensor) -> None:
     num_experts = stacked.shape[0]
-    if num_experts == 1 or share_rate == 0:
+    if num_experts == 1 or (not isinstance(share_rate, Tensor) and share_rate == 0):
         return
     weight = share_rate * num_experts / (num_experts - 1)
     if hasattr(stacked, "placements"):  # sharded by FSDP2, with a part of every expert here: `expert_placement`
@@ -190,12 +200,15 @@ def _average_(stacked: Tensor, share_rate: float) -> None:
         from .ewa_triton import average_experts_
 
         average_experts_(stacked, weight)
-    elif stacked.dtype in (torch.float32, torch.float64):
+        return
+    exact = stacked if stacked.dtype in (torch.float32, torch.float64) else stacked.float()
+    if isinstance(weight, Tensor):
+        weight = weight.to(exact.dtype)
+    if exact is stacked:
         mean = stacked.mean(0)
         for expert in stacked:  # on a CPU twice as fast as one lerp that repeats the mean over all experts
             expert.lerp_(mean, weight)
     else:
-        exact = stacked.float()
         stacked.copy_(exact.lerp_(exact.mean(0, keepdim=True), weight))
 
 
@@ -207,6 +220,9 @@ def _check_placements(stacked: Tensor) -> None:
         )
 
 
-def _check_share_rate(share_rate: float) -> None:
-    if not (math.isfinite(share_rate) and 0 <= share_rate <= 1):
+def _check_share_rate(share_rate: float | Tensor) -> None:
+    if isinstance(share_rate, Tensor):  # its value stays on its device
+        if share_rate.dim():
+            raise ValueError(f"share_rate is a tensor of shape {tuple(share_rate.shape)}, must be a number or 0-d")
+    elif not (math.isfinite(share_rate) and 0 <= share_rate <= 1):
         raise ValueError(f"share_rate is {share_rate}, must be in [0, 1]")

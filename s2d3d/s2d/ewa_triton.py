@@ -9,7 +9,11 @@ from torch import Tensor
 
 
 @triton.jit
-def _average_experts(stacked, weight, size, NUM_EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
+def _average_experts(
+    stacked, weight, size, NUM_EXPERTS: tl.constexpr, WEIGHT_IN_MEMORY: tl.constexpr, BLOCK: tl.constexpr
+):
+    if WEIGHT_IN_MEMORY:
+        weight = tl.load(weight).to(tl.float32)
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < size
     mean = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -24,13 +28,13 @@ def _average_experts(stacked, weight, size, NUM_EXPERTS: tl.constexpr, BLOCK: tl
         tl.store(place, moved.to(stacked.dtype.element_ty), mask=inside)
 
 
-def average_experts_(stacked: Tensor, weight: float) -> None:
+def average_experts_(stacked: Tensor, weight: float | Tensor) -> None:
     """Move K experts by `weight` towards their mean, in place, reading and writing each value once from memory.
 
     Args:
         stacked: (K, ...) contiguous, on a GPU, float32 or lower; computed in float32.
-        weight: b K / (K - 1) of share rate b.
+        weight: b K / (K - 1) of share rate b; a 0-d tensor on the same GPU is read when the kernel runs.
     """
     num_experts, size = stacked.shape[0], stacked[0].numel()
-    grid = (triton.cdiv(size, 1024),)
-    _average_experts[grid](stacked, weight, size, NUM_EXPERTS=num_experts, BLOCK=1024)
+    grid, in_memory = (triton.cdiv(size, 1024),), isinstance(weight, Tensor)
+    _average_experts[grid](stacked, weight, size, NUM_EXPERTS=num_experts, WEIGHT_IN_MEMORY=in_memory, BLOCK=1024)

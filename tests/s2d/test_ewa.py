@@ -86,6 +86,50 @@ def test_share_rate_one_swaps_two_experts(make_layer):
         torch.testing.assert_close(after, before[name].flip(0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("share_rate", [0.0, 0.1, 0.37, 0.5, 0.75])
+def test_a_rate_in_a_tensor_is_the_rate_as_a_number(share_rate, dtype, make_layer):
+    """And the tensor's value counts when the update runs, which is what a recorded update relies on."""
+    layer, rate = make_layer(4, dtype), torch.tensor(0.99, dtype=torch.float64)
+    other = copy.deepcopy(layer)
+    before = values(layer)
+    apply_ewa_(layer, share_rate)
+    assert apply_ewa_(other, rate.fill_(share_rate)) == 1
+    for name, after in values(other).items():
+        torch.testing.assert_close(after, values(layer)[name], rtol=0, atol=torch.finfo(dtype).eps)
+        assert torch.equal(after, before[name]) == (share_rate == 0)
+
+
+def test_averaging_by_hand_equals_steps_of_the_schedule(make_layer):
+    """What a replayed step does: the host writes the rate, the device averages weights and moments."""
+    stepped = make_layer(3)
+    replayed = copy.deepcopy(stepped)
+    sides = []
+    for layer in (stepped, replayed):
+        optimizer = torch.optim.AdamW(layer.parameters())
+        for index, parameter in enumerate(layer.parameters()):
+            parameter.grad = torch.full_like(parameter, 0.1 * index + 0.1)
+        optimizer.step()
+        sides.append((EWA(layer, share_rate=0.4, total_steps=4, optimizer=optimizer), optimizer))
+    rate = torch.zeros((), dtype=torch.float64)
+    for _ in range(4):
+        sides[0][0].step()
+        ewa = sides[1][0]
+        rate.fill_(ewa.current_share_rate())
+        ewa.average_(rate)
+        ewa.num_steps += 1
+    assert sides[0][0].state_dict() == sides[1][0].state_dict() == {"num_steps": 4}
+    for mine, theirs in zip(stepped.parameters(), replayed.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-15)
+        for key in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(sides[0][1].state[mine][key], sides[1][1].state[theirs][key], rtol=0, atol=1e-15)
+
+
+def test_a_rate_in_a_larger_tensor_is_refused(make_layer):
+    with pytest.raises(ValueError, match=r"share_rate is a tensor of shape \(1,\), must be a number or 0-d"):
+        apply_ewa_(make_layer(), torch.tensor([0.3]))
+
+
 @pytest.mark.parametrize("share_rate", [0.0, 0.5, 1.0])
 def test_single_expert_is_left_alone(share_rate, make_layer):
     layer = make_layer(1)
