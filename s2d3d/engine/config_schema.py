@@ -238,6 +238,11 @@ class TrainConfig(Section):
     label_smoothing: Float = Field(0.0, ge=0, lt=1, description="Label smoothing of the loss, in [0, 1).")
     amp: Literal["none", "bf16"] = Field("none", description="Automatic mixed precision; 'none': float32.")
     compile: Bool = Field(False, description="Compile the model with torch.compile.")
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = Field(
+        "default",
+        description="Mode of torch.compile. On a GPU, the others record the model as CUDA graphs, 'max-autotune' also "
+        "tries kernels for minutes; they need accum_steps 1. Not measured on a GPU yet.",
+    )
     ema_decay: Float | None = Field(
         None, gt=0, lt=1, description="Decay of a moving average of the weights, in (0, 1); null: none."
     )
@@ -311,6 +316,14 @@ class Config(Section):
         if train.batch_size % train.accum_steps:
             text = f"must divide train.batch_size ({train.batch_size}), got {train.accum_steps}"
             problems.append(Problem(("train", "accum_steps"), text))
+        if train.compile_mode != "default":
+            if not train.compile:
+                text = f"has no effect without train.compile: true, got '{train.compile_mode}'"
+                problems.append(Problem(("train", "compile_mode"), text))
+            elif train.accum_steps > 1:  # autograd keeps the first gradient where the graph writes the next
+                text = f"must be 'default' with train.accum_steps {train.accum_steps}: a CUDA graph overwrites the"
+                text = f"{text} gradients to add to, got '{train.compile_mode}'"
+                problems.append(Problem(("train", "compile_mode"), text))
         experts, bound = self.s2d.num_experts, 1 - 1 / self.s2d.num_experts
         if self.s2d.kind != "none" and experts > 1 and self.s2d.share_rate > bound:
             text = f"must be at most {bound:.6g} = ({experts} - 1) / {experts}, above which the {experts} experts"

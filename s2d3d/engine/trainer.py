@@ -202,7 +202,7 @@ class Trainer:
             devices = [runtime.device] if runtime.device.type == "cuda" else None
             self.network = DistributedDataParallel(self.model, device_ids=devices)
         if cfg.train.compile:
-            self.network = torch.compile(self.network)
+            self.network = torch.compile(self.network, mode=cfg.train.compile_mode)
 
     def _build_optimizer(self) -> None:
         cfg = self.config

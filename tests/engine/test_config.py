@@ -155,6 +155,12 @@ REFUSED = [
     ("train.checkpoint_every", 0, "train.checkpoint_every: must be at least 1 (or null), got 0"),
     ("train.compile", 1, "train.compile: must be true or false, got 1"),
     ("train.compile", "true", "train.compile: must be true or false, got 'true'"),
+    (
+        "train.compile_mode",
+        "reduce_overhead",
+        "train.compile_mode: must be 'default', 'reduce-overhead' or 'max-autotune', got 'reduce_overhead'; did you "
+        "mean 'reduce-overhead'?",
+    ),
     ("train.amp", "fp16", "train.amp: must be 'none' or 'bf16', got 'fp16'; did you mean 'bf16'?"),
     ("train.device", "gpu", "train.device: must be 'auto', 'cpu', 'cuda' or 'cuda:N', got 'gpu'"),
     ("train.device", "cuda:", "train.device: must be 'auto', 'cpu', 'cuda' or 'cuda:N', got 'cuda:'"),
@@ -272,6 +278,13 @@ def test_missing_key(missing):
         ]),
         ({"train": {"epochs": 10}}, ["optim.warmup_epochs: must be less than train.epochs (10), got 10"]),
         ({"train": {"accum_steps": 5}}, ["train.accum_steps: must divide train.batch_size (32), got 5"]),
+        ({"train": {"compile_mode": "reduce-overhead"}}, [
+            "train.compile_mode: has no effect without train.compile: true, got 'reduce-overhead'"
+        ]),
+        ({"train": {"compile": True, "compile_mode": "max-autotune", "accum_steps": 2}}, [
+            ("train.compile_mode: must be 'default' with train.accum_steps 2: a CUDA graph overwrites the gradients "
+            "to add to, got 'max-autotune'")
+        ]),
         ({"s2d": {"num_experts": 2, "share_rate": 0.6}}, [
             "s2d.share_rate: must be at most 0.5 = (2 - 1) / 2, above which the 2 experts overshoot their mean, got 0.6"
         ]),

@@ -89,6 +89,18 @@ def test_train_two_epochs_resume_two_is_bit_exact(tiny_config, uninterrupted):
     assert_same_weights(weights(resumed.folder.last), weights(uninterrupted.folder.last))
 
 
+def test_the_mode_of_compilation_arrives_and_may_change_on_resume(tiny_config, monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda network, *, mode: modes.append(mode) or network)
+    first = Trainer(tiny_config("train.max_steps=1"))
+    first.fit()
+    keys = "train.compile=true", "train.compile_mode=reduce-overhead"
+    Trainer(tiny_config("train.max_steps=2", *keys)).fit(resume=first.folder.root)
+    Trainer(tiny_config("train.max_steps=3", "train.compile=true")).fit(resume=first.folder.root)
+    assert modes == ["reduce-overhead", "default"]
+    assert load_checkpoint(first.folder.last)["progress"]["updates"] == 3
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_signals_save_and_leave_with_the_conventional_code(tiny_config, uninterrupted, signum):
     class Struck(Trainer):
