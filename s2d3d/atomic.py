@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 SUFFIX = ".tmp"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -40,7 +40,7 @@ def replacing(path: str | Path, *, previous: str | Path | None = None) -> Iterat
     try:
         with open(temporary, "wb") as file:
             watched = _Watched(file)
-            yield watched
+            yield cast(BinaryIO, watched)  # what writers use of one
             file.flush()
             os.fsync(file.fileno())
         if previous is not None and path.exists():

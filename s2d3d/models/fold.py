@@ -7,8 +7,6 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-_LINEAR = (nn.Linear, nn.Conv1d)
-
 
 @torch.no_grad()
 def fold_batchnorm(model: nn.Module) -> nn.Module:
@@ -57,12 +55,15 @@ def _pairs(parent: nn.Module) -> Iterator[tuple[str, str]]:
 
 def _folds(linear: nn.Module, norm: nn.Module) -> bool:
     """Tell whether the two are a linear layer and a BatchNorm of its outputs with fixed statistics."""
-    if type(linear) not in _LINEAR or type(norm) is not nn.BatchNorm1d or norm.running_mean is None:
+    if not (type(linear) is nn.Linear or type(linear) is nn.Conv1d):
+        return False
+    if type(norm) is not nn.BatchNorm1d or norm.running_mean is None:
         return False
     return linear.weight.shape[0] == norm.num_features
 
 
 def _fold_(linear: nn.Linear | nn.Conv1d, norm: nn.BatchNorm1d) -> None:
+    assert norm.running_mean is not None and norm.running_var is not None
     weight = linear.weight.double()
     scale = torch.rsqrt(norm.running_var.double() + norm.eps)
     shift = -norm.running_mean.double() * scale

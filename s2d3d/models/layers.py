@@ -1,9 +1,18 @@
 """Building blocks of the Point-BERT family: attention, transformer block and the mini-PointNet group encoder."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+
+    class _GroupMaxContext(torch.autograd.function.FunctionCtx):
+        """What `_GroupMax` hands from its forward to its backward pass."""
+
+        saved_tensors: tuple[Tensor, Tensor]
 
 
 class Attention(nn.Module):
@@ -96,17 +105,17 @@ class GroupEncoder(nn.Module):
     def forward(self, groups: Tensor) -> Tensor:
         """Map groups (B, G, S, C) to tokens (B, G, encoder_dims)."""
         batch, num_group, group_size, channels = groups.shape
-        conv1, norm1, relu1, conv2 = self.first_conv
-        conv3, norm2, relu2, conv4 = self.second_conv
+        (weight1, bias1), norm1, relu1, (weight2, bias2) = _layers(self.first_conv)
+        (weight3, bias3), norm2, relu2, (weight4, bias4) = _layers(self.second_conv)
         points = groups.reshape(-1, channels)
-        points = F.linear(relu1(norm1(F.linear(points, _matrix(conv1), conv1.bias))), _matrix(conv2))
+        points = F.linear(relu1(norm1(F.linear(points, weight1, bias1))), weight2)
         width = points.shape[-1]
-        pooled = max_over_group(points.view(-1, group_size, width)) + conv2.bias
-        of_group, of_point = conv3.weight[:, :width, 0], conv3.weight[:, width:, 0]
-        shift = F.linear(pooled, of_group, F.linear(conv2.bias, of_point, conv3.bias))
+        pooled = max_over_group(points.view(-1, group_size, width)) + bias2
+        of_group, of_point = weight3[:, :width], weight3[:, width:]
+        shift = F.linear(pooled, of_group, F.linear(bias2, of_point, bias3))
         points = F.linear(points, of_point).view(-1, group_size, of_point.shape[0])
         points = relu2(norm2((points + shift.unsqueeze(1)).flatten(0, 1)))
-        tokens = max_over_group(F.linear(points, _matrix(conv4)).view(-1, group_size, conv4.out_channels)) + conv4.bias
+        tokens = max_over_group(F.linear(points, weight4).view(-1, group_size, weight4.shape[0])) + bias4
         return tokens.view(batch, num_group, -1)
 
 
@@ -119,18 +128,25 @@ class _GroupMax(torch.autograd.Function):
     """`amax` over dimension 1. Its own backward counts equal maxima in int64, which costs several times the rest."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+    def forward(ctx: "_GroupMaxContext", x: Tensor) -> Tensor:
         largest = x.amax(1)
         ctx.save_for_backward(x, largest)
         return largest
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
+    def backward(ctx: "_GroupMaxContext", gradient: Tensor) -> Tensor:
         x, largest = ctx.saved_tensors
         # Written as numbers at once: by way of a bool it takes three times as long.
         is_largest = torch.eq(x, largest.unsqueeze(1), out=torch.empty_like(x, dtype=gradient.dtype))
         return is_largest.mul_((gradient / is_largest.sum(1)).unsqueeze(1))
 
 
-def _matrix(conv: nn.Conv1d) -> Tensor:
-    return conv.weight.squeeze(-1)
+def _layers(stack: nn.Sequential) -> tuple[tuple[Tensor, Tensor], nn.Module, nn.Module, tuple[Tensor, Tensor]]:
+    first, norm, activation, last = stack
+    return _linear_form(first), norm, activation, _linear_form(last)
+
+
+def _linear_form(conv: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return weight (out, in) and bias (out,) of a 1x1 convolution."""
+    assert isinstance(conv, nn.Conv1d) and conv.bias is not None
+    return conv.weight.squeeze(-1), conv.bias

@@ -162,6 +162,6 @@ def _check_ranges(at_least_one: dict[str, int], fractions: dict[str, float]) -> 
     for name, value in at_least_one.items():
         if value < 1:
             raise ValueError(f"{name} is {value}, must be at least 1")
-    for name, value in fractions.items():
-        if not 0 <= value < 1:
-            raise ValueError(f"{name} is {value}, must be in [0, 1)")
+    for name, fraction in fractions.items():
+        if not 0 <= fraction < 1:
+            raise ValueError(f"{name} is {fraction}, must be in [0, 1)")

@@ -5,7 +5,7 @@ head); the FFN, which they lack, adds `norm` and `mlp` to each block.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from timm.layers import DropPath, Mlp
@@ -14,6 +14,17 @@ from torch.nn import functional as F
 
 from ..ops import farthest_point_sample, gather_points, nearest_neighbours
 from .layers import max_over_group
+
+if TYPE_CHECKING:
+
+    class _GatherSumContext(torch.autograd.function.FunctionCtx):
+        """What `_GatherSum` hands from its forward to its backward pass."""
+
+        saved_tensors: tuple[Tensor]
+        needs_input_grad: tuple[bool, bool, bool, bool, bool]
+        size: int
+        num_points: int
+
 
 MAX_DEPTH, MAX_STAGES = 1000, 16
 """Far beyond any model; a config or checkpoint with larger numbers would be built for hours before it is refused."""
@@ -147,7 +158,8 @@ class Stage(nn.Sequential):
         super().__init__(*layers)
         self.num_neighbors = num_neighbors
 
-    def forward(self, xyz: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    # A stack of layers for its keys and its iteration; its input is a pair, which `Sequential` does not know.
+    def forward(self, xyz: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Map coordinates (B, N, 3) and features (B, N, C) to those of the stage, (B, M, 3) and (B, M, C')."""
         down, *blocks = self
         xyz, x = down(xyz, x)
@@ -219,6 +231,7 @@ class VectorAttention(nn.Module):
     def forward(self, x: Tensor, neighbourhood: Neighbourhood) -> Tensor:
         """Map rows x (B N, C) to (B N, C)."""
         *hidden, last = self.linear_p
+        assert isinstance(last, nn.Linear)
         position = neighbourhood.offsets
         for layer in hidden:
             position = layer(position)
@@ -254,7 +267,9 @@ class Block(nn.Module):
         rows = F.relu(self.bn1(self.linear1(x.flatten(0, 1))), inplace=True)
         rows = F.relu(self.bn2(self.transformer2(rows, neighbourhood)), inplace=True)
         x = F.relu(x + self.drop_path(self.bn3(self.linear3(rows)).view_as(x)), inplace=True)
-        return x if self.mlp is None else x + self.drop_path(self.mlp(self.norm(x)))
+        if self.mlp is None or self.norm is None:  # both or neither
+            return x
+        return x + self.drop_path(self.mlp(self.norm(x)))
 
 
 def gather_sum(
@@ -272,7 +287,7 @@ def gather_sum(
         (B M k, C) in the dtype of `of_points`.
     """
     others = (other if other is None else other.to(of_points.dtype) for other in (of_centers, of_pairs))
-    if torch.jit.is_tracing():  # TorchScript has no place for a Python function
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():  # these have no place for a Python function
         return _gather_sum(neighbourhood.rows, neighbourhood.size, of_points, *others)
     return _GatherSum.apply(neighbourhood.rows, neighbourhood.size, of_points, *others)
 
@@ -291,7 +306,7 @@ class _GatherSum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
+        ctx: "_GatherSumContext",
         rows: Tensor, size: int, of_points: Tensor, of_centers: Tensor | None, of_pairs: Tensor | None,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(rows)
@@ -299,7 +314,7 @@ class _GatherSum(torch.autograd.Function):
         return _gather_sum(rows, size, of_points, of_centers, of_pairs)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: "_GatherSumContext", gradient: Tensor) -> tuple[Tensor | None, ...]:
         (rows,) = ctx.saved_tensors
         gradient, (_, _, _, has_centers, has_pairs) = gradient.contiguous(), ctx.needs_input_grad
         channels = gradient.shape[1]

@@ -94,9 +94,8 @@ def load_pretrained_(model: nn.Module, path: str | Path, *, up_axis: str = "z") 
     _check_belongs(own, found, file, last.partition(".")[0], path)
     mismatched = [key for key in found if key.startswith(f"{last}.") and _rows_differ(own[key], found[key])]
     matched = {key: tensor for key, tensor in found.items() if key not in mismatched}
-    _check_tensors(own, matched, path)
-    loaded = _turn_z_up(model, matched) if up_axis == "y" else matched
-    model.load_state_dict(loaded, strict=False)
+    tensors = _check_tensors(own, matched, path)
+    model.load_state_dict(_turn_z_up(model, tensors) if up_axis == "y" else tensors, strict=False)
     used = {names[key] for key in found}
     return PretrainedReport(
         path=Path(path),
@@ -147,11 +146,13 @@ def _check_belongs(
         )
 
 
-def _check_tensors(own: Mapping[str, Tensor], theirs: Mapping[str, object], path: str | Path) -> None:
-    """Refuse values that are no ordinary tensors of the model's shapes, and numbers that are not finite."""
-    for key, value in theirs.items():
+def _check_tensors(own: Mapping[str, Tensor], values: Mapping[str, object], path: str | Path) -> dict[str, Tensor]:
+    """Return the values; refuse such as are no ordinary tensors of the model's shapes, or hold non-finite numbers."""
+    theirs: dict[str, Tensor] = {}
+    for key, value in values.items():
         if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_quantized or value.is_meta:
             raise InputError(f"{path}: '{key}' is not an ordinary tensor")
+        theirs[key] = value
     other = [key for key, tensor in theirs.items() if tensor.shape != own[key].shape]
     if other:
         key = other[0]
@@ -166,6 +167,7 @@ def _check_tensors(own: Mapping[str, Tensor], theirs: Mapping[str, object], path
     bad = [key for key, tensor in theirs.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
         raise InputError(f"{path}: tensors with values that are not finite ({len(bad)}), such as '{bad[0]}'")
+    return theirs
 
 
 def _last_layer(model: nn.Module) -> str:

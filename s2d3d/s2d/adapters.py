@@ -29,25 +29,27 @@ class EntryLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens x (..., C) to (K, capacity, hidden), or (..., hidden) where the mean of the experts is used."""
         slots, self.plan = self.experts.dispatch(x)
-        return self.experts.first(slots)
+        return _stacked(self.experts, "first")(slots)
 
     def averaged_expert(self) -> nn.Module:
         """Return the mean of the experts' first linear layers, of the original class."""
-        return self.experts.first.averaged_linear()
+        return _stacked(self.experts, "first").averaged_linear()
 
     @property
     def weight(self) -> Tensor:
         """The weight of `averaged_expert`: `nn.TransformerEncoderLayer` reads it in evaluation and skips `forward`."""
-        return _averaged(self.experts.first)[0]
+        return _averaged(_stacked(self.experts, "first"))[0]
 
     @property
     def bias(self) -> Tensor | None:
         """The bias of `averaged_expert`."""
-        return _averaged(self.experts.first)[1]
+        return _averaged(_stacked(self.experts, "first"))[1]
 
 
 class ExitLinear(nn.Module):
     """Stands where the second linear layer of an FFN stood that is spread over its transformer layer."""
+
+    _entry: EntryLinear
 
     def __init__(self, entry: EntryLinear) -> None:
         super().__init__()
@@ -57,21 +59,27 @@ class ExitLinear(nn.Module):
         """Map what `EntryLinear` returned to tokens (..., D)."""
         plan, self._entry.plan = self._entry.plan, None
         experts = self._entry.experts
-        return experts.combine(experts.second(hidden), plan)
+        return experts.combine(_stacked(experts, "second")(hidden), plan)
 
     def averaged_expert(self) -> nn.Module:
         """Return the mean of the experts' second linear layers, of the original class."""
-        return self._entry.experts.second.averaged_linear()
+        return _stacked(self._entry.experts, "second").averaged_linear()
 
     @property
     def weight(self) -> Tensor:
         """The weight of `averaged_expert`, as in `EntryLinear`."""
-        return _averaged(self._entry.experts.second)[0]
+        return _averaged(_stacked(self._entry.experts, "second"))[0]
 
     @property
     def bias(self) -> Tensor | None:
         """The bias of `averaged_expert`."""
-        return _averaged(self._entry.experts.second)[1]
+        return _averaged(_stacked(self._entry.experts, "second"))[1]
+
+
+def _stacked(experts: ExpertLayer, name: str) -> StackedLinear:
+    layer = getattr(experts, name)
+    assert isinstance(layer, StackedLinear)
+    return layer
 
 
 def _averaged(layer: StackedLinear) -> tuple[Tensor, Tensor | None]:
@@ -145,7 +153,7 @@ def _linear_pairs(module: nn.Module) -> list[tuple[str, ...]]:
     """Find neighbouring linear layers, widening and narrowing, that have no third one beside them."""
     linears = [(name, child) for name, child in module.named_modules() if name and is_linear(child)]
     parents = [name.rpartition(".")[0] for name, _ in linears]
-    pairs = []
+    pairs: list[tuple[str, ...]] = []
     for index in range(len(linears) - 1):
         (first, up), (second, down) = linears[index : index + 2]
         narrow, wide = linear_features(up)

@@ -13,7 +13,7 @@ from torch import nn
 
 from .adapters import EntryLinear, ExitLinear, LinearPair, ffn_name, find_ffn, find_ffns
 from .moe import TopKMoE, check_top_k
-from .mof import ExpertLayer, RUPMoF, StackedLinear, is_linear
+from .mof import ExpertLayer, RUPMoF, StackedLinear, is_linear, linear_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -196,6 +196,7 @@ def _expert_layers_for(
 
 
 def _to_experts(ffn: nn.Module, config: MoFConfig, initialise: Initialiser | None) -> ExpertLayer:
+    experts: ExpertLayer
     if config.kind == "topk":
         experts = TopKMoE(ffn, config.num_experts, config.top_k, capacity_factor=config.capacity_factor)
     else:
@@ -207,7 +208,7 @@ def _to_experts(ffn: nn.Module, config: MoFConfig, initialise: Initialiser | Non
             if isinstance(module, nn.Linear):
                 module.reset_parameters()
             elif is_linear(module):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(linear_parameters(module)[0], std=0.02)
             if initialise is not None:
                 initialise(module)
 
@@ -247,7 +248,8 @@ def _check_average(name: str, allowed: bool) -> None:
 def _initialiser(model: nn.Module, name: str) -> Initialiser | None:
     parts = name.split(".")
     owners = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts)))
-    return next((owner._init_weights for owner in owners if hasattr(owner, "_init_weights")), None)
+    own = (getattr(owner, "_init_weights", None) for owner in owners)
+    return next((initialise for initialise in own if callable(initialise)), None)
 
 
 def _replace_(model: nn.Module, layers: dict[nn.Module, nn.Module]) -> None:

@@ -120,10 +120,11 @@ def balance_loss(model: nn.Module) -> Tensor:
         >>> loss = model(torch.randn(1, 3, 224, 224)).square().mean() + 0.01 * balance_loss(model)
         >>> loss.backward()
     """
-    losses = [module.balance_loss for module in model.modules() if isinstance(module, TopKMoE)]
-    if not losses:
+    layers = [module for module in model.modules() if isinstance(module, TopKMoE)]
+    if not layers:
         raise ValueError("the model has no TopKMoE layer: convert it with MoFConfig(kind='topk')")
-    if any(loss is None for loss in losses):
+    losses = [layer.balance_loss for layer in layers if layer.balance_loss is not None]
+    if len(losses) < len(layers):
         raise ValueError("a TopKMoE layer has not run yet: call the model first")
     return torch.stack(losses).sum()
 

@@ -18,6 +18,8 @@ class StackedLinear(nn.Module):
     of `nn.Linear`, so that optimizer helpers which go by name do not decay the biases.
     """
 
+    _shell: nn.Module
+
     def __init__(self, linear: nn.Module, num_experts: int, averaged_in_eval: bool = True) -> None:
         """Stack `num_experts` copies of `linear`, in its dtype and on its device.
 
@@ -30,8 +32,9 @@ class StackedLinear(nn.Module):
         self.num_experts, self.averaged_in_eval = num_experts, averaged_in_eval
         self.input_first = not isinstance(linear, nn.Linear)
         self.in_features, self.out_features = linear_features(linear)
-        self.weight = _stack(linear.weight, num_experts, transpose=not self.input_first)
-        self.bias = None if linear.bias is None else _stack(linear.bias, num_experts)
+        weight, bias = linear_parameters(linear)
+        self.weight = _stack(weight, num_experts, transpose=not self.input_first)
+        self.bias = None if bias is None else _stack(bias, num_experts)
         # The linear layer without its weights: what `averaged_linear` fills again.
         without_weights = {id(parameter): None for parameter in linear.parameters()}
         object.__setattr__(self, "_shell", copy.deepcopy(linear, without_weights))
@@ -58,16 +61,17 @@ class StackedLinear(nn.Module):
         weight, bias = self.averaged()
         linear = copy.deepcopy(self._shell)
         linear.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
-        if bias is not None:
+        if bias is not None and self.bias is not None:
             linear.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
         return linear.train(self.training)
 
     @torch.no_grad()
     def load_expert_(self, expert: int, linear: nn.Module) -> None:
         """Overwrite one expert with the weights of `linear`."""
-        self.weight[expert].copy_(linear.weight if self.input_first else linear.weight.t())
-        if self.bias is not None:
-            self.bias[expert].copy_(linear.bias)
+        weight, bias = linear_parameters(linear)
+        self.weight[expert].copy_(weight if self.input_first else weight.t())
+        if self.bias is not None and bias is not None:
+            self.bias[expert].copy_(bias)
 
     def extra_repr(self) -> str:
         return f"{self.num_experts} x ({self.in_features} -> {self.out_features}), bias={self.bias is not None}"
@@ -93,6 +97,7 @@ class ExpertLayer(nn.Module):
     """
 
     averaged_in_eval = True
+    _template: nn.Module
 
     def __init__(self, ffn: nn.Module, num_experts: int) -> None:
         """Build K copies of `ffn`, which is left untouched.
@@ -154,7 +159,7 @@ class ExpertLayer(nn.Module):
         self._template.train(mode)
         return self
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: Tensor | nn.Module) -> None:
         super().__setattr__(name, value)
         template = self.__dict__.get("_template")
         if template is not None and name in template._modules:  # a child that is replaced here is replaced there
@@ -219,9 +224,10 @@ def check_ffn(ffn: nn.Module) -> None:
 @torch.no_grad()
 def _check_token_by_token(ffn: nn.Module, linears: list[nn.Module]) -> None:
     """Run a copy of `ffn` on a few tokens and on one of them alone: attention, for one, gives another result."""
-    probe, problems = copy.deepcopy(ffn).float().eval(), []
+    probe, device = copy.deepcopy(ffn).float().eval(), linear_parameters(linears[0])[0].device
+    problems: list[str] = []
     for width in dict.fromkeys(linear_features(m)[0] for m in linears):  # the first one need not read the input
-        tokens = torch.arange(6.0 * width, device=linears[0].weight.device).sin().view(2, 3, width)
+        tokens = torch.arange(6.0 * width, device=device).sin().view(2, 3, width)
         try:
             together, alone = probe(tokens), probe(tokens[:1, :1])
         except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
@@ -248,8 +254,13 @@ def is_linear(module: nn.Module) -> bool:
 
 def linear_features(linear: nn.Module) -> tuple[int, int]:
     """Return the input and output features of a linear layer."""
-    shape = linear.weight.shape
+    shape = linear_parameters(linear)[0].shape
     return (shape[1], shape[0]) if isinstance(linear, nn.Linear) else (shape[0], shape[1])
+
+
+def linear_parameters(linear: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """Return the weight and the bias, None without one, of a linear layer, see `is_linear`."""
+    return linear.get_parameter("weight"), linear._parameters.get("bias")
 
 
 def mean_over_experts(stacked: Tensor) -> Tensor:
