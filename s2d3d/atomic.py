@@ -13,7 +13,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
-def replacing(path: str | Path, *, previous: str | Path | None = None) -> Iterator[BinaryIO]:
+def replacing(path: str | os.PathLike, *, previous: str | os.PathLike | None = None) -> Iterator[BinaryIO]:
     """Give a binary file to write to, which takes the place of `path` when the body ends without an error.
 
     The content is on disk before it gets the name, so that after a power cut `path` holds the old content or the new

@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from torch import Generator, Tensor
@@ -13,7 +14,7 @@ from torch import Generator, Tensor
 from ..errors import InputError, did_you_mean
 from ..ops import gather_points
 from .prefix import farthest_prefix
-from .stream import StreamedClouds
+from .stream import StreamedClouds, StreamedMasks
 from .transforms import Transform, normalize_stored
 
 TRAIN = "train"
@@ -93,8 +94,9 @@ class PointCloudDataset(torch.utils.data.Dataset):
             )
         length = min(stored_points, num_points * 6 // 5)
         if isinstance(points, StreamedClouds):
-            self._storage = points.prepared(normalize=normalize, prefix=length)
-            self._storage_mask = self._storage.mask
+            clouds = points.prepared(normalize=normalize, prefix=length)
+            self._storage: Tensor | StreamedClouds = clouds
+            self._storage_mask: Tensor | StreamedMasks | None = clouds.mask
         else:
             points = normalize_stored(points) if normalize else points
             if stored_points > num_points:
@@ -122,8 +124,10 @@ class PointCloudDataset(torch.utils.data.Dataset):
 
         Of a set that stays in its files this reads everything.
         """
-        whole = isinstance(self._storage, Tensor) and torch.equal(self._rows, torch.arange(len(self._storage)))
-        return self._storage if whole else self._storage[self._rows]
+        storage = self._storage
+        if isinstance(storage, Tensor) and torch.equal(self._rows, torch.arange(len(storage))):
+            return storage
+        return storage[self._rows]
 
     @property
     def labels(self) -> Tensor:
@@ -220,7 +224,7 @@ class PointCloudDataset(torch.utils.data.Dataset):
         mask = self._storage_mask[self._rows[indices]].long()
         return mask[:, : self.num_points] if generator is None else mask.gather(1, self._draw(len(mask), generator))
 
-    def fingerprint(self) -> dict[str, object]:
+    def fingerprint(self) -> "Fingerprint":
         """Describe the set in plain values, so that another one is told apart; see `same_data`.
 
         Returns:
@@ -230,7 +234,7 @@ class PointCloudDataset(torch.utils.data.Dataset):
         chosen = torch.arange(0, len(self), max(1, len(self) // 64))[:64]
         points = self._storage[self._rows[chosen]][:, : self.num_points].double()
         digest = hashlib.blake2b(f"{len(self)} {self.num_points} {self.class_names}".encode(), digest_size=12)
-        digest.update(self.labels.contiguous().numpy())
+        digest.update(self.labels.contiguous().numpy().data)
         clouds = (points.square() * torch.tensor([1.0, 2.0, 3.0])).mean(dim=(1, 2))
         return {"labels": digest.hexdigest(), "clouds": clouds.tolist()}
 
@@ -265,7 +269,14 @@ class PointCloudDataset(torch.utils.data.Dataset):
         return {**self.__dict__, "_item_generator": None}
 
 
-def same_data(first: dict[str, object], second: dict[str, object]) -> bool:
+class Fingerprint(TypedDict):
+    """What `PointCloudDataset.fingerprint` says of a set."""
+
+    labels: str
+    clouds: list[float]
+
+
+def same_data(first: Fingerprint, second: Fingerprint) -> bool:
     """Tell whether two `fingerprint()` are of one set; those of sets of unlike size or labels differ in any case."""
     if first["labels"] != second["labels"] or len(first["clouds"]) != len(second["clouds"]):
         return False

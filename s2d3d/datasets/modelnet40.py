@@ -71,6 +71,7 @@ def load_modelnet40(
         raise InputError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}; {prepare} {root}")
     class_names = read_class_names(root)
     files = list_files(root, split)
+    stored: torch.Tensor | StreamedClouds
     if exceeds_budget(files, memory_budget_gb):
         stored, all_labels, names = open_clouds(
             files,
@@ -101,7 +102,8 @@ def load_modelnet40(
 
 def _read_clouds(root: Path, split: str, up_axis: str | None) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """Read all files of a split: points (n, P, 3) z up, labels (n,), names."""
-    points, labels, names = [], [], []
+    points: list[torch.Tensor] = []
+    labels, names = [], []
     for path, file in read_split(root, split, extras=False):
         stored_points = file.points.shape[1]
         if points and stored_points != points[0].shape[1]:

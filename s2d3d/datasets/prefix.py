@@ -68,7 +68,7 @@ def cache_folders(root: Path, cache_dir: str | os.PathLike | None = None) -> lis
 
 def _content_hash(points: Tensor) -> str:
     digest = hashlib.blake2b(f"{points.dtype} {tuple(points.shape)}".encode(), digest_size=12)
-    digest.update(points.contiguous().numpy())
+    digest.update(points.contiguous().numpy().data)
     return digest.hexdigest()
 
 

@@ -132,7 +132,7 @@ def write_scans(
     import_open3d()  # missing: say so before anything is read
     class_names, shape_sets = read_shapes(source, up_axis)
     options = ScanOptions(_points_of_scan(source, shape_sets, num_points, upsample), variant, views, seed, upsample)
-    attributes = {
+    attributes: dict[str, str | int | bool] = {
         "simulated": True,
         "generator": f"s2d3d {__version__}",
         "source": source.resolve().name,
@@ -181,11 +181,12 @@ def read_shapes(source: Path, up_axis: str | None = None) -> tuple[list[str], li
                 f"{source}: {len(shapes.names)} shapes in split '{shapes.split}', two are needed for clutter"
             )
         seen: set[str] = set()
-        twice = next((name for name in shapes.names if name in seen or seen.add(name)), None)
-        if twice is not None:
-            raise InputError(
-                f"{source}: split '{shapes.split}' has two shapes named '{twice}'; a scan depends on the name"
-            )
+        for name in shapes.names:
+            if name in seen:
+                raise InputError(
+                    f"{source}: split '{shapes.split}' has two shapes named '{name}'; a scan depends on the name"
+                )
+            seen.add(name)
     return class_names, shape_sets
 
 
@@ -250,6 +251,7 @@ def _cloud(shapes: ShapeSet, index: int, options: ScanOptions) -> np.ndarray:
     """Return the points of a whole surface, (P, 3) float64, z up, unit sphere: the same in whichever view it occurs."""
     rng = derived_rng(options.seed, "surface", shapes.split, shapes.names[index])
     if shapes.paths is None:
+        assert shapes.points is not None
         points = unit_sphere(shapes.points[index])
         if options.upsample:
             points = upsample(points, max(len(points), DENSER * options.num_points), rng)
@@ -280,7 +282,8 @@ def _points_of_scan(source: Path, shape_sets: list[ShapeSet], num_points: int | 
 
 
 def _read_points(source: Path, split: str, up_axis: str | None) -> ShapeSet:
-    points, labels, names = [], [], []
+    points: list[np.ndarray] = []
+    labels, names = [], []
     for path, file in read_split(source, split, extras=False):
         if points and file.points.shape[1] != points[0].shape[1]:
             raise InputError(f"{path}: {file.points.shape[1]} points a shape, the files before it {points[0].shape[1]}")

@@ -18,10 +18,10 @@ import torch
 
 from ..errors import InputError, did_you_mean
 from .base import TRAIN, PointCloudDataset, choose_shapes
-from .h5 import SEE, check_up_axis, read_h5
+from .h5 import SEE, CloudFile, CloudLayout, check_up_axis, read_h5
 from .modelnet40 import SPLITS, read_class_names
 from .prefix import cache_folders
-from .stream import MEMORY_BUDGET_GB, exceeds_budget, open_clouds
+from .stream import MEMORY_BUDGET_GB, StreamedClouds, exceeds_budget, open_clouds
 from .transforms import Transform, turn_up_axis
 
 CLASS_NAMES = (
@@ -108,8 +108,8 @@ def load_scanobjectnn(
         check_up_axis(up_axis)
     path = find_file(root, split, variant, background)
     class_names = read_class_names(root) if (root / "shape_names.txt").is_file() else CLASS_NAMES
-    streamed = exceeds_budget([path], memory_budget_gb)
-    if streamed:
+    file: CloudFile | CloudLayout
+    if exceeds_budget([path], memory_budget_gb):
         clouds, all_labels, _ = open_clouds(
             [path],
             num_classes=len(class_names),
@@ -124,11 +124,13 @@ def load_scanobjectnn(
         all_labels, class_names, split=split, classes=classes, fraction=fraction, seed=seed
     )
     names = file.names or [f"{path.stem}_{index:05d}" for index in range(len(file.label))]
-    if streamed:
-        points, mask = clouds.subset(kept), None
+    points: torch.Tensor | StreamedClouds
+    mask = None
+    if isinstance(file, CloudLayout):
+        points = clouds.subset(kept)
     else:
-        points = torch.from_numpy(file.points)
-        points = turn_up_axis(points if len(kept) == len(points) else points[kept], up_axis or file.up_axis or "y")
+        stored = torch.from_numpy(file.points)
+        points = turn_up_axis(stored if len(kept) == len(stored) else stored[kept], up_axis or file.up_axis or "y")
         mask = None if file.mask is None else torch.from_numpy(file.mask)[kept]
     return PointCloudDataset(
         points,

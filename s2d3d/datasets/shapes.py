@@ -104,7 +104,9 @@ def make_shape(seed: int, split: str, index: int, num_points: int) -> np.ndarray
 Pieces = list[np.ndarray]
 
 
-def _surface(function: Callable, u_range: tuple, v_range: tuple, cells: int = 24) -> np.ndarray:
+def _surface(
+    function: Callable, u_range: tuple[float, float], v_range: tuple[float, float], cells: int = 24
+) -> np.ndarray:
     """Triangulate the parametric surface `function(u, v) -> x, y, z` on a grid: (2 cells^2, 3, 3)."""
     u, v = np.meshgrid(np.linspace(*u_range, cells + 1), np.linspace(*v_range, cells + 1), indexing="ij")
     grid = np.stack(function(u, v), axis=-1)

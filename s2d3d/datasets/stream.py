@@ -104,8 +104,8 @@ class StreamedClouds:
         return (len(self._rows), self._prefix, 3)
 
     @property
-    def mask(self) -> "_Masks | None":
-        return _Masks(self) if all(layout.has_mask for layout in self.layouts) else None
+    def mask(self) -> "StreamedMasks | None":
+        return StreamedMasks(self) if all(layout.has_mask for layout in self.layouts) else None
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -139,18 +139,20 @@ class StreamedClouds:
         return farthest_point_sample(points, self._prefix)
 
     def _read(self, rows: Tensor, piece: Callable[[int, int], Tensor]) -> Tensor:
-        rows = self._rows[rows].numpy()
-        files = np.searchsorted(self._starts, rows, side="right") - 1
-        inside = rows - self._starts[files]
+        chosen = self._rows[rows].numpy()
+        files = np.searchsorted(self._starts, chosen, side="right") - 1
+        inside = chosen - self._starts[files]
         pieces = inside // np.array([layout.rows_per_read for layout in self.layouts])[files]
-        result = None
-        for file, number in sorted(set(zip(files.tolist(), pieces.tolist()))):
+        result: Tensor | None = None
+        # Of no rows: the first piece tells shape and dtype.
+        for file, number in sorted(set(zip(files.tolist(), pieces.tolist()))) or [(0, 0)]:
             part = piece(file, number)
             wanted = np.flatnonzero((files == file) & (pieces == number))
             first = number * self.layouts[file].rows_per_read
             if result is None:
-                result = part.new_empty(len(rows), *part.shape[1:])
+                result = part.new_empty(len(chosen), *part.shape[1:])
             result[torch.from_numpy(wanted)] = part[torch.from_numpy(inside[wanted] - first)]
+        assert result is not None
         return result
 
     def _piece(self, file: int, number: int) -> Tensor:
@@ -181,7 +183,7 @@ class StreamedClouds:
         return view
 
 
-class _Masks:
+class StreamedMasks:
     """The masks of streamed clouds, indexed like a tensor."""
 
     def __init__(self, clouds: StreamedClouds) -> None:
@@ -215,4 +217,4 @@ class _Cache:
         return {"_max_bytes": self._max_bytes}
 
     def __setstate__(self, state: dict) -> None:
-        self.__init__(state["_max_bytes"])
+        _Cache.__init__(self, state["_max_bytes"])

@@ -206,3 +206,14 @@ def test_threads_copies_and_forked_processes_read_the_same(pair):
     if not child:
         os._exit(0 if torch.equal(streamed.batch(rows, augment=False)[0], expected) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_no_rows_give_no_clouds_of_the_same_shape_as_a_tensor_would(modelnet_folder):
+    root = modelnet_folder(num_points=60, per_file=20)
+    memory, streamed = (
+        create_dataset("modelnet40", root, "test", num_points=24, memory_budget_gb=budget) for budget in (1, TINY_GB)
+    )
+    none = torch.empty(0, dtype=torch.int64)
+    assert streamed._storage[none].shape == memory._storage[none].shape == (0, 28, 3)
+    assert streamed._storage[none].dtype == memory._storage.dtype
+    assert streamed.batch(none)[0].shape == memory.batch(none)[0].shape == (0, 24, 3)
