@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 
+from .graphs import build_recorded
 from .interleave import Comparison, Contestant, Task, interleave
 from .section import Section, Settings
 from .stats import spread
@@ -13,6 +14,8 @@ from .versus import EXPERTS
 BATCHES = (32, 512)
 SEEDS = (1, 2, 4)
 EAGER, COMPILED, SPARSE = "dense, bf16", "dense, bf16, compiled", "S2D, bf16, compiled"
+GRAPHS, RECORDED = f"{COMPILED}, CUDA graphs", f"{COMPILED}, step recorded"
+SPARSE_RECORDED = f"{SPARSE}, step recorded"
 
 
 def measure_throughput(section: Section, settings: Settings, spec: ModelSpec) -> None:
@@ -27,46 +30,79 @@ def measure_throughput(section: Section, settings: Settings, spec: ModelSpec) ->
         own = spec.but(batch=settings.pick(batch, 2), precision="bf16")
         comparison = interleave(
             f"batch {batch}",
-            [
-                Contestant(EAGER, partial(build_step, own), tolerance=BF16_TOLERANCE),
-                Contestant(COMPILED, partial(build_step, own.but(compile=True)), tolerance=BF16_TOLERANCE),
-                Contestant(
-                    SPARSE, partial(build_step, own.but(compile=True, experts=EXPERTS)), tolerance=BF16_TOLERANCE
-                ),
-            ],
+            _contestants(own, recorded=batch == BATCHES[0]),
             title=f"{spec.name}: training step in bf16, batch {own.batch}, {own.points} points",
             start=settings.apart(),
             base=COMPILED,
+            tolerance=BF16_TOLERANCE,
             samples=own.batch,
             **settings.interleaving(10, warmup=5, min_seconds=0.5),
         )
         section.comparisons.append(comparison)
         section.add_rate(f"batch_{batch}.samples_per_second", comparison, COMPILED)
         section.add_ratio(f"batch_{batch}.s2d", comparison, SPARSE, COMPILED)
+        if batch == BATCHES[0]:
+            section.add_rate(f"batch_{batch}.recorded.samples_per_second", comparison, RECORDED)
+            section.add_ratio(f"batch_{batch}.recorded.s2d", comparison, SPARSE_RECORDED, RECORDED)
     own = spec.but(precision="bf16", batch=settings.pick(BATCHES[0], 2))
     seeds = _seeds_side_by_side(settings, own)
     section.comparisons.append(seeds)
     for count in SEEDS:
-        times = seeds.times[f"{count} seeds"]
-        section.add(f"seeds_{count}.samples_per_second", spread([count * own.batch / seconds for seconds in times]))
+        for kind, suffix in (("recorded", ""), ("compiled", ".compiled"), ("eager", ".eager")):
+            times = seeds.times[_side_by_side(count, kind)]
+            rate = spread([count * own.batch / seconds for seconds in times])
+            section.add(f"seeds_{count}{suffix}.samples_per_second", rate)
+
+
+def _contestants(spec: ModelSpec, recorded: bool) -> list[Contestant]:
+    """List the forms of a step; `recorded` adds CUDA graphs, which save the host's time at small batches."""
+    compiled = spec.but(compile=True)
+    sparse = compiled.but(experts=EXPERTS)
+    listed = [Contestant(EAGER, partial(build_step, spec)), Contestant(COMPILED, partial(build_step, compiled))]
+    if recorded:
+        graphs = compiled.but(compile_mode="reduce-overhead")
+        listed += [
+            Contestant(GRAPHS, partial(build_step, graphs), note="`train.compile_mode: reduce-overhead`"),
+            Contestant(RECORDED, partial(build_recorded, compiled), note="forward to AdamW as one CUDA graph"),
+        ]
+    listed.append(Contestant(SPARSE, partial(build_step, sparse), note="EWA included"))
+    if recorded:
+        note = "forward to EWA as one CUDA graph"
+        listed.append(Contestant(SPARSE_RECORDED, partial(build_recorded, sparse), note=note))
+    return listed
+
+
+def _side_by_side(count: int, kind: str) -> str:
+    return f"{count} {'seed' if count == 1 else 'seeds'}, {kind}"
 
 
 def _seeds_side_by_side(settings: Settings, spec: ModelSpec) -> Comparison:
-    """Time a step of 1, 2, 4 models at once, each on a stream of its own."""
+    """Time a step of 1, 2, 4 dense models at once, each on a stream of its own: plain, compiled, recorded."""
+    compiled = spec.but(compile=True)
+    builds = {
+        "eager": partial(build_seeds, spec),
+        "compiled": partial(build_seeds, compiled),
+        "recorded": partial(build_recorded, compiled),
+    }
     return interleave(
         "seeds",
         [
-            Contestant(f"{count} seeds", partial(build_seeds, spec, count), same_math=False, note=f"{count} runs")
+            Contestant(
+                _side_by_side(count, kind), partial(build, count=count), same_math=False,
+                note="weights equal those of plain updates" if kind == "recorded" else f"{count} run(s)",
+            )
             for count in SEEDS
+            for kind, build in builds.items()
         ],
         title=f"{spec.name}: a step of each of several runs, a stream each, batch {spec.batch}",
         start=settings.apart(),
         **settings.interleaving(10, warmup=5, min_seconds=0.5),
-    )
+    )  # fmt: skip
 
 
 def build_seeds(spec: ModelSpec, count: int) -> Task:
     """Make the task of one step of `count` runs of different seeds, each on a stream of its own."""
+    torch._dynamo.config.recompile_limit = 64  # one entry for each seed, more than the default allows
     device = torch.device(spec.device)
     steps = [build_step(spec.but(seed=seed)).run for seed in range(count)]
     streams = [torch.cuda.Stream(device) for _ in range(count)]

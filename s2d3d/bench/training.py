@@ -39,6 +39,7 @@ class ModelSpec:
         precision: "float32", or "bf16" for autocast.
         fused: use the fused AdamW; otherwise torch's default.
         compile: compile the model.
+        compile_mode: of torch.compile.
         batch: clouds of one run.
         points: of a cloud.
         device: as torch names it.
@@ -54,6 +55,7 @@ class ModelSpec:
     precision: str = "float32"
     fused: bool = True
     compile: bool = False
+    compile_mode: str = "default"
     batch: int = 32
     points: int = 1024
     device: str = "cpu"
@@ -91,39 +93,99 @@ def build_model(spec: ModelSpec) -> nn.Module:
     return model.to(spec.device)
 
 
-def build_step(spec: ModelSpec) -> Task:
-    """Make the task of one training step: forward, backward, clipping, AdamW and, with experts, EWA."""
-    model = build_model(spec).train()
-    points, labels = clouds(spec.batch, spec.points, spec.seed, spec.device)
-    if spec.fused:
-        optimizer = build_optimizer(model, name="adamw", lr=LEARNING_RATE, weight_decay=0.05)
-    else:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
-    ewa = EWA(model, share_rate=SHARE_RATE, schedule="constant", total_steps=1) if spec.experts else None
-    parameters = list(model.parameters())
-    network = torch.compile(model) if spec.compile else model
-    precision = partial(autocast, spec)
+class TrainingStep:
+    """A training step in two halves: `prepare` is the host's, `compute` never waits for it and may be recorded.
 
-    def step() -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        with precision():
-            logits = network(points)
-        loss = F.cross_entropy(logits.float(), labels)
+    Attributes:
+        model: in training mode, with experts where `spec` asks for them.
+        network: the model, or its compiled form.
+        optimizer: AdamW.
+        ewa: of a model with experts, else None.
+        points: (B, N, 3) clouds of every step; may be overwritten in place between steps.
+        labels: (B,) int64, likewise.
+        share_rate: of the update under way: a number, or a 0-d float64 tensor on the device when recordable.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, *, recordable: bool = False, schedule: str = "constant", total_steps: int = 1
+    ) -> None:
+        """Build model, clouds and optimizer.
+
+        Args:
+            spec: of the model.
+            recordable: keep what changes from update to update, learning rate and share rate, in tensors on the
+                device, so that a CUDA graph of `compute` follows it. Needs `spec.fused`.
+            schedule: of the share rate, see `EWA`.
+            total_steps: of that schedule.
+        """
+        self.precision = partial(autocast, spec)
+        self.model = build_model(spec).train()
+        self.points, self.labels = clouds(spec.batch, spec.points, spec.seed, spec.device)
+        if spec.fused:
+            self.optimizer = build_optimizer(self.model, name="adamw", lr=LEARNING_RATE, weight_decay=0.05)
+        else:
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
+        self.ewa = None
+        if spec.experts:
+            self.ewa = EWA(self.model, share_rate=SHARE_RATE, schedule=schedule, total_steps=total_steps)
+        self.parameters = list(self.model.parameters())
+        self.network = torch.compile(self.model, mode=spec.compile_mode) if spec.compile else self.model
+        self.share_rate: float | Tensor = 0.0
+        self.learning_rate: Tensor | None = None
+        if recordable:
+            assert spec.fused, "only the fused AdamW reads its learning rate on the device"
+            self.learning_rate = torch.zeros((), device=spec.device)  # float32, as the fused kernel reads it
+            self.share_rate = torch.zeros((), dtype=torch.float64, device=spec.device)
+            for group in self.optimizer.param_groups:
+                group["lr"], group["capturable"] = self.learning_rate, True
+
+    def prepare(self, learning_rate: float = LEARNING_RATE) -> None:
+        """Set the rates of the next update."""
+        share_rate = self.ewa.current_share_rate() if self.ewa else 0.0
+        if self.learning_rate is None:
+            self.share_rate = share_rate
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+        else:
+            self.share_rate.fill_(share_rate)
+            self.learning_rate.fill_(learning_rate)
+        if self.ewa:
+            self.ewa.num_steps += 1
+
+    def compute(self) -> Tensor:
+        """Do forward, loss, backward, clipping, AdamW and, with experts, EWA; return the loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.precision():
+            logits = self.network(self.points)
+        loss = F.cross_entropy(logits.float(), self.labels)
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, CLIP, foreach=True)
-        optimizer.step()
-        if ewa:
-            ewa.step()
+        nn.utils.clip_grad_norm_(self.parameters, CLIP, foreach=True)
+        self.optimizer.step()
+        if self.ewa:
+            self.ewa.average_(self.share_rate)
         return loss.detach()
 
-    return Task(step, partial(logits_of, network, points, precision))
+    def run(self, learning_rate: float = LEARNING_RATE) -> Tensor:
+        """Make one update; return its loss."""
+        self.prepare(learning_rate)
+        return self.compute()
+
+    def logits(self) -> list[Tensor]:
+        """Return `logits_of` the network."""
+        return logits_of(self.network, self.points, self.precision)
+
+
+def build_step(spec: ModelSpec) -> Task:
+    """Make the task of one training step: forward, backward, clipping, AdamW and, with experts, EWA."""
+    step = TrainingStep(spec)
+    return Task(step.run, step.logits)
 
 
 def build_inference(spec: ModelSpec) -> Task:
     """Make the task of one batch of evaluation."""
     model = build_model(spec).eval()
     points, _ = clouds(spec.batch, spec.points, spec.seed, spec.device)
-    network = torch.compile(model) if spec.compile else model
+    network = torch.compile(model, mode=spec.compile_mode) if spec.compile else model
     precision = partial(autocast, spec)
 
     @torch.inference_mode()

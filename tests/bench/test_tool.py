@@ -253,14 +253,15 @@ def test_farthest_points_from_any_start_are_those_of_a_loop():
 
 
 def test_targets_of_a_gpu_name_what_is_measured_there(monkeypatch):
-    """Without a GPU: nothing is compiled, and seeds run one after another."""
+    """Without a GPU: nothing is compiled or recorded, and seeds run one after another."""
 
-    def one_after_another(spec, count):
-        steps = [build_step(spec.but(seed=seed)).run for seed in range(count)]
-        return Task(lambda: [step() for step in steps])
+    def one_after_another(spec, count=1):
+        steps = [build_step(spec.but(seed=seed)) for seed in range(count)]
+        return Task(lambda: [step.run() for step in steps], steps[0].outputs)
 
-    monkeypatch.setattr(torch, "compile", lambda model: model)
+    monkeypatch.setattr(torch, "compile", lambda model, mode: model)
     monkeypatch.setattr(gpu, "build_seeds", one_after_another)
+    monkeypatch.setattr(gpu, "build_recorded", one_after_another)
     monkeypatch.setattr(Settings, "apart", Settings.here)
     settings = Settings(CPU, 1, rounds=1, quick=True)
     section = new_section("step", "Training step", settings)
