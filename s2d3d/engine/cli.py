@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from ..errors import InputError, TrainingError, printable
 from .config import Config
@@ -120,10 +121,10 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
 def _shorten_errors(parser: argparse.ArgumentParser) -> None:
     """Let wrong arguments end in one line, as all other mistakes do, instead of the usage and a line."""
 
-    def error(message: str) -> None:
+    def error(message: str) -> NoReturn:
         parser.exit(2, f"error: {printable(message)}; see {parser.prog} --help\n")
 
-    parser.error = error
+    parser.error = error  # type: ignore[method-assign]  # the tools and their sub-commands make plain parsers
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for command in action.choices.values():

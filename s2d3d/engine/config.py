@@ -8,7 +8,7 @@ import yaml
 from pydantic import ValidationError
 
 from ..errors import InputError
-from .config_io import apply_overrides, read_yaml, schema_problems, set_values, show
+from .config_io import Loc, apply_overrides, read_yaml, schema_problems, set_values, show
 from .config_schema import Config
 
 __all__ = ["Config", "dump_config", "load_config", "load_layered_config", "parse_config"]
@@ -55,7 +55,7 @@ def load_layered_config(
         8
     """
     mapping, lines = read_yaml(path)
-    origins: dict[tuple[str, ...], str] = {}
+    origins: dict[Loc, str] = {}
     for where, values in layers.items():
         origins, layer_lines = set_values(mapping, values, where, origins)
         lines += layer_lines
@@ -83,9 +83,9 @@ def parse_config(mapping: Mapping[str, object], *, where: str, overrides: Sequen
     """
     if not isinstance(mapping, Mapping):
         raise InputError(f"{where}: must be a mapping of sections, got {show(mapping)}")
-    mapping = copy.deepcopy(dict(mapping))
-    origins, lines = apply_overrides(mapping, overrides)
-    return _validate(mapping, where, origins, lines)
+    content = copy.deepcopy(dict(mapping))
+    origins, lines = apply_overrides(content, overrides)
+    return _validate(content, where, origins, lines)
 
 
 def dump_config(config: Config) -> str:
@@ -108,7 +108,7 @@ _Dumper.add_representer(
 )
 
 
-def _validate(mapping: dict, where: str, origins: Mapping[tuple[str, ...], str], lines: list[str]) -> Config:
+def _validate(mapping: dict, where: str, origins: Mapping[Loc, str], lines: list[str]) -> Config:
     try:
         config = Config.model_validate(mapping)
     except ValidationError as error:

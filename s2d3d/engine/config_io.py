@@ -7,12 +7,16 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple, Protocol
 
 import yaml
+import yaml.reader
 from pydantic import BaseModel, ValidationError
 
 from ..errors import InputError, did_you_mean
+
+Loc = tuple[str | int, ...]
+"""A place in a config: the keys, and positions in lists, that lead to it."""
 
 _MAX_BYTES = 256 * 1024
 _MAX_DEPTH = 20
@@ -39,7 +43,7 @@ _WORDS = {
 class Problem(NamedTuple):
     """What is wrong with the value at a place in the config."""
 
-    loc: tuple[str | int, ...]
+    loc: Loc
     text: str
 
     def line(self, where: str) -> str:
@@ -87,13 +91,14 @@ def read_yaml(path: str | Path) -> tuple[dict[str, object], list[str]]:
     return mapping, [problem.line(str(path)) for problem in problems]
 
 
-def apply_overrides(mapping: dict, overrides: Sequence[str]) -> tuple[dict[tuple[str, ...], str], list[str]]:
+def apply_overrides(mapping: dict, overrides: Sequence[str]) -> tuple[dict[Loc, str], list[str]]:
     """Set `section.key=value` overrides in `mapping`, in place; of two for one key the later wins.
 
     Returns:
         Which override each place that was set comes from, and one line per problem.
     """
-    origins, lines = {}, []
+    origins: dict[Loc, str] = {}
+    lines: list[str] = []
     for override in overrides:
         where = override_name(override)
         key, equals, text = override.partition("=")
@@ -113,8 +118,8 @@ def apply_overrides(mapping: dict, overrides: Sequence[str]) -> tuple[dict[tuple
 
 
 def set_values(
-    mapping: dict, values: Mapping[str, object], where: str, origins: Mapping[tuple[str, ...], str]
-) -> tuple[dict[tuple[str, ...], str], list[str]]:
+    mapping: dict, values: Mapping[str, object], where: str, origins: Mapping[Loc, str]
+) -> tuple[dict[Loc, str], list[str]]:
     """Set values by dotted key, such as {"s2d.share_rate": 0.1}, in `mapping`, in place.
 
     Args:
@@ -187,10 +192,11 @@ def one_line(error: object) -> str:
 
 
 def _set(
-    mapping: dict, loc: tuple[str, ...], value: object, where: str, origins: dict[tuple[str, ...], str]
-) -> tuple[dict[tuple[str, ...], str], list[str]]:
+    mapping: dict, loc: tuple[str, ...], value: object, where: str, origins: dict[Loc, str]
+) -> tuple[dict[Loc, str], list[str]]:
     """Set one value in place; return the origins with its own, and a line if its place is none."""
-    section, made = mapping, {}
+    section: dict = mapping
+    made: dict[Loc, str] = {}
     for depth, part in enumerate(loc[:-1], 1):
         if part not in section:
             section[part] = {}
@@ -216,23 +222,31 @@ class _Short(reprlib.Repr):
 _SHORT = _Short()
 
 
-class _Refused(yaml.MarkedYAMLError):
+class _Mark(Protocol):
+    """What the marks of PyYAML's two parsers have in common."""
+
+    line: int
+
+
+class _Refused(yaml.YAMLError):
     """Valid YAML that a config must not hold."""
 
-    def __init__(self, text: str, mark: yaml.Mark) -> None:
-        super().__init__(problem=text, problem_mark=mark)
+    def __init__(self, text: str, mark: _Mark | None) -> None:
+        super().__init__(text)
+        assert mark is not None  # the parser in Python marks whatever it reads
+        self.text, self.line = text, mark.line + 1
 
 
 class _Loader(yaml.SafeLoader):
     """YAML's plain data only: null, booleans, numbers, text, lists and mappings."""
 
-    yaml_implicit_resolvers: ClassVar = {
+    yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in rules if tag.rpartition(":")[2] in ("null", "bool", "int", "float")]
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
     depth = 0
 
-    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
             raise _Refused(f"aliases (*{event.anchor}) are not allowed, write the value out", event.start_mark)
@@ -256,7 +270,7 @@ def _parse(text: str) -> tuple[object, list[Problem]]:
         loader.dispose()
 
 
-def _build(loader: _Loader, node: yaml.Node, loc: tuple[str | int, ...], problems: list[Problem]) -> object:
+def _build(loader: _Loader, node: yaml.Node, loc: Loc, problems: list[Problem]) -> object:
     if isinstance(node, yaml.SequenceNode):
         return [_build(loader, item, (*loc, index), problems) for index, item in enumerate(node.value)]
     if isinstance(node, yaml.ScalarNode):
@@ -279,16 +293,17 @@ def _build(loader: _Loader, node: yaml.Node, loc: tuple[str | int, ...], problem
 
 def _yaml_error(error: yaml.YAMLError, text: str) -> tuple[int, str]:
     if isinstance(error, _Refused):
-        return error.problem_mark.line + 1, error.problem
+        return error.line, error.text
     if isinstance(error, yaml.MarkedYAMLError):
         mark = error.problem_mark or error.context_mark
+        assert mark is not None
         return mark.line + 1, "not valid YAML: " + one_line(f"{error.context or ''} {error.problem or ''}")
-    # The reader's error has a position instead of a mark.
+    assert isinstance(error, yaml.reader.ReaderError)  # which has a position instead of a mark
     line = text.count("\n", 0, error.position) + 1
     return line, f"not valid YAML: character U+{ord(text[error.position]):04X}"
 
 
-def _unknown_key(schema: type[BaseModel], loc: tuple[str | int, ...]) -> str:
+def _unknown_key(schema: type[BaseModel], loc: Loc) -> str:
     key = str(loc[-1])
     section = _schema_at(schema, loc[:-1])
     hint = did_you_mean(key, section.model_fields)
@@ -308,15 +323,17 @@ def _refused(schema: type[BaseModel], item: Mapping) -> str:
     return f"{must}{nullable}, got {show(got)}{hint}"
 
 
-def _schema_at(schema: type[BaseModel], loc: tuple[str | int, ...]) -> type[BaseModel]:
+def _schema_at(schema: type[BaseModel], loc: Loc) -> type[BaseModel]:
     for key in loc:
-        schema = schema.model_fields[key].annotation
+        annotation = schema.model_fields[str(key)].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        schema = annotation
     return schema
 
 
-def _is_nullable(schema: type[BaseModel], loc: tuple[str | int, ...]) -> bool:
+def _is_nullable(schema: type[BaseModel], loc: Loc) -> bool:
     for index, key in enumerate(loc):
-        annotation = schema.model_fields[key].annotation
+        annotation = schema.model_fields[str(key)].annotation
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
             return union and index == len(loc) - 1 and types.NoneType in typing.get_args(annotation)

@@ -4,6 +4,7 @@ The section names and keys are the constructor keywords of what they configure. 
 trainer and the tools read it and pass plain arguments on.
 """
 
+import types
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
@@ -112,9 +113,9 @@ class ModelConfig(Section, extra="allow"):
     )
 
     @property
-    def kwargs(self) -> dict[str, object]:
+    def kwargs(self) -> dict[str, Any]:
         """All keyword arguments for `create_model` beside the name, `num_classes` and `in_channels`."""
-        return dict(self.model_extra)
+        return dict(self.model_extra or {})
 
     @model_validator(mode="before")
     @classmethod
@@ -126,7 +127,9 @@ class ModelConfig(Section, extra="allow"):
         name = data["name"]
         defaults = {key: default for key, default in model_kwargs(name).items() if _is_settable(default)}
         fields: dict[str, Any] = {key: (_type_of(default), default) for key, default in defaults.items()}
-        own = {key: (field.annotation, field) for key, field in cls.model_fields.items() if key != "name"}
+        own: dict[str, Any] = {
+            key: (field.annotation, field) for key, field in cls.model_fields.items() if key != "name"
+        }
         schema = create_model(name, __base__=Section, **own, **fields)
         given = {key: value for key, value in data.items() if key not in ("name", *_FROM_DATA)}
         problems = [Problem((key,), "comes from the data, remove it") for key in _FROM_DATA if key in data]
@@ -362,11 +365,11 @@ def _is_settable(default: object) -> bool:
 def _type_of(default: Any) -> Any:
     """Return the type that a config value must have, given the default of a keyword argument."""
     if isinstance(default, (tuple, list)):
-        return tuple[_type_of(default[0]) if default else Plain, ...]
+        return types.GenericAlias(tuple, (_type_of(default[0]) if default else Plain, ...))
     return {bool: Bool, int: Int, float: Float, str: Str}.get(type(default), Plain)
 
 
-def _build_problems(model: str, kwargs: dict[str, object], s2d: S2DConfig | None = None) -> list[Problem]:
+def _build_problems(model: str, kwargs: dict[str, Any], s2d: S2DConfig | None = None) -> list[Problem]:
     """Build the model without memory for its weights, with experts if `s2d` is given, and word what it refuses."""
     import torch
 

@@ -83,8 +83,9 @@ def _check_model(name: str) -> str:
 def _check_optimizer(name: str) -> str:
     from timm.optim import list_optimizers
 
-    if name not in list_optimizers():
-        raise ValueError(unknown_name("optimizer", name, list_optimizers()))
+    known = [optimizer for optimizer in list_optimizers() if isinstance(optimizer, str)]
+    if name not in known:
+        raise ValueError(unknown_name("optimizer", name, known))
     return name
 
 

@@ -1,6 +1,6 @@
 """Evaluation: accuracy of a classifier on a loader, and BatchNorm statistics re-estimated for a merged model."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 
@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from ..errors import InputError
@@ -51,7 +52,8 @@ class ClassificationReport:
             others = [(count, -other) for other, count in enumerate(row) if other != index]
             count, other = max(others, default=(0, 0))
             mistake = f"{self.class_names[-other]} ({count})" if count else ""
-            accuracy = "-" if self.per_class[name] is None else f"{100 * self.per_class[name]:.1f} %"
+            fraction = self.per_class[name]
+            accuracy = "-" if fraction is None else f"{100 * fraction:.1f} %"
             lines.append(f"{name:<{width}}  {sum(row):>7}  {row[index]:>7}  {accuracy:>8}  {mistake}".rstrip())
         return "\n".join(lines)
 
@@ -95,7 +97,8 @@ def evaluate(
     """
     if votes < 1:
         raise InputError(f"votes is {votes}, must be at least 1")
-    if votes > 1 and not hasattr(loader, "vote"):
+    vote_pass: Callable[[int], Iterable[tuple[Tensor, Tensor]]] | None = getattr(loader, "vote", None)
+    if votes > 1 and vote_pass is None:
         kind = type(loader).__name__
         raise InputError(f"votes is {votes}, but a {kind} cannot repeat a pass with other points; use BatchLoader")
     was_training = model.training
@@ -103,7 +106,7 @@ def evaluate(
     try:
         passes = []
         for vote in range(votes):
-            batches = loader if vote == 0 else loader.vote(vote)
+            batches = vote_pass(vote) if vote and vote_pass else loader
             title = "evaluate" if votes == 1 else f"vote {vote + 1}/{votes}"
             passes.append(list(_logits(model, batches, torch.device(device), title, progress)))
     finally:
@@ -120,7 +123,8 @@ def evaluate(
     hits: list[str] = []
     if passes[0]:
         labels = torch.cat([label for _, label in passes[0]])
-        logits = sum(torch.cat([logit for logit, _ in batches]) for batches in passes) / votes
+        all_logits = (torch.cat([logit for logit, _ in batches]) for batches in passes)
+        logits = sum(all_logits, start=torch.zeros(())) / votes
         _check_outputs(logits, labels, len(class_names))
         confusion = confusion_matrix(logits.argmax(1), labels, len(class_names))
         loss_sum = F.cross_entropy(logits.double(), labels, reduction="sum")
@@ -153,11 +157,11 @@ def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> Ten
     return counts[:num_classes, :num_classes]
 
 
-def batchnorms_behind(model: nn.Module, module_name: str) -> list[nn.Module]:
+def batchnorms_behind(model: nn.Module, module_name: str) -> list[_BatchNorm]:
     """Return the BatchNorm layers registered after a module, which thus may see its output."""
     modules = list(model.named_modules())
     start = [name for name, _ in modules].index(module_name)
-    return [m for _, m in modules[start + 1 :] if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return [m for _, m in modules[start + 1 :] if isinstance(m, _BatchNorm)]
 
 
 @torch.no_grad()
@@ -166,7 +170,7 @@ def recalibrate_batchnorm_(
     loader: Iterable[tuple[Tensor, Tensor]],
     *,
     device: torch.device | str = "cpu",
-    layers: list[nn.Module] | None = None,
+    layers: Sequence[_BatchNorm] | None = None,
 ) -> int:
     """Re-estimate BatchNorm statistics as plain averages over a loader, in place.
 
@@ -191,8 +195,8 @@ def recalibrate_batchnorm_(
         >>> recalibrate_batchnorm_(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), loader)
         1
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] if layers is None else layers
-    norms = [m for m in norms if m.track_running_stats]
+    chosen = [m for m in model.modules() if isinstance(m, _BatchNorm)] if layers is None else layers
+    norms = [m for m in chosen if m.track_running_stats]
     if not norms:
         return 0
     was_training, momenta = model.training, [m.momentum for m in norms]

@@ -1,5 +1,8 @@
 """Optimizer and learning-rate schedule: timm's, with the package's rule for weight decay."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
@@ -19,7 +22,7 @@ def no_decay_names(model: nn.Module) -> set[str]:
     for prefix, module in model.named_modules():
         if isinstance(module, _NORMS):
             names |= {f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters(recurse=False)}
-    listed = getattr(model, "no_weight_decay", set)()
+    listed: Iterable[str] = getattr(model, "no_weight_decay", set)()
     return names | set(listed)
 
 
@@ -43,7 +46,8 @@ def build_optimizer(
         >>> len(build_optimizer(nn.Linear(3, 2), name="adamw", lr=1e-3, weight_decay=0.05).param_groups)
         2
     """
-    skip, experts = no_decay_names(model), set()
+    skip = no_decay_names(model)
+    experts: set[nn.Parameter] = set()
     if lr_multiplier != 1:
         layers = (layer for layer in model.modules() if isinstance(layer, ExpertLayer))
         experts = {parameter for layer in layers for parameter in layer.expert_parameters()}
@@ -55,7 +59,7 @@ def build_optimizer(
             {"params": [p for key, p in trainable if key not in skip], "weight_decay": weight_decay, **scale},
             {"params": [p for key, p in trainable if key in skip], "weight_decay": 0.0, **scale},
         ]
-    options = {"fused": True} if name in ("adam", "adamw") else {}
+    options: dict[str, Any] = {"fused": True} if name in ("adam", "adamw") else {}
     groups = [group for group in groups if group["params"]]
     return create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=weight_decay, **options)
 

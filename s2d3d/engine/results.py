@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..models import create_model
 from ..s2d import MoFConfig, convert_to_mof_
@@ -24,7 +25,9 @@ _ROUTED_TITLES = {
 }  # fmt: skip
 
 
-def norms_behind_experts(model: nn.Module, config: Config, converted: Sequence[str], mof: MoFConfig) -> list[nn.Module]:
+def norms_behind_experts(
+    model: nn.Module, config: Config, converted: Sequence[str], mof: MoFConfig
+) -> list[_BatchNorm]:
     """Return the BatchNorm layers behind the first FFN that is, or in a dense twin would be, an expert layer.
 
     Args:

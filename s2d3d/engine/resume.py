@@ -134,7 +134,7 @@ def check_same_run(state: dict[str, Any], config: Config, path: Path) -> None:
 
 
 def _flatten(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in mapping.items():
         if isinstance(value, dict):
             flat |= _flatten(value, f"{prefix}{key}.")

@@ -69,7 +69,7 @@ class RunFolder:
         if not self.owns(resume):
             for path in self._present():
                 path.unlink()
-        elif resume.resolve() == self.previous.resolve():
+        elif resume is not None and resume.resolve() == self.previous.resolve():
             if self.last.exists():
                 os.replace(self.last, self.aside)
             link_or_copy(self.previous, self.last)

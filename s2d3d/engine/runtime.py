@@ -138,7 +138,9 @@ def keep_large_allocations() -> None:
 
 def rng_state(device: torch.device) -> dict[str, object]:
     """Return the state of every global generator: Python, NumPy, torch on the CPU and on `device`."""
-    name, keys, *rest = np.random.get_state()
+    legacy = np.random.get_state(legacy=True)
+    assert isinstance(legacy, tuple)
+    name, keys, *rest = legacy
     state: dict[str, object] = {
         "python": random.getstate(),
         "numpy": (name, keys.tolist(), *rest),

@@ -104,14 +104,15 @@ class StudyConfig(BaseModel):
                 text = f"must be ARM.FORM with FORM one of {', '.join(FORMS)}, got {show(target)}"
                 problems.append(Problem(("forms", name), text + did_you_mean(arm, self.arms)))
         rows = [*self.arms, *self.forms]
-        pairs = self.reference.items() if isinstance(self.reference, dict) else [(None, self.reference)]
-        for name, reference in pairs:
-            place = ("reference",) if name is None else ("reference", name)
-            for row in (name, reference):
+        chosen = self.reference
+        pairs: list[tuple[str | None, str]] = [*chosen.items()] if isinstance(chosen, dict) else [(None, chosen)]
+        for compared, reference in pairs:
+            where = ("reference",) if compared is None else ("reference", compared)
+            for row in (compared, reference):
                 if row is not None and row not in rows:
-                    problems.append(Problem(place, f"unknown arm {show(row)}{did_you_mean(row, rows)}"))
-            if name == reference:
-                problems.append(Problem(place, "an arm is no reference of itself"))
+                    problems.append(Problem(where, f"unknown arm {show(row)}{did_you_mean(row, rows)}"))
+            if compared == reference:
+                problems.append(Problem(where, "an arm is no reference of itself"))
         raise_problems(problems)
         return self
 
@@ -254,10 +255,10 @@ def _arm_configs(study: StudyConfig, where: str, base: Path, overrides: Sequence
     limited = [arm for arm, config in configs.items() if config.train.max_steps]
     if limited:
         raise InputError(f"{base}: train.max_steps: runs of a study go to their last epoch; remove it")
-    unknown = [arm for arm, config in configs.items() if study.along and study.along not in flatten(config.to_dict())]
-    if unknown:
-        keys = flatten(configs[unknown[0]].to_dict())
-        raise InputError(f"{where}: along: unknown config key {show(study.along)}{did_you_mean(study.along, keys)}")
+    for config in configs.values():
+        keys = flatten(config.to_dict())
+        if study.along and study.along not in keys:
+            raise InputError(f"{where}: along: unknown config key {show(study.along)}{did_you_mean(study.along, keys)}")
     return configs
 
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from ..errors import InputError
 from .config import parse_config
@@ -135,22 +135,24 @@ class ProcessLauncher:
                 start_new_session=True,  # Ctrl-C reaches this process alone, which then stops its runs once
             )  # fmt: skip
         request = json.dumps(cell_to_dict(single_threaded(cell), results))
+        assert process.stdin is not None  # a pipe, as asked for above
         with contextlib.suppress(BrokenPipeError):  # a worker that died at once: its exit code says so
             process.stdin.write(request.encode() + b"\n")
             process.stdin.flush()
-        self.jobs[slot] = _ProcessJob(process, log)
-        return self.jobs[slot]
+        job = _ProcessJob(process, process.stdin, log)
+        self.jobs[slot] = job
+        return job
 
 
 class _ProcessJob:
-    def __init__(self, process: subprocess.Popen, log: Path) -> None:
-        self.process, self.log = process, log
+    def __init__(self, process: subprocess.Popen[bytes], stdin: IO[bytes], log: Path) -> None:
+        self.process, self.stdin, self.log = process, stdin, log
 
     def poll(self) -> str | None:
         code = self.process.poll()
         if code is None:
             return None
-        self.process.stdin.close()
+        self.stdin.close()
         if code == 0:
             return ""
         if code < 0:
