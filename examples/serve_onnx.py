@@ -14,7 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as runtime
 
+UNREADABLE = (runtime.Fail, runtime.InvalidProtobuf, runtime.InvalidGraph, runtime.InvalidArgument)
 PLY_TYPES = {
     "char": "i1", "int8": "i1", "uchar": "u1", "uint8": "u1", "short": "i2", "int16": "i2", "ushort": "u2",
     "uint16": "u2", "int": "i4", "int32": "i4", "uint": "u4", "uint32": "u4", "float": "f4", "float32": "f4",
@@ -131,8 +133,15 @@ def main() -> int:
     parser.add_argument("--up-axis", choices=("y", "z"), default="z", help="vertical axis of the files (default: z)")
     parser.add_argument("--seed", type=int, default=0, help="of the points drawn from meshes (default: 0)")
     arguments = parser.parse_args()
-    session = onnxruntime.InferenceSession(str(arguments.model), providers=["CPUExecutionProvider"])
+    if not arguments.model.is_file():
+        parser.error(f"{arguments.model}: no such file; tools/export.py --output {arguments.model} writes it")
+    try:
+        session = onnxruntime.InferenceSession(str(arguments.model), providers=["CPUExecutionProvider"])
+    except UNREADABLE as error:
+        parser.error(f"{arguments.model}: not an ONNX file that this ONNX Runtime reads ({str(error).splitlines()[0]})")
     texts = session.get_modelmeta().custom_metadata_map
+    if "num_points" not in texts:
+        parser.error(f"{arguments.model}: does not say how many points it takes; write it with tools/export.py")
     metadata = {key: json.loads(texts[key]) for key in ("num_points", "class_names") if key in texts}
     metadata |= {key: texts[key] for key in ("up_axis", "normalize") if key in texts}
     failed = False

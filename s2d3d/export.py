@@ -3,9 +3,11 @@
 import contextlib
 import copy
 import importlib
+import inspect
 import io
 import json
 import logging
+import math
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from .atomic import replacing
 from .errors import InputError, did_you_mean
 from .models import PointTransformer, fold_batchnorm
+from .models.point_transformer import TransitionDown
 from .s2d import is_sparse
 from .version import __version__
 
@@ -41,10 +44,10 @@ def export_model(
 ) -> Path:
     """Write a model for inference elsewhere: input `points` (B, N, C) float32, output `logits` (B, num_classes).
 
-    BatchNorm is folded into the linear layers where possible. The number of clouds B is free. The number of points N is
-    free for Point-BERT and Point-MAE, which select a fixed number of centres, from as many points as they need; a
-    Point Transformer keeps a share of its points, and its file takes clouds of `num_points` alone. Farthest point
-    sampling is a loop in the file (TorchScript: unrolled). The metadata says which dimensions are free.
+    BatchNorm is folded into the linear layers where possible. The number of clouds B is free. So is the number of
+    points N, from `min_points` of the metadata on: farthest point sampling is a loop in the file whose length follows
+    from N. One form alone keeps N = `num_points`: a Point Transformer as TorchScript, which unrolls that loop. (Also
+    one exported for so few points that fewer than two are left in its last stage.) The metadata says what is free.
 
     Args:
         model: dense or merged, on any device, in either mode. Left as it is.
@@ -83,32 +86,54 @@ def export_model(
         classes = network(example).shape[1]
     except ValueError as error:
         raise InputError(f"clouds of {num_points} points do not pass through the model: {error}") from error
-    free_points = not isinstance(model, PointTransformer)
+    least = fewest_points(network)
+    free_points = num_points >= least and not (format == "torchscript" and isinstance(network, PointTransformer))
     described = {
         "s2d3d_version": __version__,
         "num_classes": classes,
         "num_points": num_points,
+        "min_points": least if free_points else num_points,
         "in_channels": in_channels,
         "free_dimensions": ["batch", "points"] if free_points else ["batch"],
         **(metadata or {}),
     }
     with _quiet():
-        content = _WRITERS[format](network, example, free_points, described)
+        content = _WRITERS[format](network, example, least if free_points else None, described)
     with replacing(path) as file:
         file.write(content)
     return Path(path)
+
+
+def fewest_points(network: nn.Module) -> int:
+    """Return how many points a cloud must have for a program of a free number of points.
+
+    Point-BERT and Point-MAE need as many as they select. A Point Transformer thins clouds stage by stage; two points
+    must be left in the last, because exporters treat dimensions of one element as a case of its own.
+
+    Example:
+        >>> from s2d3d import create_model
+        >>> fewest_points(create_model("point_bert_small", num_classes=4))
+        32
+        >>> fewest_points(create_model("point_transformer_small", num_classes=4))  # one in 64 is left
+        128
+    """
+    if isinstance(network, PointTransformer):
+        kept = math.prod(module.stride for module in network.modules() if isinstance(module, TransitionDown))
+        return max(network.min_points, 2 * kept)
+    return max((getattr(network, name, 1) for name in ("num_group", "group_size")), default=1)
 
 
 class Exported:
     """An exported model, ready to run: points (B, N, C) -> logits (B, num_classes), float32 on the CPU.
 
     Attributes:
+        path: of the file.
         metadata: what `export_model` wrote.
     """
 
     def __init__(self, path: str | Path, threads: int | None = None) -> None:
         """Read a file; see `load_exported`."""
-        path = Path(path)
+        self.path = path = Path(path)
         kinds = {suffix: name for name, suffix in FORMATS.items()}
         if path.suffix not in kinds:
             raise InputError(f"{path}: an exported model ends in one of {', '.join(kinds)}")
@@ -118,9 +143,25 @@ class Exported:
             self._run, self.metadata = _READERS[kinds[path.suffix]](path, threads)
 
     def __call__(self, points: Tensor) -> Tensor:
-        """Classify points (B, N, C) float32."""
+        """Classify points (B, N, C) float32.
+
+        Raises:
+            InputError: a number of points or channels that the file does not take.
+        """
+        self._check(points)
         with torch.no_grad():
             return self._run(points)
+
+    def _check(self, points: Tensor) -> None:
+        known = self.metadata
+        if "min_points" not in known:  # a file of another origin
+            return
+        channels, least, free = known["in_channels"], known["min_points"], "points" in known["free_dimensions"]
+        takes = f"{least} or more" if free else f"exactly {least}"
+        if points.dim() != 3 or points.shape[2] != channels or points.shape[0] < 1:
+            raise InputError(f"points have shape {tuple(points.shape)}, the exported model takes (B, N, {channels})")
+        if points.shape[1] < least or (points.shape[1] > least and not free):
+            raise InputError(f"clouds of {points.shape[1]} points: the exported model takes {takes}")
 
 
 def load_exported(path: str | Path, *, threads: int | None = None) -> Exported:
@@ -153,18 +194,24 @@ def export_error(model: nn.Module, exported: Exported, points: Tensor) -> Tensor
     return (expected - exported(points)).abs().amax(1)
 
 
-def _program(network: nn.Module, example: Tensor, free_points: bool) -> torch.export.ExportedProgram:
+def _program(network: nn.Module, example: Tensor, least: int | None) -> torch.export.ExportedProgram:
+    """Return the graph for any number of clouds and, unless `least` is None, any number of points from that on."""
+    if "prefer_deferred_runtime_asserts_over_guards" not in inspect.signature(torch.export.export).parameters:
+        raise InputError(f"torch {torch.__version__} is too old for this format; it needs torch 2.9 or newer")
     dimensions: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=MAX_BATCH)}
-    if free_points:
-        least = max((getattr(network, name, 1) for name in ("num_group", "group_size")), default=1)
+    if least is not None:
         dimensions[1] = torch.export.Dim("points", min=least, max=MAX_POINTS)
     torch.compiler.reset()  # what an earlier export has left behind narrows the free dimensions of this one
-    return torch.export.export(network, (example,), dynamic_shapes=(dimensions,), strict=False)
+    # N // 4 <= N and the like are true, and beyond what the exporter proves: it states them in the program instead.
+    return torch.export.export(
+        network, (example,), dynamic_shapes=(dimensions,), strict=False,
+        prefer_deferred_runtime_asserts_over_guards=isinstance(network, PointTransformer),
+    )  # fmt: skip
 
 
-def _write_onnx(network: nn.Module, example: Tensor, free_points: bool, metadata: dict[str, Any]) -> bytes:
+def _write_onnx(network: nn.Module, example: Tensor, least: int | None, metadata: dict[str, Any]) -> bytes:
     program = torch.onnx.export(
-        _program(network, example, free_points), (example,), dynamo=True, optimize=True, verbose=False,
+        _program(network, example, least), (example,), dynamo=True, optimize=True, verbose=False,
         input_names=["points"], output_names=["logits"],
     )  # fmt: skip
     assert program is not None
@@ -174,7 +221,7 @@ def _write_onnx(network: nn.Module, example: Tensor, free_points: bool, metadata
     return proto.SerializeToString()
 
 
-def _write_torchscript(network: nn.Module, example: Tensor, free_points: bool, metadata: dict[str, Any]) -> bytes:
+def _write_torchscript(network: nn.Module, example: Tensor, least: int | None, metadata: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     with torch.no_grad():
         traced = torch.jit.trace(network, example, check_trace=False)
@@ -182,9 +229,9 @@ def _write_torchscript(network: nn.Module, example: Tensor, free_points: bool, m
     return buffer.getvalue()
 
 
-def _write_torch_export(network: nn.Module, example: Tensor, free_points: bool, metadata: dict[str, Any]) -> bytes:
+def _write_torch_export(network: nn.Module, example: Tensor, least: int | None, metadata: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
-    program = _program(network, example, free_points)
+    program = _program(network, example, least)
     torch.export.save(program, buffer, extra_files={_EXTRA: json.dumps(metadata)})
     return buffer.getvalue()
 
@@ -193,6 +240,7 @@ def _read_onnx(path: Path, threads: int | None) -> tuple[Any, dict[str, Any]]:
     runtime = _import("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads or 0
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # idle threads leave the cores to others
     try:
         session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except _unreadable(runtime) as error:

@@ -1,6 +1,9 @@
 """Exported files compute what the model computes, for other numbers of clouds and points than they were made with."""
 
+import copy
 import functools
+import os
+import runpy
 import subprocess
 import sys
 
@@ -8,13 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from s2d3d import MoFConfig, convert_to_mof_, create_dataset, create_model, export_model, merge_experts
+from s2d3d import EWA, MoFConfig, convert_to_mof_, create_dataset, create_model, export_model, merge_experts
 from s2d3d.datasets.shapes import make_shape
 from s2d3d.errors import InputError
-from s2d3d.export import FORMATS, export_error, load_exported
+from s2d3d.export import FORMATS, export_error, fewest_points, load_exported
+from s2d3d.export_check import compare_exported
 
-TINY = {
+MODELS = {
     "point_bert_tiny": dict(trans_dim=48, depth=2, num_group=16),
+    "point_bert_small": {},  # as it is
     "point_mae": dict(
         trans_dim=48, encoder_dims=48, depth=2, num_heads=2, num_group=16, group_size=16, encoder_width=16, init_std=0.1
     ),
@@ -22,6 +27,8 @@ TINY = {
         channels=(16, 32), depths=(0, 1), strides=(1, 8), num_neighbors=(8, 8), head_dims=(32,)
     ),
 }  # fmt: skip
+POINTS = dict.fromkeys(MODELS, 256) | {"point_bert_small": 1024}
+UPDATES = dict.fromkeys(MODELS, 40) | {"point_bert_small": 6}
 METADATA = {"class_names": ["a", "b", "c", "d"], "up_axis": "z", "normalize": "unit_sphere"}
 
 
@@ -29,91 +36,139 @@ def clouds(count, num_points):
     return torch.from_numpy(np.stack([make_shape(0, "test", index, num_points) for index in range(count)])).float()
 
 
+@functools.cache
+def training_data():
+    """Four classes, 16 clouds of each: of the real set where there is one, procedural otherwise."""
+    root = os.environ.get("S2D3D_MODELNET40")
+    if not root:
+        return torch.cat([clouds(12, 1024)[:4] for _ in range(16)]), torch.arange(64) % 4
+    dataset = create_dataset("modelnet40", root, "train")
+    labels = torch.as_tensor(dataset.labels)
+    chosen = torch.cat([torch.nonzero(labels == label)[:16, 0] for label in range(4)]).reshape(4, 16).T.flatten()
+    return dataset.batch(chosen, augment=False)
+
+
+@functools.cache
 def build(name):
-    """A sparse model that has been used in training mode, merged: BatchNorm has statistics, experts differ."""
+    """A sparse model after some real updates with EWA, merged: BatchNorm has statistics, experts differ."""
     torch.manual_seed(0)
-    model = create_model(name, num_classes=4, **TINY[name])
+    model = create_model(name, num_classes=4, **MODELS[name])
     convert_to_mof_(model, MoFConfig(num_experts=2, every=1, init="independent"))
-    with torch.no_grad():
-        for _ in range(3):
-            model.train()(clouds(8, 256))
+    points, labels = training_data()
+    optimizer, losses = torch.optim.AdamW(model.train().parameters(), lr=2e-3), []
+    ewa = EWA(model, share_rate=0.1, total_steps=UPDATES[name])
+    for step in range(UPDATES[name]):
+        batch = torch.arange(16) + 16 * (step % 4)
+        loss = torch.nn.functional.cross_entropy(model(points[batch, : POINTS[name]]), labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        ewa.step()
+        losses.append(float(loss.detach()))
+    assert np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3]), f"{name} has not learnt: {losses}"
     return merge_experts(model).eval()
 
 
-@pytest.fixture(scope="module")
-def models():
-    return {name: build(name) for name in TINY}
-
-
-@pytest.fixture(scope="module")
-def onnx_file(models, tmp_path_factory):
+@functools.cache
+def onnx_file(name, folder):
     """Export to ONNX at the first call; it takes ten seconds and more."""
+    return export_model(build(name), folder / f"{name}.onnx", num_points=POINTS[name], metadata=METADATA)
 
-    @functools.cache
-    def export(name):
-        path = tmp_path_factory.mktemp("onnx") / f"{name}.onnx"
-        return export_model(models[name], path, num_points=256, metadata=METADATA)
 
-    return export
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("onnx")
 
 
 EACH = pytest.mark.parametrize(
-    "name", [name if name == "point_bert_tiny" else pytest.param(name, marks=pytest.mark.slow) for name in TINY]
+    "name",
+    ["point_bert_small", "point_transformer_tiny"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("point_bert_tiny", "point_mae")],
 )
 
 
 @EACH
-def test_onnx_equals_pytorch_for_any_batch_and_where_possible_any_number_of_points(models, onnx_file, name):
-    exported = load_exported(onnx_file(name), threads=1)
-    free = exported.metadata["free_dimensions"]
-    assert free == (["batch"] if "transformer" in name else ["batch", "points"])
-    for batch in (1, 5):
-        assert export_error(models[name], exported, clouds(batch, 256)).max() < 1e-4
+def test_onnx_equals_pytorch_for_any_batch_and_any_number_of_points(folder, name):
+    model, exported = build(name), load_exported(onnx_file(name, folder), threads=1)
+    least = fewest_points(model)
+    assert exported.metadata["free_dimensions"] == ["batch", "points"] and exported.metadata["min_points"] == least
+    for batch, num_points in ((1, 256), (5, 256), (3, least), (3, least + 13), (2, 1500)):
+        assert export_error(model, exported, clouds(batch, num_points)).max() < 1e-4
     logits = exported(clouds(12, 256))
     assert (logits.amax(0) - logits.amin(0)).min() > 3e-3, "clouds differ by far more than the tolerance"
-    if "points" in free:
-        for num_points in (64, 300):
-            assert export_error(models[name], exported, clouds(3, num_points)).max() < 1e-4
-    else:
-        with pytest.raises(Exception, match="invalid dimensions"):
-            exported(clouds(3, 300))
+    with pytest.raises(InputError, match=rf"clouds of {least - 1} points: the exported model takes {least} or more"):
+        exported(clouds(3, 300)[:, : least - 1])
+    with pytest.raises(InputError, match=r"points have shape \(3, 300, 2\), the exported model takes \(B, N, 3\)"):
+        exported(clouds(3, 300)[:, :, :2])
 
 
 @pytest.mark.real_data
 @EACH
-def test_onnx_equals_pytorch_on_real_clouds(models, onnx_file, modelnet40_root, name):
+def test_onnx_equals_pytorch_on_real_clouds(folder, modelnet40_root, name):
     dataset = create_dataset("modelnet40", modelnet40_root, "test")
     points, _ = dataset.batch(torch.arange(0, len(dataset), 40), augment=False)
-    points = points[:, :256] if "transformer" in name else points
-    exported = load_exported(onnx_file(name), threads=1)
-    assert len(points) >= 50 and export_error(models[name], exported, points).max() < 1e-4
+    model, exported = build(name), load_exported(onnx_file(name, folder), threads=1)
+    assert len(points) >= 50
+    for num_points in (1024, 500):
+        agreement = compare_exported(model, exported, points[:, :num_points])
+        assert agreement.wrong == 0 and agreement.worst() < 1e-4 and agreement.same_class.all()
+        assert int(agreement.tie.sum()) <= (3 if "transformer" in name else 1)
 
 
-def test_metadata_and_the_model_itself_survive(models, onnx_file):
-    metadata = load_exported(onnx_file("point_bert_tiny")).metadata
+def test_a_tie_is_told_from_a_wrong_file():
+    """Two points at the same distance, of which one may be the neighbour; and a model that computes something else."""
+    model = build("point_transformer_tiny")
+    points = clouds(6, 256)
+    points[3, :40] = (points[3, :40] * 4).round() / 4  # on a grid: many points are equally far
+    nudged = points.clone()
+    nudged[3] += 2.0**-23 * torch.randn(256, 3, generator=torch.Generator().manual_seed(1))
+
+    def as_rounded_elsewhere(batch):
+        return model(torch.where((batch == points[3]).all((1, 2), keepdim=True), nudged[3], batch))
+
+    agreement = compare_exported(model, as_rounded_elsewhere, points)
+    assert float(agreement.error[3]) > 1e-4, "the logits depend on which of two points is taken"
+    assert agreement.wrong == 0 and agreement.tie.tolist() == [False, False, False, True, False, False]
+    assert "1 of these clouds holds a tie between points" in agreement.summary()
+    off = compare_exported(model, lambda batch: model(batch) + 2e-4, points)
+    assert off.wrong == 6 and not off.tie.any()
+    lost = compare_exported(model, lambda batch: model(batch) * float("nan"), points)
+    assert lost.wrong == 6 and lost.worst() == float("inf")
+
+
+def test_metadata_and_the_model_itself_survive(folder):
+    before = copy.deepcopy(build("point_bert_small").state_dict())
+    metadata = load_exported(onnx_file("point_bert_small", folder)).metadata
     assert {key: metadata[key] for key in METADATA} == METADATA
-    assert (metadata["num_points"], metadata["num_classes"], metadata["in_channels"]) == (256, 4, 3)
-    fresh = build("point_bert_tiny").state_dict()
-    kept = models["point_bert_tiny"].state_dict()
-    assert kept.keys() == fresh.keys() and all(torch.equal(kept[key], fresh[key]) for key in kept)
+    assert (metadata["num_points"], metadata["num_classes"], metadata["in_channels"]) == (1024, 4, 3)
+    after = build("point_bert_small").state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in after)
 
 
 @pytest.mark.parametrize(
     "name, format",
-    [(name, "torchscript") for name in TINY]
-    + [pytest.param("point_bert_tiny", "torch_export", marks=pytest.mark.slow)],
+    [(name, "torchscript") for name in MODELS]
+    + [
+        pytest.param(name, "torch_export", marks=pytest.mark.slow)
+        for name in ("point_bert_tiny", "point_transformer_tiny")
+    ],
 )
-def test_other_formats_equal_pytorch(models, tmp_path, name, format):
-    path = export_model(models[name], tmp_path / f"m{FORMATS[format]}", format=format, num_points=64, metadata=METADATA)
+def test_other_formats_equal_pytorch(tmp_path, name, format):
+    model = build(name)
+    path = export_model(model, tmp_path / f"m{FORMATS[format]}", format=format, num_points=64, metadata=METADATA)
     exported = load_exported(path)
     assert exported.metadata["class_names"] == METADATA["class_names"]
-    assert export_error(models[name], exported, clouds(5, 64)).max() < 1e-4
+    assert export_error(model, exported, clouds(5, 64)).max() < 1e-4
     if "points" in exported.metadata["free_dimensions"]:
-        assert export_error(models[name], exported, clouds(3, 100)).max() < 1e-4
+        assert export_error(model, exported, clouds(3, 100)).max() < 1e-4
+    else:
+        assert (name, format) == ("point_transformer_tiny", "torchscript")
+        with pytest.raises(InputError, match="clouds of 100 points: the exported model takes exactly 64"):
+            exported(clouds(3, 100))
 
 
-def test_refusals(models, tmp_path, monkeypatch):
-    path, model = tmp_path / "m.onnx", models["point_bert_tiny"]
+def test_refusals(tmp_path, monkeypatch):
+    path, model = tmp_path / "m.onnx", build("point_bert_tiny")
     sparse = create_model("point_bert_tiny", num_classes=4)
     convert_to_mof_(sparse)
     with pytest.raises(InputError, match="merge it first"):
@@ -141,19 +196,19 @@ def test_refusals(models, tmp_path, monkeypatch):
 
 SQUARE = "4 2 0\n0 0 0\n2 0 0\n2 1 0\n0 1 0\n3 0 1 2\n3 0 2 3\n"
 PLY_HEAD = (
-    "ply\nformat {}\nelement vertex 300\nproperty uchar red\nproperty float x\nproperty float y\nproperty float z\n"
+    "ply\nformat {}\nelement vertex 1100\nproperty uchar red\nproperty float x\nproperty float y\nproperty float z\n"
     "end_header\n"
 )
 
 
 @pytest.fixture
 def files(tmp_path):
-    """One cloud of 300 points in three encodings, and one mesh in two."""
-    cloud = clouds(1, 300)[0].numpy()
+    """One cloud of 1100 points in three encodings, and one mesh in two."""
+    cloud = clouds(1, 1100)[0].numpy()
     np.save(tmp_path / "cloud.npy", cloud)
     rows = "".join(f"7 {x:.9g} {y:.9g} {z:.9g}\n" for x, y, z in cloud)
     (tmp_path / "ascii.ply").write_text(PLY_HEAD.format("ascii 1.0") + rows)
-    packed = np.zeros(300, np.dtype([("red", "u1"), ("p", ">f4", 3)]))
+    packed = np.zeros(1100, np.dtype([("red", "u1"), ("p", ">f4", 3)]))
     packed["p"] = cloud
     (tmp_path / "binary.ply").write_bytes(PLY_HEAD.format("binary_big_endian 1.0").encode() + packed.tobytes())
     (tmp_path / "square.off").write_text("OFF" + SQUARE)
@@ -169,27 +224,54 @@ def files(tmp_path):
     }
 
 
-def test_the_example_classifies_files_without_torch(models, onnx_file, files, repository, tmp_path):
+def test_the_example_classifies_files_without_torch(folder, files, repository, tmp_path):
     from s2d3d.datasets.prefix import farthest_prefix
     from s2d3d.datasets.transforms import normalize_unit_sphere
 
     cloud, paths = files
+    example = repository / "examples" / "serve_onnx.py"
     broken = tmp_path / "broken.ply"
     broken.write_bytes(paths["binary.ply"].read_bytes()[:500])
     program = "import sys, runpy; sys.modules.update(torch=None, open3d=None); sys.argv.pop(0); "
     process = subprocess.run(
         [sys.executable, "-c", program + "runpy.run_path(sys.argv[0], run_name='__main__')",
-         repository / "examples" / "serve_onnx.py", onnx_file("point_bert_tiny"), *paths.values(), broken],
+         example, onnx_file("point_bert_small", folder), *paths.values(), broken],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert process.returncode == 1 and process.stderr.startswith(f"error: {broken}: "), process.stderr
     assert process.stderr.count("\n") == 1
     lines = dict(line.split(": ") for line in process.stdout.splitlines())
 
+    def expected(points):
+        with torch.no_grad():
+            shares = build("point_bert_small")(points[None]).softmax(1)[0]
+        return f"{METADATA['class_names'][int(shares.argmax())]} ({100 * float(shares.max()):.1f} %)"
+
     points = normalize_unit_sphere(torch.from_numpy(cloud)[None])
-    points = points[0][farthest_prefix(points, 256)[0].long()][None]
-    with torch.no_grad():
-        shares = models["point_bert_tiny"](points).softmax(1)[0]
-    expected = f"{METADATA['class_names'][int(shares.argmax())]} ({100 * float(shares.max()):.1f} %)"
-    assert [lines[str(paths[name])] for name in ("cloud.npy", "ascii.ply", "binary.ply")] == [expected] * 3
-    assert lines[str(paths["square.off"])] == lines[str(paths["square.ply"])] != expected
+    thinned = points[0][farthest_prefix(points, 1024)[0].long()]
+    assert [lines[str(paths[name])] for name in ("cloud.npy", "ascii.ply", "binary.ply")] == [expected(thinned)] * 3
+    square = runpy.run_path(str(example))["read_points"](paths["square.off"], 1024)
+    assert (square.min(0) >= 0).all() and (square.max(0) <= (2, 1, 0)).all() and np.ptp(square, 0)[0] > 1.9
+    flat = normalize_unit_sphere(torch.from_numpy(square).float()[None])[0]
+    assert lines[str(paths["square.off"])] == lines[str(paths["square.ply"])] == expected(flat)
+
+
+def test_the_example_names_a_model_that_it_cannot_use(repository, tmp_path, monkeypatch, capsys):
+    onnx = pytest.importorskip("onnx")
+    tensor = onnx.helper.make_tensor_value_info("points", onnx.TensorProto.FLOAT, [1])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["points"], ["y"])], "g", [tensor], [
+        onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    ])  # fmt: skip
+    onnx.save(onnx.helper.make_model(graph, ir_version=10), tmp_path / "foreign.onnx")
+    (tmp_path / "bad.onnx").write_bytes(b"no model")
+    main = runpy.run_path(str(repository / "examples" / "serve_onnx.py"))["main"]
+    for name, message in (
+        ("none", "no such file"),
+        ("bad", "not an ONNX file that this ONNX Runtime reads"),
+        ("foreign", "does not say how many points it takes"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["serve_onnx.py", str(tmp_path / f"{name}.onnx"), "chair.ply"])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        *_, last = capsys.readouterr().err.splitlines()
+        assert stopped.value.code == 2 and f"{tmp_path}/{name}.onnx: {message}" in last

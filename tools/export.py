@@ -2,25 +2,23 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
 
-from s2d3d import create_model, export_model, load_checkpoint
-from s2d3d.bench.interleave import Contestant, Task, interleave, local, make_timer
-from s2d3d.bench.tables import comparison_table
+from s2d3d import export_model, load_checkpoint
+from s2d3d.bench.latency import latency_page
+from s2d3d.datasets.shapes import make_shape
 from s2d3d.engine.checkpoint import build_model
-from s2d3d.engine.cli import refuse_existing, run_tool
-from s2d3d.engine.config import parse_config
+from s2d3d.engine.cli import add_overrides, check_overrides, refuse_existing, run_tool
+from s2d3d.engine.config import Config, parse_config
+from s2d3d.engine.data import build_dataset, check_classes
 from s2d3d.errors import InputError
-from s2d3d.export import FORMATS, Exported, export_error, load_exported
-from s2d3d.models import fold_batchnorm
-
-TOLERANCE = 1e-4
-CLOUDS = 8
+from s2d3d.export import FORMATS, load_exported
+from s2d3d.export_check import TOLERANCE, compare_exported
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,11 +26,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a dense checkpoint, such as merged.pt")
     parser.add_argument("--output", required=True, metavar="FILE", help="file to write: .onnx, .pt or .pt2")
     parser.add_argument("--format", choices=FORMATS, help="default: that of the output's suffix")
+    add_overrides(parser)
     parser.add_argument("--num-points", type=int, metavar="N", help="points of a cloud; default: data.num_points")
-    parser.add_argument("--merge", action="store_true", help="merge the experts of a sparse checkpoint first")
-    parser.add_argument("--latency", action="store_true", help="time the file against PyTorch, in turn")
     parser.add_argument(
-        "--rounds", type=int, default=10, metavar="N", help="rounds of --latency (default: %(default)s)"
+        "--clouds", type=int, default=64, metavar="N", help="test clouds to compare on (default: %(default)s)"
+    )
+    parser.add_argument("--merge", action="store_true", help="merge the experts of a sparse checkpoint first")
+    parser.add_argument(
+        "--latency", action="store_true", help="time dense, merged and exported models of all formats, in turn"
+    )
+    parser.add_argument("--page", metavar="FILE.md", help="write the table of --latency there as well")
+    parser.add_argument(
+        "--rounds", type=int, default=20, metavar="N", help="rounds of --latency (default: %(default)s)"
     )
     parser.add_argument("--force", action="store_true", help="replace the output if it exists")
     return parser
@@ -45,16 +50,26 @@ def run(arguments: argparse.Namespace) -> int:
         wanted = FORMATS[chosen] if chosen else ", ".join(kinds)
         raise InputError(f"--output {arguments.output}: the name must end in {wanted}")
     output = refuse_existing(arguments.output, arguments.force, sources=[arguments.checkpoint])
-    for name in ("num_points", "rounds"):
+    for name in ("num_points", "rounds", "clouds"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} is {value}, must be at least 1")
+    page = None
+    if arguments.page is not None:
+        if not arguments.latency:
+            raise InputError("--page: is for --latency only")
+        page = refuse_existing(arguments.page, arguments.force, sources=[arguments.checkpoint, output])
+    check_overrides(arguments.overrides, ("data", "seed"))
     payload = load_checkpoint(arguments.checkpoint)
     if payload["s2d"] is not None and not arguments.merge:
         raise InputError(f"{arguments.checkpoint}: has experts, which only training needs; pass --merge to merge them")
-    config = parse_config(payload["config"], where=arguments.checkpoint)
+    overrides = list(arguments.overrides)
+    if arguments.num_points is not None:
+        overrides.append(f"data.num_points={arguments.num_points}")
+    config = parse_config(payload["config"], where=arguments.checkpoint, overrides=overrides)
     model = build_model(payload, where=arguments.checkpoint, merge=arguments.merge)
-    described, num_points = payload["model"], arguments.num_points or config.data.num_points
+    described, num_points = payload["model"], config.data.num_points
+    points, source = test_clouds(config, payload, arguments)
     metadata = {
         "model": described["name"],
         "class_names": payload["class_names"],
@@ -64,54 +79,39 @@ def run(arguments: argparse.Namespace) -> int:
     channels = described["in_channels"]
     export_model(model, output, format=chosen, num_points=num_points, in_channels=channels, metadata=metadata)
     exported = load_exported(output, threads=torch.get_num_threads())
-    generator = torch.Generator().manual_seed(0)
-    points = nn.functional.normalize(torch.randn(CLOUDS, num_points, channels, generator=generator), dim=-1)
-    worst = float(export_error(model, exported, points).max())
-    free = " and ".join(exported.metadata["free_dimensions"])
-    print(f"written to {output}: {chosen}, {output.stat().st_size:,} bytes, free: {free}")
-    print(f"largest difference to PyTorch: {worst:.1e} on {CLOUDS} random clouds of {num_points} points")
-    if arguments.latency:
-        print(latency_table(model, exported, payload, points, arguments.rounds))
-    if worst > TOLERANCE:
+    free = exported.metadata["free_dimensions"]
+    print(f"written to {output}: {chosen}, {output.stat().st_size:,} bytes, free: {' and '.join(free)}")
+    wrong = 0
+    halved = max(num_points // 2, exported.metadata["min_points"])
+    for count in (num_points, halved) if "points" in free and halved < num_points else (num_points,):
+        agreement = compare_exported(model, exported, points[:, :count])
+        print(f"{len(points)} {source}, {count} points: {agreement.summary()}")
+        wrong += agreement.wrong
+    if wrong:
         print(f"error: {output}: differs from PyTorch by more than {TOLERANCE:g}; do not use it", file=sys.stderr)
         return 1
+    if arguments.latency:
+        text = latency_page(model, exported, payload, points, rounds=arguments.rounds)
+        print(f"\n{text}")
+        if page:
+            page.write_text(f"{text}\n")
+            print(f"written to {page}")
     return 0
 
 
-def latency_table(model: nn.Module, exported: Exported, payload: dict, points: torch.Tensor, rounds: int) -> str:
-    """Time batches of 1 cloud and of all: the architecture with fresh weights, the checkpoint, folded, exported."""
-    described = payload["model"]
-    fresh = create_model(
-        described["name"], num_classes=described["num_classes"], in_channels=described["in_channels"],
-        **described["kwargs"],
-    )  # fmt: skip
-    forms: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-        "checkpoint": model,
-        "fresh dense": fresh.eval(),
-        "BatchNorm folded": fold_batchnorm(model.eval()),
-        "exported": exported,
-    }
-    tables = []
-    for batch in (points[:1], points):
-        contestants = [
-            Contestant(name, partial(_task, form, batch), same_math=name != "fresh dense")
-            for name, form in forms.items()
-        ]
-        comparison = interleave(
-            "latency", contestants, start=local(make_timer(torch.device("cpu"))), rounds=rounds, tolerance=TOLERANCE,
-            title=f"{len(batch)} cloud(s) of {batch.shape[1]} points, {torch.get_num_threads()} threads",
-            samples=len(batch),
-        )  # fmt: skip
-        tables.append(comparison_table(comparison))
-    return "\n" + "\n\n".join(tables)
-
-
-def _task(form: Callable[[torch.Tensor], torch.Tensor], points: torch.Tensor) -> Task:
-    def call() -> torch.Tensor:
-        with torch.no_grad():
-            return form(points)
-
-    return Task(call, lambda: [call()])
+def test_clouds(config: Config, payload: dict[str, Any], arguments: argparse.Namespace) -> tuple[torch.Tensor, str]:
+    """Return clouds (n, N, C) spread over the test set, and what they are; procedural ones where no set is here."""
+    count, channels, data = arguments.clouds, payload["model"]["in_channels"], config.data
+    named = any(override.startswith("data.root") for override in arguments.overrides)
+    if named or Path(data.root).exists():
+        dataset = build_dataset(data, "test", seed=config.seed)
+        check_classes(dataset, payload["class_names"], arguments.checkpoint)
+        chosen = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long()
+        return dataset.batch(chosen, augment=False)[0], f"test clouds of {data.name}"
+    shapes = np.stack([make_shape(0, "test", index, data.num_points) for index in range(count)])
+    points = torch.from_numpy(shapes).float()
+    more = torch.rand(*points.shape[:2], channels - 3, generator=torch.Generator().manual_seed(0))
+    return torch.cat([points, more], dim=-1), f"procedural clouds ({data.root} is not here; name it by data.root=DIR)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

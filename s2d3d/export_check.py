@@ -1,0 +1,118 @@
+"""How far an exported file is from PyTorch, cloud by cloud, and where a tie between two points is the reason."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+TOLERANCE = 1e-4
+"""Largest difference of a logit that right and wrong are told apart by."""
+LAST_BIT = 2.0**-23
+"""Standard deviation of the jitter that breaks ties: the last bit of a coordinate near 1."""
+JITTERS = 32
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """An exported file against PyTorch on some clouds.
+
+    A file and PyTorch round differently. Where two points are equally far from a third, up to that rounding, they may
+    choose different ones as its neighbour, and the logits differ by more than rounding. Such a cloud is a tie: PyTorch
+    itself gives the file's logits for the same cloud with its coordinates changed in their last bit.
+
+    Attributes:
+        error: (n,) largest difference of a logit of each cloud.
+        same_class: (n,) bool, both predict the same class.
+        tie: (n,) bool, beyond the tolerance, and a tie.
+        tolerance: of a logit.
+    """
+
+    error: Tensor
+    same_class: Tensor
+    tie: Tensor
+    tolerance: float
+
+    @property
+    def wrong(self) -> int:
+        """Clouds beyond the tolerance without such an explanation."""
+        return int((~(self.error <= self.tolerance) & ~self.tie).sum())
+
+    def worst(self) -> float:
+        """Return the largest difference of a cloud without a tie, infinite where an output is not finite."""
+        others = self.error[~self.tie]
+        return float(others.nan_to_num(nan=torch.inf).max()) if len(others) else 0.0
+
+    def summary(self) -> str:
+        """Say it in a line or two.
+
+        Example:
+            >>> same_class, tie = torch.tensor([True, True]), torch.tensor([False, True])
+            >>> print(Agreement(torch.tensor([1e-6, 3e-3]), same_class, tie, 1e-4).summary())
+            largest difference of a logit 1.0e-06; the same class for 2 of 2
+            1 of these clouds holds a tie between points, left out above: there the difference is up to 3.0e-03
+        """
+        lines = [
+            f"largest difference of a logit {self.worst():.1e}; the same class for {int(self.same_class.sum())} of "
+            f"{len(self.error)}"
+        ]
+        if count := int(self.tie.sum()):
+            holds = "cloud holds" if len(self.error) == 1 else f"clouds {'holds' if count == 1 else 'hold'}"
+            lines.append(
+                f"{count} of these {holds} a tie between points, left out above: there the difference is up to "
+                f"{float(self.error[self.tie].max()):.1e}"
+            )
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def compare_exported(
+    model: nn.Module,
+    exported: Callable[[Tensor], Tensor],
+    points: Tensor,
+    *,
+    batch_size: int = 32,
+    tolerance: float = TOLERANCE,
+) -> Agreement:
+    """Compare a file with the model that it was made of.
+
+    Args:
+        model: on the CPU, in eval mode.
+        exported: the file, from `load_exported`, or another function from points to logits.
+        points: (n, N, C) float32, n at least 1.
+        batch_size: clouds of one forward pass.
+        tolerance: of a logit.
+
+    Raises:
+        InputError: a number of points or channels that the file does not take.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from s2d3d import create_model, export_model
+        >>> from s2d3d.export import load_exported
+        >>> model = create_model("point_bert_tiny", num_classes=3, depth=1, num_group=4).eval()
+        >>> path = export_model(model, Path(tempfile.mkdtemp(), "model.pt"), format="torchscript", num_points=64)
+        >>> compare_exported(model, load_exported(path), torch.rand(5, 64, 3)).wrong
+        0
+    """
+    expected, found = [], []
+    for batch in tqdm(points.split(batch_size), desc="compare", leave=False, disable=None):
+        expected.append(model(batch))
+        found.append(exported(batch))
+    ours, theirs = torch.cat(expected), torch.cat(found)
+    error = (ours - theirs).abs().amax(1)
+    tie = torch.zeros(len(points), dtype=torch.bool)
+    for index in torch.nonzero(~(error <= tolerance)).flatten().tolist():
+        tie[index] = _is_tie(model, points[index], theirs[index], tolerance)
+    return Agreement(error, ours.argmax(1) == theirs.argmax(1), tie, tolerance)
+
+
+def _is_tie(model: nn.Module, cloud: Tensor, logits: Tensor, tolerance: float) -> bool:
+    """Tell whether PyTorch gives these logits for a cloud (N, C) changed in the last bit of its coordinates."""
+    generator = torch.Generator().manual_seed(0)
+    jitter = torch.randn(JITTERS, len(cloud), 3, generator=generator) * LAST_BIT
+    changed = cloud.repeat(JITTERS, 1, 1)
+    changed[..., :3] += jitter
+    return bool((model(changed) - logits).abs().amax(1).min() <= tolerance)
