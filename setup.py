@@ -74,7 +74,8 @@ setup(
             "transformers>=5",
             "fpsample>=0.3.3",
             "torch-cluster>=1.6.3",
-            "torch-geometric>=2.6",
+            "torch-geometric>=2.8",
+            "torch-pointcloud>=0.0.18",
         ],
     },
     classifiers=[

@@ -9,6 +9,7 @@ from ..models.point_transformer import VectorAttention, find_neighbours
 from ..ops import nearest_neighbours
 from .interleave import Comparison, Contestant, Task, interleave
 from .packages import require
+from .pointcloud import point_transformer_conv
 from .reference import load_reference, submodule
 from .section import Settings
 from .training import clouds
@@ -28,7 +29,9 @@ def measure_attention(settings: Settings) -> Comparison:
     # Of a size with which gradients of weights, sums over all points, are numbers about 1.
     direction = torch.randn(batch * points, channels).to(settings.device) / (batch * points) ** 0.5
 
-    def task(module: nn.Module, forward: Callable[[], Tensor]) -> Task:
+    def task(
+        module: nn.Module, forward: Callable[[], Tensor], gradients: Callable[[], list[Tensor]] | None = None
+    ) -> Task:
         def run() -> Tensor:
             module.zero_grad(set_to_none=True)
             x.grad = None
@@ -38,7 +41,8 @@ def measure_attention(settings: Settings) -> Comparison:
 
         def outputs() -> list[Tensor]:
             rows = run().detach()
-            return [rows, x.grad.clone(), module.linear_v.weight.grad, module.linear_q.weight.grad]
+            weights = gradients() if gradients else [module.linear_v.weight.grad, module.linear_q.weight.grad]
+            return [rows, x.grad.clone(), *weights]
 
         return Task(run, outputs)
 
@@ -54,14 +58,20 @@ def measure_attention(settings: Settings) -> Comparison:
         attend = nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, channels))
         layer = package.PointTransformerConv(channels, channels, encode, attend, add_self_loops=False)
         layer = layer.to(settings.device).train()
+        return task(layer, lambda: layer(x.flatten(0, 1), xyz.flatten(0, 1), edges()))
+
+    def edges() -> Tensor:
         first = torch.arange(batch, device=xyz.device).view(-1, 1, 1) * points
+        sources = (nearest_neighbours(xyz, xyz, size) + first).flatten()
+        return torch.stack([sources, torch.arange(batch * points, device=xyz.device).repeat_interleave(size)])
 
-        def forward() -> Tensor:
-            sources = (nearest_neighbours(xyz, xyz, size) + first).flatten()
-            targets = torch.arange(batch * points, device=xyz.device).repeat_interleave(size)
-            return layer(x.flatten(0, 1), xyz.flatten(0, 1), torch.stack([sources, targets]))
-
-        return task(layer, forward)
+    def pointcloud() -> Task:
+        layer = point_transformer_conv(ours, channels, share_planes).to(settings.device).train()
+        return task(
+            layer,
+            lambda: layer(x.flatten(0, 1), xyz.flatten(0, 1), edges()),
+            lambda: [layer.lin.weight.grad, -layer.lin_dst.weight.grad],  # its query has the other sign
+        )
 
     return interleave(
         "vector attention",
@@ -71,6 +81,7 @@ def measure_attention(settings: Settings) -> Comparison:
                 note="queries, keys and values of points, then gathered",
             ),
             Contestant("plain reference", plain, note="neighbours gathered, then every layer"),
+            Contestant("torch-pointcloud PointTransformerConv", pointcloud, note="same weights; our neighbour search"),
             Contestant(
                 "torch-geometric PointTransformerConv", public, same_math=False,
                 note="a weight for each channel, no BatchNorm; our neighbour search",

@@ -18,7 +18,7 @@ CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16",
 BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
 PACKAGES = (
     "mixture-of-experts", "st-moe-pytorch", "soft-moe-pytorch", "tutel", "transformers", "fpsample", "torch-cluster",
-    "torch-geometric",
+    "torch-geometric", "torch-pointcloud", "pyg-lib",
 )  # fmt: skip
 """Public packages that are contestants where they are installed."""
 

@@ -6,7 +6,18 @@ from .interleave import Contestant, interleave
 from .presets import PUBLIC_BERT, PUBLIC_TRANSFORMER, SMALL_BERT, Preset, spec_for
 from .section import Section, Settings, new_section
 from .training import ModelSpec, build_inference, inference_flops
-from .versus import DENSE, EXPERTS, FOLDED, MERGED, REFERENCE_A, REFERENCE_B, add_rates, add_versus, contestants
+from .versus import (
+    DENSE,
+    EXPERTS,
+    FOLDED,
+    MERGED,
+    REFERENCE_A,
+    REFERENCE_B,
+    add_rates,
+    add_versus,
+    contestants,
+    measure_package,
+)
 
 AGAIN = "ours, dense again"
 
@@ -42,6 +53,7 @@ def _against_reference(section: Section, settings: Settings, name: str, preset: 
     )
     section.comparisons.append(comparison)
     add_versus(section, settings, name, comparison, inference_flops(spec))
+    measure_package(section, settings, name, "evaluation", build_inference, spec)
     for condition, reference in (("A", REFERENCE_A), ("B", REFERENCE_B)):
         section.add_speedup(f"{name}.folded_{condition}", comparison, FOLDED, reference)
     if name == "point_bert":

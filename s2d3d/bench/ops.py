@@ -1,6 +1,7 @@
 """Point operations: farthest point sampling and nearest neighbours against plain and public ones."""
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from .training import clouds
 
 CHECKED = 16
 """Selections that are compared: rounding may order later ones, which are nearly as far as each other, differently."""
-OURS, PLAIN, CLUSTER = "ours", "plain reference", "torch_cluster"
+OURS, PLAIN, CLUSTER, POINTCLOUD = "ours", "plain reference", "torch_cluster", "torch-pointcloud"
 
 
 def measure(settings: Settings) -> Section:
@@ -57,6 +58,16 @@ def _sampling(section: Section, settings: Settings, batch: int, points: int, sam
 
         return task(select)
 
+    def pointcloud() -> Task:
+        package = _pointcloud_operators()
+        flat, of_cloud = xyz.flatten(0, 1), torch.arange(batch, device=xyz.device).repeat_interleave(points)
+        first = torch.arange(batch, device=xyz.device).unsqueeze(1) * points
+
+        def select() -> Tensor:
+            return package.fps(flat, of_cloud, num_nodes=samples, random_start=False).view(batch, -1) - first
+
+        return task(select)
+
     def buckets() -> Task:
         package = require("fpsample", "fpsample")
         arrays = xyz.cpu().numpy()
@@ -78,6 +89,7 @@ def _sampling(section: Section, settings: Settings, batch: int, points: int, sam
             Contestant(OURS, lambda: task(lambda: farthest_point_sample(xyz, samples))),
             Contestant(PLAIN, plain, note="loop over (B, N, 3)"),
             Contestant(CLUSTER, cluster),
+            Contestant(POINTCLOUD, pointcloud, note="operators of pyg-lib"),
             Contestant(
                 "fpsample (bucket)",
                 buckets,
@@ -92,6 +104,13 @@ def _sampling(section: Section, settings: Settings, batch: int, points: int, sam
     )
     section.comparisons.append(comparison)
     section.add_speedup(f"fps_{points}", comparison, OURS, PLAIN)
+
+
+def _pointcloud_operators() -> ModuleType:
+    """Return the operators of torch-pointcloud; raises `Skip` where it or pyg-lib, whose they are, is missing."""
+    package = require("torch_pointcloud.ops.cluster", "torch-pointcloud")
+    require("pyg_lib", "pyg-lib")
+    return package
 
 
 def farthest_from(xyz: Tensor, start: Tensor, samples: int) -> Tensor:
@@ -128,12 +147,24 @@ def _neighbours(section: Section, settings: Settings, batch: int, queries: int, 
 
         return task(find)
 
+    def pointcloud() -> Task:
+        package = _pointcloud_operators()
+        clouds_of = [torch.arange(batch, device=xyz.device).repeat_interleave(count) for count in (points, queries)]
+        first = torch.arange(batch, device=xyz.device).view(-1, 1, 1) * points
+
+        def find() -> Tensor:
+            _, found = package.knn(xyz.flatten(0, 1), centers.flatten(0, 1), neighbours, *clouds_of)
+            return found.view(batch, queries, neighbours) - first
+
+        return task(find)
+
     comparison = interleave(
         f"knn {queries} in {points}",
         [
             Contestant(OURS, lambda: task(lambda: nearest_neighbours(centers, xyz, neighbours))),
             Contestant(PLAIN, plain, note="cdist by exact differences, topk"),
             Contestant(CLUSTER, cluster),
+            Contestant(POINTCLOUD, pointcloud, note="operators of pyg-lib"),
         ],
         title=f"{neighbours} nearest neighbours, {batch} x {queries} queries in {points} points",
         start=settings.here(),

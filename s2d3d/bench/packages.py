@@ -39,8 +39,21 @@ def packages() -> list[Package]:
     ]
 
 
+INSTALL = {
+    "torch-cluster": "pip install --no-build-isolation torch-cluster",
+    "pyg-lib": "which is on no package index, see the page on installation of torch-geometric",
+    "tutel": "which is on no package index: "
+    "pip install --no-build-isolation git+https://github.com/microsoft/tutel builds it",
+}
+"""How to install what `pip install NAME` does not."""
+
+
 def require(module: str, package: str) -> ModuleType:
     """Import an optional package.
+
+    Args:
+        module: what to import.
+        package: its name, for the reason.
 
     Raises:
         Skip: it is not installed, or does not load.
@@ -51,7 +64,8 @@ def require(module: str, package: str) -> ModuleType:
             return importlib.import_module(module)
     except (ImportError, OSError) as error:  # OSError: compiled for another torch
         detail = "" if isinstance(error, ModuleNotFoundError) else f" ({str(error).splitlines()[0]})"
-        raise Skip(f"{package} is not usable here{detail}; pip install {package}") from None
+        install = INSTALL.get(package, f"pip install {package}")
+        raise Skip(f"{package} is not usable here{detail}; {install}") from None
 
 
 def _mixture_of_experts(dim: int, hidden: int, tokens: int, num_experts: int) -> nn.Module:

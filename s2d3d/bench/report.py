@@ -43,14 +43,22 @@ Point Transformer: stages of 32, 64, 128, 256, 512 channels with 0, 1, 2, 4, 1 a
 transitions, strides 1, 4, 4, 4, 4, 8 or 16 neighbours, no FFN, batch 8 of 1024 points. A training step is forward,
 backward, clipping at 10, AdamW, and with experts EWA. Clouds are random shells; no data set is needed.
 
-**Public packages** take part where they are installed (extra `bench` of setup.py; torch-cluster compiles for some
-minutes and needs `--no-build-isolation`). tutel is no part of that extra, because it has to be built from its
-repository. Layers are built at the size of the FFN that they stand for.
+**Public packages** take part where they are installed, see the [FAQ](faq.md#the-packages-of-the-benchmark). Layers
+are built at the size of the FFN that they stand for. torch-pointcloud's Point-BERT and Point Transformer get our
+weights, the latter our head as well; their sampling and neighbour search need pyg-lib and start at a random point in
+training, so ours stand in their place, and logits are compared as everywhere. tutel is built from its repository.
+
+**CUDA graphs** (on a GPU). "CUDA graphs" is `train.compile_mode: reduce-overhead`, which records the model; "step
+recorded" is a whole update, from clearing gradients over forward, backward, clipping and fused AdamW to EWA, as one
+graph. Learning rate and share rate are numbers on the device that the host sets before a replay; random numbers go on
+from replay to replay. Several seeds side by side have a graph, a stream and a generator each. Before they are timed,
+weights after four recorded updates, side by side, are compared with those of plain updates.
 
 **Limits.** The rate of a matrix product of the FFN's size is measured beside, the floating-point operations of the
 matrix products of a step are counted, and their quotient is the time below which no implementation of this model
 gets at that rate. "Would allow" is the reference's time over it.
 """
+NO_GPU = "No GPU was at hand for this page: what stands here on GPUs and CUDA graphs has not been run."
 
 
 def write_results(path: str | Path, sections: Iterable[Section]) -> None:
@@ -111,6 +119,8 @@ def report(sections: Sequence[Section], command: str) -> str:
     if any(section.settings["quick"] for section in sections):
         parts.append("**Measured with `--quick`: tiny sizes, to see that the tool works. The numbers mean nothing.**")
     parts += ["## Targets", target_table(sections), "## How it is measured", METHOD.strip()]
+    if all(section.device == "cpu" for section in sections):
+        parts.append(NO_GPU)
     for section in sections:
         where = "" if section.device == "cpu" else " on a GPU"
         parts += [f"## {section.title}{where} (`{section.name}`)", "\n".join(hardware_lines(section))]

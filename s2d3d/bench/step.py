@@ -9,7 +9,7 @@ from .losses import loss_gap
 from .presets import PUBLIC_BERT, PUBLIC_TRANSFORMER, SMALL_BERT, SPARSE_TRANSFORMER, spec_for
 from .section import Section, Settings, new_section
 from .training import ModelSpec, build_step, expert_bytes, step_flops
-from .versus import DENSE, EXPERTS, REFERENCE_A, SPARSE, add_rates, add_versus, contestants
+from .versus import DENSE, EXPERTS, REFERENCE_A, SPARSE, add_rates, add_versus, contestants, measure_package
 from .worker import WorkerRunner
 
 AGAIN = "ours, dense again"
@@ -54,6 +54,7 @@ def _against_reference(section: Section, settings: Settings, name: str, spec: Mo
     if sparse:
         section.add_ratio(f"{name}.s2d", comparison, SPARSE, DENSE)
     add_versus(section, settings, name, comparison, step_flops(spec))
+    measure_package(section, settings, name, "step", build_step, spec)
 
 
 def _dense_and_sparse(section: Section, settings: Settings, name: str, spec: ModelSpec) -> None:

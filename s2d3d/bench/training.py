@@ -15,6 +15,7 @@ from ..models import fold_batchnorm
 from ..s2d import EWA, MoFConfig, convert_to_mof_, merge_experts
 from ..s2d.ewa import expert_layers
 from .interleave import Task
+from .pointcloud import pointcloud_model
 from .reference import our_model, reference_model
 
 NUM_CLASSES = 40
@@ -32,7 +33,7 @@ class ModelSpec:
     Attributes:
         name: of `create_model`.
         kwargs: keywords that differ from its defaults.
-        source: "ours" or "reference".
+        source: "ours", "reference", or "torch-pointcloud" for that package's form of it.
         experts: 0 for dense; otherwise every second FFN has so many.
         merged: the experts are merged before.
         folded: BatchNorm is folded into the linear layers, for evaluation.
@@ -84,6 +85,8 @@ def build_model(spec: ModelSpec) -> nn.Module:
         model = reference_model(spec.name, NUM_CLASSES, spec.kwargs, spec.seed)
     else:
         model = our_model(spec.name, NUM_CLASSES, spec.kwargs, spec.seed)
+    if spec.source == "torch-pointcloud":
+        model = pointcloud_model(spec.name, NUM_CLASSES, spec.kwargs, model)
     if spec.experts:
         convert_to_mof_(model, MoFConfig(num_experts=spec.experts))
     if spec.merged:
@@ -216,16 +219,16 @@ def logits_of(model: nn.Module, points: Tensor, precision: Callable[[], torch.au
 
 @contextlib.contextmanager
 def without_dropping(model: nn.Module) -> Iterator[None]:
-    """Let dropout and drop path of a model, ours or a reference, drop nothing for a while."""
+    """Let dropout and drop path of a model, ours, a reference or a package's, drop nothing for a while."""
     places = [
         (module, name)
         for module in model.modules()
-        for name in ("p", "drop_prob", "rate")
-        if isinstance(getattr(module, name, None), float)
+        for name in ("p", "drop_prob", "rate", "dropout")
+        if isinstance(getattr(module, name, None), (float, list))  # a list: of the layers of an MLP of torch-geometric
     ]
     values = [getattr(module, name) for module, name in places]
-    for module, name in places:
-        setattr(module, name, 0.0)
+    for (module, name), value in zip(places, values):
+        setattr(module, name, [0.0] * len(value) if isinstance(value, list) else 0.0)
     try:
         yield
     finally:

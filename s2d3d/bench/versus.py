@@ -6,7 +6,8 @@ from functools import partial
 import torch
 
 from .hardware import matmul_rate, missing_bf16
-from .interleave import DEFAULT, Comparison, Contestant, Task
+from .interleave import DEFAULT, Comparison, Contestant, Task, interleave
+from .pointcloud import NOTE
 from .section import Section, Settings
 from .stats import spread
 from .training import BF16_TOLERANCE, ModelSpec
@@ -15,6 +16,7 @@ EXPERTS = 4
 REFERENCE_A, REFERENCE_B = "reference, as users run it", "reference, our allocator"
 DENSE, DENSE_DEFAULT = "ours, dense", "ours, dense, default allocator"
 SPARSE, MERGED, FOLDED = "ours, S2D", "ours, merged", "ours, BatchNorm folded"
+PUBLIC = "torch-pointcloud"
 BF16, COMPILED = "ours, dense, bf16", "ours, dense, compiled"
 Build = Callable[[ModelSpec], Task]
 
@@ -75,6 +77,35 @@ def add_versus(section: Section, settings: Settings, name: str, comparison: Comp
         reason = comparison.missing(reference)
         limit = None if reason else spread([seconds / least for seconds in comparison.times[reference]])
         section.add(f"{name}.limit_{condition}", limit, reason)
+
+
+def measure_package(section: Section, settings: Settings, name: str, work: str, build: Build, spec: ModelSpec) -> None:
+    """Compare our dense model with torch-pointcloud's form of it, as users run it, and note the speed-up.
+
+    A comparison of its own: all processes of one are alive together, and need their memory.
+
+    Args:
+        section: gets comparison and measure.
+        settings: how long.
+        name: of the model.
+        work: "step" or "evaluation", for names.
+        build: makes the task of a model.
+        spec: of our dense model.
+    """
+    public = spec.but(source="torch-pointcloud", fused=False)
+    comparison = interleave(
+        f"{name} {work}, torch-pointcloud",
+        [
+            Contestant(PUBLIC, partial(build, public), allocator=DEFAULT, note=f"{NOTE}; system allocator"),
+            Contestant(DENSE, partial(build, spec), note="as shipped"),
+        ],
+        title=f"{name}: {work} against torch-pointcloud, batch {spec.batch}, {spec.points} points",
+        start=settings.apart(),
+        samples=spec.batch,
+        **settings.interleaving(6, min_seconds=0.2),
+    )
+    section.comparisons.append(comparison)
+    section.add_speedup(f"{name}.torch_pointcloud", comparison, DENSE, PUBLIC)
 
 
 def add_rates(section: Section, settings: Settings) -> None:
