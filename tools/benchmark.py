@@ -108,7 +108,7 @@ def _places(arguments: argparse.Namespace, sources: Sequence[str] = ()) -> tuple
 
 def _command(settings: Settings) -> str:
     """Return the command that makes the page again, without the folders of this machine."""
-    flags = {"--root DATA": settings.root, "--quick": settings.quick, "--compile": settings.compile}
+    flags: dict[str, object] = {"--root DATA": settings.root, "--quick": settings.quick, "--compile": settings.compile}
     flags |= {"--bf16": settings.force_bf16, f"--seed {settings.seed}": settings.seed}
     flags |= {f"--rounds {settings.rounds}": settings.rounds, f"--device {settings.device}": True}
     chosen = [flag for flag, given in flags.items() if given]

@@ -61,17 +61,19 @@ def run(arguments: argparse.Namespace) -> None:
     check_classes(dataset, payload["class_names"], arguments.checkpoint)
     votes = config.eval.votes if arguments.votes is None else arguments.votes
     make_loader = partial(build_test_loader, data=config.data, batch_size=config.eval.batch_size, seed=config.seed)
-    options = dict(device=device, votes=votes, progress=config.log.progress)
+    progress = config.log.progress
     if everything:
         setting = {"num_points": dataset.num_points, "num_samples": len(dataset), "votes": votes, "seed": SEED}
         if compared:
             check_comparable(setting, compared)
-        result = evaluate_corruptions(model, dataset, make_loader, **options).to_dict()
-        result = add_corruption_errors(result, compared, reference) if compared else result
+        table = evaluate_corruptions(model, dataset, make_loader, device=device, votes=votes, progress=progress)
+        result = table.to_dict()
+        if compared and reference:
+            result = add_corruption_errors(result, compared, reference)
         print(robustness_table(result))
     else:
         dataset = CorruptedDataset(dataset, *corruption, seed=SEED) if corruption else dataset
-        report = evaluate(model, make_loader(dataset), **options)
+        report = evaluate(model, make_loader(dataset), device=device, votes=votes, progress=progress)
         result = {"corruption": arguments.corruption, **report.to_dict()} if corruption else report.to_dict()
         print(report.table())
         print(report.summary())

@@ -58,9 +58,15 @@ class Source:
     def captions(self) -> list[str]:
         return [self.dataset.class_names[label] for label in self.labels]
 
+    @property
+    def network(self) -> nn.Module:
+        """The model, for what cannot be drawn without one."""
+        assert self.model is not None, "check_flags asks for a checkpoint"
+        return self.model
+
     def probabilities(self) -> Tensor:
         size = self.config.eval.batch_size
-        return class_probabilities(self.model, self.dataset, device=self.device, indices=self.chosen, batch_size=size)
+        return class_probabilities(self.network, self.dataset, device=self.device, indices=self.chosen, batch_size=size)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -180,7 +186,7 @@ def predictions(arguments: argparse.Namespace, source: Source) -> CloudSheet:
 
 def patches(arguments: argparse.Namespace, source: Source) -> CloudSheet:
     """The groups that become tokens."""
-    model = source.model
+    model = source.network
     sizes = f"{getattr(model, 'num_group', 0)} groups of {getattr(model, 'group_size', 0)} points"
     title = f"{sizes}, each one token\n{source.title}; a colour for each group, centres large, grey in none"
     return patches_sheet(model, source.points, source.captions, title)
@@ -189,7 +195,7 @@ def patches(arguments: argparse.Namespace, source: Source) -> CloudSheet:
 def experts(arguments: argparse.Namespace, source: Source) -> CloudSheet:
     """Which expert each token goes to, pass after pass."""
     passes = trace_experts(
-        source.model,
+        source.network,
         source.points.to(source.device),
         layer=arguments.layer,
         passes=arguments.passes,
@@ -206,7 +212,7 @@ def experts(arguments: argparse.Namespace, source: Source) -> CloudSheet:
 def saliency(arguments: argparse.Namespace, source: Source) -> CloudSheet:
     """Which points the predicted class depends on."""
     parts = source.points.to(source.device).split(source.config.eval.batch_size)
-    values = torch.cat([point_saliency(source.model, part).cpu() for part in parts])
+    values = torch.cat([point_saliency(source.network, part).cpu() for part in parts])
     rows = list(zip(source.probabilities(), source.labels.tolist()))
     names = source.dataset.class_names
     captions = [prediction_caption(row, names, label) for row, label in rows]
@@ -221,7 +227,7 @@ def corruptions(arguments: argparse.Namespace, source: Source) -> CloudSheet:
 
     @torch.no_grad()
     def classify(cloud: Tensor, row: int) -> tuple[str, bool]:
-        probabilities = source.model(cloud[None].to(source.device)).float().softmax(1)[0].cpu()
+        probabilities = source.network(cloud[None].to(source.device)).float().softmax(1)[0].cpu()
         label = int(source.labels[row])
         verdict = prediction_caption(probabilities, names, label).splitlines()[1]
         return verdict, int(probabilities.argmax()) == label

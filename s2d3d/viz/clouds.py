@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from matplotlib import colormaps
@@ -23,6 +23,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..errors import InputError
 from .grid import INK, check_counts, columns_for
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Clouds: TypeAlias = "Sequence[ArrayLike] | Tensor"
+"""Arrays or CPU tensors (N, 3), where N may differ, or one CPU tensor (n, N, 3)."""
 
 VIEW = (-60.0, 20.0)
 """Azimuth of the camera about z, counted from +x towards +y, and its elevation above the ground; degrees."""
@@ -60,7 +66,7 @@ def height_colors(points: ArrayLike, *, colormap: str = "viridis") -> Array:
 
 
 def render_clouds(
-    clouds: Sequence[ArrayLike],
+    clouds: Clouds,
     *,
     colors: Sequence[ArrayLike | None] | None = None,
     scales: Sequence[ArrayLike | None] | None = None,
@@ -107,7 +113,7 @@ def render_clouds(
 
 
 def show_window(
-    clouds: Sequence[ArrayLike],
+    clouds: Clouds,
     captions: Sequence[str] = (),
     *,
     colors: Sequence[ArrayLike | None] | None = None,
@@ -173,7 +179,7 @@ class _Scene:
 
 
 def _prepare(
-    clouds: Sequence[ArrayLike],
+    clouds: Clouds,
     colors: Sequence[ArrayLike | None] | None,
     scales: Sequence[ArrayLike | None] | None,
     size: int,

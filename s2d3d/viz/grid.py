@@ -144,4 +144,4 @@ def _fit(texts: list[Text], width: float) -> None:
         widest = max((text.get_window_extent().width for text in texts), default=0)
         if widest > width:
             for text in texts:
-                text.set_fontsize(text.get_fontsize() * width / widest)
+                text.set_fontsize(float(text.get_fontsize()) * width / widest)

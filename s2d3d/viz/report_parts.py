@@ -28,12 +28,12 @@ def summary_rows(runs: Sequence["ReportRun"]) -> Rows:
     }
     for form, title in TITLES.items():
         reports = [run.metrics.get(form) for run in runs]
-        table[f"OA, {title}"] = [report and f"{100 * report['oa']:.2f} %" for report in reports]
-        table[f"mAcc, {title}"] = [report and f"{100 * report['macc']:.2f} %" for report in reports]
-    table["test loss"] = [run.final and f"{run.final['loss']:.4f}" for run in runs]
-    table["test clouds"] = [run.final and str(run.final["num_samples"]) for run in runs]
+        table[f"OA, {title}"] = [_percent(report, "oa") for report in reports]
+        table[f"mAcc, {title}"] = [_percent(report, "macc") for report in reports]
+    table["test loss"] = [f"{run.final['loss']:.4f}" if run.final else None for run in runs]
+    table["test clouds"] = [str(run.final["num_samples"]) if run.final else None for run in runs]
     table["evaluated for this report, OA"] = [_evaluated(run) for run in runs]
-    table["mean OA of corruptions"] = [run.robustness and f"{100 * run.robustness['mean_oa']:.2f} %" for run in runs]
+    table["mean OA of corruptions"] = [_percent(run.robustness, "mean_oa") for run in runs]
     counts = [run.metrics.get("parameters", {}) for run in runs]
     table["parameters in training"] = [_count(count.get("training")) for count in counts]
     final = [next((value for key, value in count.items() if key != "training"), None) for count in counts]
@@ -122,6 +122,10 @@ def _evaluated(run: "ReportRun") -> str | None:
         return None
     right = run.predictions.probabilities.argmax(1) == run.predictions.labels
     return f"{100 * float(right.double().mean()):.2f} %"
+
+
+def _percent(report: Mapping[str, Any] | None, key: str) -> str | None:
+    return f"{100 * report[key]:.2f} %" if report else None
 
 
 def _count(value: int | None) -> str | None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import InputError
-from .clouds import height_colors, render_clouds, show_window
+from .clouds import Clouds, height_colors, render_clouds, show_window
 from .grid import check_counts, draw_grid
 
 SUFFIXES = (".png", ".ply", ".html")
@@ -42,7 +42,7 @@ class CloudSheet:
         1
     """
 
-    clouds: Sequence[ArrayLike]
+    clouds: Clouds
     captions: Sequence[str]
     title: str
     colors: Sequence[ArrayLike | None] | None = None

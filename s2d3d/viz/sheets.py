@@ -270,9 +270,9 @@ def corruptions_sheet(
         raise InputError("severity is 0, must be 1 .. 5")
     clouds, texts, marks = [], [], []
     for row, (cloud, caption, index) in enumerate(zip(points, captions, indices)):
-        for name in (None, *CORRUPTIONS):
-            changed = cloud if name is None else corrupt(cloud, name, severity, seed=seed, index=index)
-            text, mark = f"{caption}, {name or 'as it is'}", None
+        for change in (None, *CORRUPTIONS):
+            changed = cloud if change is None else corrupt(cloud, change, severity, seed=seed, index=index)
+            text, mark = f"{caption}, {change or 'as it is'}", None
             if classify:
                 verdict, right = classify(changed, row)
                 text, mark = f"{text}\n{verdict}", None if right else WRONG

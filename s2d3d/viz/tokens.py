@@ -111,14 +111,16 @@ def token_experts(plan: Plan) -> Tensor:
 @contextlib.contextmanager
 def _plans(layer: ExpertLayer) -> Iterator[list[Plan]]:
     """Note the plans of a layer's calls."""
-    plans, original = [], layer.dispatch
+    plans: list[Plan] = []
+    original = layer.dispatch
 
     def dispatch(x: Tensor) -> tuple[Tensor, Plan | None]:
         slots, plan = original(x)
+        assert plan is not None  # the layer is in training mode
         plans.append(plan)
         return slots, plan
 
-    layer.dispatch = dispatch
+    layer.dispatch = dispatch  # type: ignore[method-assign]  # of this layer alone, until the end of the block
     try:
         yield plans
     finally:
