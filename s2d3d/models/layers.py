@@ -7,6 +7,8 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ops_linear import tall_linear
+
 if TYPE_CHECKING:
 
     class _GroupMaxContext(torch.autograd.function.FunctionCtx):
@@ -108,14 +110,15 @@ class GroupEncoder(nn.Module):
         (weight1, bias1), norm1, relu1, (weight2, bias2) = _layers(self.first_conv)
         (weight3, bias3), norm2, relu2, (weight4, bias4) = _layers(self.second_conv)
         points = groups.reshape(-1, channels)
-        points = F.linear(relu1(norm1(F.linear(points, weight1, bias1))), weight2)
+        points = tall_linear(relu1(norm1(F.linear(points, weight1, bias1))), weight2)
         width = points.shape[-1]
         pooled = max_over_group(points.view(-1, group_size, width)) + bias2
         of_group, of_point = weight3[:, :width], weight3[:, width:]
         shift = F.linear(pooled, of_group, F.linear(bias2, of_point, bias3))
-        points = F.linear(points, of_point).view(-1, group_size, of_point.shape[0])
+        points = tall_linear(points, of_point).view(-1, group_size, of_point.shape[0])
         points = relu2(norm2((points + shift.unsqueeze(1)).flatten(0, 1)))
-        tokens = max_over_group(F.linear(points, weight4).view(-1, group_size, weight4.shape[0])) + bias4
+        points = tall_linear(points, weight4).view(-1, group_size, weight4.shape[0])
+        tokens = max_over_group(points) + bias4
         return tokens.view(batch, num_group, -1)
 
 

@@ -1,0 +1,72 @@
+"""Linear layers over very many rows on a CPU: the same product by the faster of torch's two libraries."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from torch.nn import functional as F
+
+MIN_ROWS = 2048
+MIN_COLUMNS = 16
+"""Below these sizes the two libraries are equal, or the product is a small part of the time."""
+
+
+def tall_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Map x (N, I) to x @ weight.T (N, O), as `F.linear` without bias, faster for many rows of float32 on a CPU.
+
+    torch multiplies float32 matrices by MKL; for thousands of rows of a few hundred columns oneDNN, which torch ships
+    as well, takes 0.8 to 0.9 of its time (AMD EPYC, AVX2) in the forward pass and for the gradient of x. The gradient
+    of the weight stays with MKL, which is the faster one there. Everything else (GPUs, autocast, other types, few rows,
+    compiled, traced and exported graphs, `torch.backends.mkldnn` switched off) is `F.linear`.
+
+    Args:
+        x: (N, I).
+        weight: (O, I).
+
+    Returns:
+        (N, O); differs from `F.linear` by rounding.
+
+    Example:
+        >>> tall_linear(torch.ones(4096, 32), torch.ones(64, 32)).shape
+        torch.Size([4096, 64])
+    """
+    if not _pays(x, weight):
+        return F.linear(x, weight)
+    needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return _TallLinear.apply(x, weight) if needs_gradient else _onednn(x, weight)
+
+
+class _TallLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _onednn(x, weight)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        # In operations that have gradients of their own, so that second derivatives work too.
+        x, weight = ctx.saved_tensors
+        for_x, for_weight = ctx.needs_input_grad
+        return (
+            tall_linear(gradient, weight.t()) if for_x else None,
+            gradient.t() @ x if for_weight else None,
+        )
+
+
+def _onednn(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _pays(x: Tensor, weight: Tensor) -> bool:
+    return (
+        not (torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling())
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.shape[0] >= MIN_ROWS
+        and min(weight.shape) >= MIN_COLUMNS
+        and _HAS_ONEDNN
+        and torch.backends.mkldnn.enabled
+        and not torch.is_autocast_enabled("cpu")
+    )
