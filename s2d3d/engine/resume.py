@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..datasets import same_data
+from ..datasets.base import Fingerprint
 from ..errors import InputError, UnreadableError, printable
 from .checkpoint import load_checkpoint
 from .config import Config, parse_config
@@ -131,6 +133,37 @@ def check_same_run(state: dict[str, Any], config: Config, path: Path) -> None:
                 f"{path}: was trained with {key}={theirs.get(key)!r}, the config says {ours.get(key)!r}; "
                 "resume with the run's own config.yaml"
             )
+
+
+def check_same_data(
+    state: dict[str, Any],
+    progress: Progress,
+    where: str,
+    *,
+    root: str,
+    steps_per_epoch: int,
+    fingerprint: Fingerprint,
+    world_size: int,
+) -> None:
+    """Refuse to continue a run on other clouds, or with another number of processes.
+
+    Args:
+        state: the checkpoint.
+        progress: as it holds it.
+        where: for the message; as `root`, where the data of this run is.
+        steps_per_epoch: updates of an epoch of this run.
+        fingerprint: of its training set.
+        world_size: its processes.
+
+    Raises:
+        InputError: they differ.
+    """
+    if progress.updates != progress.epoch * steps_per_epoch + progress.step:
+        raise InputError(f"{where}: was trained on more or fewer shapes than {root} has; resume on its own data")
+    if "data" in state and not same_data(state["data"], fingerprint):
+        raise InputError(f"{where}: was trained on other clouds than those in {root}; resume on its own data")
+    if len(state["rng"]) != world_size:
+        raise InputError(f"{where}: was written by {len(state['rng'])} processes, this run has {world_size}")
 
 
 def _flatten(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:

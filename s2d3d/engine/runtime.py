@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -149,6 +150,18 @@ def rng_state(device: torch.device) -> dict[str, object]:
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
+
+
+def gather_states(runtime: Runtime, sums: torch.Tensor) -> tuple[list[Any], list[torch.Tensor]]:
+    """Return every rank's random state, as of `rng_state`, and every rank's `sums`, a tensor of the same shape."""
+    own = rng_state(runtime.device)
+    if not runtime.is_distributed:
+        return [own], [sums]
+    states: list[Any] = [None] * runtime.world_size
+    dist.all_gather_object(states, own)
+    all_sums = [torch.zeros_like(sums) for _ in states]
+    dist.all_gather(all_sums, sums)
+    return states, all_sums
 
 
 def set_rng_state(state: dict, device: torch.device) -> None:
