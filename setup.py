@@ -66,6 +66,8 @@ setup(
             "onnx>=1.16",
             "onnxruntime>=1.18",
             "onnxscript>=0.3",
+            "nbclient>=0.8",
+            "ipykernel>=6",
         ],
         "bench": [
             "mixture-of-experts>=0.2.3",

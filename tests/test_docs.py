@@ -1,7 +1,6 @@
 """What the pages show is run as it stands: the extension guide, the notebook, the configuration reference, the site."""
 
-import contextlib
-import io
+import json
 import re
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import nbformat
 import numpy as np
 import pytest
 import yaml
+from nbclient import NotebookClient
 
 import s2d3d
 from s2d3d import Trainer, datasets, load_config, load_model, models
@@ -90,17 +90,21 @@ def test_the_reference_names_every_key_with_its_default():
             assert info.description.split(";")[0] in page, f"{key}.{name}"
 
 
-def test_the_notebook_runs(repository, tmp_path, monkeypatch):
+def test_the_notebook_runs_in_a_kernel(repository, tmp_path):
     notebook = nbformat.read(repository / "examples" / "quickstart.ipynb", as_version=4)
     nbformat.validate(notebook)
     assert all(not cell.get("outputs") for cell in notebook.cells), "kept without output"
-    monkeypatch.chdir(tmp_path)
-    scope, said = {"__name__": "__main__"}, io.StringIO()
-    with contextlib.redirect_stdout(said):
-        for index, cell in enumerate(cell for cell in notebook.cells if cell.cell_type == "code"):
-            exec(compile(cell.source, f"quickstart.ipynb, cell {index}", "exec"), scope)
-    assert scope["trainer"].reports["merged"].oa > 2 / 12, "it learns"
-    assert "taken for" in said.getvalue() and (tmp_path / "quickstart" / "clouds.png").stat().st_size > 5000
+    client = NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    )
+    client.execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    said = "".join(output["text"] for output in outputs if output.output_type == "stream" and output.name == "stdout")
+    assert f"s2d3d {s2d3d.__version__}" in said and said.count("taken for") == 6
+    metrics = json.loads((tmp_path / "quickstart" / "run" / "metrics.json").read_text())
+    assert metrics["merged"]["oa"] > 2 / 12, "it learns"
+    (picture,) = (output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {}))
+    assert len(picture) > 5000 and (tmp_path / "quickstart" / "clouds.png").stat().st_size > 5000
 
 
 @pytest.mark.slow

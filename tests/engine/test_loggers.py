@@ -164,6 +164,61 @@ def test_wandb_gets_rows_results_and_the_same_run_on_resume(tiny_config, tmp_pat
     assert {item.shape for item in media["clouds/wrong"]} == {(128, 6)}
 
 
+def wandb_records(path):
+    """Return the records of an offline run: its file is a log in LevelDB's format behind a head of 7 bytes."""
+    from wandb.proto import wandb_internal_pb2
+
+    content, at, parts, records = path.read_bytes(), 7, [], []
+    assert content.startswith(b":W&B")
+    while at + 7 <= len(content):
+        left = 32768 - at % 32768
+        if left < 7:  # no place for the head of a part
+            at += left
+            continue
+        length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+        parts.append(content[at + 7 : at + 7 + length])
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            records.append(wandb_internal_pb2.Record.FromString(b"".join(parts)))
+            parts = []
+    assert not parts and records, "the file is complete"
+    return records
+
+
+def test_an_offline_run_of_the_real_wandb_holds_the_log(tiny_config, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="the extra wandb is not installed")
+    for name, value in (("MODE", "offline"), ("SILENT", "true"), ("CONSOLE", "off"), ("DISABLE_GIT", "true")):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    trainer = Trainer(tiny_config("log.wandb=clouds", "eval.every=1"))
+    trainer.fit()
+    wandb.teardown()
+    (path,) = trainer.folder.root.glob("wandb/offline-run-*/run-*.wandb")
+    records = wandb_records(path)
+    (run,) = (record.run for record in records if record.HasField("run"))
+    assert run.project == "clouds" and run.run_id == json.loads((trainer.folder.root / "wandb.json").read_text())["id"]
+    config = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in run.config.update}
+    assert config["model"]["name"] == "point_bert_tiny"
+
+    values = {}
+    for record in records:
+        row = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+        values |= {(key, row["_step"]): value for key, value in row.items()}
+    sent = {at: value for at, value in values.items() if not at[0].startswith("_") and "/" not in at[0]}
+    expected = log_csv(trainer.folder) | {("epoch", epoch): epoch for epoch in (1, 2)}
+    assert sent == {at: pytest.approx(value, rel=1e-5) for at, value in expected.items()}
+    assert ("test_oa", 1) in sent and ("train_loss", 2) in sent
+    confusion = path.parent / "files" / values["confusion/merged/path", 2]
+    assert values["confusion/merged/_type", 2] == "image-file" and confusion.read_bytes().startswith(b"\x89PNG")
+    clouds = [path.parent / "files" / "media" / "object3D" / name for name in values["clouds/wrong/filenames", 2]]
+    assert len(clouds) == CLOUDS and all(len(json.loads(cloud.read_text())) == 128 for cloud in clouds)
+    summary = {}
+    for record in records:
+        for item in record.summary.update:
+            summary[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+    metrics = json.loads(trainer.folder.metrics.read_text())
+    assert summary["merged_oa"] == pytest.approx(metrics["merged"]["oa"])
+
+
 @pytest.mark.parametrize(
     "override, module, command",
     [
