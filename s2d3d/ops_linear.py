@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 MIN_ROWS = 2048
 MIN_COLUMNS = 16
@@ -58,6 +59,12 @@ def _onednn(x: Tensor, weight: Tensor) -> Tensor:
 
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+if _HAS_ONEDNN:  # torch's counter of operations knows nothing of this one
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _flops(x: torch.Size, weight: torch.Size, *args: object, **kwargs: object) -> int:
+        return 2 * x[0] * weight[0] * weight[1]
 
 
 def _pays(x: Tensor, weight: Tensor) -> bool:

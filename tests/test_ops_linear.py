@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from s2d3d import ops_linear
 from s2d3d.ops_linear import MIN_COLUMNS, MIN_ROWS, tall_linear
@@ -95,3 +96,12 @@ def test_the_group_encoder_uses_it(calls):
     encoder = GroupEncoder(3, 32, encoder_width=16)
     encoder(torch.randn(2, MIN_ROWS // 16, 8, 3)).sum().backward()
     assert len(calls) == 6
+
+
+@needs_onednn
+def test_operations_are_counted(calls):
+    x, weight = (t.requires_grad_() for t in operands())
+    with FlopCounterMode(display=False) as counter:
+        tall_linear(x, weight).sum().backward()
+    assert calls
+    assert counter.get_total_flops() == 3 * 2 * x.shape[0] * weight.numel()
