@@ -34,21 +34,21 @@ def drawing_from(generator: torch.Generator) -> Iterator[None]:
     On a GPU the two share one state meanwhile, so that a graph under recording comes to hold that of `generator`.
     """
     if generator.device.type == "cpu":
-        before = torch.default_generator.get_state()
+        state = torch.default_generator.get_state()
         torch.default_generator.set_state(generator.get_state())
         try:
             yield
         finally:
             generator.set_state(torch.default_generator.get_state())
-            torch.default_generator.set_state(before)
+            torch.default_generator.set_state(state)
         return
     default = torch.cuda.default_generators[generator.device.index]
-    before = default.graphsafe_get_state()
+    shared = default.graphsafe_get_state()
     default.graphsafe_set_state(generator)
     try:
         yield
     finally:
-        default.graphsafe_set_state(before)
+        default.graphsafe_set_state(shared)
 
 
 class RecordedStep:
@@ -160,7 +160,8 @@ def _check_step(spec: ModelSpec, recordable: bool) -> TrainingStep:
         with torch.no_grad():
             for layer in expert_layers(step.model):
                 for parameter in layer.expert_parameters():
-                    parameter += SPREAD * torch.randn(parameter.shape, generator=generator).to(parameter.device)
+                    drawn = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+                    parameter.add_(SPREAD * drawn)
     return step
 
 

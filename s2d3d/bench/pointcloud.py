@@ -60,7 +60,7 @@ class Packed(nn.Module):
         return self.model(None, points.flatten(0, 1), of_cloud)
 
 
-def pointcloud_model(name: str, num_classes: int, kwargs: dict[str, object], ours: nn.Module) -> nn.Module:
+def pointcloud_model(name: str, num_classes: int, kwargs: dict[str, Any], ours: nn.Module) -> nn.Module:
     """Build the package's form of a model of ours.
 
     Args:
@@ -131,7 +131,7 @@ def _point_bert(num_classes: int, options: dict[str, Any], ours: nn.Module) -> n
         center = gather_points(xyz, farthest_point_sample(xyz, num_groups, skip_origin=True))
         return gather_points(xyz, nearest_neighbours(center, xyz, group_size)) - center.unsqueeze(2), center
 
-    package.group = group
+    vars(package)["group"] = group
     return model
 
 
@@ -146,7 +146,7 @@ def _point_transformer(num_classes: int, options: dict[str, Any], ours: nn.Modul
     )  # fmt: skip
     model.head = copy.deepcopy(ours.cls)  # in place of its single linear layer
     load_weights_(model, ours.state_dict(), _TRANSFORMER)
-    package.fps, package.knn, package.knn_graph = _fps, _knn, _knn_graph
+    vars(package).update(fps=_fps, knn=_knn, knn_graph=_knn_graph)
     return model
 
 
