@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..models.point_transformer import VectorAttention, find_neighbours
 from ..ops import nearest_neighbours
 from .interleave import Comparison, Contestant, Task, interleave
+from .layer import gradient_of
 from .packages import require
 from .pointcloud import point_transformer_conv
 from .reference import load_reference, submodule
@@ -41,7 +42,9 @@ def measure_attention(settings: Settings) -> Comparison:
 
         def outputs() -> list[Tensor]:
             rows = run().detach()
-            weights = gradients() if gradients else [module.linear_v.weight.grad, module.linear_q.weight.grad]
+            names = ("linear_v.weight", "linear_q.weight")
+            weights = gradients() if gradients else [gradient_of(module, name) for name in names]
+            assert x.grad is not None
             return [rows, x.grad.clone(), *weights]
 
         return Task(run, outputs)
@@ -70,7 +73,8 @@ def measure_attention(settings: Settings) -> Comparison:
         return task(
             layer,
             lambda: layer(x.flatten(0, 1), xyz.flatten(0, 1), edges()),
-            lambda: [layer.lin.weight.grad, -layer.lin_dst.weight.grad],  # its query has the other sign
+            # Its query has the other sign.
+            lambda: [gradient_of(layer, "lin.weight"), -gradient_of(layer, "lin_dst.weight")],
         )
 
     return interleave(

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from functools import partial
 
 from ..datasets import BatchLoader, PointCloudDataset
 from .interleave import Contestant, Task, interleave
@@ -73,7 +74,7 @@ def _deliver(
                 note=f"{stored}, scaled and shifted; no workers",
             ),
             *(
-                Contestant(f"train {name}", lambda spec=spec: build_step(spec), same_math=False, note="float32, dense")
+                Contestant(f"train {name}", partial(build_step, spec), same_math=False, note="float32, dense")
                 for name, spec in specs.items()
             ),
         ],

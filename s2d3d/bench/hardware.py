@@ -33,7 +33,9 @@ def hardware(device: torch.device, num_threads: int) -> dict[str, object]:
     """
     described = environment()
     del described["command"]  # it names folders of this machine
-    described["packages"] |= {name: version(name) for name in PACKAGES}
+    installed = described["packages"]
+    assert isinstance(installed, dict)
+    described["packages"] = installed | {name: version(name) for name in PACKAGES}
     chosen = {key: value for key, value in os.environ.items() if key.startswith("MALLOC_") or key == "LD_PRELOAD"}
     return {
         **described,
@@ -116,7 +118,8 @@ def matmul_rate(
 def _best_seconds(run: Callable[[], Tensor], device: torch.device, seconds: float) -> float:
     timer = make_timer(device)
     timer(run, 1)
-    ends, trials = time.perf_counter() + seconds, []
+    ends = time.perf_counter() + seconds
+    trials: list[float] = []
     while len(trials) < 2 or time.perf_counter() < ends:
         trials.append(timer(run, 1))
     return min(trials)

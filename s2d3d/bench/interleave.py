@@ -79,7 +79,13 @@ class LocalRunner:
     """Runs a task in this process."""
 
     def __init__(self, task: Task, timer: Timer) -> None:
-        self.task, self.timer = task, timer
+        self._task: Task | None = task
+        self.timer = timer
+
+    @property
+    def task(self) -> Task:
+        assert self._task is not None, "closed"
+        return self._task
 
     def outputs(self) -> list[Tensor] | None:
         return self.task.outputs() if self.task.outputs else None
@@ -91,7 +97,7 @@ class LocalRunner:
         return self.task.facts() if self.task.facts else {}
 
     def close(self) -> None:
-        self.task = None
+        self._task = None
 
 
 def local(timer: Timer) -> Start:
@@ -233,8 +239,8 @@ def interleave(
         repeats = _warm_up(runners, warmup, min_seconds)
         times: dict[str, list[float]] = {contestant: [] for contestant in runners}
         for index in tqdm(range(rounds), desc=name, leave=False, disable=None):
-            for contestant in order(list(runners), index):
-                times[contestant].append(runners[contestant].run(repeats[contestant]))
+            for turn in order(list(runners), index):
+                times[turn].append(runners[turn].run(repeats[turn]))
         facts = {contestant: runner.facts() for contestant, runner in runners.items()}
     finally:
         for runner in runners.values():

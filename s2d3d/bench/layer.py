@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..s2d import RUPMoF, TopKMoE, apply_ewa_, dispatch
 from .interleave import Comparison, Contestant, Task, interleave
-from .packages import packages
+from .packages import Package, packages
 from .section import Section, Settings, new_section
 
 EXPERTS = 4
@@ -51,12 +51,19 @@ def _layers(settings: Settings) -> Comparison:
             lambda: build(RUPMoF(ffn, EXPERTS), gradients=_stacked_gradients, native=True),
             note="scatter_add_ of torch",
         ),
-        Contestant("loop over experts", lambda: build(LoopMoF(ffn, EXPERTS), gradients=LoopMoF.gradients)),
+        Contestant("loop over experts", lambda: build(LoopMoF(ffn, EXPERTS), gradients=_summed_gradients)),
     ]
+
+    def routed_task(top_k: int) -> Task:
+        return build(TopKMoE(ffn, EXPERTS, top_k))
+
+    def public_task(package: Package) -> Task:
+        return build(package.build(dim, hidden, tokens, EXPERTS))
+
     routed = [
         Contestant(
             f"TopKMoE top-{top_k} (ours)",
-            lambda top_k=top_k: build(TopKMoE(ffn, EXPERTS, top_k)),
+            partial(routed_task, top_k),
             same_math=False,
             note="routed, drops nothing",
         )
@@ -65,7 +72,7 @@ def _layers(settings: Settings) -> Comparison:
     public = [
         Contestant(
             package.name,
-            lambda package=package: build(package.build(dim, hidden, tokens, EXPERTS)),
+            partial(public_task, package),
             same_math=False,
             note=package.note,
         )
@@ -95,10 +102,6 @@ class LoopMoF(nn.Module):
         for expert, part in zip(self.experts, parts):
             result[part] = expert(tokens[part])
         return result.view_as(x)
-
-    def gradients(self) -> list[Tensor]:
-        """Sum the gradients of the experts."""
-        return [sum(parts) for parts in zip(*map(_dense_gradients, self.experts))]
 
 
 def layer_task(
@@ -133,7 +136,8 @@ def layer_task(
 
     def native_run() -> Tensor:
         chosen = dispatch.scatter_backend
-        dispatch.scatter_backend = lambda: dispatch.native_scatter_sum
+        # Of the function's own cache nothing is needed here.
+        dispatch.scatter_backend = lambda: dispatch.native_scatter_sum  # type: ignore[assignment]
         try:
             return run()
         finally:
@@ -142,21 +146,32 @@ def layer_task(
     chosen_run = native_run if native else run
 
     def outputs() -> list[Tensor]:
-        return [chosen_run().detach(), tokens.grad, *(gradients(module) if gradients else [])]
+        output = chosen_run().detach()
+        assert tokens.grad is not None
+        return [output, tokens.grad, *(gradients(module) if gradients else [])]
 
     return Task(chosen_run, outputs)
 
 
+def gradient_of(module: nn.Module, name: str) -> Tensor:
+    """Return the gradient that a backward pass left at a parameter, such as "fc1.weight"."""
+    gradient = module.get_parameter(name).grad
+    assert gradient is not None
+    return gradient
+
+
 def _dense_gradients(ffn: nn.Module) -> list[Tensor]:
-    return [tensor.grad for tensor in (ffn.fc1.weight, ffn.fc1.bias, ffn.fc2.weight, ffn.fc2.bias)]
+    return [gradient_of(ffn, f"{layer}.{name}") for layer in ("fc1", "fc2") for name in ("weight", "bias")]
 
 
-def _stacked_gradients(layer: RUPMoF) -> list[Tensor]:
-    return [
-        tensor
-        for stacked in (layer.fc1, layer.fc2)
-        for tensor in (stacked.weight.grad.sum(0).t(), stacked.bias.grad.sum(0))
-    ]
+def _stacked_gradients(layer: nn.Module) -> list[Tensor]:
+    weight1, bias1, weight2, bias2 = (gradient.sum(0) for gradient in _dense_gradients(layer))
+    return [weight1.t(), bias1, weight2.t(), bias2]
+
+
+def _summed_gradients(loop: nn.Module) -> list[Tensor]:
+    experts = loop.get_submodule("experts").children()
+    return [torch.stack(parts).sum(0) for parts in zip(*map(_dense_gradients, experts))]
 
 
 def _stack(settings: Settings) -> nn.ModuleList:
@@ -213,12 +228,12 @@ def _average_naively(layers: nn.Module) -> None:
 
 
 def _optimizers(settings: Settings) -> Comparison:
-    def task(**options: bool) -> Task:
+    def task(fused: bool | None = None, foreach: bool | None = None) -> Task:
         layers = _stack(settings)
         generator = torch.Generator().manual_seed(2)
         for parameter in layers.parameters():
             parameter.grad = (torch.randn(parameter.shape, generator=generator) * 1e-2).to(parameter.device)
-        optimizer = torch.optim.AdamW(layers.parameters(), lr=5e-4, weight_decay=0.05, **options)
+        optimizer = torch.optim.AdamW(layers.parameters(), lr=5e-4, weight_decay=0.05, fused=fused, foreach=foreach)
 
         def outputs() -> list[Tensor]:
             optimizer.step()

@@ -51,7 +51,7 @@ def _mean_loss(spec: ModelSpec, dataset: PointCloudDataset, steps: int) -> float
     optimizer = build_optimizer(model, name="adamw", lr=LEARNING_RATE, weight_decay=0.05)
     loader = BatchLoader(dataset, min(spec.batch, len(dataset)), shuffle=True, drop_last=True, seed=spec.seed)
     seed_all(spec.seed)
-    losses = []
+    losses: list[torch.Tensor] = []
     while len(losses) < steps:
         for points, labels in loader:
             optimizer.zero_grad(set_to_none=True)

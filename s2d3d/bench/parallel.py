@@ -1,7 +1,7 @@
 """Weak scaling: the same batch for each rank, on one rank and on two."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -67,7 +67,9 @@ def _never() -> Task:
 class Ranks:
     """Worker processes that take each turn together; the time of a turn is that of the slowest."""
 
-    def __init__(self, name: str, builds: list[Callable[[], Task]], devices: list[str], num_threads: int) -> None:
+    def __init__(
+        self, name: str, builds: Sequence[Callable[[], Task]], devices: Sequence[str], num_threads: int
+    ) -> None:
         # All at once: a rank is built when it has met the others.
         self.workers = [
             WorkerRunner(f"{name} ({rank})", build, KEPT, torch.device(device), num_threads, wait=False)

@@ -5,6 +5,7 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,6 +30,7 @@ def load_reference(folder: Path = FOLDER) -> ModuleType:
         spec = importlib.util.spec_from_file_location(
             NAME, folder / "__init__.py", submodule_search_locations=[str(folder)]
         )
+        assert spec is not None and spec.loader is not None  # as for every file with Python's ending
         module = importlib.util.module_from_spec(spec)
         sys.modules[NAME] = module
         spec.loader.exec_module(module)
@@ -40,7 +42,7 @@ def submodule(package: ModuleType, name: str) -> ModuleType:
     return importlib.import_module(f"{package.__name__}.{name}")
 
 
-def reference_model(name: str, num_classes: int, kwargs: dict[str, object], seed: int) -> nn.Module:
+def reference_model(name: str, num_classes: int, kwargs: dict[str, Any], seed: int) -> nn.Module:
     """Build the reference module of a model of ours, with seeded weights as of a trained model.
 
     Raises:
@@ -53,7 +55,7 @@ def reference_model(name: str, num_classes: int, kwargs: dict[str, object], seed
     return package.draw_weights_(getattr(module, CLASSES[name])(num_classes, **kwargs), seed)
 
 
-def our_model(name: str, num_classes: int, kwargs: dict[str, object], seed: int) -> nn.Module:
+def our_model(name: str, num_classes: int, kwargs: dict[str, Any], seed: int) -> nn.Module:
     """Build a model of ours with the weights of its reference module where it has one, else with drawn ones.
 
     `draw_weights_` depends on names and shapes of tensors alone, which are those of the reference.

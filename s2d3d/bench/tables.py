@@ -123,7 +123,8 @@ def _measure(section: Section, key: str) -> str:
     measure = section.measures[key]
     if measure.value is None:
         return f"not measured: {measure.reason}"
-    quartiles = "" if measure.low is None else f" ({_number(measure.low)}-{_number(measure.high)})"
+    low, high = measure.low, measure.high
+    quartiles = "" if low is None or high is None else f" ({_number(low)}-{_number(high)})"
     return f"{_number(measure.value)}{quartiles}"
 
 

@@ -177,7 +177,8 @@ def judge(target: Target, measures: Mapping[str, Measure]) -> Verdict:
     elif target.sense == AT_LEAST:
         hit = value >= target.bound
     else:
-        inside = measure.low is not None and measure.low <= target.bound <= measure.high
+        low, high = measure.low, measure.high
+        inside = low is not None and high is not None and low <= target.bound <= high
         hit = inside or math.isclose(value, target.bound, abs_tol=EQUAL_WITHIN)
     if not hit:
         short = f"{100 * abs(value / target.bound - 1):.0f} % short of the bound"

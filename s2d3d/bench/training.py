@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ class ModelSpec:
     """
 
     name: str = "point_bert"
-    kwargs: dict[str, object] = field(default_factory=dict)
+    kwargs: dict[str, Any] = field(default_factory=dict)
     source: str = "ours"
     experts: int = 0
     merged: bool = False
@@ -62,7 +63,7 @@ class ModelSpec:
     device: str = "cpu"
     seed: int = 0
 
-    def but(self, **changes: object) -> "ModelSpec":
+    def but(self, **changes: Any) -> "ModelSpec":
         """Return a copy with other values."""
         return replace(self, **changes)
 
@@ -132,7 +133,9 @@ class TrainingStep:
         if spec.experts:
             self.ewa = EWA(self.model, share_rate=SHARE_RATE, schedule=schedule, total_steps=total_steps)
         self.parameters = list(self.model.parameters())
-        self.network = torch.compile(self.model, mode=spec.compile_mode) if spec.compile else self.model
+        self.network: nn.Module = self.model
+        if spec.compile:
+            self.network = cast(nn.Module, torch.compile(self.model, mode=spec.compile_mode))
         self.share_rate: float | Tensor = 0.0
         self.learning_rate: Tensor | None = None
         if recordable:
@@ -150,6 +153,7 @@ class TrainingStep:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
         else:
+            assert isinstance(self.share_rate, Tensor)
             self.share_rate.fill_(share_rate)
             self.learning_rate.fill_(learning_rate)
         if self.ewa:

@@ -70,6 +70,7 @@ def add_versus(section: Section, settings: Settings, name: str, comparison: Comp
     else:
         section.add_speedup(f"{name}.bf16_A", comparison, BF16, REFERENCE_A)
     rate = section.measures[f"{section.device}.{section.name}.matmul_float32"].value
+    assert rate is not None  # `add_rates` always measures float32
     least = flops / (rate * 1e9)
     section.add(f"{name}.gflop", flops / 1e9)
     section.add(f"{name}.limit_samples_per_second", comparison.samples / least)

@@ -7,6 +7,7 @@ import signal
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -80,7 +81,7 @@ class WorkerRunner:
     def facts(self) -> dict[str, float]:
         return self.ask("facts")
 
-    def ask(self, request: str, argument: int = 0) -> object:
+    def ask(self, request: str, argument: int = 0) -> Any:
         """Send a request and wait for the answer."""
         self.send(request, argument)
         return self.receive()
@@ -92,7 +93,7 @@ class WorkerRunner:
         except OSError:
             self._died()
 
-    def receive(self) -> object:
+    def receive(self) -> Any:
         """Wait for an answer, and raise here what was raised there."""
         try:
             kind, content = self.connection.recv()
@@ -114,7 +115,7 @@ class WorkerRunner:
             self.process.kill()
             self.process.join()
 
-    def _died(self) -> None:
+    def _died(self) -> NoReturn:
         self.process.join(10)
         code = self.process.exitcode
         likely = "; killed, probably for lack of memory" if code == -signal.SIGKILL else ""
@@ -136,6 +137,7 @@ def serve(connection: Connection, build: Callable[[], Task], allocator: str, dev
         connection.send(("ready", None))
         while True:
             request, argument = connection.recv()
+            answer: object
             if request == "run":
                 answer = runner.run(argument)
             elif request == "outputs":

@@ -2,11 +2,15 @@
 
 import importlib.util
 import math
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from .mof import ExpertLayer
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 SCHEDULES = ("linear", "constant")
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -194,8 +198,9 @@ def _average_(stacked: Tensor, share_rate: float | Tensor) -> None:
         return
     weight = share_rate * num_experts / (num_experts - 1)
     if hasattr(stacked, "placements"):  # sharded by FSDP2, with a part of every expert here: `expert_placement`
-        _check_placements(stacked)
-        stacked = stacked.to_local()
+        sharded = cast("DTensor", stacked)
+        _check_placements(sharded)
+        stacked = sharded.to_local()
     if _HAS_TRITON and stacked.is_cuda and stacked.is_contiguous() and stacked.dtype in _KERNEL_DTYPES:
         from .ewa_triton import average_experts_
 
@@ -212,7 +217,7 @@ def _average_(stacked: Tensor, share_rate: float | Tensor) -> None:
         stacked.copy_(exact.lerp_(exact.mean(0, keepdim=True), weight))
 
 
-def _check_placements(stacked: Tensor) -> None:
+def _check_placements(stacked: "DTensor") -> None:
     if any(placement.is_shard(0) or placement.is_partial() for placement in stacked.placements):
         raise ValueError(
             "experts are sharded one from another, so that their mean is not at hand: "
