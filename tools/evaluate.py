@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from functools import partial
 
 from s2d3d import evaluate, load_checkpoint
+from s2d3d.datasets import PointCloudDataset
 from s2d3d.datasets.corruptions import CorruptedDataset, parse_corruption
+from s2d3d.datasets.file_set import find_files, folder_labels, load_files
 from s2d3d.engine.checkpoint import build_model
-from s2d3d.engine.cli import add_overrides, check_overrides, refuse_existing, run_tool
-from s2d3d.engine.config import parse_config
+from s2d3d.engine.cli import add_files, add_overrides, check_overrides, refuse_existing, run_tool
+from s2d3d.engine.config import Config, parse_config
 from s2d3d.engine.data import build_dataset, build_test_loader, check_classes
 from s2d3d.engine.robustness import (
     SEED,
@@ -29,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__)
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a checkpoint, sparse or dense")
     add_overrides(parser)
+    add_files(parser, "instead of the data set files, or folders of them, each in a folder named after its class")
     parser.add_argument("--votes", type=int, metavar="N", help="passes whose logits are averaged; default: eval.votes")
     parser.add_argument("--corruption", metavar="NAME:SEVERITY|all", help="corrupt the clouds; all: table and mCE")
     parser.add_argument("--reference", metavar="FILE.json", help="for mCE; default: robustness.json of the dense twin")
@@ -57,8 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
     config = parse_config(payload["config"], where=arguments.checkpoint, overrides=arguments.overrides)
     keep_large_allocations()
     model = build_model(payload, where=arguments.checkpoint).to(device)
-    dataset = build_dataset(config.data, "test", seed=config.seed)
-    check_classes(dataset, payload["class_names"], arguments.checkpoint)
+    dataset = read_dataset(arguments, config, payload["class_names"])
     votes = config.eval.votes if arguments.votes is None else arguments.votes
     make_loader = partial(build_test_loader, data=config.data, batch_size=config.eval.batch_size, seed=config.seed)
     progress = config.log.progress
@@ -80,6 +82,29 @@ def run(arguments: argparse.Namespace) -> None:
     if output:
         write_json(output, {"checkpoint": str(arguments.checkpoint), **result})
         print(f"written to {output}")
+
+
+def read_dataset(arguments: argparse.Namespace, config: Config, class_names: Sequence[str]) -> PointCloudDataset:
+    """Read the test split of the checkpoint's data set, or the files that are named instead."""
+    if not arguments.files:
+        if arguments.up_axis:
+            raise InputError("--up-axis: is for --files only; that of a data set is data.up_axis")
+        dataset = build_dataset(config.data, "test", seed=config.seed)
+        check_classes(dataset, class_names, arguments.checkpoint)
+        return dataset
+    files = find_files(arguments.files)
+    labels = folder_labels(files, class_names)
+    if labels is None:
+        other = next(file for file in files if folder_labels([file], class_names) is None)
+        raise InputError(
+            f"{other}: its folder '{other.resolve().parent.name}' is none of the {len(class_names)} classes of "
+            f"{arguments.checkpoint}; name folders after classes, or classify without labels: tools/predict.py"
+        )
+    data = config.data
+    return load_files(
+        files, class_names, labels, num_points=data.num_points, up_axis=arguments.up_axis or "z",
+        normalize=bool(data.normalize), seed=config.seed,
+    )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from s2d3d import load_checkpoint, load_config
 from s2d3d.datasets import PointCloudDataset
 from s2d3d.datasets.base import derived_generator
+from s2d3d.datasets.file_set import find_files, folder_labels, load_files
 from s2d3d.engine.checkpoint import build_model, require_sparse
-from s2d3d.engine.cli import add_overrides, check_overrides, refuse_existing, run_tool
+from s2d3d.engine.cli import add_files, add_overrides, check_overrides, refuse_existing, run_tool
 from s2d3d.engine.config import Config, parse_config
 from s2d3d.engine.data import build_dataset, check_classes
 from s2d3d.engine.predictions import class_probabilities
@@ -43,7 +44,10 @@ OWN_FLAGS = {"passes": ("experts", 4), "layer": ("experts", None), "severity": (
 
 @dataclass(frozen=True)
 class Source:
-    """Where the clouds come from: a data set, the clouds chosen of it, and a model where a checkpoint is given."""
+    """Where the clouds come from: a data set, the clouds chosen of it, and a model where a checkpoint is given.
+
+    Files may be a data set without labels.
+    """
 
     config: Config
     dataset: PointCloudDataset
@@ -53,10 +57,21 @@ class Source:
     model: nn.Module | None
     device: torch.device
     title: str
+    labelled: bool = True
 
     @property
     def captions(self) -> list[str]:
+        if not self.labelled:
+            return [self.dataset.names[index] for index in self.chosen]
         return [self.dataset.class_names[label] for label in self.labels]
+
+    def verdict(self, shares: Tensor, row: int) -> tuple[str, bool]:
+        """Caption a cloud with what the model says, shares (num_classes,); and tell whether that is wrong."""
+        names, label = self.dataset.class_names, int(self.labels[row])
+        if self.labelled:
+            return prediction_caption(shares, names, label), int(shares.argmax()) != label
+        confidence, guess = shares.max(0)
+        return f"{self.captions[row]}\n{names[int(guess)]}, {100 * float(confidence):.0f} %", False
 
     @property
     def network(self) -> nn.Module:
@@ -75,6 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--checkpoint", metavar="FILE", help="a model, and the data set that it was trained on")
     source.add_argument("--config", metavar="FILE", help="a data set, without a model")
     add_overrides(parser)
+    add_files(parser, "draw files, or folders of them, instead of the data set")
     parser.add_argument(
         "--kind", choices=("gallery", *NUM_CLOUDS), help="default: predictions of a checkpoint, gallery of a config"
     )
@@ -146,24 +162,50 @@ def read_source(arguments: argparse.Namespace) -> Source:
         model = build_model(payload, where=arguments.checkpoint).to(device)
     else:
         config = load_config(arguments.config, arguments.overrides)
-    dataset = build_dataset(config.data, arguments.split, seed=config.seed)
-    if model is not None:
-        check_classes(dataset, payload["class_names"], arguments.checkpoint)
+    known = payload["class_names"] if model is not None else []
+    dataset, labelled = read_dataset(arguments, config, known)
+    if not arguments.files and model is not None:
+        check_classes(dataset, known, arguments.checkpoint)
+    if arguments.files:
+        arguments.num_clouds = arguments.num_clouds or min(len(dataset), MOST_CLOUDS)
     usual = (
         len(dataset.labels.unique()) if arguments.kind == "gallery" else min(NUM_CLOUDS[arguments.kind], len(dataset))
     )
     count = usual if arguments.num_clouds is None else arguments.num_clouds
     chosen = choose_clouds(dataset, count, arguments.seed)
+    if arguments.files:
+        chosen = chosen.sort().values
     points, labels = dataset.batch(chosen, augment=False)
-    title = f"{arguments.split} split of {config.data.name}"
+    title = "files" if arguments.files else f"{arguments.split} split of {config.data.name}"
     if arguments.checkpoint:
         title += f", {arguments.checkpoint}"
-    return Source(config, dataset, chosen, points, labels, model, device, title)
+    return Source(config, dataset, chosen, points, labels, model, device, title, labelled)
+
+
+def read_dataset(
+    arguments: argparse.Namespace, config: Config, class_names: Sequence[str]
+) -> tuple[PointCloudDataset, bool]:
+    """Read a split of the data set, or the files that are named instead; tell whether the clouds have labels."""
+    data = config.data
+    if not arguments.files:
+        if arguments.up_axis:
+            raise InputError("--up-axis: is for --files only; that of a data set is data.up_axis")
+        return build_dataset(data, arguments.split, seed=config.seed), True
+    files = find_files(arguments.files)
+    labels = folder_labels(files, class_names)
+    dataset = load_files(
+        files, class_names or ["file"], labels, num_points=data.num_points, up_axis=arguments.up_axis or "z",
+        normalize=bool(data.normalize), seed=arguments.seed,
+    )  # fmt: skip
+    return dataset, labels is not None
 
 
 def gallery(arguments: argparse.Namespace, source: Source) -> CloudSheet:
-    """Clouds of every class in the order of the classes."""
+    """Clouds of every class in the order of the classes; files in theirs."""
     data, dataset = source.config.data, source.dataset
+    if arguments.files:
+        title = f"{len(source.points)} files, {data.num_points} points each\ncolour shows height"
+        return CloudSheet(source.points, [dataset.names[index] for index in source.chosen], title)
     title = (
         f"{data.name}, {arguments.split} split\n"
         f"{len(source.points)} of {len(dataset)} clouds, {data.num_points} points each; colour shows height"
@@ -174,6 +216,10 @@ def gallery(arguments: argparse.Namespace, source: Source) -> CloudSheet:
 def predictions(arguments: argparse.Namespace, source: Source) -> CloudSheet:
     """What the model takes the clouds for, wrong ones first; says so on stdout too."""
     probabilities, names = source.probabilities(), source.dataset.class_names
+    if not source.labelled:
+        captions = [source.verdict(shares, row)[0] for row, shares in enumerate(probabilities)]
+        print("\n".join(caption.replace("\n", ": ") for caption in captions))
+        return CloudSheet(source.points, captions, f"{len(captions)} files\n{source.title}; colour shows height")
     sheet = predictions_sheet(source.points, source.labels, probabilities, names, f"sample of the {source.title}")
     confidence, guesses = probabilities.max(1)
     for index in (guesses != source.labels).nonzero().flatten().tolist():
@@ -213,24 +259,21 @@ def saliency(arguments: argparse.Namespace, source: Source) -> CloudSheet:
     """Which points the predicted class depends on."""
     parts = source.points.to(source.device).split(source.config.eval.batch_size)
     values = torch.cat([point_saliency(source.network, part).cpu() for part in parts])
-    rows = list(zip(source.probabilities(), source.labels.tolist()))
-    names = source.dataset.class_names
-    captions = [prediction_caption(row, names, label) for row, label in rows]
-    marks = [None if int(row.argmax()) == label else WRONG for row, label in rows]
+    verdicts = [source.verdict(shares, row) for row, shares in enumerate(source.probabilities())]
+    captions = [caption for caption, _ in verdicts]
+    marks = [WRONG if wrong else None for _, wrong in verdicts]
     title = f"gradient of the predicted class by each point\n{source.title}; dark: none, light: large"
     return saliency_sheet(source.points, values, captions, title, marks)
 
 
 def corruptions(arguments: argparse.Namespace, source: Source) -> CloudSheet:
     """Clouds as they are and under each corruption, with the model's verdict where there is a model."""
-    names = source.dataset.class_names
 
     @torch.no_grad()
     def classify(cloud: Tensor, row: int) -> tuple[str, bool]:
-        probabilities = source.network(cloud[None].to(source.device)).float().softmax(1)[0].cpu()
-        label = int(source.labels[row])
-        verdict = prediction_caption(probabilities, names, label).splitlines()[1]
-        return verdict, int(probabilities.argmax()) == label
+        shares = source.network(cloud[None].to(source.device)).float().softmax(1)[0].cpu()
+        caption, wrong = source.verdict(shares, row)
+        return caption.splitlines()[1], not wrong
 
     return corruptions_sheet(
         source.points,

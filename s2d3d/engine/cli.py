@@ -64,6 +64,12 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_files(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add `--files`, which takes the place of the data set, and `--up-axis` of these files."""
+    parser.add_argument("--files", nargs="+", metavar="PATH", help=f"{what}: .ply .pcd .off .obj .xyz .npy .txt")
+    parser.add_argument("--up-axis", choices=("y", "z"), help="vertical of the --files; default: z")
+
+
 def check_overrides(overrides: Sequence[str], sections: Sequence[str]) -> None:
     """Refuse overrides that a tool which reads a checkpoint would ignore.
 

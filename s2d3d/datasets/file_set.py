@@ -1,0 +1,78 @@
+"""Single files as a data set: clouds and meshes of any origin, whose folders may be named after their classes."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..errors import InputError
+from .base import PointCloudDataset
+from .files import SUFFIXES, read_cloud
+
+
+def find_files(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """Return the files named, and of each folder named all that `read_points` reads, in the order of their paths.
+
+    Raises:
+        InputError: a folder without such a file.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        if path.is_dir() and not inside:
+            raise InputError(f"{path}: holds no file of {', '.join(SUFFIXES)}")
+        found += inside if path.is_dir() else [path]
+    return found
+
+
+def folder_labels(files: Sequence[Path], class_names: Sequence[str]) -> list[int] | None:
+    """Return the class of each file, which the name of its folder tells; None if one is in another folder.
+
+    Example:
+        >>> folder_labels([Path("test/mug/1.off"), Path("box/a.ply")], ["box", "mug"])
+        [1, 0]
+        >>> folder_labels([Path("mug/1.off"), Path("Downloads/a.ply")], ["box", "mug"])
+    """
+    numbers = {name: label for label, name in enumerate(class_names)}
+    labels = [numbers.get(file.resolve().parent.name) for file in files]
+    known = [label for label in labels if label is not None]
+    return known if len(known) == len(labels) else None
+
+
+def load_files(
+    files: Sequence[Path],
+    class_names: Sequence[str],
+    labels: Sequence[int] | None,
+    *,
+    num_points: int,
+    up_axis: str = "z",
+    normalize: bool = True,
+    seed: int = 0,
+) -> PointCloudDataset:
+    """Read files as a test split, each cloud as `read_cloud` gives it.
+
+    Args:
+        files: at least one.
+        class_names: of the model.
+        labels: class of each file; None where they have none, which gives them the first for a place holder.
+        num_points: of a cloud.
+        up_axis: vertical axis of the files, "y" or "z".
+        normalize: as the model was trained, `data.normalize`.
+        seed: of the points drawn from meshes.
+
+    Raises:
+        InputError: a file that cannot be read, or has fewer points.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "cloud.xyz")
+        >>> _ = path.write_text("0 0 0\\n1 0 0\\n0 1 0\\n0 0 1\\n")
+        >>> load_files([path], ["box", "mug"], [1], num_points=4).batch(torch.tensor([0]))[0].shape
+        torch.Size([1, 4, 3])
+    """
+    clouds = [read_cloud(file, num_points, up_axis=up_axis, normalize=normalize, seed=seed) for file in files]
+    return PointCloudDataset(
+        torch.stack(clouds), torch.tensor(labels or [0] * len(files)), class_names, names=[file.name for file in files],
+        split="test", num_points=num_points, normalize=False, source="files",
+    )  # fmt: skip
