@@ -1,10 +1,21 @@
 """Linear layers over very many rows on a CPU: the same product by the faster of torch's two libraries."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
+
+if TYPE_CHECKING:
+
+    class _TallContext(FunctionCtx):
+        """What `_TallLinear` hands from its forward to its backward pass."""
+
+        saved_tensors: tuple[Tensor, Tensor]
+        needs_input_grad: tuple[bool, bool]
+
 
 MIN_ROWS = 2048
 MIN_COLUMNS = 16
@@ -38,12 +49,12 @@ def tall_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 class _TallLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: "_TallContext", x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         return _onednn(x, weight)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: "_TallContext", gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         # In operations that have gradients of their own, so that second derivatives work too.
         x, weight = ctx.saved_tensors
         for_x, for_weight = ctx.needs_input_grad
@@ -75,6 +86,6 @@ def _pays(x: Tensor, weight: Tensor) -> bool:
         and x.shape[0] >= MIN_ROWS
         and min(weight.shape) >= MIN_COLUMNS
         and _HAS_ONEDNN
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
     )

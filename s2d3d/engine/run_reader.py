@@ -111,9 +111,11 @@ def _read_log(path: Path) -> list[dict[str, float]]:
     return log
 
 
-def _number(text: object) -> float | None:
+def _number(text: str | list[str] | None) -> float | None:
+    if not isinstance(text, str):  # a row with fewer or more cells than columns
+        return None
     try:
-        value = float(text)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+        value = float(text)
+    except ValueError:
         return None
     return value if math.isfinite(value) else None
