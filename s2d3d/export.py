@@ -81,11 +81,7 @@ def export_model(
             _import(package)
     # fold_batchnorm copies; the copy before it keeps the caller's mode and device.
     network = fold_batchnorm(copy.deepcopy(model).cpu().float().eval()).requires_grad_(False)
-    example = torch.rand(2, num_points, in_channels, generator=torch.Generator().manual_seed(0)) - 0.5
-    try:
-        classes = network(example).shape[1]
-    except ValueError as error:
-        raise InputError(f"clouds of {num_points} points do not pass through the model: {error}") from error
+    example, classes = example_clouds(network, num_points, in_channels)
     least = fewest_points(network)
     free_points = num_points >= least and not (format == "torchscript" and isinstance(network, PointTransformer))
     described = {
@@ -102,6 +98,25 @@ def export_model(
     with replacing(path) as file:
         file.write(content)
     return Path(path)
+
+
+@torch.no_grad()
+def example_clouds(model: nn.Module, num_points: int, in_channels: int = 3) -> tuple[Tensor, int]:
+    """Return two clouds (2, N, C) that pass through a model on the CPU, and its number of classes.
+
+    Raises:
+        InputError: the model needs more points.
+
+    Example:
+        >>> from s2d3d import create_model
+        >>> example_clouds(create_model("point_bert_tiny", num_classes=3, depth=1, num_group=4).eval(), 64)[1]
+        3
+    """
+    example = torch.rand(2, num_points, in_channels, generator=torch.Generator().manual_seed(0)) - 0.5
+    try:
+        return example, model(example).shape[1]
+    except ValueError as error:
+        raise InputError(f"clouds of {num_points} points do not pass through the model: {error}") from error
 
 
 def fewest_points(network: nn.Module) -> int:

@@ -17,7 +17,7 @@ from s2d3d.engine.cli import add_overrides, check_overrides, refuse_existing, ru
 from s2d3d.engine.config import Config, parse_config
 from s2d3d.engine.data import build_dataset, check_classes
 from s2d3d.errors import InputError
-from s2d3d.export import FORMATS, load_exported
+from s2d3d.export import FORMATS, example_clouds, load_exported
 from s2d3d.export_check import TOLERANCE, compare_exported
 
 
@@ -69,6 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = parse_config(payload["config"], where=arguments.checkpoint, overrides=overrides)
     model = build_model(payload, where=arguments.checkpoint, merge=arguments.merge)
     described, num_points = payload["model"], config.data.num_points
+    example_clouds(model, num_points, described["in_channels"])  # before any data is read
     points, source = test_clouds(config, payload, arguments)
     metadata = {
         "model": described["name"],

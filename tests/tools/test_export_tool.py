@@ -1,26 +1,31 @@
 """tools/export.py: dense checkpoints become files, sparse ones only when asked to merge."""
 
+import re
+
 import torch
 
 from s2d3d import create_dataset, load_model
+from s2d3d.bench import latency
 from s2d3d.export import load_exported
 
 
-def test_merged_and_sparse_checkpoints_give_the_same_file(fork, trained, shapes_root, tmp_path):
-    results = {}
+def test_merged_and_sparse_checkpoints_give_the_same_file(call, trained, shapes_root, tmp_path, monkeypatch):
+    monkeypatch.setattr(latency, "FORMATS", {"torchscript": ".pt"})  # the others take their time to export
+    results, page = {}, tmp_path / "latency.md"
     for name, source in (("merged", (trained.merged,)), ("sparse", (trained.last, "--merge"))):
         output = tmp_path / f"{name}.pt"
-        latency = ("--latency", "--rounds", 2) if name == "merged" else ()
-        process = fork("export", "--checkpoint", *source, "--output", output, *latency)
-        assert process.returncode == 0 and "error" not in process.stderr, process.stderr
-        assert (
-            process.stdout.startswith(f"written to {output}: torchscript, ")
-            and "free: batch and points" in process.stdout
-        )
-        results[name] = process.stdout
-    for name in ("checkpoint", "fresh dense", "BatchNorm folded", "exported"):
-        assert results["merged"].count(f"| {name} ") == 2
-    assert "| exported" not in results["sparse"]
+        timed = ("--latency", "--rounds", 1, "--page", page) if name == "merged" else ()
+        result = call("export", "--checkpoint", *source, "--output", output, "--clouds", 20, *timed)
+        assert result.code == 0 and "error" not in result.err, result.err
+        first, whole, half, *_ = result.out.splitlines()
+        assert first.startswith(f"written to {output}: torchscript, ") and first.endswith("free: batch and points")
+        for line, count in ((whole, 128), (half, 64)):
+            start = f"20 test clouds of shapes, {count} points: largest difference of a logit "
+            assert line.startswith(start) and line.endswith("; the same class for 20 of 20"), line
+        results[name] = result.out
+    for name in ("dense", "dense again", "merged", "merged, BatchNorm folded", "TorchScript"):
+        assert len(re.findall(rf"^\| {name} +\|", page.read_text(), flags=re.MULTILINE)) == 2
+    assert page.read_text().strip() in results["merged"] and "| merged" not in results["sparse"]
     dataset = create_dataset("shapes", shapes_root, "test", num_points=128)
     points, _ = dataset.batch(torch.arange(len(dataset)), augment=False)
     expected = load_model(trained.merged)(points)
@@ -29,6 +34,34 @@ def test_merged_and_sparse_checkpoints_give_the_same_file(fork, trained, shapes_
         assert (exported(points) - expected).abs().max() < 1e-4
         assert exported.metadata["class_names"] == dataset.class_names
         assert (exported.metadata["num_points"], exported.metadata["normalize"]) == (128, "unit_sphere")
+
+
+def test_without_the_data_set_it_compares_on_procedural_clouds_and_says_so(call, trained, tmp_path, monkeypatch):
+    content = torch.load(trained.merged, weights_only=True)
+    content["config"]["data"]["root"] = "gone"
+    moved = tmp_path / "moved.pt"
+    torch.save({key: value for key, value in content.items() if key != "checksums"}, moved)
+    result = call("export", "--checkpoint", moved, "--output", tmp_path / "a.pt", "--clouds", 3)
+    assert result.code == 0, result.err
+    assert "3 procedural clouds (gone is not here; name it by data.root=DIR), 128 points: largest" in result.out
+    missing = ("--output", tmp_path / "b.pt", "data.root=gone")
+    assert call("export", "--checkpoint", moved, *missing).err.startswith("error: gone")
+
+
+def test_a_file_that_computes_something_else_is_named(tool, trained, tmp_path, monkeypatch, capsys):
+    export = tool("export")
+    right = export.load_exported
+
+    def wrong(path, threads=None):
+        exported = right(path, threads=threads)
+        run = exported._run
+        exported._run = lambda points: run(points) + 1e-3
+        return exported
+
+    monkeypatch.setattr(export, "load_exported", wrong)
+    output = tmp_path / "a.pt"
+    assert export.main(["--checkpoint", str(trained.merged), "--output", str(output), "--clouds", "5"]) == 1
+    assert capsys.readouterr().err == f"error: {output}: differs from PyTorch by more than 0.0001; do not use it\n"
 
 
 def test_what_it_refuses(refuses, trained, tmp_path):
@@ -48,3 +81,7 @@ def test_what_it_refuses(refuses, trained, tmp_path):
         refuses(*model, "--output", trained.merged, "--force")
         == f"{trained.merged}: is what is read; choose another output"
     )
+    output = ("--output", tmp_path / "a.pt")
+    assert refuses(*model, *output, "--page", tmp_path / "a.md") == "--page: is for --latency only"
+    assert refuses(*model, *output, "--clouds", 0) == "--clouds is 0, must be at least 1"
+    assert refuses(*model, *output, "train.epochs=3").startswith("override 'train.epochs=3': has no effect")
