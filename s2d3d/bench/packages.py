@@ -41,8 +41,8 @@ def packages() -> list[Package]:
 
 INSTALL = {
     "torch-cluster": "pip install --no-build-isolation torch-cluster",
-    "pyg-lib": "which is on no package index, see the page on installation of torch-geometric",
-    "tutel": "which is on no package index: "
+    "pyg-lib": "it is on no package index, see the page on installation of torch-geometric",
+    "tutel": "it is on no package index; "
     "pip install --no-build-isolation git+https://github.com/microsoft/tutel builds it",
 }
 """How to install what `pip install NAME` does not."""

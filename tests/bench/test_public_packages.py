@@ -119,10 +119,10 @@ def test_operators_that_select_other_points_are_refused(monkeypatch):
     [
         ("torch_cluster", "torch-cluster", "pip install --no-build-isolation torch-cluster"),
         ("torch_pointcloud.ops.cluster", "torch-pointcloud", "pip install torch-pointcloud"),
-        ("pyg_lib", "pyg-lib", "which is on no package index, see the page on installation of torch-geometric"),
+        ("pyg_lib", "pyg-lib", "it is on no package index, see the page on installation of torch-geometric"),
         (
             "tutel.moe", "tutel",
-            "which is on no package index: pip install --no-build-isolation git+https://github.com/microsoft/tutel "
+            "it is on no package index; pip install --no-build-isolation git+https://github.com/microsoft/tutel "
             "builds it",
         ),
     ],
