@@ -37,7 +37,6 @@ lint: $(VENV)/.s2d3d
 	$(RUN) -m ruff check .
 
 types: $(VENV)/.s2d3d
-	$(PIP) "mypy>=1.10" types-PyYAML types-tqdm
 	$(RUN) -m mypy
 
 docs: $(VENV)/.s2d3d
