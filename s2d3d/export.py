@@ -295,7 +295,9 @@ _READERS = {"onnx": _read_onnx, "torchscript": _read_torchscript, "torch_export"
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporters' remarks about themselves to themselves."""
-    noisy = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx", "torch.export")]
+    noisy = [
+        logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx", "torch.export", "torch._export")
+    ]
     levels = [logger.level for logger in noisy]
     for logger in noisy:
         logger.setLevel(logging.ERROR)

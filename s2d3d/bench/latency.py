@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from ..export import FORMATS, Exported, export_model, load_exported
 from ..export_check import TOLERANCE
 from ..models import create_model, fold_batchnorm
+from .hardware import version
 from .interleave import Comparison, Contestant, Task, interleave, local, make_timer
 from .section import Settings, new_section
 from .tables import comparison_table, hardware_lines
 
 BATCHES = (1, 32)
+PACKAGES = ("torch", "numpy", "timm", "onnx", "onnxruntime", "onnxscript")
 DENSE, AGAIN, MERGED, FOLDED = "dense", "dense again", "merged", "merged, BatchNorm folded"
 NOTES = {
     DENSE: "the architecture without experts, the same weights",
@@ -124,9 +126,10 @@ def latency_page(
     """
     settings = Settings(torch.device("cpu"), torch.get_num_threads(), rounds=rounds)
     section = new_section("latency", "Latency", settings)
+    section.hardware["packages"] = {name: version(name) for name in PACKAGES}
     forms = model_forms(model, exported, payload, points.shape[1])
     tables = [comparison_table(one) for one in measure_latency(forms, without_ties(forms, points), rounds=rounds)]
-    return "\n\n".join([*tables, "\n".join(hardware_lines(section))])
+    return "\n\n".join([f"# Latency of {payload['model']['name']}", *tables, "\n".join(hardware_lines(section))])
 
 
 def _task(form: Form, points: Tensor) -> Task:

@@ -33,6 +33,7 @@ def test_the_page_has_every_form_and_batch(model, tmp_path, monkeypatch):
     for name, value in ((DENSE, "base"), (AGAIN, "0.0e+00"), (MERGED, "0.0e+00")):
         assert all(row[deviation] == value for row in rows[name])
     assert all(float(row[deviation]) < 1e-4 for row in rows["TorchScript"])
+    assert page.startswith("# Latency of point_bert_tiny\n") and "onnxruntime " in page
     assert "- processor: " in page and "load average before" in page
 
 
