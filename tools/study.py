@@ -1,4 +1,7 @@
-"""Run a study: arms times seeds, paired; then its tables and figure, from the results of the finished runs."""
+"""Run a study: arms times seeds, paired; then its tables and figure, from the results of the finished runs.
+
+With --overview, run nothing: bring the table of all studies of a folder up to date inside a page.
+"""
 
 import argparse
 import sys
@@ -9,6 +12,7 @@ from s2d3d.engine.cli import add_overrides, run_tool
 from s2d3d.engine.study import missing_cells, run_study
 from s2d3d.engine.study_config import load_study
 from s2d3d.engine.study_jobs import Launcher, Outcome, ProcessLauncher, SubmititLauncher
+from s2d3d.engine.study_overview import summarize_folder, write_overview
 from s2d3d.engine.study_record import read_records
 from s2d3d.engine.study_report import report_lines, write_report
 from s2d3d.engine.study_summary import summarize
@@ -16,7 +20,7 @@ from s2d3d.engine.study_summary import summarize
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="study.py", description=__doc__)
-    parser.add_argument("study", metavar="STUDY", help="a YAML file, see configs/studies/")
+    parser.add_argument("study", metavar="STUDY", help="a YAML file, see configs/studies/; with --overview: a folder")
     add_overrides(parser)
     parser.add_argument(
         "--jobs",
@@ -29,6 +33,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--report-only", action="store_true", help="run nothing: tables and figure from what is there")
     parser.add_argument(
         "--dry-run", action="store_true", help="check all configs, list the runs that are missing, and stop"
+    )
+    parser.add_argument(
+        "--overview", metavar="FILE", help="run nothing: write the table of all studies of the folder STUDY into a page"
     )
     parser.add_argument("--results", default="docs/results", metavar="DIR", help="folder of the results")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; the same as train.device=")
@@ -48,6 +55,11 @@ def run(arguments: argparse.Namespace) -> int:
     overrides = list(arguments.overrides)
     if arguments.device:
         overrides.append(f"train.device={arguments.device}")
+    if arguments.overview:
+        summaries = summarize_folder(arguments.study, arguments.results, overrides)
+        write_overview(arguments.overview, summaries)
+        print(f"{arguments.overview}: table of {len(summaries)} studies written")
+        return 0
     study = load_study(arguments.study, overrides)
     if arguments.dry_run:
         for cell in missing_cells(study, arguments.results, arguments.only, write=False):

@@ -85,7 +85,7 @@ def _arms_table(summary: Mapping[str, Any]) -> str:
             str(row["n"]), updates, seconds, " / ".join(f"{count:,}" for count in counts.values()),
         ])  # fmt: skip
     note = "Deviation is that of a sample (n - 1)."
-    return f"{_table(header, rows)}\n\n{note}"
+    return f"{markdown_table(header, rows)}\n\n{note}"
 
 
 def _comparisons_table(summary: Mapping[str, Any]) -> str:
@@ -102,7 +102,7 @@ def _comparisons_table(summary: Mapping[str, Any]) -> str:
             _interval(item, "t"), _interval(item, "bootstrap"), _p_value(item["p"]), _p_value(item["p_holm"]),
             _interval(item, "bonferroni"), each,
         ])  # fmt: skip
-    return _table(header, rows)
+    return markdown_table(header, rows)
 
 
 def _how_compared(summary: Mapping[str, Any]) -> str:
@@ -163,6 +163,12 @@ def _p_value(p: float | None) -> str:
     return "-" if p is None else f"{p:.2g}" if p >= 1e-4 else "< 0.0001"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def difference(item: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the mean of a comparison and its t interval, in points; "empty" and "-" where there is none."""
+    return _points(item["mean"]), _interval(item, "t")
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

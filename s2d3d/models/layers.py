@@ -116,7 +116,8 @@ class GroupEncoder(nn.Module):
         of_group, of_point = weight3[:, :width], weight3[:, width:]
         shift = F.linear(pooled, of_group, F.linear(bias2, of_point, bias3))
         points = tall_linear(points, of_point).view(-1, group_size, of_point.shape[0])
-        points = relu2(norm2((points + shift.unsqueeze(1)).flatten(0, 1)))
+        points += shift.unsqueeze(1)  # in place: this is the largest tensor of the model
+        points = relu2(norm2(points.flatten(0, 1)))
         points = tall_linear(points, weight4).view(-1, group_size, weight4.shape[0])
         tokens = max_over_group(points) + bias4
         return tokens.view(batch, num_group, -1)

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from s2d3d import load_checkpoint
+from s2d3d.engine.study_overview import BEGIN, END
 
 EPOCHS = 40
 """Of runs that are stopped: some seconds, so that the signal comes before their end."""
@@ -53,6 +54,32 @@ def test_a_report_of_nothing_lists_every_cell_as_empty(call, write_study, result
     assert result.code == 0 and "4 cells are empty" in result.out
     assert "- dense: seed 0, 1\n- s2d: seed 0, 1" in (results / "tiny.md").read_text()
     assert (results / "tiny.png").is_file()
+
+
+def test_the_table_of_all_studies_stands_inside_a_page(call, refuses, write_study, results, tmp_path):
+    studies, page = tmp_path / "studies", tmp_path / "page.md"
+    studies.mkdir()
+    shutil.copy(write_study(base="../base.yaml"), studies / "tiny.yaml")
+    shutil.copy(write_study(base="../base.yaml", name="other", seeds=[5]), studies / "other.yaml")
+    assert call("study", write_study(), "--results", results, "--max-runs", 3).code == 0
+    overview = ("study", studies, "--overview", page, "--results", results)
+    assert refuses(*overview) == f"{page}: cannot be read: No such file or directory"
+    page.write_text("before\n")
+    assert refuses(*overview).startswith(f"{page}: has no place for the table; put these two lines")
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    for _ in range(2):  # the second time over the first
+        assert call(*overview).code == 0
+    lines = page.read_text().splitlines()
+    assert lines[:2] == ["before", BEGIN] and lines[-2:] == [END, "after"] and "old" not in lines
+    assert lines[3] == "3 of 6 runs are finished; each study counts the runs that it shares with another."
+    summary = json.loads((results / "tiny.json").read_text())
+    mean = f"{100 * summary['comparisons'][0]['mean']:+.2f}"
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    assert rows[2:] == [
+        ["[tiny](results/tiny.md)", "validation", "3 of 4", "s2d - dense", "1", mean, "-"],
+        ["other", "validation", "0 of 2", "s2d - dense", "0", "empty", "-"],
+    ]
+    assert refuses("study", tmp_path / "empty", "--overview", page).endswith("no study (*.yaml) in this folder")
 
 
 def test_what_is_wrong_is_one_line(refuses, write_study, results, tmp_path):
