@@ -37,7 +37,10 @@ def summarize_folder(folder: str | Path, results: str | Path, overrides: Sequenc
 
 
 def overview_text(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """Return a Markdown table of a row for each comparison; the studies with most finished runs come first."""
+    """Return a Markdown table: a row for each comparison of a study, one row for a study without any run.
+
+    The studies with most finished runs come first.
+    """
     header = ["study", "scored on", "runs", "comparison", "n", "difference in OA, points", "95 % paired t"]
     rows, finished, planned = [], 0, 0
     for summary in sorted(summaries, key=lambda summary: -_done(summary)):
@@ -45,6 +48,9 @@ def overview_text(summaries: Sequence[Mapping[str, Any]]) -> str:
         finished, planned = finished + done, planned + cells
         name = summary["study"]
         title = f"[{name}](results/{name}.md)" if done else name
+        if not done and len(summary["comparisons"]) > 1:
+            rows.append([title, summary["split"], f"0 of {cells}", f"all {len(summary['comparisons'])}", "0", "empty", "-"])
+            continue
         for item in summary["comparisons"]:
             comparison = f"{item['name']} - {item['reference']}"
             rows.append([title, summary["split"], f"{done} of {cells}", comparison, str(item["n"]), *difference(item)])

@@ -61,6 +61,8 @@ def test_the_table_of_all_studies_stands_inside_a_page(call, refuses, write_stud
     studies.mkdir()
     shutil.copy(write_study(base="../base.yaml"), studies / "tiny.yaml")
     shutil.copy(write_study(base="../base.yaml", name="other", seeds=[5]), studies / "other.yaml")
+    arms = {"dense": {"s2d.kind": "none"}, "s2d": {}, "fast": {"optim.lr": 5e-3}}
+    shutil.copy(write_study(base="../base.yaml", name="third", seeds=[5], arms=arms), studies / "third.yaml")
     assert call("study", write_study(), "--results", results, "--max-runs", 3).code == 0
     overview = ("study", studies, "--overview", page, "--results", results)
     assert refuses(*overview) == f"{page}: cannot be read: No such file or directory"
@@ -71,13 +73,14 @@ def test_the_table_of_all_studies_stands_inside_a_page(call, refuses, write_stud
         assert call(*overview).code == 0
     lines = page.read_text().splitlines()
     assert lines[:2] == ["before", BEGIN] and lines[-2:] == [END, "after"] and "old" not in lines
-    assert lines[3] == "3 of 6 runs are finished; each study counts the runs that it shares with another."
+    assert lines[3] == "3 of 9 runs are finished; each study counts the runs that it shares with another."
     summary = json.loads((results / "tiny.json").read_text())
     mean = f"{100 * summary['comparisons'][0]['mean']:+.2f}"
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
     assert rows[2:] == [
         ["[tiny](results/tiny.md)", "validation", "3 of 4", "s2d - dense", "1", mean, "-"],
         ["other", "validation", "0 of 2", "s2d - dense", "0", "empty", "-"],
+        ["third", "validation", "0 of 3", "all 2", "0", "empty", "-"],
     ]
     assert refuses("study", tmp_path / "empty", "--overview", page).endswith("no study (*.yaml) in this folder")
 
