@@ -49,7 +49,9 @@ def overview_text(summaries: Sequence[Mapping[str, Any]]) -> str:
         name = summary["study"]
         title = f"[{name}](results/{name}.md)" if done else name
         if not done and len(summary["comparisons"]) > 1:
-            rows.append([title, summary["split"], f"0 of {cells}", f"all {len(summary['comparisons'])}", "0", "empty", "-"])
+            rows.append(
+                [title, summary["split"], f"0 of {cells}", f"all {len(summary['comparisons'])}", "0", "empty", "-"]
+            )
             continue
         for item in summary["comparisons"]:
             comparison = f"{item['name']} - {item['reference']}"
