@@ -28,7 +28,8 @@ def tall_linear(x: Tensor, weight: Tensor) -> Tensor:
     torch multiplies float32 matrices by MKL; for thousands of rows of a few hundred columns oneDNN, which torch ships
     as well, takes 0.8 to 0.9 of its time (AMD EPYC, AVX2) in the forward pass and for the gradient of x. The gradient
     of the weight stays with MKL, which is the faster one there. Everything else (GPUs, autocast, other types, few rows,
-    compiled, traced and exported graphs, `torch.backends.mkldnn` switched off) is `F.linear`.
+    compiled, traced and exported graphs, `torch.backends.mkldnn` switched off) is `F.linear`. The
+    transforms of torch.func do not pass through the fast way.
 
     Args:
         x: (N, I).

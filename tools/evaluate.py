@@ -54,7 +54,9 @@ def run(arguments: argparse.Namespace) -> None:
         corruption = parse_corruption(arguments.corruption)
     if arguments.reference and not everything:
         raise InputError("--reference: is for --corruption all only")
-    reference = arguments.reference or (find_reference(arguments.checkpoint) if everything else None)
+    reference = arguments.reference
+    if everything and not arguments.files and not reference:  # the twin's file is about the test set
+        reference = find_reference(arguments.checkpoint)
     compared = read_robustness(reference) if reference else None
     payload = load_checkpoint(arguments.checkpoint)
     config = parse_config(payload["config"], where=arguments.checkpoint, overrides=arguments.overrides)

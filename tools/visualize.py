@@ -166,8 +166,8 @@ def read_source(arguments: argparse.Namespace) -> Source:
     dataset, labelled = read_dataset(arguments, config, known)
     if not arguments.files and model is not None:
         check_classes(dataset, known, arguments.checkpoint)
-    if arguments.files:
-        arguments.num_clouds = arguments.num_clouds or min(len(dataset), MOST_CLOUDS)
+    if arguments.files and arguments.num_clouds is None:
+        arguments.num_clouds = min(len(dataset), MOST_CLOUDS)
     usual = (
         len(dataset.labels.unique()) if arguments.kind == "gallery" else min(NUM_CLOUDS[arguments.kind], len(dataset))
     )

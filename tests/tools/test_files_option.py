@@ -103,3 +103,9 @@ def test_what_is_refused(refuses, trained, tmp_path):
     assert refuses(*evaluate, "--up-axis", "y") == "--up-axis: is for --files only; that of a data set is data.up_axis"
     line = refuses("visualize", "--checkpoint", trained.merged, "--output", tmp_path / "a.png", "--files", "no.ply")
     assert line == "no.ply: no such file; name a file with points"
+    cloud = tmp_path / "Downloads" / "a.npy"
+    np.save(cloud, np.random.default_rng(0).normal(size=(200, 3)))
+    line = refuses(
+        "visualize", "--checkpoint", trained.merged, "--output", tmp_path / "a.png", "--files", cloud, "--num-clouds", 0
+    )
+    assert line.startswith("--num-clouds is 0, must be between 1 and")
