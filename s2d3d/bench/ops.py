@@ -46,25 +46,13 @@ def _sampling(section: Section, settings: Settings, batch: int, points: int, sam
         module = submodule(load_reference(), "point_transformer")
         return task(lambda: module.farthest_points(xyz, samples))
 
-    def cluster() -> Task:
-        package = require("torch_cluster", "torch-cluster")
-        flat, of_cloud = xyz.flatten(0, 1), torch.arange(batch, device=xyz.device).repeat_interleave(points)
-        first = torch.arange(batch, device=xyz.device).unsqueeze(1) * points
-        ratio = samples / points
-
-        def select() -> Tensor:
-            chosen = package.fps(flat, of_cloud, ratio=ratio, random_start=False)
-            return chosen.view(batch, -1) - first
-
-        return task(select)
-
-    def pointcloud() -> Task:
-        package = _pointcloud_operators()
-        flat, of_cloud = xyz.flatten(0, 1), torch.arange(batch, device=xyz.device).repeat_interleave(points)
+    def flat(package: ModuleType, **count: float) -> Task:
+        """Make the task of a package that takes all clouds as one list, with the number of each point's cloud."""
+        of_cloud = torch.arange(batch, device=xyz.device).repeat_interleave(points)
         first = torch.arange(batch, device=xyz.device).unsqueeze(1) * points
 
         def select() -> Tensor:
-            return package.fps(flat, of_cloud, num_nodes=samples, random_start=False).view(batch, -1) - first
+            return package.fps(xyz.flatten(0, 1), of_cloud, random_start=False, **count).view(batch, -1) - first
 
         return task(select)
 
@@ -88,8 +76,10 @@ def _sampling(section: Section, settings: Settings, batch: int, points: int, sam
         [
             Contestant(OURS, lambda: task(lambda: farthest_point_sample(xyz, samples))),
             Contestant(PLAIN, plain, note="loop over (B, N, 3)"),
-            Contestant(CLUSTER, cluster),
-            Contestant(POINTCLOUD, pointcloud, note="operators of pyg-lib"),
+            Contestant(CLUSTER, lambda: flat(require("torch_cluster", "torch-cluster"), ratio=samples / points)),
+            Contestant(
+                POINTCLOUD, lambda: flat(_pointcloud_operators(), num_nodes=samples), note="operators of pyg-lib"
+            ),
             Contestant(
                 "fpsample (bucket)",
                 buckets,
@@ -136,19 +126,8 @@ def _neighbours(section: Section, settings: Settings, batch: int, queries: int, 
         module = submodule(load_reference(), "point_transformer")
         return task(lambda: module.nearest(centers, xyz, neighbours))
 
-    def cluster() -> Task:
-        package = require("torch_cluster", "torch-cluster")
-        clouds_of = [torch.arange(batch, device=xyz.device).repeat_interleave(count) for count in (points, queries)]
-        first = torch.arange(batch, device=xyz.device).view(-1, 1, 1) * points
-
-        def find() -> Tensor:
-            _, found = package.knn(xyz.flatten(0, 1), centers.flatten(0, 1), neighbours, *clouds_of)
-            return found.view(batch, queries, neighbours) - first
-
-        return task(find)
-
-    def pointcloud() -> Task:
-        package = _pointcloud_operators()
+    def flat(package: ModuleType) -> Task:
+        """Make the task of a package that takes all clouds as one list, with the number of each point's cloud."""
         clouds_of = [torch.arange(batch, device=xyz.device).repeat_interleave(count) for count in (points, queries)]
         first = torch.arange(batch, device=xyz.device).view(-1, 1, 1) * points
 
@@ -163,8 +142,8 @@ def _neighbours(section: Section, settings: Settings, batch: int, queries: int, 
         [
             Contestant(OURS, lambda: task(lambda: nearest_neighbours(centers, xyz, neighbours))),
             Contestant(PLAIN, plain, note="cdist by exact differences, topk"),
-            Contestant(CLUSTER, cluster),
-            Contestant(POINTCLOUD, pointcloud, note="operators of pyg-lib"),
+            Contestant(CLUSTER, lambda: flat(require("torch_cluster", "torch-cluster"))),
+            Contestant(POINTCLOUD, lambda: flat(_pointcloud_operators()), note="operators of pyg-lib"),
         ],
         title=f"{neighbours} nearest neighbours, {batch} x {queries} queries in {points} points",
         start=settings.here(),
