@@ -55,7 +55,12 @@ $(VENV)/.python:
 
 # torch comes first and from the ordinary index: torch-scatter compiles against it, and the ordinary torchvision,
 # which timm imports, does not load with a CPU-only torch.
+# It needs 6 GB here and 3 for the download; a disk that is too full for it is named before that.
 $(VENV)/.torch: $(VENV)/.python constraints.txt
+	@for place in "$(CURDIR)" "$${TMPDIR:-/tmp}"; do \
+		free=$$(df -Pk "$$place" | awk 'NR == 2 { print int($$4 / 1048576) }'); \
+		[ "$${free:-99}" -ge 9 ] || { echo "torch needs 9 GB of free disk; $$place has $$free: make room there" >&2; exit 1; }; \
+	done
 	$(PIP) torch torchvision
 	@touch $@
 
