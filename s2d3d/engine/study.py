@@ -40,7 +40,7 @@ def missing_cells(study: Study, results: str | Path, only: Sequence[str] = (), *
             ended = RunFolder(cell.config.output_dir).metrics.is_file()
             if ended and write:
                 write_record(results, cell)
-            elif not ended and not (write and borrow_record(results, cell)):
+            elif not ended and not borrow_record(results, cell, write=write):
                 missing.append(cell)
         except InputError as error:
             lines.append(str(error))

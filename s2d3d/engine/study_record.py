@@ -107,10 +107,15 @@ def read_records(results: str | Path, cells: Iterable[Cell]) -> dict[tuple[str, 
     return records
 
 
-def borrow_record(results: str | Path, cell: Cell) -> Path | None:
+def borrow_record(results: str | Path, cell: Cell, *, write: bool = True) -> Path | None:
     """Write the record of a run that another study, or another arm, has made already; None: there is no such run.
 
     It is one whose config is the same in everything that matters, seed included; its record says where it is from.
+
+    Args:
+        results: folder of the records.
+        cell: the run that needs a record.
+        write: otherwise nothing is written, and the path is that of the other record.
     """
     ours = cell.config.to_dict()
     for path in sorted(Path(results).glob(f"*/*/seed{cell.seed}.json")):
@@ -122,6 +127,8 @@ def borrow_record(results: str | Path, cell: Cell) -> Path | None:
         own_folders = {key: ours["data"][key] for key in ("root", "cache_dir")}
         if differences(ours, {**theirs, "data": {**theirs.get("data", {}), **own_folders}}, FREE):
             continue
+        if not write:
+            return path
         source = record.get("same_run_as", f"{record['study']}/{record['arm']}/seed{record['seed']}")
         names = {"study": cell.study, "arm": cell.arm, "seed": cell.seed, "same_run_as": source}
         return _write(results, cell, {**record, **names, "changes": cell.changes})

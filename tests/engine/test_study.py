@@ -217,6 +217,8 @@ def test_the_same_run_of_another_study_is_taken_over(write_study, results, tmp_p
     other = load_study(
         write_study(name="other", seeds=[0], arms=arms, reference="twin", output_dir=str(tmp_path / "runs2"))
     )
+    assert [str(cell) for cell in missing_cells(other, results, write=False)] == ["three/seed0"]
+    assert not record_path(results, other.cells[0]).exists(), "nothing is written when it is only asked what is missing"
     run_study(other, results=results)
     assert [name for name, _ in fits] == ["dense/seed0", "s2d/seed0", "three/seed0"]
     records = read_records(results, other.cells)
