@@ -16,6 +16,8 @@ from s2d3d.errors import InputError
 from s2d3d.s2d.dispatch import random_partition
 
 TINY = PUBLIC_BERT.quick.but(experts=2)
+BEFORE_BATCH_NORM = [f"encoder.{name}.bias" for name in ("first_conv.0", "first_conv.3", "second_conv.0")]
+"""Biases that a BatchNorm takes away again: their gradient is rounding alone, and nothing at all on some processors."""
 
 
 class Unrecorded:
@@ -50,7 +52,7 @@ def test_updates_equal_those_of_the_trainer(recordable, tiny_config, monkeypatch
             watch.state = {key: value.clone() for key, value in trainer.model.state_dict().items()}
             watch.random = torch.get_rng_state()
             for group in trainer.optimizer.param_groups:
-                group["eps"] = graphs.CHECK_EPS  # biases in front of a BatchNorm have gradients of rounding alone
+                group["eps"] = graphs.CHECK_EPS  # else BEFORE_BATCH_NORM would move by what rounding leaves
         seen.append((points.clone(), labels.clone(), trainer.optimizer.param_groups[0]["lr"]))
         return compute(points, labels)
 
@@ -77,7 +79,8 @@ def test_updates_equal_those_of_the_trainer(recordable, tiny_config, monkeypatch
     for key, value in trainer.model.state_dict().items():
         same = step.model.state_dict()[key]
         torch.testing.assert_close(same, value, rtol=0, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
-        assert not torch.equal(value, watch.state[key]), f"{key} was not trained"
+        trained = not torch.equal(value, watch.state[key])
+        assert trained or key in BEFORE_BATCH_NORM, f"{key} was not trained"
 
 
 # Nothing waits for the host
