@@ -76,6 +76,8 @@ def read_record(path: str | Path) -> dict[str, Any]:
     """
     record = _read_json(Path(path))
     wrong = [key for key, kind in _KEYS.items() if not isinstance(record.get(key), kind)]
+    if not wrong and not record["curve"].get("train_loss"):
+        wrong = ["curve"]
     results = {} if wrong else record["results"]
     if wrong or not results or not all(_is_result(result) for result in results.values()):
         what = f"its {', '.join(wrong)} is missing or wrong" if wrong else "its results do not add up"
@@ -191,8 +193,10 @@ def _curve(log: Path) -> dict[str, list[float | None]]:
 def _is_result(result: object) -> bool:
     if not isinstance(result, dict) or not isinstance(result.get("correct"), str):
         return False
-    correct, oa, macc = result["correct"], result.get("oa"), result.get("macc")
-    if not correct or set(correct) - set("01") or not isinstance(macc, (int, float)):
+    correct, oa = result["correct"], result.get("oa")
+    if not correct or set(correct) - set("01"):
+        return False
+    if not all(isinstance(result.get(key), (int, float)) for key in ("macc", "loss")):
         return False
     return isinstance(oa, (int, float)) and abs(correct.count("1") / len(correct) - oa) < 1e-9
 

@@ -110,6 +110,9 @@ def _compare(study: Study, records: Records, name: str, reference: str, number: 
         "differences": {str(seed): float(part.mean()) for seed, part in parts.items()},
         "equal_updates": updates == {True} if updates else None,
     }
+    last = [[records[arm, seed]["curve"]["train_loss"][-1] for seed in seeds] for arm in arms]
+    scores = [[_result(study, records, row, seed)["loss"] for seed in seeds] for row in (name, reference)]
+    result["losses"] = {"scored": _paired(*scores), "training": _paired(*last)}
     empty = ("mean", "std", "t_low", "t_high", "p", "p_holm", "bonferroni_low", "bonferroni_high")
     result |= dict.fromkeys((*empty, "bootstrap_low", "bootstrap_high"))
     if not seeds:
@@ -132,6 +135,14 @@ def _result(study: Study, records: Records, name: str, seed: int) -> Mapping[str
         known = ", ".join(record["results"])
         raise InputError(f"{study.path}: forms.{name}: runs of '{arm}' have no form '{form}', they have {known}")
     return record["results"][form]
+
+
+def _paired(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float | None] | None:
+    """Return mean and t interval of the differences over seeds; None where there are none."""
+    if not ours:
+        return None
+    test = paired_t([first - second for first, second in zip(ours, theirs)])
+    return {"mean": test.mean, "t_low": test.low, "t_high": test.high}
 
 
 def _form(record: Mapping[str, Any], form: str | None) -> str:

@@ -232,6 +232,8 @@ def test_the_same_run_of_another_study_is_taken_over(write_study, results, tmp_p
         (lambda text: text[:100], "not a JSON file"),
         (lambda text: text.replace('"split"', '"spilt"'), "no record of a run, its split is missing or wrong"),
         (lambda text: text.replace('"correct":"', '"correct":"1'), "no record of a run, its results do not add up"),
+        (lambda text: text.replace('"loss":', '"los":'), "no record of a run, its results do not add up"),
+        (lambda text: text.replace('"train_loss":', '"loss":'), "no record of a run, its curve is missing or wrong"),
     ],
 )
 def test_a_damaged_record_is_named(write_study, results, damage, message):
@@ -305,13 +307,13 @@ def made_up(study, seed=0):
     for cell in study.cells:
         marks = {form: "".join(rng.choice(["0", "1"], 50, p=[0.3, 0.7])) for form in ("merged", "ema")}
         results = {
-            form: {"oa": text.count("1") / 50, "macc": text.count("1") / 60, "correct": text}
+            form: {"oa": text.count("1") / 50, "macc": text.count("1") / 60, "loss": rng.random(), "correct": text}
             for form, text in marks.items()
         }
         records[cell.arm, cell.seed] = {
             "shapes": f"those of seed {cell.seed}", "updates": 12, "train_seconds": 10.0 * len(cell.arm) + cell.seed,
             "parameters": {"training": 1000 * cell.config.s2d.num_experts, "merged": 1000}, "results": results,
-            "environment": environment,
+            "environment": environment, "curve": {"train_loss": [2.0, rng.random()]},
         }  # fmt: skip
     return records
 
@@ -351,6 +353,11 @@ def test_the_summary_is_what_the_records_say(three_arms):
         bounds = hierarchical_bootstrap([ours - theirs for ours, theirs in marks], crossed=False)
         assert (item["bootstrap_low"], item["bootstrap_high"]) == bounds
         assert item["equal_updates"] is True
+        losses = [[records[side, seed]["results"][form]["loss"] for side, form in sides] for seed in (0, 1, 2)]
+        last = [[records[side, seed]["curve"]["train_loss"][1] for side, _ in sides] for seed in (0, 1, 2)]
+        for key, pairs in (("scored", losses), ("training", last)):
+            test = paired_t([ours - theirs for ours, theirs in pairs])
+            assert item["losses"][key] == {"mean": test.mean, "t_low": test.low, "t_high": test.high}
 
 
 def test_shapes_of_a_test_split_are_drawn_once_for_all_seeds(write_study):
@@ -369,7 +376,10 @@ def test_shapes_of_a_test_split_are_drawn_once_for_all_seeds(write_study):
 def test_the_page_states_every_number_and_what_was_corrected(three_arms):
     summary = summarize(three_arms, made_up(three_arms))
     text = report_text(summary, "python tools/study.py configs/studies/tiny.yaml")
-    table = {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines() if line.startswith("| ")}
+    table, losses = (
+        {line.split(" | ")[0].removeprefix("| "): line for line in part.splitlines() if line.startswith("| ")}
+        for part in text.split("## Paired differences in loss")
+    )
     for row in summary["rows"]:
         line = next(value for key, value in table.items() if key.split(" ")[0] == row["name"] and " - " not in key)
         assert f"{100 * row['oa_mean']:.2f} +- {100 * row['oa_std']:.2f}" in line
@@ -379,6 +389,9 @@ def test_the_page_states_every_number_and_what_was_corrected(three_arms):
         line = table[f"{item['name']} - {item['reference']}"]
         assert f"| {100 * item['mean']:+.2f} | [{100 * item['t_low']:+.2f}, {100 * item['t_high']:+.2f}] |" in line
         assert f"[{100 * item['bonferroni_low']:+.2f}, {100 * item['bonferroni_high']:+.2f}]" in line
+        line = losses[f"{item['name']} - {item['reference']}"]
+        for loss in item["losses"].values():
+            assert f"| {loss['mean']:+.4f} [{loss['t_low']:+.4f}, {loss['t_high']:+.4f}] |" in line
     assert "3 comparison(s)" in text and "Holm" in text and "10,000 resamples" in text
     assert "None: every arm has all its seeds." in text
     assert "(50 shapes), the test split was left alone" in text and "last epoch" in text
@@ -395,6 +408,7 @@ def test_empty_cells_are_listed_and_still_count_in_the_correction(three_arms):
     assert by_name["k2"]["n"] == 1 and by_name["k2"]["p"] is None and by_name["k2"]["mean"] is not None
     smallest = min(by_name["s2d"]["p"], by_name["s2d_ema"]["p"])
     assert min(by_name["s2d"]["p_holm"], by_name["s2d_ema"]["p_holm"]) == pytest.approx(min(1, 3 * smallest))
+    assert by_name["k2"]["losses"]["scored"]["t_low"] is None
     text = report_text(summary, "command")
     assert "\n- k2: seed 0, 2\n" in text and "| empty |" in text
 
