@@ -1,4 +1,4 @@
-"""`make test` gets a browser where that is possible, and goes on in every other case."""
+"""The rules of the environment: a disk that is too full is named, and a browser is had where that is possible."""
 
 import os
 import shutil
@@ -13,38 +13,46 @@ BEGINS = "installing a browser for the tests that open pages"
 
 @pytest.fixture
 def make(repository, tmp_path):
-    """Run the rule of the browser where only the given programs are there; return what it said, and the stamp."""
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    for name in ("touch", "timeout", "sh"):
+    """Run a rule of the environment where only the given programs are there; return the process."""
+    tools, venv = tmp_path / "bin", tmp_path / "venv"
+    for folder in (tools, venv, venv / "bin"):
+        folder.mkdir()
+    for name in ("touch", "timeout", "sh", "awk"):
         os.symlink(shutil.which(name), tools / name)
-    venv = tmp_path / "venv"
-    venv.mkdir()
     (venv / ".python").touch()
 
-    def run(**programs: str) -> tuple[list[str], bool]:
+    def run(stamp: str, **programs: str) -> subprocess.CompletedProcess:
         for name, body in programs.items():
-            path = tools / name.replace("_", "-")
+            path = (venv / "bin" if name == "python" else tools) / name.replace("_", "-")
             path.write_text(f"#!/bin/sh\n{body}\n")
             path.chmod(0o755)
-        process = subprocess.run(
-            [shutil.which("make"), "--no-print-directory", f"VENV={venv}", f"{venv}/.browser"],
-            cwd=repository, env={"PATH": str(tools)}, capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
-        assert process.returncode == 0 and not process.stderr, process.stderr
-        return process.stdout.splitlines(), (venv / ".browser").exists()
+        command = [shutil.which("make"), "--no-print-directory", f"VENV={venv}", f"{venv}/{stamp}"]
+        environment = {"PATH": str(tools), "TMPDIR": str(tmp_path)}
+        return subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=60)
 
     return run
 
 
-def test_a_browser_that_is_there_is_taken(make):
-    said, stamped = make(id="echo 0", apt_get="exit 9", chromium="true")
+@pytest.fixture
+def browser(make, tmp_path):
+    """Run the rule of the browser; return what it said, and whether it left its stamp."""
+
+    def run(**programs: str) -> tuple[list[str], bool]:
+        process = make(".browser", **programs)
+        assert process.returncode == 0 and not process.stderr, process.stderr
+        return process.stdout.splitlines(), (tmp_path / "venv" / ".browser").exists()
+
+    return run
+
+
+def test_a_browser_that_is_there_is_taken(browser):
+    said, stamped = browser(id="echo 0", apt_get="exit 9", chromium="true")
     assert said == [] and stamped
 
 
-def test_root_installs_one(make, tmp_path):
+def test_root_installs_one(browser, tmp_path):
     log = tmp_path / "apt"
-    said, stamped = make(id="echo 0", apt_get=f'echo "$@" >> {log}')
+    said, stamped = browser(id="echo 0", apt_get=f'echo "$@" >> {log}')
     assert said == [BEGINS] and stamped
     assert log.read_text().splitlines() == [
         "update -qq",
@@ -61,8 +69,28 @@ def test_root_installs_one(make, tmp_path):
     ],
     ids=["no root", "no apt-get", "apt-get fails"],
 )
-def test_otherwise_one_line_says_that_tests_are_skipped(make, programs, expected):
-    assert make(**programs) == (expected, False)
+def test_otherwise_one_line_says_that_tests_are_skipped(browser, programs, expected):
+    assert browser(**programs) == (expected, False)
+
+
+def disk(gigabytes: int) -> str:
+    """Return a df that shows so much free space on every disk, and a little more."""
+    return f"echo Filesystem 1024-blocks Used Available; echo disk 0 0 {gigabytes * 1048576 + 7}"
+
+
+def test_a_disk_without_room_for_torch_is_named_before_the_download(make, tmp_path, repository):
+    log = tmp_path / "pip"
+    process = make(".torch", df=disk(8), python=f'echo "$@" >> {log}')
+    assert process.returncode != 0 and not log.exists() and not (tmp_path / "venv" / ".torch").exists()
+    assert process.stderr.splitlines()[0] == f"torch needs 9 GB of free disk; {repository} has 8: make room there"
+
+
+@pytest.mark.parametrize("df", [disk(9), "exit 1"], ids=["just enough", "unknown"])
+def test_otherwise_torch_is_installed(make, tmp_path, df):
+    log = tmp_path / "pip"
+    process = make(".torch", df=df, python=f'echo "$@" >> {log}')
+    assert process.returncode == 0 and (tmp_path / "venv" / ".torch").exists(), process.stderr
+    assert log.read_text().split()[-2:] == ["torch", "torchvision"]
 
 
 def test_the_names_are_those_that_the_tests_look_for(repository):
