@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from s2d3d.models import create_model
+from s2d3d.models import create_model, layers
 
 PUBLISHED = {"point_bert": reference.PointBERT, "point_mae": reference.PointMAE}
 COUNTS = {"point_bert": (22_065_960, 164), "point_mae": (22_099_752, 174)}
@@ -203,3 +203,35 @@ def test_features_are_normalised_tokens_with_the_class_token_first():
         model.cls_pos += 1 + torch.arange(96)
     changed = model.forward_features(points)
     assert (changed[:, 0] - tokens[:, 0]).abs().max() > 10 * (changed[:, 1:] - tokens[:, 1:]).abs().max()
+
+
+# Attention in bf16 on a CPU
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 65])
+def test_attention_by_products_is_the_fused_one(tokens):
+    """Values and gradients, in float64, from slices as `qkv` gives them."""
+    torch.manual_seed(0)
+    qkv = torch.randn(2, tokens, 3, 4, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 4, tokens, 8, dtype=torch.float64)
+    results = []
+    for attend in (layers._attend_by_products, F.scaled_dot_product_attention):
+        result = attend(*qkv.permute(2, 0, 3, 1, 4).unbind(0))
+        results.append((result, *torch.autograd.grad((result * weight).sum(), qkv)))
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_attention_takes_products_in_bf16_alone(monkeypatch):
+    """And only while the attention matrices are small; what it computes is the float32 result but for rounding."""
+    attention, calls = layers.Attention(16, num_heads=2), []
+    by_products = layers._attend_by_products
+    monkeypatch.setattr(layers, "_attend_by_products", lambda *qkv: calls.append(qkv[0].dtype) or by_products(*qkv))
+    for tokens, expected in ((65, [torch.bfloat16]), (513, [])):
+        x, calls[:] = torch.randn(1, tokens, 16), []
+        exact = attention(x)
+        assert calls == []
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = attention(x)
+        assert calls == expected
+        torch.testing.assert_close(rounded.float(), exact, rtol=0, atol=0.02)
