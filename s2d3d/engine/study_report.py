@@ -95,7 +95,7 @@ def _arms_table(summary: Mapping[str, Any]) -> str:
 def _comparisons_table(summary: Mapping[str, Any]) -> str:
     header = [
         "comparison", "n", "difference, points", "95 % paired t", "95 % bootstrap", "p", "p, Holm",
-        "simultaneous 95 % (Bonferroni)", "each seed",
+        "simultaneous 95 % (Bonferroni)", "detectable", "each seed",
     ]  # fmt: skip
     rows = []
     for item in summary["comparisons"]:
@@ -104,7 +104,7 @@ def _comparisons_table(summary: Mapping[str, Any]) -> str:
         rows.append([
             f"{item['name']} - {item['reference']}{unequal}", str(item["n"]), _points(item["mean"]),
             _interval(item, "t"), _interval(item, "bootstrap"), _p_value(item["p"]), _p_value(item["p_holm"]),
-            _interval(item, "bonferroni"), each,
+            _interval(item, "bonferroni"), _detectable(item["detectable"]), each,
         ])  # fmt: skip
     return markdown_table(header, rows)
 
@@ -132,7 +132,9 @@ def _how_compared(summary: Mapping[str, Any]) -> str:
         f"n: paired seeds. Paired t: n - 1 degrees of freedom. Bootstrap: hierarchical, over seeds and shapes, "
         f"{bootstrap['resamples']:,} resamples, seed {bootstrap['seed']}, percentiles; {shapes}. With few seeds it is "
         f"too narrow, and the t interval is the one to go by. {number} comparison(s) in this study: p by Holm and the "
-        "simultaneous intervals are corrected for all of them, those still empty included; other numbers are not."
+        "simultaneous intervals are corrected for all of them, those still empty included; other numbers are not. "
+        "Detectable: the true difference that a paired t test of n pairs with this deviation finds four times out of "
+        "five; of smaller ones an interval that holds zero says little."
     )
 
 
@@ -168,6 +170,10 @@ def _accuracy(row: Mapping[str, Any], key: str) -> str:
 
 def _points(value: float | None) -> str:
     return "empty" if value is None else f"{100 * value:+.2f}"
+
+
+def _detectable(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}"
 
 
 def _interval(item: Mapping[str, Any], kind: str) -> str:

@@ -13,6 +13,7 @@ from .study_stats import (
     RESAMPLES,
     bonferroni_level,
     correctness,
+    detectable_difference,
     hierarchical_bootstrap,
     holm,
     paired_t,
@@ -114,16 +115,17 @@ def _compare(study: Study, records: Records, name: str, reference: str, number: 
     scores = [[_result(study, records, row, seed)["loss"] for seed in seeds] for row in (name, reference)]
     result["losses"] = {"scored": _paired(*scores), "training": _paired(*last)}
     empty = ("mean", "std", "t_low", "t_high", "p", "p_holm", "bonferroni_low", "bonferroni_high")
-    result |= dict.fromkeys((*empty, "bootstrap_low", "bootstrap_high"))
+    result |= dict.fromkeys((*empty, "bootstrap_low", "bootstrap_high", "detectable"))
     if not seeds:
         return result
     test = paired_t([float(part.mean()) for part in parts.values()])
     result |= {"mean": test.mean, "std": test.std, "t_low": test.low, "t_high": test.high, "p": test.p}
-    if len(seeds) > 1:
+    if test.std is not None:
         wide = paired_t(list(result["differences"].values()), bonferroni_level(number))
         low, high = hierarchical_bootstrap(list(parts.values()), crossed=crossed and len(scored) == 1)
         result |= {"bonferroni_low": wide.low, "bonferroni_high": wide.high}
         result |= {"bootstrap_low": low, "bootstrap_high": high}
+        result["detectable"] = detectable_difference(test.std, test.n)
     return result
 
 

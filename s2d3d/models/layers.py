@@ -41,7 +41,7 @@ class Attention(nn.Module):
 def _products_pay(query: Tensor) -> bool:
     """Return whether whole attention matrices (B, H, T, T) are the faster way, and small enough to be kept.
 
-    torch's fused attention is slow in bf16 on a CPU: 5 times the time of the products, backward pass included.
+    torch's fused attention is slow in bf16 on a CPU: 4 to 6 times the time of the products, backward pass included.
     """
     return query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[2] <= 512
 

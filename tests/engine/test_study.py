@@ -19,7 +19,14 @@ from s2d3d.engine.study import missing_cells, run_study
 from s2d3d.engine.study_config import load_study
 from s2d3d.engine.study_record import read_records, record_path
 from s2d3d.engine.study_report import report_lines, report_text
-from s2d3d.engine.study_stats import bonferroni_level, correctness, hierarchical_bootstrap, holm, paired_t
+from s2d3d.engine.study_stats import (
+    bonferroni_level,
+    correctness,
+    detectable_difference,
+    hierarchical_bootstrap,
+    holm,
+    paired_t,
+)
 from s2d3d.engine.study_summary import summarize
 from s2d3d.errors import InputError
 
@@ -353,6 +360,7 @@ def test_the_summary_is_what_the_records_say(three_arms):
         bounds = hierarchical_bootstrap([ours - theirs for ours, theirs in marks], crossed=False)
         assert (item["bootstrap_low"], item["bootstrap_high"]) == bounds
         assert item["equal_updates"] is True
+        assert item["detectable"] == pytest.approx(detectable_difference(test.std, 3))
         losses = [[records[side, seed]["results"][form]["loss"] for side, form in sides] for seed in (0, 1, 2)]
         last = [[records[side, seed]["curve"]["train_loss"][1] for side, _ in sides] for seed in (0, 1, 2)]
         for key, pairs in (("scored", losses), ("training", last)):
@@ -389,6 +397,7 @@ def test_the_page_states_every_number_and_what_was_corrected(three_arms):
         line = table[f"{item['name']} - {item['reference']}"]
         assert f"| {100 * item['mean']:+.2f} | [{100 * item['t_low']:+.2f}, {100 * item['t_high']:+.2f}] |" in line
         assert f"[{100 * item['bonferroni_low']:+.2f}, {100 * item['bonferroni_high']:+.2f}]" in line
+        assert f"| {100 * item['detectable']:.2f} |" in line
         line = losses[f"{item['name']} - {item['reference']}"]
         for loss in item["losses"].values():
             assert f"| {loss['mean']:+.4f} [{loss['t_low']:+.4f}, {loss['t_high']:+.4f}] |" in line
@@ -408,7 +417,7 @@ def test_empty_cells_are_listed_and_still_count_in_the_correction(three_arms):
     assert by_name["k2"]["n"] == 1 and by_name["k2"]["p"] is None and by_name["k2"]["mean"] is not None
     smallest = min(by_name["s2d"]["p"], by_name["s2d_ema"]["p"])
     assert min(by_name["s2d"]["p_holm"], by_name["s2d_ema"]["p_holm"]) == pytest.approx(min(1, 3 * smallest))
-    assert by_name["k2"]["losses"]["scored"]["t_low"] is None
+    assert by_name["k2"]["losses"]["scored"]["t_low"] is None and by_name["k2"]["detectable"] is None
     text = report_text(summary, "command")
     assert "\n- k2: seed 0, 2\n" in text and "| empty |" in text
 
