@@ -48,6 +48,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.votes is not None and arguments.votes < 1:
         raise InputError(f"--votes is {arguments.votes}, must be at least 1")
     check_overrides(arguments.overrides, ("data", "eval", "log", "seed"))
+    if any(override.partition("=")[0].strip() == "eval.split" for override in arguments.overrides):
+        raise InputError("eval.split: has no effect here, the test split is scored; training scores a validation part")
     device = choose_device(arguments.device)
     corruption, everything = None, arguments.corruption == "all"
     if arguments.corruption and not everything:

@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     modelnet40.add_argument(
         "--num-points", type=int, help=f"points of a shape, from meshes and text files (default: {DEFAULT_POINTS})"
     )
-    modelnet40.add_argument("--seed", type=int, default=0, help="of the choice of points (default: %(default)s)")
+    modelnet40.add_argument("--seed", type=int, help="of the choice of points (default: 0)")
     modelnet40.add_argument("--workers", type=int, help="processes (default: the number of cores, at most 8)")
     modelnet40.add_argument("--up-axis", choices=("y", "z"), help="vertical of the points (default: data/README.md)")
 
@@ -118,7 +118,7 @@ def take_over(args: argparse.Namespace) -> dict[str, int]:
             source,
             output,
             num_points=DEFAULT_POINTS if args.num_points is None else args.num_points,
-            seed=args.seed,
+            seed=args.seed or 0,
             up_axis=args.up_axis,
             workers=args.workers,
             force=args.force,
@@ -127,6 +127,9 @@ def take_over(args: argparse.Namespace) -> dict[str, int]:
         raise InputError(
             f"--num-points: {source} is in HDF5 layout, whose points stay as they are; set data.num_points"
         )
+    for name in ("seed", "workers"):
+        if getattr(args, name) is not None:
+            raise InputError(f"--{name}: has no effect here, {source} is in HDF5 layout and is copied as it is")
     return copy_modelnet40(source, output, up_axis=args.up_axis, force=args.force)
 
 

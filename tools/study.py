@@ -4,6 +4,7 @@ With --overview, run nothing: bring the table of all studies of a folder up to d
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from s2d3d.engine.study_overview import summarize_folder, write_overview
 from s2d3d.engine.study_record import read_records
 from s2d3d.engine.study_report import report_lines, write_report
 from s2d3d.engine.study_summary import summarize
+from s2d3d.errors import InputError
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -26,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--jobs",
         type=int,
         metavar="N",
-        help="runs side by side, each a process of one thread; default: one, in this process",
+        help="runs side by side, each a process of one thread; 1, the default: one after another in this process",
     )
     parser.add_argument("--only", action="append", default=[], metavar="ARM", help="run this arm; may be given again")
     parser.add_argument("--max-runs", type=int, metavar="N", help="start at most N runs now")
@@ -51,7 +53,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def refuse_unused(arguments: argparse.Namespace) -> None:
+    """Refuse options that say what is to run where nothing is run."""
+    runs = ["jobs", "max_runs", "submitit", "submitit_option"]
+    unused = {"overview": [*runs, "only"], "report_only": [*runs, "only"], "dry_run": runs}
+    for mode, options in unused.items():
+        given = [option for option in options if getattr(arguments, option)]
+        if getattr(arguments, mode) and given:
+            raise InputError(f"--{given[0]}: has no effect with --{mode}; remove it".replace("_", "-"))
+    if arguments.submitit_option and not arguments.submitit:
+        raise InputError("--submitit-option: has no effect without --submitit; remove it")
+
+
 def run(arguments: argparse.Namespace) -> int:
+    refuse_unused(arguments)
     overrides = list(arguments.overrides)
     if arguments.device:
         overrides.append(f"train.device={arguments.device}")
@@ -78,7 +93,9 @@ def run(arguments: argparse.Namespace) -> int:
     from s2d3d.viz.study_plot import draw_study
 
     summary = summarize(study, read_records(arguments.results, study.cells))
-    written = write_report(summary, arguments.results, f"python tools/study.py configs/studies/{Path(study.path).name}")
+    given = "".join(f" {shlex.quote(override)}" for override in study.overrides)
+    command = f"python tools/study.py configs/studies/{Path(study.path).name}{given}"
+    written = write_report(summary, arguments.results, command)
     figure = Path(arguments.results) / f"{study.config.name}.png"
     draw_study(summary, figure)
     print("\n".join(report_lines(summary)))

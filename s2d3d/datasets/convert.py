@@ -124,7 +124,9 @@ def convert_modelnet(
         )
     check_output(output, force)
     work = output.parent / f".{output.name}.partial"
-    _claim(work, {**asdict(found), "num_points": num_points, "seed": seed, "part": PART})
+    vertical = up_axis or found.up_axis
+    job = {**asdict(found), "source": str(source.resolve()), "up_axis": vertical}
+    _claim(work, {**job, "num_points": num_points, "seed": seed, "part": PART})
     counts = {split: len(shapes) for split, shapes in found.shapes.items()}
     jobs = []
     for split, shapes in found.shapes.items():
@@ -150,7 +152,7 @@ def convert_modelnet(
             stacked = np.stack(clouds)
             write_h5(
                 path, stacked[..., :3], [label for _, _, label in shapes], names=[name for _, name, _ in shapes],
-                normal=stacked[..., 3:] if stacked.shape[-1] > 3 else None, up_axis=up_axis or found.up_axis,
+                normal=stacked[..., 3:] if stacked.shape[-1] > 3 else None, up_axis=vertical,
             )  # fmt: skip
     (work / MARK).write_text("".join(f"{name}\n" for name in found.class_names), encoding="utf-8")
     (work / _CLAIM).unlink()

@@ -132,7 +132,7 @@ def _read_table(path: Path) -> np.ndarray:
             lines = path.read_text(encoding="utf-8").replace(",", " ").splitlines()
             rows = [line.split()[:3] for line in (line.partition("#")[0] for line in lines) if line.strip()]
             table = np.array(rows, dtype=np.float64) if rows else np.empty((0, 3))
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, TypeError, OSError, EOFError) as error:  # TypeError: fields with names
         reason = " ".join(str(error).split())[:120]
         raise InputError(f"{path}: cannot be read as a table of points ({reason})") from error
     if table.ndim != 2 or table.shape[1] < 3:

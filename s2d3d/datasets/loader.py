@@ -111,7 +111,7 @@ class BatchLoader:
 
         Args:
             index: 0 is the plain pass; i > 0 draws the points of each shape and augments them, as a function of
-                (seed, i) alone.
+                seed, i, batch size and number of processes.
             augment: instead of the loader's own augmentation.
 
         Raises:

@@ -331,6 +331,9 @@ class Config(Section):
         if self.s2d.kind != "none" and experts > 1 and self.s2d.share_rate > bound:
             text = f"must be at most {bound:.6g} = ({experts} - 1) / {experts}, above which the {experts} experts"
             problems.append(Problem(("s2d", "share_rate"), f"{text} overshoot their mean, got {self.s2d.share_rate:g}"))
+        if self.s2d.kind != "none" and self.s2d.schedule == "constant" and self.s2d.rise_fraction < 1:
+            text = f"has no effect with s2d.schedule: constant, got {self.s2d.rise_fraction:g}"
+            problems.append(Problem(("s2d", "rise_fraction"), text))
         if self.s2d.kind == "topk" and self.s2d.active_fraction < 1:
             text = "must be 1 with kind 'topk', whose experts have no dense form to go on with"
             problems.append(Problem(("s2d", "active_fraction"), f"{text}, got {self.s2d.active_fraction:g}"))

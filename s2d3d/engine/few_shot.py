@@ -22,7 +22,7 @@ from ..errors import InputError
 from .config import Config, parse_config
 from .data import build_dataset
 from .resume import MAY_CHANGE
-from .run_folder import RunFolder, write_json
+from .run_folder import RunFolder, check_writable, write_json
 from .trainer import Trainer
 
 
@@ -129,14 +129,22 @@ def run_folds(
         Fold number, class names, `oa`, `macc`, `loss` of the last epoch, training seconds, names of the shapes.
 
     Raises:
-        InputError: `output` is of another experiment; the data has too few classes or shapes; a bad config.
+        InputError: `output` is of another experiment or cannot be written; the data has too few classes or shapes; a
+            bad config, or one that would score another part than the queries.
         StoppedBySignal: SIGTERM or Ctrl-C; the state has been saved.
     """
     if folds < 1:
         raise InputError(f"folds is {folds}, must be at least 1")
     if config.train.max_steps:
         raise InputError("train.max_steps: folds run to their last epoch, remove it")
+    if config.eval.split != "test":
+        raise InputError(f"eval.split: is {config.eval.split}, folds score their queries; set it to test")
+    if config.data.val_fraction:
+        raise InputError("data.val_fraction: would hold out support shapes, of which a fold trains on all; set it to 0")
     output = Path(output)
+    if not output.parent.is_dir():
+        raise InputError(f"{output}: folder {output.parent} does not exist; create it first")
+    check_writable(output.parent)
     header = {**asdict(task), "config": config.to_dict()}
     done = {} if force or not output.exists() else _finished(output, header)
     class_names = build_dataset(config.data, "test", seed=config.seed).class_names

@@ -79,5 +79,6 @@ def build_loaders(
     if config.eval.split == "validation":
         assert val_loader is not None  # a config without data.val_fraction is refused
         scored = val_loader
-    plain = BatchLoader(train, config.eval.batch_size, augment=False)
+    size = max(2, config.eval.batch_size)  # BatchNorm has no statistics of a single cloud: a lone last one is left out
+    plain = BatchLoader(train, size, augment=False, drop_last=len(train) % size == 1)
     return Loaders(train.class_names, train_loader, plain, test_loader, val_loader, scored)

@@ -53,6 +53,7 @@ def run_metrics(
     parameters: Mapping[str, int],
     split: str,
     shapes: Sequence[str],
+    kept: str,
 ) -> dict[str, Any]:
     """Return the content of metrics.json: accuracies of the last epoch, parameters, time.
 
@@ -64,6 +65,7 @@ def run_metrics(
         parameters: number of parameters, "training" and afterwards.
         split: that was evaluated, "test" or "validation".
         shapes: names of its shapes, in order; a digest of them tells whether two runs were scored on the same.
+        kept: which form the checkpoint of the finished run holds, a key of `reports`.
     """
     return {
         "split": split,
@@ -72,6 +74,7 @@ def run_metrics(
         "updates": progress.updates,
         "seed": seed,
         "selection": "last epoch",
+        "kept": kept,
         "train_seconds": train_seconds,
         "parameters": dict(parameters),
         **{name: report.to_dict() for name, report in reports.items()},
@@ -82,6 +85,7 @@ def run_summary(
     reports: Mapping[str, ClassificationReport],
     *,
     folder: RunFolder,
+    split: str,
     sparse: bool,
     training_parameters: int,
     final_parameters: int,
@@ -91,14 +95,18 @@ def run_summary(
     Args:
         reports: as for `run_metrics`.
         folder: of the run.
+        split: that was evaluated.
         sparse: the run trained experts.
         training_parameters: number of parameters while training.
         final_parameters: number of parameters of the model that the run leaves.
     """
     routed = "routed" in reports
     titles = _ROUTED_TITLES if routed else _TITLES | {"merged": "after merge" if sparse else "dense"}
+    if "recalibrated" in reports:  # the model that votes then
+        titles = titles | {"voting": f"{titles['recalibrated']}, voting"}
     rows = [(titles[name], report.summary()) for name, report in reports.items()]
     rows += [
+        ("scored on", "test split" if split == "test" else "validation part of the training split"),
         ("parameters while training", f"{training_parameters:,}"),
         ("parameters after", f"{final_parameters:,}"),
         ("routed model", str(folder.final)) if routed else ("dense model", str(folder.merged)),

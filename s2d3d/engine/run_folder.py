@@ -34,6 +34,8 @@ class RunFolder:
         self.aside = self.root / "checkpoints" / "last.aside.pt"
         self.merged = self.root / "merged.pt"
         self.final = self.root / "final.pt"
+        self.robustness = self.root / "robustness.json"
+        self.analysis = self.root / "analysis.json"
         self._claim: int | None = None
 
     def check(self, *, resume: Path | None = None, force: bool = False) -> None:
@@ -67,8 +69,9 @@ class RunFolder:
         self.last.parent.mkdir(parents=True, exist_ok=True)
         self._claim_folder()
         if not self.owns(resume):
-            for path in self._present():
-                path.unlink()
+            # What other tools found out about the model that was here goes with it.
+            for path in (*self._present(), self.robustness, self.analysis, self.analysis.with_suffix(".png")):
+                path.unlink(missing_ok=True)
         elif resume is not None and resume.resolve() == self.previous.resolve():
             if self.last.exists():
                 os.replace(self.last, self.aside)

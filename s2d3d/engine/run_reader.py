@@ -78,8 +78,8 @@ def _read(folder: RunFolder, name: str) -> RunRecord:
         environment=_read_json(folder.environment) or {},
         log=log,
         metrics=_read_json(folder.metrics) or {},
-        analysis=_read_json(folder.root / "analysis.json"),
-        robustness=_read_json(folder.root / "robustness.json"),
+        analysis=_read_json(folder.analysis),
+        robustness=_read_json(folder.robustness),
         checkpoint=ends[0] if ends else None,
     )
 

@@ -140,6 +140,7 @@ class Cell:
         seed: of the run.
         config: of the run.
         changes: dotted keys in which `config` differs from the study's base, seed and folders left out.
+        data_folder: name of the folder that `data.root` means in the study's files, an override for this machine aside.
     """
 
     study: str
@@ -147,6 +148,7 @@ class Cell:
     seed: int
     config: Config
     changes: dict[str, object]
+    data_folder: str
 
     def __str__(self) -> str:
         return f"{self.arm}/seed{self.seed}"
@@ -159,6 +161,8 @@ class Study:
     path: str
     config: StudyConfig
     cells: list[Cell]
+    overrides: tuple[str, ...] = ()
+    """For all runs, as given; those that say where and how fast to compute are left out."""
 
     def select(self, only: Sequence[str]) -> list[Cell]:
         """Return the runs of some arms; none named: all.
@@ -199,14 +203,16 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     base_path = Path(path).parent / config.base
     base = load_config(base_path).to_dict()
     configs = _arm_configs(config, str(path), base_path, overrides)
+    folders = {arm: _data_folder(config, base_path, arm) for arm in configs}
     folder = Path(config.output_dir or f"runs/studies/{config.name}")
     cells = []
     for seed in config.seeds:
         for arm, arm_config in configs.items():
             own = {"seed": seed, "output_dir": str(folder / arm / f"seed{seed}")}
             changes = differences(base, arm_config.to_dict(), PRIVATE)
-            cells.append(Cell(config.name, arm, seed, arm_config.model_copy(update=own), changes))
-    return Study(str(path), config, cells)
+            cells.append(Cell(config.name, arm, seed, arm_config.model_copy(update=own), changes, folders[arm]))
+    kept = [text for text in overrides if not _named(text.partition("=")[0], PRIVATE)]
+    return Study(str(path), config, cells, tuple(kept))
 
 
 PRIVATE = ("seed", "output_dir", "data.root", "data.cache_dir", "train.device", "train.num_threads", "log")
@@ -222,8 +228,18 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], ignored: Seq
         ignored: keys and sections to leave out.
     """
     first, second = flatten(ours), flatten(theirs)
-    keys = [key for key in first | second if not any(key == name or key.startswith(f"{name}.") for name in ignored)]
+    keys = [key for key in first | second if not _named(key, ignored)]
     return {key: second.get(key) for key in keys if first.get(key) != second.get(key)}
+
+
+def _named(key: str, names: Sequence[str]) -> bool:
+    """Tell whether a dotted key is one of `names`, or lies in a section that is."""
+    return any(key.strip() == name or key.strip().startswith(f"{name}.") for name in names)
+
+
+def _data_folder(study: StudyConfig, base: Path, arm: str) -> str:
+    roots = [flatten(layer).get("data.root") for layer in (study.arms[arm], study.common, read_yaml(base)[0])]
+    return next(Path(str(root)).name for root in roots if root is not None)
 
 
 def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -256,6 +272,8 @@ def _arm_configs(study: StudyConfig, where: str, base: Path, overrides: Sequence
     if limited:
         raise InputError(f"{base}: train.max_steps: runs of a study go to their last epoch; remove it")
     for config in configs.values():
+        if (config.eval.split, config.eval.every) != (study.evaluate, 0):  # an override of the whole section
+            raise InputError("overrides: eval.split and eval.every are decided by the study; change its file")
         keys = flatten(config.to_dict())
         if study.along and study.along not in keys:
             raise InputError(f"{where}: along: unknown config key {show(study.along)}{did_you_mean(study.along, keys)}")

@@ -230,9 +230,12 @@ def single_threaded(cell: Cell) -> Cell:
     return dataclasses.replace(cell, config=cell.config.model_copy(update={"train": train}))
 
 
+_PLAIN = ("study", "arm", "seed", "changes", "data_folder")
+
+
 def cell_to_dict(cell: Cell, results: str | Path) -> dict[str, Any]:
     """Return a run and where its record goes, in types that JSON knows."""
-    plain = {"study": cell.study, "arm": cell.arm, "seed": cell.seed, "changes": cell.changes}
+    plain = {name: getattr(cell, name) for name in _PLAIN}
     return {**plain, "config": cell.config.to_dict(), "results": str(results)}
 
 
@@ -243,7 +246,7 @@ def cell_from_dict(plain: dict[str, Any]) -> tuple[Cell, str]:
         InputError: the config is not valid.
     """
     config = parse_config(plain["config"], where=f"{plain['study']}/{plain['arm']}/seed{plain['seed']}")
-    return Cell(plain["study"], plain["arm"], plain["seed"], config, plain["changes"]), plain["results"]
+    return Cell(config=config, **{name: plain[name] for name in _PLAIN}), plain["results"]
 
 
 @contextlib.contextmanager

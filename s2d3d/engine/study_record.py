@@ -14,8 +14,10 @@ from .resume import MAY_CHANGE
 from .run_folder import RunFolder, write_text
 from .study_config import FORMS, Cell, differences
 
-FREE = (*(key for key in MAY_CHANGE if key not in ("eval", "train.max_steps")), "eval.batch_size", "eval.every")
-"""Config keys that may differ between a finished run and the study: they change neither weights nor score."""
+FREE = (*(key for key in MAY_CHANGE if key not in ("eval", "train.max_steps")), "eval.every")
+"""Config keys that may differ between a finished run and the study: they change neither weights nor score.
+
+`eval.batch_size` is none of them: votes and re-estimated BatchNorm statistics depend on it."""
 UNRECORDED = ("output_dir", "data.root", "data.cache_dir")
 """Config keys that name folders of the machine that computed."""
 CURVE = ("train_loss", "train_oa", "val_oa", "share_rate", "divergence", "grad_norm")
@@ -53,6 +55,7 @@ def write_record(results: str | Path, cell: Cell) -> Path:
         "seed": cell.seed,
         "changes": cell.changes,
         "config": config,
+        "data_folder": cell.data_folder,
         **{key: metrics[key] for key in ("split", "shapes", "epochs", "updates", "train_seconds", "parameters")},
         "results": {
             form: {key: metrics[form][key] for key in ("oa", "macc", "loss", "num_samples", "correct")}
@@ -99,6 +102,8 @@ def read_records(results: str | Path, cells: Iterable[Cell]) -> dict[tuple[str, 
         try:
             record = read_record(path)
             changed = _changed(record["config"], cell, path)
+            if not _same_data(record, cell):
+                changed = f"data.root=.../{record['data_folder']}, the study says .../{cell.data_folder}"
             if changed:
                 raise InputError(f"{path}: is of a run with {changed}; name the study anew, or remove this file")
             records[cell.arm, cell.seed] = record
@@ -127,7 +132,8 @@ def borrow_record(results: str | Path, cell: Cell, *, write: bool = True) -> Pat
             continue
         theirs = {**record["config"], "output_dir": ours["output_dir"]}
         own_folders = {key: ours["data"][key] for key in ("root", "cache_dir")}
-        if differences(ours, {**theirs, "data": {**theirs.get("data", {}), **own_folders}}, FREE):
+        theirs["data"] = {**theirs.get("data", {}), **own_folders}
+        if not _same_data(record, cell) or differences(ours, theirs, FREE):
             continue
         if not write:
             return path
@@ -135,6 +141,11 @@ def borrow_record(results: str | Path, cell: Cell, *, write: bool = True) -> Pat
         names = {"study": cell.study, "arm": cell.arm, "seed": cell.seed, "same_run_as": source}
         return _write(results, cell, {**record, **names, "changes": cell.changes})
     return None
+
+
+def _same_data(record: Mapping[str, Any], cell: Cell) -> bool:
+    """Tell whether a record is of the data that a run names; records of before this was noted are of any."""
+    return record.get("data_folder", cell.data_folder) == cell.data_folder
 
 
 def check_folder(cell: Cell) -> None:

@@ -39,6 +39,7 @@ def report_text(summary: Mapping[str, Any], command: str) -> str:
         + (", the test split was left alone" if summary["split"] == "validation" else ", once, at the end")
         + f"; accuracy is that of the {summary['selection']}. Base config `{Path(summary['base']).name}`"
         + (f", with {_changes(summary['common'])} in all arms" if summary["common"] else "")
+        + "".join(f", with `{override}` in all arms from the command line" for override in summary["overrides"])
         + ". Runs of one seed are paired: same initial dense weights, same batches, same augmentation.",
         "## Arms",
         _arms_table(summary),

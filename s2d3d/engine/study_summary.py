@@ -48,6 +48,7 @@ def summarize(study: Study, records: Records) -> dict[str, Any]:
         "seeds": list(config.seeds),
         "base": config.base,
         "common": {key: value for key, value in config.common.items() if key not in UNRECORDED},
+        "overrides": list(study.overrides),
         "along": config.along,
         "selection": "last epoch",
         "level": LEVEL,

@@ -91,10 +91,13 @@ class Trainer(TrainingParts):
                 self._setup(resume)
                 with self.signals.watching(), logging_redirect_tqdm():
                     while self.progress.epoch < cfg.train.epochs:
-                        self._train_epoch()
+                        if not self._reached_max_steps():  # a run that is resumed at its limit is there already
+                            self._train_epoch()
                         if self._reached_max_steps():
                             return self._stop_early()
                         self._finish_epoch()
+                    if self._signal_received(check=True):  # during the evaluation of the last epoch
+                        raise StoppedBySignal(self.signals.signum, self.folder.last)
                 return self._finish_run()
         finally:
             self.loggers.close()
@@ -297,12 +300,14 @@ class Trainer(TrainingParts):
         final, path = (copy.deepcopy, self.folder.final) if self.routed else (merge_experts, self.folder.merged)
         model = final(self.model)
         reports = {"sparse": self._evaluate(self.model, self.scored_loader)} if self.ewa and not self.routed else {}
-        reports["routed" if self.routed else "merged"] = self._evaluate(model, self.scored_loader)
+        kept = "routed" if self.routed else "merged"
+        reports[kept] = self._evaluate(model, self.scored_loader)
         if self.ema:
             reports["ema"] = self._evaluate(final(self.ema.module), self.scored_loader)
         if cfg.eval.recalibrate_batchnorm and (norms := norms_behind_experts(model, cfg, self.converted, self.mof)):
             recalibrate_batchnorm_(model, self.plain_train_loader, device=self.runtime.device, layers=norms)
-            reports["recalibrated"] = self._evaluate(model, self.scored_loader)
+            kept = "recalibrated"
+            reports[kept] = self._evaluate(model, self.scored_loader)
         if cfg.eval.votes > 1:
             reports["voting"] = self._evaluate(model, self.scored_loader, votes=cfg.eval.votes)
         if self.runtime.is_main:
@@ -310,7 +315,7 @@ class Trainer(TrainingParts):
             metrics = run_metrics(
                 reports, progress=self.progress, seed=cfg.seed, parameters=self._parameter_counts(),
                 train_seconds=sum(row["seconds"] for row in self.history), split=cfg.eval.split,
-                shapes=self.scored_loader.dataset.names,
+                shapes=self.scored_loader.dataset.names, kept=kept,
             )  # fmt: skip
             write_json(self.folder.metrics, metrics)
             self.loggers.finish(reports, self.scored_loader.dataset, self.progress.epoch)
@@ -328,7 +333,7 @@ class Trainer(TrainingParts):
         """Return the table that ends a finished run: accuracies, parameters, run folder."""
         training, final = self._parameter_counts().values()
         return run_summary(
-            self.reports, folder=self.folder, sparse=bool(self.converted),
+            self.reports, folder=self.folder, split=self.config.eval.split, sparse=bool(self.converted),
             training_parameters=training, final_parameters=final,
         )  # fmt: skip
 

@@ -32,6 +32,7 @@ class PretrainedReport:
         unexpected: keys of the file, as written there, that the model has no place for.
         mismatched: keys of the model's last layer, which has another number of classes; their values are as before.
         turned: the file's weights were turned from y up to z up.
+        published: the file has the layout of the published checkpoints, which were trained y up.
     """
 
     path: Path
@@ -40,6 +41,7 @@ class PretrainedReport:
     unexpected: tuple[str, ...]
     mismatched: tuple[str, ...]
     turned: bool = False
+    published: bool = False
 
     def summary(self) -> str:
         """Return one line: how many tensors matched, and what did not, counted by the first part of the key."""
@@ -54,6 +56,8 @@ class PretrainedReport:
         ):
             if keys:
                 parts.append(f"{text}: {_count(keys)}")
+        if self.published and not self.turned:
+            parts.append("taken as trained z up, published files were trained y up: model.pretrained_up_axis=y")
         return "; ".join(parts)
 
 
@@ -86,7 +90,8 @@ def load_pretrained_(model: nn.Module, path: str | Path, *, up_axis: str = "z") 
     """
     if up_axis not in UP_AXES:
         raise InputError(f"up_axis is {up_axis!r}, must be 'y' or 'z'")
-    file = _unwrap(load_data(path, allow=numpy_scalars()), path)
+    content = load_data(path, allow=numpy_scalars())
+    file = _unwrap(content, path)
     prefix = next((p for p in PRETRAINING_PREFIXES if any(key.startswith(p) for key in file)), "")
     names = {key.removeprefix(prefix): key for key in file if key.startswith(prefix)}
     own, last = model.state_dict(), _last_layer(model)
@@ -104,6 +109,7 @@ def load_pretrained_(model: nn.Module, path: str | Path, *, up_axis: str = "z") 
         unexpected=tuple(key for key in file if key not in used),
         mismatched=tuple(mismatched),
         turned=up_axis == "y",
+        published=bool(prefix) or "base_model" in content,
     )
 
 

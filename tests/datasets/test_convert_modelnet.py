@@ -1,5 +1,7 @@
 """ModelNet's own files to HDF5: every shape where it belongs, whatever the number of processes and interruptions."""
 
+import shutil
+
 import h5py
 import numpy as np
 import pytest
@@ -128,6 +130,31 @@ def test_unfinished_work_of_another_conversion_is_not_used(meshes, tmp_path, mon
     monkeypatch.undo()
     convert_modelnet(meshes, tmp_path / "set", num_points=32, workers=1)
     assert read_h5(tmp_path / "set" / "ply_data_train0.h5").points.shape == (10, 32, 3)
+
+
+@pytest.mark.parametrize("change", ["axis", "source"])
+def test_parts_of_another_axis_or_source_are_not_mixed_in(meshes, tmp_path, monkeypatch, change):
+    """A copy of a set has the same file names; its meshes may be turned."""
+    monkeypatch.setattr(convert, "PART", 3)
+    other = shutil.copytree(meshes, tmp_path / "other")
+    read, seen = convert.read_off, []
+
+    def failing(path):
+        seen.append(path)
+        if len(seen) == 8:
+            raise KeyboardInterrupt
+        return read(path)
+
+    monkeypatch.setattr(convert, "read_off", failing)
+    with pytest.raises(KeyboardInterrupt):
+        convert_modelnet(meshes, tmp_path / "set", num_points=16, workers=1)
+    monkeypatch.setattr(convert, "read_off", lambda path: seen.append(path) or read(path))
+    seen.clear()
+    source, up_axis = (other, None) if change == "source" else (meshes, "y")
+    counts = convert_modelnet(source, tmp_path / "set", num_points=16, up_axis=up_axis, workers=1)
+    assert len(seen) == sum(counts.values()), "nothing of the first conversion is used"
+    axes = {read_h5(path).up_axis for path in (tmp_path / "set").glob("*.h5")}
+    assert axes == {up_axis or "z"}
 
 
 def test_what_cannot_be_converted(meshes, texts, tmp_path):

@@ -111,3 +111,9 @@ def test_what_cannot_be_read(tmp_path, capfd, name, content, message):
         read_cloud(tmp_path / name, 5)
     assert str(error.value).startswith(f"{tmp_path / name}: ") and "\n" not in str(error.value)
     assert capfd.readouterr() == ("", ""), "Open3D is kept quiet"
+
+
+def test_a_table_with_names_of_fields_is_refused(tmp_path):
+    np.save(tmp_path / "named.npy", np.zeros(5, dtype=[("x", "f4"), ("y", "f4"), ("z", "f4")]))
+    with pytest.raises(InputError, match=r"named\.npy: cannot be read as a table of points"):
+        read_cloud(tmp_path / "named.npy", 5)

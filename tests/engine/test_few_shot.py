@@ -200,4 +200,21 @@ def test_output_of_another_experiment_is_refused(config, tiny_config, trained, t
     stopping = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 3})})
     with pytest.raises(InputError, match=r"train\.max_steps"):
         list(run_folds(stopping, TASK, folds=1, output=tmp_path / "new.json"))
+    with pytest.raises(InputError, match=r"nodir/f\.json: folder .*nodir does not exist; create it first"):
+        list(run_folds(config, TASK, folds=1, output=tmp_path / "nodir" / "f.json"))
+    assert not trained
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["data.val_fraction=0.2"], "data.val_fraction"),
+        (["data.val_fraction=0.2", "eval.split=validation"], "eval.split"),
+    ],
+)
+def test_queries_are_what_is_scored_and_all_of_the_support_is_trained_on(
+    tiny_config, trained, tmp_path, overrides, key
+):
+    with pytest.raises(InputError, match=rf"^{key}: "):
+        list(run_folds(tiny_config(*overrides), TASK, folds=1, output=tmp_path / "f.json"))
     assert not trained

@@ -233,6 +233,25 @@ def test_the_same_run_of_another_study_is_taken_over(write_study, results, tmp_p
     assert "same_run_as" not in records["three", 0]
 
 
+def test_a_run_of_other_data_is_not_taken_over(write_study, results, tmp_path, shapes_root, fits):
+    other = shutil.copytree(shapes_root, tmp_path / "other_set")
+    arms = {"dense": {"s2d.kind": "none"}, "elsewhere": {"s2d.kind": "none", "data.root": str(other)}}
+    study = load_study(write_study(seeds=[0], arms=arms))
+    run_study(study, results=results)
+    assert [name for name, _ in fits] == ["dense/seed0", "elsewhere/seed0"]
+    swapped = load_study(write_study(seeds=[0], arms={**arms, "dense": arms["elsewhere"], "elsewhere": arms["dense"]}))
+    with pytest.raises(InputError, match=r"dense/seed0\.json: is of a run with data\.root=\.\.\./\S+, the study says"):
+        read_records(results, swapped.cells)
+
+
+def test_overrides_stand_on_the_page(write_study, results, tmp_path):
+    study = load_study(write_study(seeds=[0]), ["train.epochs=1", "optim.warmup_epochs=0", "train.device=cpu"])
+    assert study.overrides == ("train.epochs=1", "optim.warmup_epochs=0"), "how it is computed does not"
+    summary = summarize(study, {})
+    assert summary["overrides"] == ["train.epochs=1", "optim.warmup_epochs=0"]
+    assert "with `train.epochs=1` in all arms from the command line" in report_text(summary, "command")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -156,6 +156,12 @@ def test_overrides_of_what_the_study_decides_are_refused(refused):
     ]
 
 
+@pytest.mark.parametrize("override", ["eval={split: test, every: 0}", "eval . split=test", "eval={every: 3}"])
+def test_no_way_of_writing_it_makes_another_split_be_scored(refused, override):
+    (line,) = refused(override)
+    assert "decided by the study" in line
+
+
 def test_a_base_that_is_not_there_or_stops_early(refused, tmp_path):
     assert refused(base="no.yaml") == [f"{tmp_path / 'no.yaml'}: no such file"]
     assert refused("train.max_steps=3") == [

@@ -119,6 +119,32 @@ def test_signals_save_and_leave_with_the_conventional_code(tiny_config, uninterr
     assert_same_weights(weights(resumed.folder.last), weights(uninterrupted.folder.last))
 
 
+def test_a_signal_in_the_evaluation_of_the_last_epoch_is_obeyed(tiny_config):
+    class Struck(Trainer):
+        def _select(self, row):
+            if row["epoch"] == 2:
+                signal.raise_signal(signal.SIGTERM)
+            return super()._select(row)
+
+    struck = Struck(tiny_config("train.epochs=2"))
+    with pytest.raises(StoppedBySignal):
+        struck.fit()
+    assert not struck.folder.merged.exists()
+    resumed = Trainer(tiny_config("train.epochs=2"))
+    assert resumed.fit(resume=struck.folder.last).is_file(), "only the ending was left to do"
+    assert resumed.progress.updates == 2 * resumed.steps_per_epoch
+
+
+def test_a_run_that_is_resumed_at_its_limit_makes_no_further_update(tiny_config):
+    first = Trainer(tiny_config("train.max_steps=3"))
+    first.fit()
+    before = weights(first.folder.last)
+    for _ in range(2):
+        Trainer(tiny_config("train.max_steps=3")).fit(resume=first.folder.last)
+    assert load_checkpoint(first.folder.last)["progress"]["updates"] == 3
+    assert_same_weights(weights(first.folder.last), before)
+
+
 def test_kill_9_in_mid_epoch_resumes_bit_exact(tiny_config, uninterrupted, repository, tmp_path):
     config = tiny_config("train.epochs=4", "train.checkpoint_every=4")
     path = tmp_path / "config.yaml"

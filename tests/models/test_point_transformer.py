@@ -1,5 +1,6 @@
 """Our Point Transformer equals the plain reference, sparse and merged, and the comparison notices small deviations."""
 
+import json
 import subprocess
 import sys
 
@@ -362,11 +363,29 @@ def test_training_reports_sparse_merged_and_recalibrated(tiny_config):
     assert reports["sparse"] == reports["merged"]
     assert reports["recalibrated"].loss != reports["merged"].loss and reports["recalibrated"].num_samples == 36
     assert "merged, BatchNorm recalibrated" in trainer.summary()
+    assert json.loads(trainer.folder.metrics.read_text())["kept"] == "recalibrated", "what merged.pt holds"
     payload = load_checkpoint(path)
     stock = create_model("point_transformer_tiny", num_classes=12, **payload["model"]["kwargs"])
     stock.load_state_dict(payload["state_dict"], strict=True)
     points = clouds(2, 128)
     assert torch.equal(logits(load_model(path), points), logits(stock, points))
+
+
+@pytest.mark.parametrize("batch_size", [1, 19])
+def test_a_lone_last_cloud_does_not_stop_the_recalibration(tiny_config, batch_size):
+    """BatchNorm in the head has no statistics of one cloud; 96 shapes are 5 batches of 19 and one more."""
+    trainer = Trainer(
+        pt_config(tiny_config("train.epochs=1", "optim.warmup_epochs=0", f"eval.batch_size={batch_size}"))
+    )
+    trainer.fit()
+    assert len(trainer.train_loader.dataset) == 96 and list(trainer.reports) == ["sparse", "merged", "recalibrated"]
+
+
+def test_votes_are_those_of_the_recalibrated_model_and_say_so(tiny_config):
+    trainer = Trainer(pt_config(tiny_config("train.epochs=1", "optim.warmup_epochs=0", "eval.votes=2")))
+    trainer.fit()
+    assert "merged, BatchNorm recalibrated, voting" in trainer.summary()
+    assert "scored on                         test split" in trainer.summary()
 
 
 def test_a_dense_twin_is_recalibrated_alike_and_without_ffn_not_at_all(tiny_config, tmp_path):

@@ -20,6 +20,7 @@ from s2d3d.s2d import MoFConfig, convert_to_mof_
 
 ATOL = 2e-5
 SMALL = dict(trans_dim=48, num_heads=2, num_group=16, group_size=8)  # all 12 blocks: all keys, of small tensors
+HINT = "taken as trained z up, published files were trained y up: model.pretrained_up_axis=y"
 REFERENCES = {"point_bert": reference.PointBERT, "point_mae": reference.PointMAE}
 CONVERTED = MoFConfig(num_experts=2)
 
@@ -97,7 +98,7 @@ def test_published_layout_loads_every_tensor_and_gives_equal_logits(write, name,
     assert report.missing == report.unexpected == report.mismatched == ()
     assert list(report.matched) == list(ours.state_dict())
     total = {"point_bert": 164, "point_mae": 174}[name]
-    assert report.summary() == f"{path}: {total} of the model's {total} tensors loaded"
+    assert report.summary() == f"{path}: {total} of the model's {total} tensors loaded; {HINT}"
     assert_same(ours.state_dict(), dict(theirs.state_dict()))
     assert deviation(ours, theirs, clouds()) < ATOL
 
@@ -118,7 +119,9 @@ def test_plain_state_dicts_and_our_own_checkpoints_load(write, tmp_path):
         save_checkpoint(tmp_path / "ours.pt", payload),
     ):
         reference.draw_weights_(ours, seed=5)
-        assert len(load_pretrained_(ours, path).matched) == 164, path
+        report = load_pretrained_(ours, path)
+        assert len(report.matched) == 164, path
+        assert report.summary().endswith("of the model's 164 tensors loaded"), "not the layout that is trained y up"
         assert deviation(ours, theirs, clouds()) < ATOL
 
 
@@ -143,7 +146,7 @@ def test_point_bert_pretraining_loads_what_the_classifier_has(write):
     assert set(report.unexpected) == set(content) - {f"transformer_q.{key}" for key in backbone}
     assert report.summary().partition(": ")[2] == (
         "160 of the model's 164 tensors loaded; left fresh, not in the file: cls_head_finetune (4); "
-        "in the file, not used: transformer_q (3), transformer_k (160), dvae, queue"
+        f"in the file, not used: transformer_q (3), transformer_k (160), dvae, queue; {HINT}"
     )
 
 
@@ -171,7 +174,8 @@ def test_another_number_of_classes_leaves_the_last_layer_fresh(write, name):
     now = ours.state_dict()
     for key, value in theirs.state_dict().items():
         assert torch.equal(now[key], fresh[key] if key in report.mismatched else value), key
-    assert report.summary().endswith("tensors loaded; left fresh, another number of classes: cls_head_finetune (2)")
+    left = "left fresh, another number of classes: cls_head_finetune (2)"
+    assert report.summary().endswith(f"tensors loaded; {left}; {HINT}")
 
 
 def test_blocks_that_the_file_lacks_are_reported(write):

@@ -145,6 +145,11 @@ def test_overrides_that_would_be_ignored(refuses, trained, override):
     assert line == f"override '{override}': has no effect on a checkpoint; what can be replaced here is {known}"
 
 
+def test_a_validation_part_is_not_taken_for_the_test_split(refuses, trained):
+    line = refuses("evaluate", "--checkpoint", trained.last, "eval.split=validation")
+    assert line == ("eval.split: has no effect here, the test split is scored; training scores a validation part")
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -66,6 +66,12 @@ def test_a_public_folder_is_copied_with_its_axis(call, tmp_path, given, stored):
     assert ours.points.equal(theirs.points)
 
 
+@pytest.mark.parametrize("option", ["--seed", "--workers"])
+def test_options_without_effect_on_a_copy_are_refused(refuses, data_copy, tmp_path, option):
+    line = refuses("prepare_data", "modelnet40", "--from", data_copy, "--output", tmp_path / "set", option, 1)
+    assert line == f"{option}: has no effect here, {data_copy} is in HDF5 layout and is copied as it is"
+
+
 def test_force_replaces_a_set_and_no_other_folder(call, refuses, data_copy, tmp_path):
     sizes = ["--num-train", 12, "--num-test", 12, "--num-points", 32]
     line = refuses("prepare_data", "shapes", "--output", data_copy, *sizes)

@@ -97,6 +97,19 @@ def test_what_is_wrong_is_one_line(refuses, write_study, results, tmp_path):
     assert refuses("study", path, "--submitit", "lsf", code=2).startswith("argument --submitit: invalid choice: 'lsf'")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--report-only", "--only", "s2d"], "--only: has no effect with --report-only; remove it"),
+        (["--report-only", "--max-runs", "1"], "--max-runs: has no effect with --report-only; remove it"),
+        (["--dry-run", "--jobs", "2"], "--jobs: has no effect with --dry-run; remove it"),
+        (["--submitit-option", "a=1"], "--submitit-option: has no effect without --submitit; remove it"),
+    ],
+)
+def test_options_without_effect_are_refused(refuses, write_study, results, arguments, message):
+    assert refuses("study", write_study(), "--results", results, *arguments) == message
+
+
 def test_a_failing_run_makes_the_exit_code(call, write_study, results):
     arms = {"dense": {"s2d.kind": "none"}, "bad": {"optim.lr": 1e30, "optim.warmup_epochs": 0, "optim.clip_grad": None}}
     result = call("study", write_study(arms=arms, seeds=[0]), "--results", results)
