@@ -1,12 +1,8 @@
-"""What the site needs beside its pages: the configuration reference, and links out of this folder as plain names."""
+"""What the site needs beside its pages: all of them in its navigation, and links out of this folder as plain names."""
 
 import posixpath
 import re
 from pathlib import Path
-
-from mkdocs.structure.files import File
-
-from s2d3d.engine.config_reference import config_reference
 
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)]*)?\)")
 
@@ -19,12 +15,6 @@ def on_config(config):
     if others:
         config["nav"] = [*config["nav"], {"More": others}]
     return config
-
-
-def on_files(files, config):
-    """Add the page that is made from the schema."""
-    files.append(File.generated(config, "configuration.md", content=config_reference()))
-    return files
 
 
 def on_page_markdown(markdown, page, config, files):

@@ -25,7 +25,7 @@ def blocks(repository):
 def test_a_backbone_and_a_data_set_of_one_s_own_train(blocks, tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "_MODELS", dict(models._MODELS))
     monkeypatch.setattr(datasets, "_DATASETS", dict(datasets._DATASETS))
-    backbone, reader, training = blocks
+    backbone, reader, training, command = blocks
     for block in (backbone, reader):
         body = [line for line in block.splitlines() if line and not line.startswith(("import ", "from "))]
         assert len(body) <= 20
@@ -53,6 +53,10 @@ def test_a_backbone_and_a_data_set_of_one_s_own_train(blocks, tiny_config, tmp_p
     model = load_model(trainer.folder.merged)
     assert type(model).__name__ == "Patchless"
     assert float((model(dataset.points).argmax(1) == dataset.labels).float().mean()) > 0.9
+    (tmp_path / "my.py").write_text(backbone + reader + command)
+    evaluate = [sys.executable, "my.py", "evaluate", "--checkpoint", trainer.folder.merged]
+    process = subprocess.run(evaluate, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0 and "(8 samples)" in process.stdout, process.stderr
 
 
 def test_names_that_are_taken_are_refused():
@@ -65,8 +69,10 @@ def test_names_that_are_taken_are_refused():
         s2d3d.register_model("mine", models.PointBERT, dept=3)
 
 
-def test_the_reference_names_every_key_with_its_default():
+def test_the_reference_names_every_key_with_its_default(repository):
     page = config_reference()
+    committed = (repository / "docs" / "configuration.md").read_text()
+    assert committed == page, "python -m s2d3d.engine.config_reference > docs/configuration.md"
 
     def keys(section, prefix=""):
         for key, value in section.items():
