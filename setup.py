@@ -30,7 +30,7 @@ setup(
     package_data={"s2d3d.viz": ["*.css", "*.html", "*.js"], "s2d3d": ["py.typed"], "": ["*.yaml"]},
     entry_points={"console_scripts": ["s2d3d = s2d3d.console:main"]},
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.7",
         "torch-scatter>=2.1.2",
         "open3d>=0.18",
         "h5py>=3.8",

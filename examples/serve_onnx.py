@@ -149,7 +149,7 @@ def main() -> int:
         try:
             points = read_points(path, metadata["num_points"], arguments.seed)
             cloud = prepare(points, metadata, arguments.up_axis)
-        except (OSError, ValueError, LookupError, StopIteration) as error:
+        except (OSError, EOFError, ValueError, LookupError, StopIteration) as error:
             print(f"error: {path}: {error or 'is cut short'}", file=sys.stderr)
             failed = True
             continue

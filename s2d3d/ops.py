@@ -100,7 +100,10 @@ def nearest_neighbours(query: Tensor, points: Tensor, num_neighbors: int) -> Ten
     # A CPU takes few clouds at a time, whose distances stay in its cache: a third faster on clouds of 1024 points.
     clouds = CACHED_DISTANCES // (query.shape[1] * points.shape[1]) if query.device.type == "cpu" else query.shape[0]
     parts = zip(query.split(max(1, clouds)), points.split(max(1, clouds)))
-    return torch.cat([_nearest(centers, others, num_neighbors) for centers, others in parts])
+    with torch.autocast(
+        query.device.type, enabled=False
+    ):  # would round the coordinates in the product: other neighbours
+        return torch.cat([_nearest(centers, others, num_neighbors) for centers, others in parts])
 
 
 def _nearest(query: Tensor, points: Tensor, num_neighbors: int) -> Tensor:

@@ -143,6 +143,16 @@ def test_knn_of_other_types_measures_in_float32(dtype):
     assert found.equal(expected)
 
 
+@pytest.mark.parametrize(("count", "neighbors"), [(1024, 8), (2048, 32)])
+def test_knn_under_autocast_finds_the_neighbours_of_float32(count, neighbors):
+    """Coordinates rounded to bf16 in the matrix product have other neighbours, off centre most of all."""
+    points = clouds(2, count) + 0.5
+    expected = nearest_neighbours(points, points, neighbors).sort().values
+    with torch.autocast("cpu", torch.bfloat16):
+        found = nearest_neighbours(points, points, neighbors).sort().values
+    assert found.equal(expected)
+
+
 # Gather and group
 
 

@@ -1,6 +1,7 @@
 """Report runs: one HTML page with accuracies, plots, mistakes to turn and configs; or the plots as files."""
 
 import argparse
+import itertools
 import re
 import sys
 from collections.abc import Sequence
@@ -123,7 +124,11 @@ def plot_files(records: Sequence[RunRecord], folder: Path, force: bool) -> dict[
             figures[f"confusion of {entry.name}"] = confusion_figure(
                 entry.final["confusion"], entry.final["class_names"], title=title
             )
-    paths = {folder / f"{re.sub('[^A-Za-z0-9.-]+', '_', name)}.png": figure for name, figure in figures.items()}
+    paths: dict[Path, Figure] = {}
+    for name, figure in figures.items():
+        stem = re.sub("[^A-Za-z0-9.-]+", "_", name)
+        places = (folder / f"{stem}{end}.png" for end in itertools.chain([""], (f"-{n}" for n in itertools.count(2))))
+        paths[next(place for place in places if place not in paths)] = figure
     if folder.exists():
         for path in paths:
             refuse_existing(path, force)

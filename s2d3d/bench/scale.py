@@ -37,7 +37,10 @@ def measure(settings: Settings) -> Section:
     scaling = weak_scaling(settings, spec)
     section.comparisons.append(scaling)
     one, two = scaling.times
-    section.add_speedup("weak_scaling_efficiency", scaling, two, one)
+    if settings.device.type == "cpu" or torch.cuda.device_count() >= 2:
+        section.add_speedup("weak_scaling_efficiency", scaling, two, one)
+    else:  # the ranks computed on the processor
+        section.add("weak_scaling_efficiency", None, "needs 2 GPUs")
     _plan(section, settings)
     return section
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ..engine.runtime import keep_large_allocations
+from ..engine.runtime import choose_device, keep_large_allocations
 from ..errors import InputError
 from ..s2d.dispatch import scatter_backend
 from .interleave import KEPT, LocalRunner, Skip, Start, Task, make_timer
@@ -131,6 +131,7 @@ def serve(connection: Connection, build: Callable[[], Task], allocator: str, dev
             keep_large_allocations()
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in convolutions too
         scatter_backend()  # loads its library before memory is counted
+        choose_device(device)  # makes a GPU of a given number the current one
         before = peak_memory(torch.device(device))
         task = build()
         runner = LocalRunner(task, make_timer(torch.device(device)))

@@ -114,6 +114,7 @@ class PointCloudDataset(torch.utils.data.Dataset):
         self.stored_points = stored_points
         self.transform = transform
         self.source = source
+        self.normalized = normalize
         self._item_generator: tuple[int, Generator] | None = None
         assert len(self.names) == len(labels) == count, "one label and one name for each shape"
         assert mask is None or mask.shape == points.shape[:2], "one mask value for each point"

@@ -106,6 +106,9 @@ class CorruptedDataset(PointCloudDataset):
     All samples have `corrupted_size(num_points, name, severity)` points. A shape's corruption depends on its number in
     the set as it was read: neither on batch size, order, process, nor on a `subset` taken before or after.
 
+    Corruptions are made for clouds in the unit sphere. A cloud of a set that is not normalised is corrupted in
+    its own such frame and put back.
+
     Votes corrupt the plain cloud first; then come the vote's order of points and its augmentation.
 
     Example:
@@ -139,8 +142,15 @@ class CorruptedDataset(PointCloudDataset):
         points, labels = super().sample(indices)
         rows = self._rows[indices].tolist()
         seed = self.corruption_seed
+        own_frame = self.severity > 0 and not self.normalized
+        if own_frame:
+            center = points.mean(dim=1, keepdim=True)
+            radius = (points - center).norm(dim=-1).amax(dim=1).clamp_min(torch.finfo(points.dtype).tiny).view(-1, 1, 1)
+            points = (points - center) / radius
         corrupted = [corrupt(p, self.corruption, self.severity, seed=seed, index=i) for p, i in zip(points, rows)]
         points = torch.stack(corrupted)
+        if own_frame:
+            points = points * radius + center
         if generator is not None:
             points = gather_points(points, torch.rand(points.shape[:2], generator=generator).argsort(dim=1))
         return points.contiguous(), labels

@@ -72,7 +72,9 @@ def load_files(
         torch.Size([1, 4, 3])
     """
     clouds = [read_cloud(file, num_points, up_axis=up_axis, normalize=normalize, seed=seed) for file in files]
-    return PointCloudDataset(
+    dataset = PointCloudDataset(
         torch.stack(clouds), torch.tensor(labels or [0] * len(files)), class_names, names=[file.name for file in files],
         split="test", num_points=num_points, normalize=False, source="files",
     )  # fmt: skip
+    dataset.normalized = normalize  # file by file, before points were chosen
+    return dataset

@@ -170,6 +170,10 @@ def read_robustness(path: str | Path) -> dict[str, Any]:
         if not _are_accuracies(accuracies):
             wanted = f"corruptions.{name}.oa is not {len(SEVERITIES)} accuracies in [0, 1]"
             raise InputError(f"{path}: {wanted}; it needs a file that --corruption all wrote")
+    clean = content["clean"].get("oa") if isinstance(content.get("clean"), dict) else None
+    for key, value in (("clean.oa", clean), ("mean_oa", content.get("mean_oa"))):
+        if not isinstance(value, float) or not 0 <= value <= 1:
+            raise InputError(f"{path}: {key} is no accuracy in [0, 1]; it needs a file that --corruption all wrote")
     return content
 
 

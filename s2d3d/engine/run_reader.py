@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import InputError
 from .config import load_config
+from .robustness import read_robustness
 from .run_folder import RunFolder
 
 
@@ -78,8 +79,8 @@ def _read(folder: RunFolder, name: str) -> RunRecord:
         environment=_read_json(folder.environment) or {},
         log=log,
         metrics=_read_json(folder.metrics) or {},
-        analysis=_read_json(folder.analysis),
-        robustness=_read_json(folder.robustness),
+        analysis=_read_analysis(folder.analysis),
+        robustness=read_robustness(folder.robustness) if folder.robustness.is_file() else None,
         checkpoint=ends[0] if ends else None,
     )
 
@@ -93,6 +94,15 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         raise InputError(f"{path}: not a JSON file ({error}); write it again or remove it") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds no JSON object; write it again or remove it")
+    return content
+
+
+def _read_analysis(path: Path) -> dict[str, Any] | None:
+    content = _read_json(path)
+    if content is not None:
+        lists = [content.get(key) for key in ("epochs", "checkpoints", "between_checkpoints")]
+        if not all(isinstance(entries, list) for entries in lists) or not lists[1]:
+            raise InputError(f"{path}: is not what tools/analyze.py writes; write it again or remove it")
     return content
 
 

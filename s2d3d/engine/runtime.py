@@ -105,7 +105,9 @@ def watching_peers(runtime: Runtime, folder: Path | str) -> Iterator[None]:
 
 
 def choose_device(name: str) -> torch.device:
-    """Turn "auto", "cpu", "cuda" or "cuda:N" into a device that exists.
+    """Turn "auto", "cpu", "cuda" or "cuda:N" into a device that exists; "cuda:N" becomes the current one.
+
+    Kernels and events of others than torch, such as Triton's, belong to the current device.
 
     Raises:
         InputError: the name is none of these, or there is no such GPU.
@@ -118,7 +120,10 @@ def choose_device(name: str) -> torch.device:
     count = torch.cuda.device_count()
     if name != "cpu" and int(index or 0) >= count:
         raise InputError(f"device '{name}': this machine has {count} CUDA devices; use device cpu or auto")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    return device
 
 
 def keep_large_allocations() -> None:

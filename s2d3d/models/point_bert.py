@@ -74,12 +74,13 @@ class PointBERT(nn.Module):
                 group_size=group_size,
                 encoder_dims=encoder_dims,
                 encoder_width=encoder_width,
-                head_dim=int(trans_dim * mlp_ratio),
             ),
             fractions=dict(drop_path_rate=drop_path_rate, head_dropout=head_dropout),
         )
         if depth > MAX_DEPTH:
             raise ValueError(f"depth is {depth}, must be at most {MAX_DEPTH}")
+        if int(trans_dim * mlp_ratio) < 1:
+            raise ValueError(f"mlp_ratio is {mlp_ratio}, must be at least 1 / {trans_dim} channels")
         if in_channels < 3:
             raise ValueError(f"in_channels is {in_channels}, must be at least 3 (x, y, z)")
         if variant not in VARIANTS:
@@ -115,9 +116,9 @@ class PointBERT(nn.Module):
         return {"cls_token"}
 
     @torch.jit.ignore
-    def coordinate_weights(self) -> tuple[str, ...]:
-        """Names of the weights whose first three inputs are x, y, z."""
-        return "encoder.first_conv.0.weight", "pos_embed.0.weight"
+    def coordinate_weights(self) -> dict[str, tuple[int, ...]]:
+        """Names of the weights that read x, y, z, and the columns at which each of these triples begins."""
+        return {"encoder.first_conv.0.weight": (0,), "pos_embed.0.weight": (0,)}
 
     def forward_features(self, points: Tensor) -> Tensor:
         """Map points (B, N, C) to normalised tokens (B, 1 + num_group, trans_dim), the class token first.

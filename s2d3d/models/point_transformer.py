@@ -100,10 +100,18 @@ class PointTransformer(nn.Module):
         return set()
 
     @torch.jit.ignore
-    def coordinate_weights(self) -> tuple[str, ...]:
-        """Names of the weights whose first three inputs are x, y, z."""
-        layers = {TransitionDown: "linear.weight", VectorAttention: "linear_p.0.weight"}
-        return tuple(f"{name}.{layers[type(m)]}" for name, m in self.named_modules() if type(m) in layers)
+    def coordinate_weights(self) -> dict[str, tuple[int, ...]]:
+        """Names of the weights that read x, y, z, and the columns at which each of these triples begins."""
+        columns: dict[str, tuple[int, ...]] = {}
+        for name, module in self.named_modules():
+            if isinstance(module, TransitionDown):
+                relative = (0,) if module.stride > 1 else ()
+                absolute = (3 * len(relative),) if name == "enc1.0" else ()  # the features there are the points
+                if relative or absolute:
+                    columns[f"{name}.linear.weight"] = (*relative, *absolute)
+            elif isinstance(module, VectorAttention):
+                columns[f"{name}.linear_p.0.weight"] = (0,)
+        return columns
 
     def forward_features(self, points: Tensor) -> Tensor:
         """Map points (B, N, C) to the features (B, M, C') of the points of the last stage.
@@ -195,9 +203,15 @@ class TransitionDown(nn.Module):
         centers = gather_points(xyz, farthest_point_sample(xyz, max(1, xyz.shape[1] // self.stride)))
         neighbourhood = find_neighbours(centers, xyz, self.num_neighbors)
         weight = self.linear.weight
-        of_points = F.linear(x.flatten(0, 1), weight[:, 3:]) + _narrow_linear(xyz.flatten(0, 1), weight[:, :3])
-        of_centers = _narrow_linear(-centers.flatten(0, 1), weight[:, :3], self.linear.bias)
-        grouped = self.bn(gather_sum(neighbourhood, of_points, of_centers))
+        of_points, bias = F.linear(x.flatten(0, 1), weight[:, 3:]), self.linear.bias
+        if torch.is_autocast_enabled(x.device.type):  # the difference first: that of two rounded products is coarse
+            pairs = gather_sum(
+                neighbourhood, of_points, None, _narrow_linear(neighbourhood.offsets, weight[:, :3], bias)
+            )
+        else:
+            of_points = of_points + _narrow_linear(xyz.flatten(0, 1), weight[:, :3])
+            pairs = gather_sum(neighbourhood, of_points, _narrow_linear(-centers.flatten(0, 1), weight[:, :3], bias))
+        grouped = self.bn(pairs)
         # The maximum first: ReLU does not change which is largest, and has less to do.
         pooled = max_over_group(grouped.unflatten(0, (-1, neighbourhood.size)))
         return centers, F.relu(pooled).view(*centers.shape[:2], -1)

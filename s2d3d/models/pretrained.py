@@ -187,14 +187,16 @@ def _rows_differ(own: Tensor, theirs: object) -> bool:
 
 def _turn_z_up(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Turn the weights that multiply x, y, z as the data sets turn clouds from y up to z up: to x, -z, y."""
-    names = getattr(model, "coordinate_weights", None)
-    if names is None:
+    coordinate_weights = getattr(model, "coordinate_weights", None)
+    if coordinate_weights is None:
         raise InputError(f"weights of {type(model).__name__} cannot be turned from y up to z up")
     result = dict(weights)
-    for key in names():
+    for key, starts in coordinate_weights().items():
         if key in result:
-            x, y, z, *others = result[key].unbind(1)
-            result[key] = torch.stack([x, -z, y, *others], dim=1)
+            result[key] = result[key].clone()
+            for first in starts:
+                x, y, z = result[key][:, first : first + 3].clone().unbind(1)
+                result[key][:, first : first + 3] = torch.stack([x, -z, y], dim=1)
     return result
 
 

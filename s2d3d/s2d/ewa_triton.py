@@ -14,6 +14,7 @@ def _average_experts(
 ):
     if WEIGHT_IN_MEMORY:
         weight = tl.load(weight).to(tl.float32)
+    size = tl.cast(size, tl.int64)  # times an expert's number it may pass 2^31
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < size
     mean = tl.zeros((BLOCK,), dtype=tl.float32)

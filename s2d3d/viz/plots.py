@@ -14,6 +14,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from numpy.typing import ArrayLike
 
 from ..errors import InputError
@@ -270,6 +271,7 @@ def save_figure(figure: Figure, path: str | os.PathLike, *, dpi: int = 110) -> P
     if kind not in SUFFIXES:
         raise InputError(f"{path}: a plot is a PNG, SVG or PDF; give it a name that ends in {', '.join(SUFFIXES)}")
     content = io.BytesIO()
+    _take_names_literally(figure)
     figure.savefig(content, format=kind[1:], dpi=dpi)
     write_bytes(path, content.getvalue())
     return path
@@ -283,11 +285,21 @@ def figure_svg(figure: Figure) -> str:
         '<svg'
     """
     content = io.StringIO()
+    _take_names_literally(figure)
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "s2d3d"}):  # the same figure, the same bytes
         figure.savefig(content, format="svg", metadata=nothing)
     text = content.getvalue()
     return text[text.index("<svg") :]  # without the head, which names a document type on the web
+
+
+def _take_names_literally(figure: Figure) -> None:
+    """Let `$` in the name of a run or class be a `$`, and no formula; the powers of logarithmic axes stay formulas."""
+    axes = [axis for panel in figure.axes for axis in (panel.xaxis, panel.yaxis) if axis.get_scale() == "log"]
+    powers = {label for axis in axes for label in axis.get_ticklabels(which="both")}
+    for text in figure.findobj(Text):
+        if isinstance(text, Text) and text not in powers:
+            text.set_parse_math(False)
 
 
 def _panels(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, list[Axes]]:

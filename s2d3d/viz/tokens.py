@@ -84,6 +84,8 @@ def trace_experts(
                 skipped = experts.shape[1] - positions.shape[1]  # the class token comes first
                 traced.append(TokenExperts(name, experts[:, skipped:], positions, layers[name].num_experts))
     finally:
+        for expert_layer in layers.values():
+            expert_layer.train(modes[expert_layer])  # the FFN that it computes with as well, which is no child of it
         for module, mode in modes.items():
             module.training = mode
     return traced

@@ -14,7 +14,7 @@ from s2d3d.datasets.corruptions import (
     corrupted_size,
     parse_corruption,
 )
-from s2d3d.datasets.transforms import turn_up_axis
+from s2d3d.datasets.transforms import normalize_unit_sphere, turn_up_axis
 from s2d3d.errors import InputError
 
 ALL = [(name, severity) for name in CORRUPTIONS for severity in SEVERITIES]
@@ -231,6 +231,18 @@ def test_displacement_grows_with_severity(name, count, growth):
         for s in SEVERITIES
     ]
     assert moved == sorted(moved) and moved[0] > 0 and moved[-1] > growth * moved[0]
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_clouds_that_are_not_normalised_are_corrupted_in_a_frame_of_their_own(name):
+    unit = normalize_unit_sphere(clouds(3))
+    place, size = torch.tensor([0.3, 0.0, 0.2]), 0.4
+    sets = [
+        PointCloudDataset(points, torch.arange(3), list("abc"), split="test", num_points=128, normalize=normalize)
+        for points, normalize in ((unit, True), (unit * size + place, False))
+    ]
+    plain, moved = (CorruptedDataset(each, name, 3).batch(torch.arange(3))[0] for each in sets)
+    assert torch.allclose(moved, plain * size + place, atol=1e-5)
 
 
 # Determinism

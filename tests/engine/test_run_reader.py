@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from s2d3d.datasets.corruptions import CORRUPTIONS
 from s2d3d.engine.config import dump_config
 from s2d3d.engine.run_folder import RunFolder
 from s2d3d.engine.run_reader import read_runs
@@ -27,7 +28,12 @@ def make_run(tiny_config, tmp_path):
 
 
 def test_a_run_is_read_as_it_was_written(make_run, tiny_config):
-    folder = make_run(metrics={"merged": {"oa": 0.5}}, environment={"python": "3"}, robustness={"mean_oa": 0.25})
+    robustness = {
+        "clean": {"oa": 0.5},
+        "corruptions": {name: {"oa": [0.25] * 5} for name in CORRUPTIONS},
+        "mean_oa": 0.25,
+    }
+    folder = make_run(metrics={"merged": {"oa": 0.5}}, environment={"python": "3"}, robustness=robustness)
     folder.merged.touch()
     (record,) = read_runs([folder.root])
     assert record.config == tiny_config("seed=7").to_dict() and record.name == "run"
@@ -37,7 +43,7 @@ def test_a_run_is_read_as_it_was_written(make_run, tiny_config):
         {"epoch": 3, "updates": 18},
     ]
     assert record.metrics == {"merged": {"oa": 0.5}} and record.environment == {"python": "3"}
-    assert record.robustness == {"mean_oa": 0.25} and record.analysis is None and record.checkpoint == folder.merged
+    assert record.robustness == robustness and record.analysis is None and record.checkpoint == folder.merged
     folder.final.touch()
     assert read_runs([folder.root])[0].checkpoint == folder.final, "of a routed run"
 
@@ -63,6 +69,14 @@ def test_equal_names_are_told_apart_by_their_paths(make_run):
         (lambda folder: folder.metrics.write_text("{"), "metrics.json: not a JSON file"),
         (lambda folder: folder.metrics.write_text("[1]"), "metrics.json: holds no JSON object"),
         (lambda folder: folder.config.write_text("seed: x\n"), "seed"),
+        (
+            lambda folder: folder.robustness.write_text('{"corruption": ["jitter", 3]}'),
+            "it needs a file that --corruption all",
+        ),
+        (
+            lambda folder: folder.analysis.write_text('{"epochs": []}'),
+            "is not what tools/analyze.py writes; write it again",
+        ),
     ],
 )
 def test_damage_is_named(make_run, spoil, message):

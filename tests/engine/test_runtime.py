@@ -46,7 +46,10 @@ def gpus(monkeypatch, count):
 )
 def test_devices_that_exist(monkeypatch, count, name, device):
     gpus(monkeypatch, count)
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert choose_device(name) == torch.device(device)
+    assert current == ([torch.device(device)] if ":" in device else []), "Triton launches on the current one"
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def test_fewer_points_than_groups_or_than_a_group(name):
         ({"group_size": -1}, "group_size is -1, must be at least 1"),
         ({"encoder_dims": 0}, "encoder_dims is 0, must be at least 1"),
         ({"encoder_width": 0}, "encoder_width is 0, must be at least 1"),
-        ({"mlp_ratio": 0.0}, "head_dim is 0"),
+        ({"mlp_ratio": 0.0}, r"mlp_ratio is 0.0, must be at least 1 / \d+ channels"),
         ({"drop_path_rate": 1.0}, r"drop_path_rate is 1.0, must be in \[0, 1\)"),
         ({"head_dropout": -0.1}, r"head_dropout is -0.1, must be in \[0, 1\)"),
         ({"init_std": 0.0}, "init_std is 0.0, must be above 0"),

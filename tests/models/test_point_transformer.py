@@ -250,6 +250,33 @@ def test_a_checkpoint_of_clouds_y_up_serves_clouds_z_up(tmp_path):
     assert not torch.allclose(logits(model, y_up), logits(trained, y_up), atol=1e-2)
 
 
+@pytest.mark.parametrize("strides", [(1, 1, 4), (2, 4, 1), (2, 1, 1)])
+def test_with_any_strides_the_columns_of_coordinates_are_turned_and_no_others(tmp_path, strides):
+    """A stage of stride 1 reads features alone, unless it is the first; the first with a stride reads them twice."""
+    kwargs = SMALL | {"strides": strides}
+    trained, model = (create_model("point_transformer", num_classes=5, **kwargs).eval() for _ in range(2))
+    torch.save(trained.state_dict(), tmp_path / "model.pth")
+    load_pretrained_(model, tmp_path / "model.pth", up_axis="y")
+    y_up = clouds(2, 96)
+    x, y, z = y_up.unbind(-1)
+    assert torch.allclose(logits(model, torch.stack([x, -z, y], dim=-1)), logits(trained, y_up), atol=ATOL)
+
+
+def test_bf16_subtracts_coordinates_before_it_rounds_them():
+    """Of neighbours that lie close to one another and far from the origin little would be left otherwise."""
+    down = point_transformer.TransitionDown(3, 16, 4, 8)
+    with torch.no_grad():
+        down.linear.weight[:, 3:].zero_()  # the relative coordinates alone
+    xyz = clouds(2, 256) * 0.05 + 0.8
+    seen = []
+    down.bn.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].float()))
+    down(xyz, xyz)
+    with torch.autocast("cpu", torch.bfloat16):
+        down(xyz, xyz)
+    exact, rounded = seen
+    assert (rounded - exact).norm() < 0.01 * exact.norm()
+
+
 # Values out of range
 
 

@@ -46,6 +46,14 @@ def test_tokens_go_where_the_experts_say_they_came_from(which):
     assert not torch.equal(passes[0].experts, passes[1].experts), "each pass has its own partition"
 
 
+def test_experts_that_look_at_their_own_mode_are_left_in_it():
+    model, names = sparse()
+    model.eval()
+    trace_experts(model, POINTS)
+    templates = [model.get_submodule(name)._template for name in names]
+    assert not any(module.training for template in templates for module in template.modules())
+
+
 def test_the_seed_decides_and_nothing_else_changes():
     model, _ = sparse()
     model.train()
