@@ -11,6 +11,8 @@ LEVEL = 0.95
 POWER = 0.8
 RESAMPLES = 10_000
 BOOTSTRAP_SEED = 0
+ROUNDING = 1e-12
+"""Differences that lie no further apart are equal; accuracies are multiples of one over the number of shapes."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class PairedT:
         n: number of pairs; degrees of freedom are n - 1.
         mean: of the differences.
         std: their deviation, n - 1; None for a single pair.
-        low: end of the interval; None for a single pair, as are the next two.
+        low: end of the interval; None for a single pair or equal differences, as are the next two.
         high: its other end.
         p: two-sided p-value of a mean of 0.
     """
@@ -41,6 +43,10 @@ def paired_t(differences: Sequence[float], level: float = LEVEL) -> PairedT:
         differences: one for each seed, at least one.
         level: of the interval, in (0, 1).
 
+    Returns:
+        Interval and p are None for a single difference, and where all are equal: accuracies are counts of shapes, of which
+        a few come out equal by chance, and an interval of no width would call that certainty.
+
     Source: Student, "The Probable Error of a Mean", Biometrika 1908.
 
     Example:
@@ -54,12 +60,11 @@ def paired_t(differences: Sequence[float], level: float = LEVEL) -> PairedT:
     if n == 1:
         return PairedT(1, mean, None, None, None, None)
     std = statistics.stdev(differences)
+    if max(differences) - min(differences) < ROUNDING:
+        return PairedT(n, mean, std, None, None, None)
     error = std / math.sqrt(n)
     half = float(stats.t.ppf((1 + level) / 2, n - 1)) * error
-    if error > 0:
-        p = float(2 * stats.t.sf(abs(mean) / error, n - 1))
-    else:  # all differences alike
-        p = 1.0 if mean == 0 else 0.0
+    p = float(2 * stats.t.sf(abs(mean) / error, n - 1))
     return PairedT(n, mean, std, mean - half, mean + half, p)
 
 

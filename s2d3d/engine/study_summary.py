@@ -126,7 +126,7 @@ def _compare(study: Study, records: Records, name: str, reference: str, number: 
         low, high = hierarchical_bootstrap(list(parts.values()), crossed=crossed and len(scored) == 1)
         result |= {"bonferroni_low": wide.low, "bonferroni_high": wide.high}
         result |= {"bootstrap_low": low, "bootstrap_high": high}
-        result["detectable"] = detectable_difference(test.std, test.n)
+        result["detectable"] = None if test.p is None else detectable_difference(test.std, test.n)
     return result
 
 
