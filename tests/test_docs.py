@@ -72,7 +72,7 @@ def test_names_that_are_taken_are_refused():
 def test_the_reference_names_every_key_with_its_default(repository):
     page = config_reference()
     committed = (repository / "docs" / "configuration.md").read_text()
-    assert committed == page, "python -m s2d3d.engine.config_reference > docs/configuration.md"
+    assert committed == page, "make docs writes it"
 
     def keys(section, prefix=""):
         for key, value in section.items():

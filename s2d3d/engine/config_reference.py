@@ -23,7 +23,7 @@ def config_reference() -> str:
         "# Configuration reference",
         "A config is a YAML file with these keys. Any can be replaced on the command line: `section.key=value`. "
         "Unknown keys, wrong types and values out of range are all reported at once, before data is touched. "
-        "This page is made from the schema: `python -m s2d3d.engine.config_reference > docs/configuration.md`.",
+        "This page is made from the schema by `make docs`.",
     ]
     parts += ["## Top level", _table(_rows(Config, ""))]
     for prefix, section in _sections(Config, ""):
@@ -73,7 +73,3 @@ def _shown(value: Any) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
-
-
-if __name__ == "__main__":
-    print(config_reference(), end="")

@@ -135,9 +135,9 @@ def _how_compared(summary: Mapping[str, Any]) -> str:
         f"too narrow, and the t interval is the one to go by. {number} comparison(s) in this study: p by Holm and the "
         "simultaneous intervals are corrected for all of them, those still empty included; other numbers are not. "
         "Detectable: the true difference that a paired t test of n pairs with this deviation finds four times out of "
-        "five; of smaller ones an interval that holds zero says little. Equal differences have no t interval: accuracies "
-        "are counts of shapes, of which a few come out equal by chance. Comparisons with one reference share its runs: "
-        "where one of these ended high or low, all of them move with it."
+        "five; of smaller ones an interval that holds zero says little. Equal differences have no t interval: "
+        "accuracies are counts of shapes, of which a few come out equal by chance. Comparisons with one reference "
+        "share its runs: where one of these ended high or low, all of them move with it."
     )
 
 

@@ -44,8 +44,8 @@ def paired_t(differences: Sequence[float], level: float = LEVEL) -> PairedT:
         level: of the interval, in (0, 1).
 
     Returns:
-        Interval and p are None for a single difference, and where all are equal: accuracies are counts of shapes, of which
-        a few come out equal by chance, and an interval of no width would call that certainty.
+        Interval and p are None for a single difference, and where all are equal: accuracies are counts of shapes, of
+        which a few come out equal by chance, and an interval of no width would call that certainty.
 
     Source: Student, "The Probable Error of a Mean", Biometrika 1908.
 
