@@ -100,9 +100,8 @@ def nearest_neighbours(query: Tensor, points: Tensor, num_neighbors: int) -> Ten
     # A CPU takes few clouds at a time, whose distances stay in its cache: a third faster on clouds of 1024 points.
     clouds = CACHED_DISTANCES // (query.shape[1] * points.shape[1]) if query.device.type == "cpu" else query.shape[0]
     parts = zip(query.split(max(1, clouds)), points.split(max(1, clouds)))
-    with torch.autocast(
-        query.device.type, enabled=False
-    ):  # would round the coordinates in the product: other neighbours
+    # Autocast would round the coordinates in the product, and find other neighbours.
+    with torch.autocast(query.device.type, enabled=False):
         return torch.cat([_nearest(centers, others, num_neighbors) for centers, others in parts])
 
 

@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from ..errors import InputError, did_you_mean
 from ..ops import gather_points
 from .base import PointCloudDataset, derived_generator
-from .transforms import normalize_unit_sphere
+from .transforms import normalize_unit_sphere, unit_sphere_frame
 
 SEVERITIES = (1, 2, 3, 4, 5)
 REFERENCE_POINTS = 1024
@@ -144,8 +144,7 @@ class CorruptedDataset(PointCloudDataset):
         seed = self.corruption_seed
         own_frame = self.severity > 0 and not self.normalized
         if own_frame:
-            center = points.mean(dim=1, keepdim=True)
-            radius = (points - center).norm(dim=-1).amax(dim=1).clamp_min(torch.finfo(points.dtype).tiny).view(-1, 1, 1)
+            center, radius = unit_sphere_frame(points)
             points = (points - center) / radius
         corrupted = [corrupt(p, self.corruption, self.severity, seed=seed, index=i) for p, i in zip(points, rows)]
         points = torch.stack(corrupted)

@@ -52,9 +52,18 @@ def normalize_unit_sphere(points: Tensor) -> Tensor:
         >>> normalize_unit_sphere(torch.tensor([[[0., 0, 0], [4, 0, 0]]])).tolist()
         [[[-1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]]
     """
-    centered = points.float() - points.float().mean(dim=1, keepdim=True)
-    radius = centered.norm(dim=-1).amax(dim=1).view(-1, 1, 1)
-    return (centered / radius.clamp_min(torch.finfo(torch.float32).tiny)).to(points.dtype)
+    center, radius = unit_sphere_frame(points)
+    return ((points.float() - center) / radius).to(points.dtype)
+
+
+def unit_sphere_frame(points: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean (B, 1, 3) of clouds (B, N, 3) and the distance (B, 1, 1) of the point farthest from it, float32.
+
+    The distance is at least the smallest normal number, so that one may divide by it.
+    """
+    center = points.float().mean(dim=1, keepdim=True)
+    radius = (points.float() - center).norm(dim=-1).amax(dim=1).view(-1, 1, 1)
+    return center, radius.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def normalize_stored(points: Tensor, chunk: int = 512) -> Tensor:

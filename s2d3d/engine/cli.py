@@ -13,7 +13,7 @@ from typing import NoReturn
 from ..errors import InputError, TrainingError, printable
 from .config import Config
 from .config_io import override_name
-from .run_folder import check_writable
+from .run_folder import check_parent
 
 Body = Callable[[argparse.Namespace], "int | None"]
 
@@ -112,9 +112,7 @@ def refuse_existing(path: str | Path, force: bool, *, sources: Sequence[str | Pa
         raise InputError(f"{path}: is what is read; choose another output")
     if path.exists() and not force:
         raise InputError(f"{path}: exists already; choose another output or pass --force")
-    if not path.parent.exists():
-        raise InputError(f"{path}: folder {path.parent} does not exist; create it first")
-    check_writable(path.parent)
+    check_parent(path)
     return path
 
 

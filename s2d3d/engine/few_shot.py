@@ -22,7 +22,7 @@ from ..errors import InputError
 from .config import Config, parse_config
 from .data import build_dataset
 from .resume import MAY_CHANGE
-from .run_folder import RunFolder, check_writable, write_json
+from .run_folder import RunFolder, check_parent, write_json
 from .trainer import Trainer
 
 
@@ -142,9 +142,7 @@ def run_folds(
     if config.data.val_fraction:
         raise InputError("data.val_fraction: would hold out support shapes, of which a fold trains on all; set it to 0")
     output = Path(output)
-    if not output.parent.is_dir():
-        raise InputError(f"{output}: folder {output.parent} does not exist; create it first")
-    check_writable(output.parent)
+    check_parent(output)
     header = {**asdict(task), "config": config.to_dict()}
     done = {} if force or not output.exists() else _finished(output, header)
     class_names = build_dataset(config.data, "test", seed=config.seed).class_names

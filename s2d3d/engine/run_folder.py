@@ -154,6 +154,17 @@ def check_writable(folder: Path) -> None:
         raise InputError(f"{place}: cannot be written to ({error.strerror}); choose another place") from error
 
 
+def check_parent(path: Path) -> None:
+    """Check that a file can be written to its place.
+
+    Raises:
+        InputError: its folder does not exist, or cannot be written to.
+    """
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: folder {path.parent} does not exist; create it first")
+    check_writable(path.parent)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file atomically."""
     with replacing(path) as file:

@@ -30,7 +30,9 @@ def summary_rows(runs: Sequence["ReportRun"]) -> Rows:
         reports = [run.metrics.get(form) for run in runs]
         table[f"OA, {title}"] = [_percent(report, "oa") for report in reports]
         table[f"mAcc, {title}"] = [_percent(report, "macc") for report in reports]
-    table["scored on"] = [{"test": "test split", "validation": "validation part"}.get(_split(run)) for run in runs]
+    table["scored on"] = [
+        {"test": "test split", "validation": "validation part"}.get(str(run.metrics.get("split"))) for run in runs
+    ]
     table["loss"] = [f"{run.final['loss']:.4f}" if run.final else None for run in runs]
     table["clouds"] = [str(run.final["num_samples"]) if run.final else None for run in runs]
     table["evaluated for this report, OA"] = [_evaluated(run) for run in runs]
@@ -43,10 +45,6 @@ def summary_rows(runs: Sequence["ReportRun"]) -> Rows:
     table["training time"] = [value and f"{value / 60:.1f} min" for value in seconds]
     rows = [[title, *(value or "" for value in values)] for title, values in table.items() if any(values)]
     return ["", *(run.name for run in runs)], rows
-
-
-def _split(run: "ReportRun") -> str:
-    return str(run.metrics.get("split"))
 
 
 def config_rows(runs: Sequence["ReportRun"]) -> Rows:

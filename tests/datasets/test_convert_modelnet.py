@@ -93,9 +93,8 @@ def test_texts_keep_their_points_normals_and_axis(texts, tmp_path):
     assert np.ptp(turned[0, :, 2].numpy()) > 2 * np.ptp(turned[0, :, 0].numpy()), "the tower stands"
 
 
-def test_neither_processes_nor_interruptions_change_a_set(meshes, tmp_path, monkeypatch):
-    monkeypatch.setattr(convert, "PART", 3)
-    convert_modelnet(meshes, tmp_path / "whole", num_points=32, workers=2, seed=5)
+def interrupt_once(monkeypatch):
+    """Let the eighth mesh that this process reads from now on end the conversion; return the list of those read."""
     read, seen = convert.read_off, []
 
     def failing(path):
@@ -105,6 +104,13 @@ def test_neither_processes_nor_interruptions_change_a_set(meshes, tmp_path, monk
         return read(path)
 
     monkeypatch.setattr(convert, "read_off", failing)
+    return seen
+
+
+def test_neither_processes_nor_interruptions_change_a_set(meshes, tmp_path, monkeypatch):
+    monkeypatch.setattr(convert, "PART", 3)
+    convert_modelnet(meshes, tmp_path / "whole", num_points=32, workers=2, seed=5)
+    seen = interrupt_once(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         convert_modelnet(meshes, tmp_path / "cut", num_points=32, workers=1, seed=5)
     assert not (tmp_path / "cut").exists()
@@ -137,22 +143,12 @@ def test_parts_of_another_axis_or_source_are_not_mixed_in(meshes, tmp_path, monk
     """A copy of a set has the same file names; its meshes may be turned."""
     monkeypatch.setattr(convert, "PART", 3)
     other = shutil.copytree(meshes, tmp_path / "other")
-    read, seen = convert.read_off, []
-
-    def failing(path):
-        seen.append(path)
-        if len(seen) == 8:
-            raise KeyboardInterrupt
-        return read(path)
-
-    monkeypatch.setattr(convert, "read_off", failing)
+    seen = interrupt_once(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         convert_modelnet(meshes, tmp_path / "set", num_points=16, workers=1)
-    monkeypatch.setattr(convert, "read_off", lambda path: seen.append(path) or read(path))
-    seen.clear()
     source, up_axis = (other, None) if change == "source" else (meshes, "y")
     counts = convert_modelnet(source, tmp_path / "set", num_points=16, up_axis=up_axis, workers=1)
-    assert len(seen) == sum(counts.values()), "nothing of the first conversion is used"
+    assert len(seen) == 8 + sum(counts.values()), "nothing of the first conversion is used"
     axes = {read_h5(path).up_axis for path in (tmp_path / "set").glob("*.h5")}
     assert axes == {up_axis or "z"}
 
