@@ -158,9 +158,9 @@ def check_parent(path: Path) -> None:
     """Check that a file can be written to its place.
 
     Raises:
-        InputError: its folder does not exist, or cannot be written to.
+        InputError: its folder does not exist, is a file, or cannot be written to.
     """
-    if not path.parent.is_dir():
+    if not path.parent.exists():
         raise InputError(f"{path}: folder {path.parent} does not exist; create it first")
     check_writable(path.parent)
 
