@@ -12,7 +12,7 @@ from ..errors import InputError
 from .config import parse_config
 from .resume import MAY_CHANGE
 from .run_folder import RunFolder, write_text
-from .study_config import FORMS, Cell, differences
+from .study_config import FORMS, Cell, differences, flatten
 
 FREE = (*(key for key in MAY_CHANGE if key not in ("eval", "train.max_steps")), "eval.every")
 """Config keys that may differ between a finished run and the study: they change neither weights nor score.
@@ -124,16 +124,12 @@ def borrow_record(results: str | Path, cell: Cell, *, write: bool = True) -> Pat
         cell: the run that needs a record.
         write: otherwise nothing is written, and the path is that of the other record.
     """
-    ours = cell.config.to_dict()
     for path in sorted(Path(results).glob(f"*/*/seed{cell.seed}.json")):
         try:
             record = read_record(path)
+            if not _is_same(record, cell, path):
+                continue
         except InputError:  # not ours to judge here: its own study says what is wrong with it
-            continue
-        theirs = {**record["config"], "output_dir": ours["output_dir"]}
-        own_folders = {key: ours["data"][key] for key in ("root", "cache_dir")}
-        theirs["data"] = {**theirs.get("data", {}), **own_folders}
-        if not _same_data(record, cell) or differences(ours, theirs, FREE):
             continue
         if not write:
             return path
@@ -141,6 +137,18 @@ def borrow_record(results: str | Path, cell: Cell, *, write: bool = True) -> Pat
         names = {"study": cell.study, "arm": cell.arm, "seed": cell.seed, "same_run_as": source}
         return _write(results, cell, {**record, **names, "changes": cell.changes})
     return None
+
+
+def _is_same(record: Mapping[str, Any], cell: Cell, path: Path) -> bool:
+    """Tell whether a record is of this run; raises as `_changed` does."""
+    ours, theirs = flatten(cell.config.to_dict()), flatten(record["config"])
+    both = ours.keys() & theirs.keys()
+    own = ("output_dir", "data.root", "data.cache_dir")
+    # What both have, first: `_changed` parses a config that lacks a key, or has one that is gone, and takes its time.
+    shared = [{key: config[key] for key in both} for config in (ours, theirs)]
+    if differences(*shared, (*FREE, *own)) or not _same_data(record, cell):
+        return False
+    return not _changed(record["config"], cell, path)
 
 
 def _same_data(record: Mapping[str, Any], cell: Cell) -> bool:

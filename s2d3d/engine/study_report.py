@@ -89,7 +89,7 @@ def _arms_table(summary: Mapping[str, Any]) -> str:
             row["name"] + form, _changes(row["changes"]), _accuracy(row, "oa"), *each, _accuracy(row, "macc"),
             str(row["n"]), updates, seconds, " / ".join(f"{count:,}" for count in counts.values()),
         ])  # fmt: skip
-    note = "Deviation is that of a sample (n - 1). Seconds depend on the load of the machine: compare none between arms."
+    note = "Deviation is that of a sample (n - 1). Seconds depend on the load of the machine: do not compare arms."
     return f"{markdown_table(header, rows)}\n\n{note}"
 
 

@@ -219,7 +219,12 @@ def test_a_record_from_before_a_key_existed_counts_with_its_default(write_study,
 
 
 def test_the_same_run_of_another_study_is_taken_over(write_study, results, tmp_path, fits):
-    run_study(load_study(write_study(seeds=[0])), results=results)
+    first = load_study(write_study(seeds=[0]))
+    run_study(first, results=results)
+    path = record_path(results, first.cells[0])
+    record = json.loads(path.read_text())
+    del record["config"]["s2d"]["stop_fraction"]  # as one of before there was this key
+    path.write_text(json.dumps(record))
     arms = {"twin": {"s2d.kind": "none"}, "three": {"s2d.num_experts": 3}}
     other = load_study(
         write_study(name="other", seeds=[0], arms=arms, reference="twin", output_dir=str(tmp_path / "runs2"))
