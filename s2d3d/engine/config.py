@@ -8,10 +8,13 @@ import yaml
 from pydantic import ValidationError
 
 from ..errors import InputError
-from .config_io import Loc, apply_overrides, read_yaml, schema_problems, set_values, show
+from .config_io import Loc, Problem, apply_overrides, read_yaml, schema_problems, set_values, show
 from .config_schema import Config
 
 __all__ = ["Config", "dump_config", "load_config", "load_layered_config", "parse_config"]
+
+_RETIRED: dict[Loc, object] = {("s2d", "active_fraction"): 1.0}
+"""Keys whose options went because they did not help, with the value at which a run is as it is without them."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -109,6 +112,7 @@ _Dumper.add_representer(
 
 
 def _validate(mapping: dict, where: str, origins: Mapping[Loc, str], lines: list[str]) -> Config:
+    lines += [problem.line(origins.get(problem.loc, where)) for problem in _drop_retired(mapping)]
     try:
         config = Config.model_validate(mapping)
     except ValidationError as error:
@@ -118,3 +122,14 @@ def _validate(mapping: dict, where: str, origins: Mapping[Loc, str], lines: list
     if lines:
         raise InputError("\n".join(lines))
     return config
+
+
+def _drop_retired(mapping: dict) -> list[Problem]:
+    """Take the keys that are gone out of a config, in place; return those whose value asked for something."""
+    problems = []
+    for (section, key), idle in _RETIRED.items():
+        keys = mapping.get(section)
+        if isinstance(keys, dict) and key in keys and (value := keys.pop(key)) != idle:
+            text = f"was removed, for it did not help (docs/results.md); got {show(value)}, remove the key"
+            problems.append(Problem((section, key), text))
+    return problems

@@ -185,13 +185,6 @@ class S2DConfig(Section):
     lr_multiplier: Float = Field(
         1.0, gt=0, description="Factor on the learning rate of the experts, greater than 0; the schedule stays."
     )
-    active_fraction: Float = Field(
-        1.0,
-        gt=0,
-        le=1,
-        description="Share of the training with experts, in (0, 1]; then they are merged and it goes on dense. The "
-        "fractions of EWA refer to the part with experts. Below 1 with kind 'rup' alone.",
-    )
     top_k: Int = Field(2, ge=1, description="Experts of a token with kind 'topk', in [1, num_experts].")
     balance_weight: Float = Field(0.01, ge=0, description="Weight of the load-balancing loss with kind 'topk'.")
     capacity_factor: Float | None = Field(
@@ -334,14 +327,10 @@ class Config(Section):
         if self.s2d.kind != "none" and self.s2d.schedule == "constant" and self.s2d.rise_fraction < 1:
             text = f"has no effect with s2d.schedule: constant, got {self.s2d.rise_fraction:g}"
             problems.append(Problem(("s2d", "rise_fraction"), text))
-        if self.s2d.kind == "topk" and self.s2d.active_fraction < 1:
-            text = "must be 1 with kind 'topk', whose experts have no dense form to go on with"
-            problems.append(Problem(("s2d", "active_fraction"), f"{text}, got {self.s2d.active_fraction:g}"))
-        if self.s2d.kind != "none" and optim.name not in ELEMENTWISE_OPTIMIZERS:
+        if self.s2d.kind != "none" and self.s2d.average_moments and optim.name not in ELEMENTWISE_OPTIMIZERS:
             known = ", ".join(ELEMENTWISE_OPTIMIZERS)
             text = f"needs an optimizer with state for each weight (optim.name: {known}), got '{optim.name}'"
-            asked = {"average_moments": self.s2d.average_moments, "active_fraction": self.s2d.active_fraction < 1}
-            problems += [Problem(("s2d", key), text) for key, wanted in asked.items() if wanted]
+            problems.append(Problem(("s2d", "average_moments"), text))
         if self.eval.split == "validation" and not self.data.val_fraction:
             text = "'validation' needs data.val_fraction above 0; set it, or score the test split"
             problems.append(Problem(("eval", "split"), text))

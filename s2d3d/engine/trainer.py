@@ -178,9 +178,6 @@ class Trainer(TrainingParts):
                 self.sums[NORM] += grad_norm
                 progress.step += 1
                 progress.updates += 1
-                if progress.updates == self.merge_at:
-                    self._leave_experts()
-                    parameters = [p for p in self.model.parameters() if p.requires_grad]
                 now = time.perf_counter()
                 progress.seconds += now - started
                 started = now
@@ -377,8 +374,6 @@ class Trainer(TrainingParts):
             state, progress, where, root=self.config.data.root, steps_per_epoch=self.steps_per_epoch,
             fingerprint=self.fingerprint, world_size=self.runtime.world_size,
         )  # fmt: skip
-        if self.merge_at and progress.updates >= self.merge_at:
-            self._leave_experts()
         load_weights_(self.model, state["state_dict"], where=where)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ewa:

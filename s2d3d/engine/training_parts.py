@@ -1,6 +1,5 @@
 """What a training consists of, made from a config: loaders, model, optimizer, EWA. The trainer sets it in motion."""
 
-import gc
 import logging
 from typing import cast
 
@@ -12,10 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 from ..datasets import PointCloudDataset
 from ..errors import InputError
 from ..models import create_model, load_pretrained_
-from ..s2d import EWA, TopKMoE, convert_to_mof_, merge_experts
+from ..s2d import EWA, TopKMoE, convert_to_mof_
 from .config import Config
 from .loaders import build_loaders
-from .midway import merge_midway_
 from .optim import build_optimizer, build_scheduler
 from .resume import Progress
 from .runtime import Runtime, seed_all
@@ -24,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingParts:
-    """Loaders, model, optimizer and EWA of one run, built in this order, and the turn from sparse to dense midway."""
+    """Loaders, model, optimizer and EWA of one run, built in this order."""
 
     runtime: Runtime
     progress: Progress
@@ -71,51 +69,30 @@ class TrainingParts:
             self.network = cast(nn.Module, torch.compile(self.network, mode=cfg.train.compile_mode))
 
     def _build_optimizer(self) -> None:
-        cfg = self.config
-        self._schedule(self._new_optimizer(self.model))
+        cfg, optim = self.config, self.config.optim
+        self.optimizer = build_optimizer(
+            self.model,
+            name=optim.name,
+            lr=optim.lr,
+            weight_decay=optim.weight_decay,
+            lr_multiplier=cfg.s2d.lr_multiplier,
+        )
+        self.scheduler = build_scheduler(
+            self.optimizer,
+            schedule=optim.schedule,
+            min_lr=optim.min_lr,
+            warmup_lr=optim.warmup_lr,
+            warmup_steps=round(optim.warmup_epochs * self.steps_per_epoch),
+            total_steps=self.total_updates,
+        )
         self.ewa: EWA | None = None
-        self.merge_at: int | None = None
         if self.converted:
-            active = self.total_updates
-            if cfg.s2d.active_fraction < 1:
-                active = self.merge_at = max(1, round(cfg.s2d.active_fraction * self.total_updates))
             self.ewa = EWA(
-                self.model, share_rate=cfg.s2d.share_rate, schedule=cfg.s2d.schedule, total_steps=active,
+                self.model, share_rate=cfg.s2d.share_rate, schedule=cfg.s2d.schedule, total_steps=self.total_updates,
                 stop_fraction=cfg.s2d.stop_fraction, rise_fraction=cfg.s2d.rise_fraction,
                 optimizer=self.optimizer if cfg.s2d.average_moments else None,
             )  # fmt: skip
         self.ema = ModelEmaV3(self.model, decay=cfg.train.ema_decay) if cfg.train.ema_decay else None
-
-    def _new_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        optim, multiplier = self.config.optim, self.config.s2d.lr_multiplier
-        return build_optimizer(
-            model, name=optim.name, lr=optim.lr, weight_decay=optim.weight_decay, lr_multiplier=multiplier
-        )
-
-    def _schedule(self, optimizer: torch.optim.Optimizer) -> None:
-        cfg = self.config
-        self.optimizer = optimizer
-        self.scheduler = build_scheduler(
-            self.optimizer,
-            schedule=cfg.optim.schedule,
-            min_lr=cfg.optim.min_lr,
-            warmup_lr=cfg.optim.warmup_lr,
-            warmup_steps=round(cfg.optim.warmup_epochs * self.steps_per_epoch),
-            total_steps=self.total_updates,
-        )
-
-    def _leave_experts(self) -> None:
-        """Merge the experts and go on dense (`s2d.active_fraction`); everything that holds parameters follows."""
-        self.share_rate = 0.0
-        self.ewa = None
-        del self.network, self.parallel  # DDP takes its hooks off the parameters before they are wrapped again
-        gc.collect()
-        self._schedule(merge_midway_(self.model, self.optimizer, self._new_optimizer))
-        self.scheduler.step_update(max(0, self.progress.updates - 1))  # the log shows the rate of the last update
-        if self.ema:
-            merge_experts(self.ema.module, inplace=True)
-        self._wrap_model()
-        self.network.train()
 
     @torch.no_grad()
     def _try_batch(self) -> None:

@@ -8,6 +8,7 @@ import yaml
 
 from s2d3d.datasets import list_datasets
 from s2d3d.engine.config import Config, load_config, load_layered_config, parse_config
+from s2d3d.engine.config_io import show
 from s2d3d.engine.config_schema import ELEMENTWISE_OPTIMIZERS
 from s2d3d.errors import InputError
 from s2d3d.models import create_model, list_models, model_kwargs
@@ -85,7 +86,6 @@ def test_model_section_is_filled_with_the_models_own_defaults():
         ("s2d.rise_fraction", 0.25, 0.25),
         ("s2d.lr_multiplier", 2, 2.0),
         ("s2d.average_moments", True, True),
-        ("s2d.active_fraction", "5e-1", 0.5),
         ("seed", 2**32 - 1, 2**32 - 1),
         ("eval.every", 0, 0),
     ],
@@ -322,6 +322,20 @@ def test_what_is_no_mapping(mapping):
     assert line.startswith("a.yaml: must be a mapping of sections, got ")
 
 
+@pytest.mark.parametrize(("key", "idle", "value"), [("s2d.active_fraction", 1.0, 0.5)])
+def test_a_key_that_was_removed_is_read_where_it_did_nothing(base, key, idle, value):
+    """As every config, checkpoint and record of before holds it."""
+    assert parse_config(changed(key, idle), where="old.pt") == parse_config(BASE, where="base")
+    (line,) = lines_of(changed(key, value))
+    problem = f"{key}: was removed, for it did not help (docs/results.md); got {show(value)}, remove the key"
+    assert line == f"a.yaml: {problem}"
+    with pytest.raises(InputError) as caught:
+        load_config(base, [f"{key}={show(value)}"])
+    assert str(caught.value) == f"override '{key}={show(value)}': {problem}"
+    (line,) = lines_of(changed("s2d", 3))
+    assert line.startswith("a.yaml: s2d: must be a section")
+
+
 def test_keys_that_are_not_text():
     lines = lines_of(BASE | {3: 4})
     assert len(lines) == 1 and "keys must be text" in lines[0]
@@ -349,22 +363,14 @@ def test_scoring_the_validation_part_needs_one():
     assert parse_config(mapping, where="base").eval.split == "validation"
 
 
-def test_experts_with_a_router_stay_to_the_end():
-    (line,) = lines_of(changed("s2d", {"kind": "topk", "active_fraction": 0.5}))
-    assert line == (
-        "a.yaml: s2d.active_fraction: must be 1 with kind 'topk', whose experts have no dense form to go on with, "
-        "got 0.5"
-    )
-    parse_config(changed("s2d", {"kind": "none", "active_fraction": 0.5}), where="base")
-
-
-@pytest.mark.parametrize(("key", "value"), [("average_moments", True), ("active_fraction", 0.5)])
-def test_averaging_moments_needs_an_optimizer_that_has_them_for_each_weight(key, value):
-    mapping = changed(f"s2d.{key}", value) | {"optim": {"name": "adafactor"}}
+def test_averaging_moments_needs_an_optimizer_that_has_them_for_each_weight():
+    mapping = changed("s2d.average_moments", True) | {"optim": {"name": "adafactor"}}
     (line,) = lines_of(mapping)
-    assert line.startswith(f"a.yaml: s2d.{key}: needs an optimizer with state for each weight (optim.name: adam, adamw")
+    assert line.startswith(
+        "a.yaml: s2d.average_moments: needs an optimizer with state for each weight (optim.name: adam, adamw"
+    )
     assert line.endswith("got 'adafactor'")
-    parse_config(changed(f"s2d.{key}", value) | {"optim": {"name": "sgd"}}, where="base")
+    parse_config(changed("s2d.average_moments", True) | {"optim": {"name": "sgd"}}, where="base")
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE_OPTIMIZERS)

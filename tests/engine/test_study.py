@@ -35,7 +35,7 @@ ARMS = {
     "s2d": {},
     "routed": {"s2d.kind": "topk"},
     "independent": {"s2d.init": "independent"},
-    "fast": {"s2d.lr_multiplier": 4, "s2d.average_moments": True, "s2d.active_fraction": 0.5},
+    "fast": {"s2d.lr_multiplier": 4, "s2d.average_moments": True},
 }
 
 
