@@ -13,7 +13,7 @@ from .config_schema import Config
 
 __all__ = ["Config", "dump_config", "load_config", "load_layered_config", "parse_config"]
 
-_RETIRED: dict[Loc, object] = {("s2d", "active_fraction"): 1.0}
+_RETIRED: dict[Loc, object] = {("s2d", "active_fraction"): 1.0, ("s2d", "average_moments"): False}
 """Keys whose options went because they did not help, with the value at which a run is as it is without them."""
 
 

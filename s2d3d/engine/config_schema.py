@@ -30,8 +30,6 @@ from .config_types import (
 if TYPE_CHECKING:
     from ..s2d import MoFConfig
 
-ELEMENTWISE_OPTIMIZERS = ("adam", "adamw", "lion", "momentum", "nadamw", "sgd")
-"""Optimizers whose state is, for each parameter, tensors of its shape and a count: it can be averaged over experts."""
 _FROM_DATA = ("num_classes", "in_channels")
 
 
@@ -179,9 +177,6 @@ class S2DConfig(Section):
     stop_fraction: Float = Field(
         1.0, gt=0, le=1, description="Share of the training after which EWA stops, in (0, 1]; below 1: early EWA."
     )
-    average_moments: Bool = Field(
-        False, description="Average the experts' optimizer moments by EWA as well, at the share rate of their weights."
-    )
     lr_multiplier: Float = Field(
         1.0, gt=0, description="Factor on the learning rate of the experts, greater than 0; the schedule stays."
     )
@@ -327,10 +322,6 @@ class Config(Section):
         if self.s2d.kind != "none" and self.s2d.schedule == "constant" and self.s2d.rise_fraction < 1:
             text = f"has no effect with s2d.schedule: constant, got {self.s2d.rise_fraction:g}"
             problems.append(Problem(("s2d", "rise_fraction"), text))
-        if self.s2d.kind != "none" and self.s2d.average_moments and optim.name not in ELEMENTWISE_OPTIMIZERS:
-            known = ", ".join(ELEMENTWISE_OPTIMIZERS)
-            text = f"needs an optimizer with state for each weight (optim.name: {known}), got '{optim.name}'"
-            problems.append(Problem(("s2d", "average_moments"), text))
         if self.eval.split == "validation" and not self.data.val_fraction:
             text = "'validation' needs data.val_fraction above 0; set it, or score the test split"
             problems.append(Problem(("eval", "split"), text))

@@ -56,8 +56,8 @@ class EWA:
     with "constant" each uses `share_rate`. Updates past T keep the last value. With `rise_fraction` below 1 the linear
     rise takes the first R = `round(rise_fraction * T)` updates, `share_rate * t / (R - 1)`, and the rest use
     `share_rate`. Early EWA, `stop_fraction` below 1, follows the same schedule for the first `round(stop_fraction * T)`
-    updates and leaves the experts alone after them. With `optimizer` its state is averaged like the weights.
-    Skip `step()` when the optimizer's own step was skipped (gradient scaler found infinities).
+    updates and leaves the experts alone after them. Skip `step()` when the optimizer's own step was skipped (gradient
+    scaler found infinities).
 
     Example:
         >>> import timm
@@ -78,7 +78,6 @@ class EWA:
         total_steps: int,
         stop_fraction: float = 1.0,
         rise_fraction: float = 1.0,
-        optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         """Prepare averaging for all expert layers that `model` has now.
 
@@ -89,8 +88,6 @@ class EWA:
             total_steps: optimizer updates of the whole training, at least 1.
             stop_fraction: share of the training after which averaging stops, in (0, 1]; 1 never stops.
             rise_fraction: share of the training that a linear rise takes, in (0, 1].
-            optimizer: if given, what it keeps for each weight of an expert (the moments of Adam, momentum) is averaged
-                over the experts at the same rate, in the same step. None: each expert keeps its own.
 
         Raises:
             ValueError: an argument out of range, or no expert layer in the model.
@@ -114,7 +111,6 @@ class EWA:
         self.share_rate, self.schedule, self.total_steps = share_rate, schedule, total_steps
         self.stop_step = math.inf if stop_fraction == 1 else round(stop_fraction * total_steps)
         self.rise_steps = round(rise_fraction * total_steps)
-        self.optimizer = optimizer
         self.num_steps = 0
 
     def current_share_rate(self) -> float:
@@ -146,8 +142,6 @@ class EWA:
         `current_share_rate()` and counts `num_steps` up before each replay.
         """
         _average_layers_(self.layers, share_rate)
-        if self.optimizer is not None:
-            _average_state_(self.optimizer, self.layers, share_rate)
 
     def state_dict(self) -> dict[str, int]:
         """Return the position in the schedule; rate, schedule and length come from the constructor."""
@@ -181,15 +175,6 @@ def _average_layers_(layers: list[ExpertLayer], share_rate: float | Tensor) -> i
         for parameter in layer.expert_parameters():
             _average_(parameter, share_rate)
     return len(layers)
-
-
-@torch.no_grad()
-def _average_state_(optimizer: torch.optim.Optimizer, layers: list[ExpertLayer], share_rate: float | Tensor) -> None:
-    for layer in layers:
-        for parameter in layer.expert_parameters():
-            for value in optimizer.state.get(parameter, {}).values():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:  # not the count of updates
-                    _average_(value, share_rate)
 
 
 def _average_(stacked: Tensor, share_rate: float | Tensor) -> None:

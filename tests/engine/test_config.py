@@ -9,7 +9,6 @@ import yaml
 from s2d3d.datasets import list_datasets
 from s2d3d.engine.config import Config, load_config, load_layered_config, parse_config
 from s2d3d.engine.config_io import show
-from s2d3d.engine.config_schema import ELEMENTWISE_OPTIMIZERS
 from s2d3d.errors import InputError
 from s2d3d.models import create_model, list_models, model_kwargs
 
@@ -85,7 +84,6 @@ def test_model_section_is_filled_with_the_models_own_defaults():
         ("s2d.targets", ["*.0.mlp", "*.1.mlp"], ("*.0.mlp", "*.1.mlp")),
         ("s2d.rise_fraction", 0.25, 0.25),
         ("s2d.lr_multiplier", 2, 2.0),
-        ("s2d.average_moments", True, True),
         ("seed", 2**32 - 1, 2**32 - 1),
         ("eval.every", 0, 0),
     ],
@@ -322,7 +320,9 @@ def test_what_is_no_mapping(mapping):
     assert line.startswith("a.yaml: must be a mapping of sections, got ")
 
 
-@pytest.mark.parametrize(("key", "idle", "value"), [("s2d.active_fraction", 1.0, 0.5)])
+@pytest.mark.parametrize(
+    ("key", "idle", "value"), [("s2d.active_fraction", 1.0, 0.5), ("s2d.average_moments", False, True)]
+)
 def test_a_key_that_was_removed_is_read_where_it_did_nothing(base, key, idle, value):
     """As every config, checkpoint and record of before holds it."""
     assert parse_config(changed(key, idle), where="old.pt") == parse_config(BASE, where="base")
@@ -361,30 +361,6 @@ def test_scoring_the_validation_part_needs_one():
     mapping = changed("eval.split", "validation")
     mapping["data"]["val_fraction"] = 0.1
     assert parse_config(mapping, where="base").eval.split == "validation"
-
-
-def test_averaging_moments_needs_an_optimizer_that_has_them_for_each_weight():
-    mapping = changed("s2d.average_moments", True) | {"optim": {"name": "adafactor"}}
-    (line,) = lines_of(mapping)
-    assert line.startswith(
-        "a.yaml: s2d.average_moments: needs an optimizer with state for each weight (optim.name: adam, adamw"
-    )
-    assert line.endswith("got 'adafactor'")
-    parse_config(changed("s2d.average_moments", True) | {"optim": {"name": "sgd"}}, where="base")
-
-
-@pytest.mark.parametrize("name", ELEMENTWISE_OPTIMIZERS)
-def test_those_optimizers_have(name):
-    from s2d3d.engine.optim import build_optimizer
-
-    layer = torch.nn.Linear(3, 2)
-    optimizer = build_optimizer(layer, name=name, lr=1e-3, weight_decay=0.0)
-    for _ in range(2):
-        layer(torch.rand(4, 3)).square().sum().backward()
-        optimizer.step()
-    for parameter in layer.parameters():
-        shapes = {value.shape for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor)}
-        assert parameter.shape in shapes and shapes <= {parameter.shape, torch.Size(()), torch.Size((1,))}
 
 
 # Layers of a study

@@ -35,7 +35,7 @@ ARMS = {
     "s2d": {},
     "routed": {"s2d.kind": "topk"},
     "independent": {"s2d.init": "independent"},
-    "fast": {"s2d.lr_multiplier": 4, "s2d.average_moments": True},
+    "fast": {"s2d.lr_multiplier": 4},
 }
 
 
