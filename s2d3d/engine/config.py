@@ -13,7 +13,11 @@ from .config_schema import Config
 
 __all__ = ["Config", "dump_config", "load_config", "load_layered_config", "parse_config"]
 
-_RETIRED: dict[Loc, object] = {("s2d", "active_fraction"): 1.0, ("s2d", "average_moments"): False}
+_RETIRED: dict[Loc, object] = {
+    ("s2d", "active_fraction"): 1.0,
+    ("s2d", "average_moments"): False,
+    ("s2d", "rise_fraction"): 1.0,
+}
 """Keys whose options went because they did not help, with the value at which a run is as it is without them."""
 
 

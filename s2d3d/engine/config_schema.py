@@ -168,12 +168,6 @@ class S2DConfig(Section):
     schedule: Literal["linear", "constant"] = Field(
         "linear", description="'linear': share rate from 0 to share_rate over the training; 'constant': share_rate."
     )
-    rise_fraction: Float = Field(
-        1.0,
-        gt=0,
-        le=1,
-        description="Part of the training in which a linear share rate rises, in (0, 1]; it then stays.",
-    )
     stop_fraction: Float = Field(
         1.0, gt=0, le=1, description="Share of the training after which EWA stops, in (0, 1]; below 1: early EWA."
     )
@@ -319,9 +313,6 @@ class Config(Section):
         if self.s2d.kind != "none" and experts > 1 and self.s2d.share_rate > bound:
             text = f"must be at most {bound:.6g} = ({experts} - 1) / {experts}, above which the {experts} experts"
             problems.append(Problem(("s2d", "share_rate"), f"{text} overshoot their mean, got {self.s2d.share_rate:g}"))
-        if self.s2d.kind != "none" and self.s2d.schedule == "constant" and self.s2d.rise_fraction < 1:
-            text = f"has no effect with s2d.schedule: constant, got {self.s2d.rise_fraction:g}"
-            problems.append(Problem(("s2d", "rise_fraction"), text))
         if self.eval.split == "validation" and not self.data.val_fraction:
             text = "'validation' needs data.val_fraction above 0; set it, or score the test split"
             problems.append(Problem(("eval", "split"), text))

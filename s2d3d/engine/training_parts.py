@@ -89,7 +89,7 @@ class TrainingParts:
         if self.converted:
             self.ewa = EWA(
                 self.model, share_rate=cfg.s2d.share_rate, schedule=cfg.s2d.schedule, total_steps=self.total_updates,
-                stop_fraction=cfg.s2d.stop_fraction, rise_fraction=cfg.s2d.rise_fraction,
+                stop_fraction=cfg.s2d.stop_fraction,
             )  # fmt: skip
         self.ema = ModelEmaV3(self.model, decay=cfg.train.ema_decay) if cfg.train.ema_decay else None
 

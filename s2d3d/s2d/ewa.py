@@ -53,11 +53,9 @@ class EWA:
     """Applies `apply_ewa_` with a scheduled share rate; call `step()` after every `optimizer.step()`.
 
     With `schedule="linear"` update t of T (t = 0 .. T-1) uses `share_rate * t / (T - 1)`, from 0 to `share_rate`;
-    with "constant" each uses `share_rate`. Updates past T keep the last value. With `rise_fraction` below 1 the linear
-    rise takes the first R = `round(rise_fraction * T)` updates, `share_rate * t / (R - 1)`, and the rest use
-    `share_rate`. Early EWA, `stop_fraction` below 1, follows the same schedule for the first `round(stop_fraction * T)`
-    updates and leaves the experts alone after them. Skip `step()` when the optimizer's own step was skipped (gradient
-    scaler found infinities).
+    with "constant" each uses `share_rate`. Updates past T keep the last value. Early EWA, `stop_fraction` below 1,
+    follows the same schedule for the first `round(stop_fraction * T)` updates and leaves the experts alone after them.
+    Skip `step()` when the optimizer's own step was skipped (gradient scaler found infinities).
 
     Example:
         >>> import timm
@@ -77,7 +75,6 @@ class EWA:
         schedule: str = "linear",
         total_steps: int,
         stop_fraction: float = 1.0,
-        rise_fraction: float = 1.0,
     ) -> None:
         """Prepare averaging for all expert layers that `model` has now.
 
@@ -87,7 +84,6 @@ class EWA:
             schedule: "linear" or "constant".
             total_steps: optimizer updates of the whole training, at least 1.
             stop_fraction: share of the training after which averaging stops, in (0, 1]; 1 never stops.
-            rise_fraction: share of the training that a linear rise takes, in (0, 1].
 
         Raises:
             ValueError: an argument out of range, or no expert layer in the model.
@@ -97,9 +93,8 @@ class EWA:
             raise ValueError(f"schedule is '{schedule}', must be one of {', '.join(SCHEDULES)}")
         if total_steps < 1:
             raise ValueError(f"total_steps is {total_steps}, must be at least 1")
-        for name, fraction in (("stop_fraction", stop_fraction), ("rise_fraction", rise_fraction)):
-            if not 0 < fraction <= 1:
-                raise ValueError(f"{name} is {fraction}, must be in (0, 1]")
+        if not 0 < stop_fraction <= 1:
+            raise ValueError(f"stop_fraction is {stop_fraction}, must be in (0, 1]")
         self.layers = expert_layers(model)
         for num_experts in {layer.num_experts for layer in self.layers}:
             bound = max_share_rate(num_experts)
@@ -110,7 +105,6 @@ class EWA:
                 )
         self.share_rate, self.schedule, self.total_steps = share_rate, schedule, total_steps
         self.stop_step = math.inf if stop_fraction == 1 else round(stop_fraction * total_steps)
-        self.rise_steps = round(rise_fraction * total_steps)
         self.num_steps = 0
 
     def current_share_rate(self) -> float:
@@ -126,7 +120,7 @@ class EWA:
             return 0.0
         if self.schedule == "constant":
             return self.share_rate
-        return self.share_rate * min(1.0, step / max(1, self.rise_steps - 1))
+        return self.share_rate * min(1.0, step / max(1, self.total_steps - 1))
 
     def step(self) -> float:
         """Average the experts once; return the share rate used."""

@@ -82,7 +82,6 @@ def test_model_section_is_filled_with_the_models_own_defaults():
         ("train.ema_decay", 0.999, 0.999),
         ("s2d.share_rate", 0.75, 0.75),
         ("s2d.targets", ["*.0.mlp", "*.1.mlp"], ("*.0.mlp", "*.1.mlp")),
-        ("s2d.rise_fraction", 0.25, 0.25),
         ("s2d.lr_multiplier", 2, 2.0),
         ("seed", 2**32 - 1, 2**32 - 1),
         ("eval.every", 0, 0),
@@ -321,7 +320,8 @@ def test_what_is_no_mapping(mapping):
 
 
 @pytest.mark.parametrize(
-    ("key", "idle", "value"), [("s2d.active_fraction", 1.0, 0.5), ("s2d.average_moments", False, True)]
+    ("key", "idle", "value"),
+    [("s2d.active_fraction", 1.0, 0.5), ("s2d.average_moments", False, True), ("s2d.rise_fraction", 1.0, 0.25)],
 )
 def test_a_key_that_was_removed_is_read_where_it_did_nothing(base, key, idle, value):
     """As every config, checkpoint and record of before holds it."""

@@ -213,7 +213,7 @@ def test_a_record_from_before_a_key_existed_counts_with_its_default(write_study,
     run_study(study, results=results)
     path = record_path(results, study.cells[0])
     record = json.loads(path.read_text())
-    del record["config"]["s2d"]["rise_fraction"], record["config"]["eval"]["votes"]
+    del record["config"]["s2d"]["stop_fraction"], record["config"]["eval"]["votes"]
     path.write_text(json.dumps(record))
     assert missing_cells(study, results) == []
 

@@ -278,21 +278,6 @@ def test_resumed_schedule_equals_the_uninterrupted_one(schedule, make_layer):
     assert all(torch.equal(a, b) for a, b in zip(values(whole).values(), values(part).values(), strict=True))
 
 
-def test_early_rise_reaches_the_share_rate_after_its_part_of_the_training(make_layer):
-    ewa = EWA(make_layer(), share_rate=0.3, total_steps=8, rise_fraction=0.5)
-    assert [ewa.step() for _ in range(8)] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.3, 0.3, 0.3, 0.3])
-    at_once = EWA(make_layer(), share_rate=0.3, total_steps=8, rise_fraction=0.01)
-    assert [at_once.step() for _ in range(3)] == pytest.approx([0.0, 0.3, 0.3]), "t = 0 is 0 as in the whole rise"
-
-
-def test_rise_and_stop_combine_and_a_constant_rate_does_not_rise(make_layer):
-    options = dict(share_rate=0.3, total_steps=8, rise_fraction=0.25)
-    ewa = EWA(make_layer(), stop_fraction=0.5, **options)
-    assert [ewa.step() for _ in range(6)] == pytest.approx([0.0, 0.3, 0.3, 0.3, 0.0, 0.0])
-    constant = EWA(make_layer(), schedule="constant", **options)
-    assert [constant.step() for _ in range(4)] == [0.3] * 4
-
-
 def test_layers_moved_to_another_dtype_later_are_still_averaged(make_layer):
     layer = make_layer(4, torch.float32)
     ewa = EWA(layer, share_rate=0.3, schedule="constant", total_steps=2)
