@@ -145,8 +145,8 @@ def _is_same(record: Mapping[str, Any], cell: Cell, path: Path) -> bool:
     both = ours.keys() & theirs.keys()
     own = ("output_dir", "data.root", "data.cache_dir")
     # What both have, first: `_changed` parses a config that lacks a key, or has one that is gone, and takes its time.
-    shared = [{key: config[key] for key in both} for config in (ours, theirs)]
-    if differences(*shared, (*FREE, *own)) or not _same_data(record, cell):
+    shared = ({key: ours[key] for key in both}, {key: theirs[key] for key in both})
+    if differences(shared[0], shared[1], (*FREE, *own)) or not _same_data(record, cell):
         return False
     return not _changed(record["config"], cell, path)
 
