@@ -3,22 +3,25 @@
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from ..errors import InputError
 from .config_io import Loc, Problem, apply_overrides, read_yaml, schema_problems, set_values, show
 from .config_schema import Config
+from .config_types import Bool, Float
 
 __all__ = ["Config", "dump_config", "load_config", "load_layered_config", "parse_config"]
 
-_RETIRED: dict[Loc, object] = {
-    ("s2d", "active_fraction"): 1.0,
-    ("s2d", "average_moments"): False,
-    ("s2d", "rise_fraction"): 1.0,
+_RETIRED: dict[Loc, tuple[TypeAdapter[Any], object]] = {
+    ("s2d", "active_fraction"): (TypeAdapter(Float), 1.0),
+    ("s2d", "average_moments"): (TypeAdapter(Bool), False),
+    ("s2d", "rise_fraction"): (TypeAdapter(Float), 1.0),
 }
-"""Keys whose options went because they did not help, with the value at which a run is as it is without them."""
+"""Keys whose options went because they did not help: their type, and the value at which a run is as it is without."""
+_LAST_WITH_THEM = "6eb7082"
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -116,13 +119,14 @@ _Dumper.add_representer(
 
 
 def _validate(mapping: dict, where: str, origins: Mapping[Loc, str], lines: list[str]) -> Config:
-    lines += [problem.line(origins.get(problem.loc, where)) for problem in _drop_retired(mapping)]
+    problems = _drop_retired(mapping)
     try:
         config = Config.model_validate(mapping)
     except ValidationError as error:
-        for problem in schema_problems(error, Config):
-            places = (problem.loc[:size] for size in range(len(problem.loc), 0, -1))
-            lines.append(problem.line(next((origins[place] for place in places if place in origins), where)))
+        problems += schema_problems(error, Config)
+    for problem in problems:
+        places = (problem.loc[:size] for size in range(len(problem.loc), 0, -1))
+        lines.append(problem.line(next((origins[place] for place in places if place in origins), where)))
     if lines:
         raise InputError("\n".join(lines))
     return config
@@ -131,9 +135,16 @@ def _validate(mapping: dict, where: str, origins: Mapping[Loc, str], lines: list
 def _drop_retired(mapping: dict) -> list[Problem]:
     """Take the keys that are gone out of a config, in place; return those whose value asked for something."""
     problems = []
-    for (section, key), idle in _RETIRED.items():
+    for (section, key), (kind, idle) in _RETIRED.items():
         keys = mapping.get(section)
-        if isinstance(keys, dict) and key in keys and (value := keys.pop(key)) != idle:
-            text = f"was removed, for it did not help (docs/results.md); got {show(value)}, remove the key"
-            problems.append(Problem((section, key), text))
+        if not isinstance(keys, dict) or key not in keys:
+            continue
+        value = keys.pop(key)
+        try:
+            if kind.validate_python(value) == idle:
+                continue
+        except ValidationError:
+            pass
+        text = f"was removed, for it did not help (docs/results.md), got {show(value)}; remove the key, or use commit"
+        problems.append(Problem((section, key), f"{text} {_LAST_WITH_THEM} of s2d3d"))
     return problems

@@ -208,6 +208,8 @@ def _finished(output: Path, header: dict[str, Any]) -> dict[int, dict[str, Any]]
         raise InputError(
             f"{output}: is not a file of few-shot folds; choose another --output or pass --force"
         ) from None
+    # Parsed, so that keys that came or went since are no difference.
+    theirs["config"] = parse_config(theirs["config"], where=str(output)).to_dict()
     for name, own, other in _differences(header, theirs):
         advice = "choose another --output or pass --force"
         raise InputError(f"{output}: holds folds with {name}={other!r}, this call has {own!r}; {advice}")

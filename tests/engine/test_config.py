@@ -320,20 +320,30 @@ def test_what_is_no_mapping(mapping):
 
 
 @pytest.mark.parametrize(
-    ("key", "idle", "value"),
-    [("s2d.active_fraction", 1.0, 0.5), ("s2d.average_moments", False, True), ("s2d.rise_fraction", 1.0, 0.25)],
+    ("key", "idle", "wrong"),
+    [
+        ("s2d.active_fraction", (1.0, 1, "1e0"), (0.5, None, True)),
+        ("s2d.average_moments", (False,), (True, 0, None)),
+        ("s2d.rise_fraction", (1.0,), (0.25, torch.ones(2))),
+    ],
 )
-def test_a_key_that_was_removed_is_read_where_it_did_nothing(base, key, idle, value):
+def test_a_key_that_was_removed_is_read_where_it_did_nothing(base, key, idle, wrong):
     """As every config, checkpoint and record of before holds it."""
-    assert parse_config(changed(key, idle), where="old.pt") == parse_config(BASE, where="base")
-    (line,) = lines_of(changed(key, value))
-    problem = f"{key}: was removed, for it did not help (docs/results.md); got {show(value)}, remove the key"
-    assert line == f"a.yaml: {problem}"
-    with pytest.raises(InputError) as caught:
-        load_config(base, [f"{key}={show(value)}"])
-    assert str(caught.value) == f"override '{key}={show(value)}': {problem}"
-    (line,) = lines_of(changed("s2d", 3))
-    assert line.startswith("a.yaml: s2d: must be a section")
+    for value in idle:
+        assert parse_config(changed(key, value), where="old.pt") == parse_config(BASE, where="base")
+    for value in wrong:
+        assert lines_of(changed(key, value)) == [f"a.yaml: {key}: {_removed(value)}"]
+    value = wrong[0]
+    section, name = key.split(".")
+    for override in (f"{key}={show(value)}", f"{section}={{{name}: {show(value)}}}"):
+        with pytest.raises(InputError) as caught:
+            load_config(base, [override])
+        assert str(caught.value) == f"override '{override}': {key}: {_removed(value)}"
+
+
+def _removed(value: object) -> str:
+    text = f"was removed, for it did not help (docs/results.md), got {show(value)}"
+    return f"{text}; remove the key, or use commit 6eb7082 of s2d3d"
 
 
 def test_keys_that_are_not_text():

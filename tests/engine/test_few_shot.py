@@ -194,6 +194,11 @@ def test_output_of_another_experiment_is_refused(config, tiny_config, trained, t
     other = config.model_copy(update={"optim": config.optim.model_copy(update={"lr": 0.5})})
     with pytest.raises(InputError, match=r"holds folds with optim\.lr=0\.002, this call has 0\.5"):
         list(run_folds(other, TASK, folds=1, output=output))
+    before = config.to_dict()
+    del before["s2d"]["stop_fraction"]  # came since
+    before["s2d"]["rise_fraction"] = 1.0  # went since
+    output.write_text(json.dumps(summarize({**header, "config": before}, {0: {"fold": 0, "oa": 0.5}})))
+    assert [fold["oa"] for fold in run_folds(config, TASK, folds=1, output=output)] == [0.5]
     output.write_text('{"folds": 3}')
     with pytest.raises(InputError, match="is not a file of few-shot folds"):
         list(run_folds(config, TASK, folds=1, output=output))
