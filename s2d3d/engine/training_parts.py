@@ -15,7 +15,6 @@ from ..s2d import EWA, TopKMoE, convert_to_mof_
 from .config import Config
 from .loaders import build_loaders
 from .optim import build_optimizer, build_scheduler
-from .resume import Progress
 from .runtime import Runtime, seed_all
 
 logger = logging.getLogger(__name__)
@@ -25,8 +24,6 @@ class TrainingParts:
     """Loaders, model, optimizer and EWA of one run, built in this order."""
 
     runtime: Runtime
-    progress: Progress
-    share_rate: float
 
     def __init__(self, config: Config, datasets: tuple[PointCloudDataset, PointCloudDataset] | None) -> None:
         """Keep what the parts are made from."""
