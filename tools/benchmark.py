@@ -60,6 +60,8 @@ def run(arguments: argparse.Namespace) -> None:
         page, numbers = _places(arguments)
         sections = []
         for name in SECTIONS:
+            if name == "gpu" and settings.device.type != "cuda":
+                continue
             sections.append(measure_section(name, settings))
             print(f"{section_text(sections[-1])}\n", flush=True)
             write_results(numbers, sections)  # what was measured stays when a later section fails

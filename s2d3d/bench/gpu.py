@@ -4,22 +4,39 @@ from functools import partial
 
 import torch
 
+from ..errors import InputError
 from .graphs import build_recorded
 from .interleave import Comparison, Contestant, Task, interleave
-from .section import Section, Settings
+from .presets import PUBLIC_BERT, spec_for
+from .section import Section, Settings, new_section
 from .stats import spread
 from .training import BF16_TOLERANCE, ModelSpec, build_step
 from .versus import EXPERTS
 
-BATCHES = (32, 512)
+BATCHES = (512, 32)
+SMALL = BATCHES[1]
+"""The recipe's batch, where launching kernels takes long beside running them: CUDA graphs take part."""
 SEEDS = (1, 2, 4)
 EAGER, COMPILED, SPARSE = "dense, bf16", "dense, bf16, compiled", "S2D, bf16, compiled"
 GRAPHS, RECORDED = f"{COMPILED}, CUDA graphs", f"{COMPILED}, step recorded"
 SPARSE_RECORDED = f"{SPARSE}, step recorded"
 
 
+def measure(settings: Settings) -> Section:
+    """Measure what a GPU alone can.
+
+    Raises:
+        InputError: there is no GPU, contestants of equal mathematics disagree, or a process dies.
+    """
+    if settings.device.type != "cuda":
+        raise InputError(f"gpu: needs a CUDA device, the device is '{settings.device}'; other sections run here")
+    section = new_section("gpu", "Training on a GPU", settings)
+    measure_throughput(section, settings, spec_for(PUBLIC_BERT, settings))
+    return section
+
+
 def measure_throughput(section: Section, settings: Settings, spec: ModelSpec) -> None:
-    """Add the training throughput of a ViT-S in bf16 at the recipe's batch and at a large one.
+    """Add the training throughput of a ViT-S in bf16: at a large batch, at the recipe's, and of several seeds at once.
 
     Args:
         section: gets comparisons and measures.
@@ -27,24 +44,34 @@ def measure_throughput(section: Section, settings: Settings, spec: ModelSpec) ->
         spec: of the dense model.
     """
     for batch in BATCHES:
-        own = spec.but(batch=settings.pick(batch, 2), precision="bf16")
-        comparison = interleave(
-            f"batch {batch}",
-            _contestants(own, recorded=batch == BATCHES[0]),
-            title=f"{spec.name}: training step in bf16, batch {own.batch}, {own.points} points",
-            start=settings.apart(),
-            base=COMPILED,
-            tolerance=BF16_TOLERANCE,
-            samples=own.batch,
-            **settings.interleaving(10, warmup=5, min_seconds=0.5),
-        )
-        section.comparisons.append(comparison)
-        section.add_rate(f"batch_{batch}.samples_per_second", comparison, COMPILED)
-        section.add_ratio(f"batch_{batch}.s2d", comparison, SPARSE, COMPILED)
-        if batch == BATCHES[0]:
-            section.add_rate(f"batch_{batch}.recorded.samples_per_second", comparison, RECORDED)
-            section.add_ratio(f"batch_{batch}.recorded.s2d", comparison, SPARSE_RECORDED, RECORDED)
-    own = spec.but(precision="bf16", batch=settings.pick(BATCHES[0], 2))
+        measure_batch(section, settings, spec, batch)
+    measure_seeds(section, settings, spec)
+
+
+def measure_batch(section: Section, settings: Settings, spec: ModelSpec, batch: int) -> None:
+    """Add the throughput at one batch size; see `measure_throughput`."""
+    own = spec.but(batch=settings.pick(batch, 2), precision="bf16")
+    comparison = interleave(
+        f"batch {batch}",
+        _contestants(own, recorded=batch == SMALL),
+        title=f"{spec.name}: training step in bf16, batch {own.batch}, {own.points} points",
+        start=settings.apart(),
+        base=COMPILED,
+        tolerance=BF16_TOLERANCE,
+        samples=own.batch,
+        **settings.interleaving(10, warmup=5, min_seconds=0.5),
+    )
+    section.comparisons.append(comparison)
+    section.add_rate(f"batch_{batch}.samples_per_second", comparison, COMPILED)
+    section.add_ratio(f"batch_{batch}.s2d", comparison, SPARSE, COMPILED)
+    if batch == SMALL:
+        section.add_rate(f"batch_{batch}.recorded.samples_per_second", comparison, RECORDED)
+        section.add_ratio(f"batch_{batch}.recorded.s2d", comparison, SPARSE_RECORDED, RECORDED)
+
+
+def measure_seeds(section: Section, settings: Settings, spec: ModelSpec) -> None:
+    """Add the throughput of several runs at once, at the small batch; see `measure_throughput`."""
+    own = spec.but(precision="bf16", batch=settings.pick(SMALL, 2))
     seeds = _seeds_side_by_side(settings, own)
     section.comparisons.append(seeds)
     for count in SEEDS:

@@ -64,8 +64,9 @@ class Contestant:
 
 
 class Runner(Protocol):
-    """A contestant ready to run, here or in another process."""
+    """A contestant that runs here or in another process."""
 
+    def ready(self) -> None: ...
     def outputs(self) -> list[Tensor] | None: ...
     def run(self, repeat: int) -> float: ...
     def facts(self) -> dict[str, float]: ...
@@ -86,6 +87,9 @@ class LocalRunner:
     def task(self) -> Task:
         assert self._task is not None, "closed"
         return self._task
+
+    def ready(self) -> None:
+        """Do nothing: it was built before."""
 
     def outputs(self) -> list[Tensor] | None:
         return self.task.outputs() if self.task.outputs else None
@@ -231,6 +235,12 @@ def interleave(
                 runners[contestant.name] = start(contestant)
             except Skip as reason:
                 skipped[contestant.name] = str(reason)
+        for waited_for, runner in list(runners.items()):
+            try:
+                runner.ready()
+            except Skip as reason:
+                skipped[waited_for] = str(reason)
+                runners.pop(waited_for).close()
         present = [contestant for contestant in contestants if contestant.name in runners]
         if not present:
             raise InputError(f"{name}: no contestant can take part: {'; '.join(skipped.values())}")

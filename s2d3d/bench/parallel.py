@@ -76,11 +76,14 @@ class Ranks:
             for rank, (build, device) in enumerate(zip(builds, devices))
         ]
         try:
-            for worker in self.workers:
-                worker.receive()
+            self.ready()
         except BaseException:
             self.close()
             raise
+
+    def ready(self) -> None:
+        for worker in self.workers:
+            worker.ready()
 
     def outputs(self) -> list[Tensor] | None:
         return None

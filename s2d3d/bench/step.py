@@ -3,7 +3,6 @@
 from functools import partial
 from statistics import median
 
-from .gpu import measure_throughput
 from .hardware import missing_bf16
 from .interleave import DEFAULT, KEPT, Contestant, interleave
 from .losses import loss_gap
@@ -35,8 +34,6 @@ def measure(settings: Settings) -> Section:
     _memory(section, settings, bert)
     reason = None if settings.force_bf16 else missing_bf16(settings.device)
     section.add("point_bert.bf16_loss_gap", None if reason else loss_gap(bert, settings), reason)
-    if settings.device.type == "cuda":
-        measure_throughput(section, settings, bert)
     return section
 
 

@@ -147,13 +147,13 @@ TARGETS: tuple[Target, ...] = (
         "cpu.inference.point_bert_small.merged", "the same, point_bert_small", EQUALS, 1.0,
         why="the dense model against itself: {cpu.inference.point_bert_small.noise:.3f}x",
     ),
-    Target("cuda.step.batch_512.s2d", "GPU: S2D step over the dense step, ViT-S, batch 512, bf16", AT_MOST, 1.05),
+    Target("cuda.gpu.batch_512.s2d", "GPU: S2D step over the dense step, ViT-S, batch 512, bf16", AT_MOST, 1.05),
     Target(
-        "cuda.step.batch_512.samples_per_second", "GPU: ViT-S training at batch 512", AT_LEAST, 10000.0,
+        "cuda.gpu.batch_512.samples_per_second", "GPU: ViT-S training at batch 512", AT_LEAST, 10000.0,
         unit="samples/s",
-        why="batch 32: {cuda.step.batch_32.samples_per_second:.0f} samples/s, the step as a CUDA graph: "
-        "{cuda.step.batch_32.recorded.samples_per_second:.0f}; four seeds side by side, a graph each: "
-        "{cuda.step.seeds_4.samples_per_second:.0f}",
+        why="batch 32: {cuda.gpu.batch_32.samples_per_second:.0f} samples/s, the step as a CUDA graph: "
+        "{cuda.gpu.batch_32.recorded.samples_per_second:.0f}; four seeds side by side, a graph each: "
+        "{cuda.gpu.seeds_4.samples_per_second:.0f}",
     ),
 )  # fmt: skip
 

@@ -1,11 +1,13 @@
 """Contestants in processes of their own, one at a time: allocator and threads are settings of a whole process."""
 
+import contextlib
 import multiprocessing
 import os
 import resource
 import signal
 import traceback
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
@@ -15,14 +17,31 @@ from torch import Tensor
 from ..engine.runtime import choose_device, keep_large_allocations
 from ..errors import InputError
 from ..s2d.dispatch import scatter_backend
-from .interleave import KEPT, LocalRunner, Skip, Start, Task, make_timer
+from .interleave import KEPT, Contestant, LocalRunner, Skip, Start, Task, make_timer
 
 PRELOAD = ("__main__", "s2d3d.bench.training", "s2d3d.bench.parallel")
 
 
-def workers(device: torch.device, num_threads: int) -> Start:
-    """Return what starts each contestant in a process of its own, which then waits for its turns."""
-    return lambda contestant: WorkerRunner(contestant.name, contestant.build, contestant.allocator, device, num_threads)
+def workers(device: torch.device, num_threads: int, *, ahead: bool | None = None) -> Start:
+    """Return what starts each contestant in a process of its own, which then waits for its turns.
+
+    Args:
+        device: that all compute on.
+        num_threads: of each process.
+        ahead: let all build, compute their outputs and run once side by side, before the first turn. None: on a GPU,
+            where most of that time is compiling.
+    """
+    at_once = device.type == "cuda" if ahead is None else ahead
+
+    def start(contestant: Contestant) -> WorkerRunner:
+        runner = WorkerRunner(
+            contestant.name, contestant.build, contestant.allocator, device, num_threads, wait=not at_once
+        )
+        if at_once:
+            runner.send_ahead(("outputs", "run"))
+        return runner
+
+    return start
 
 
 class WorkerRunner:
@@ -56,6 +75,7 @@ class WorkerRunner:
             InputError: a mistake of the user, or the process died.
         """
         self.name = name
+        self._built, self._ahead = False, deque[str]()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(PRELOAD))
         self.connection, theirs = context.Pipe()
@@ -66,10 +86,23 @@ class WorkerRunner:
         if not wait:
             return
         try:
-            self.receive()
+            self.ready()
         except BaseException:
             self.close()
             raise
+
+    def ready(self) -> None:
+        """Wait until the task is built; see `__init__` for what is raised."""
+        if not self._built:
+            self.receive()
+            self._built = True
+
+    def send_ahead(self, requests: Sequence[str]) -> None:
+        """Send requests whose answers are asked for later, in this order, some of them perhaps never."""
+        with contextlib.suppress(OSError):  # it ended: `ready` says why
+            for request in requests:
+                self.connection.send((request, 1))
+                self._ahead.append(request)
 
     def outputs(self) -> list[Tensor] | None:
         arrays = self.ask("outputs")
@@ -82,7 +115,11 @@ class WorkerRunner:
         return self.ask("facts")
 
     def ask(self, request: str, argument: int = 0) -> Any:
-        """Send a request and wait for the answer."""
+        """Send a request and wait for the answer; where it was sent ahead, wait for that answer."""
+        while self._ahead:
+            if self._ahead.popleft() == request:
+                return self.receive()
+            self.receive()
         self.send(request, argument)
         return self.receive()
 

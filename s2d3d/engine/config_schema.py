@@ -233,8 +233,11 @@ class TrainConfig(Section):
     )
     device: DeviceName = Field("auto", description="'auto' (a GPU if there is one), 'cpu', 'cuda' or 'cuda:N'.")
     num_threads: Int | None = Field(None, ge=1, le=1024, description="CPU threads of torch; null: torch decides.")
+    save_every: Int = Field(
+        1, ge=1, description="Epochs between checkpoints, best.pt included; signals and the last epoch save anyway."
+    )
     checkpoint_every: Int | None = Field(
-        None, ge=1, description="Updates between checkpoints within an epoch; null: only at the end of each epoch."
+        None, ge=1, description="Updates between checkpoints within an epoch; null: only at the end of epochs."
     )
     keep_every: Int | None = Field(
         None, ge=1, description="Epochs between models kept for analysis (checkpoints/epoch_NNN.pt); null: none."

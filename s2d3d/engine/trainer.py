@@ -263,8 +263,11 @@ class Trainer(TrainingParts):
         self.loggers.row(row)  # before the checkpoint: what it does not know of is superseded on resume
         progress.epoch, progress.step, progress.seconds = progress.epoch + 1, 0, 0.0
         self.sums.zero_()
-        is_best = self._select(row)
-        self._save()
+        # best.pt is what last.pt was: an epoch that is not saved cannot be it.
+        saves = progress.epoch % cfg.train.save_every == 0 or progress.epoch == cfg.train.epochs
+        is_best = saves and self._select(row)
+        if saves:
+            self._save()
         if self.runtime.is_main:
             self._keep_epoch(is_best)
             self.folder.write_log(self.history, LOG_COLUMNS)

@@ -6,6 +6,7 @@ import torch
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..ops_linear import tall_linear
 
@@ -34,8 +35,20 @@ class Attention(nn.Module):
         batch, tokens, channels = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, channels // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        attend = _attend_by_products if _products_pay(query) else F.scaled_dot_product_attention
+        attend = _attend_by_products if _products_pay(query) else _attend
         return self.proj(attend(query, key, value).transpose(1, 2).reshape(batch, tokens, channels))
+
+
+WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Fused attention on a GPU. The gradients of cuDNN's, torch's first choice for bf16 on Hopper, can be NaN."""
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Map (B, H, T, D) each to (B, H, T, D)."""
+    if query.is_cuda and query.dtype != torch.float32:  # of float32 cuDNN's does nothing
+        with sdpa_kernel(WITHOUT_CUDNN):
+            return F.scaled_dot_product_attention(query, key, value)
+    return F.scaled_dot_product_attention(query, key, value)
 
 
 def _products_pay(query: Tensor) -> bool:

@@ -55,7 +55,11 @@ def random_partition(num_tokens: int, num_experts: int, device: torch.device | s
     Source: Sparse-to-Dense Training, IEEE TCSVT 2025, section on Random Uniform Partition.
     """
     _check_counts(num_tokens, num_experts)
-    order = torch.randperm(num_tokens, device=device)
+    if torch.compiler.is_compiling():
+        # The same draw. Of int64 indices, torch 2.11 and others replace `x[randperm(n)]` by a pattern that is broken.
+        order = torch.randperm(num_tokens, device=device, dtype=torch.int32).long()
+    else:
+        order = torch.randperm(num_tokens, device=device)
     base, larger = divmod(num_tokens, num_experts)
     if larger == 0:
         return Partition(order, order, num_experts, num_tokens)

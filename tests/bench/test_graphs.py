@@ -312,7 +312,7 @@ def test_all_contestants_of_a_gpu_take_part(monkeypatch):
 
     monkeypatch.setattr(Settings, "apart", Settings.here)
     settings = Settings(torch.device("cuda"), 1, rounds=1, quick=True)
-    section = new_section("step", "Training step", settings)
+    section = new_section("gpu", "Training on a GPU", settings)
     gpu.measure_throughput(section, settings, PUBLIC_BERT.quick.but(device="cuda"))
     assert all(not comparison.skipped for comparison in section.comparisons)
-    assert section.measures["cuda.step.seeds_4.samples_per_second"].value > 0
+    assert section.measures["cuda.gpu.seeds_4.samples_per_second"].value > 0

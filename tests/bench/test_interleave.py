@@ -130,6 +130,9 @@ def test_a_refused_comparison_closes_every_contestant(world):
         def __init__(self, contestant):
             self.name = contestant.name
 
+        def ready(self):
+            pass
+
         def outputs(self):
             return [torch.tensor([float(self.name)])]
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from functools import partial
 
 import pytest
@@ -62,6 +63,49 @@ def test_each_contestant_has_a_process_and_its_turns(tmp_path):
     for pid in pids.values():
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def count_runs(path, seconds=0.0):
+    """Make a task that counts its runs in a file; it takes a while to build."""
+    time.sleep(seconds)
+
+    def run():
+        with open(path, "a") as file:
+            file.write("x")
+
+    return Task(run, lambda: [torch.arange(3.0)])
+
+
+def test_contestants_that_begin_ahead_build_side_by_side_and_are_compared_alike(tmp_path):
+    listed = [Contestant(name, partial(count_runs, str(tmp_path / name), 0.3)) for name in "abc"]
+    listed += [Contestant("d", skip), Contestant("e", partial(count_runs, str(tmp_path / "e")), same_math=False)]
+    runners, start = [], workers(CPU, 1, ahead=True)
+
+    def starting(contestant):
+        runners.append(start(contestant))
+        return runners[-1]
+
+    result = interleave("ahead", listed, start=starting, rounds=2, warmup=1)
+    assert result.skipped == {"d": "not here"}
+    assert result.deviations == {"a": None, "b": 0.0, "c": 0.0, "e": None}
+    assert all((tmp_path / name).read_text() == 3 * "x" for name in "abce"), "the run ahead is the warm-up"
+    assert all(len(times) == 2 for times in result.times.values())
+    assert all(not runner.process.is_alive() for runner in runners)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"), [(mistake, "^a mistake$"), (die, "contestant 'x': its process ended with code -9")]
+)
+def test_what_goes_wrong_ahead_is_raised_and_ends_all(build, message):
+    runners, start = [], workers(CPU, 1, ahead=True)
+
+    def starting(contestant):
+        runners.append(start(contestant))
+        return runners[-1]
+
+    with pytest.raises(InputError, match=message):
+        interleave("ahead", [Contestant("x", build), Contestant("y", skip)], start=starting)
+    assert len(runners) == 2 and all(not runner.process.is_alive() for runner in runners)
 
 
 @pytest.mark.parametrize(
