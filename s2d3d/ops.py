@@ -44,6 +44,8 @@ def farthest_point_sample(points: Tensor, num_samples: int, *, skip_origin: bool
     batch, num_points, _ = points.shape
     if not 1 <= num_samples <= num_points:
         raise ValueError(f"num_samples is {num_samples}, must be between 1 and the {num_points} points of a cloud")
+    if torch.compiler.is_compiling() and not is_exporting():
+        return _farthest_points(points, num_samples, skip_origin)
     if points.is_cuda and _HAS_TRITON:
         from . import ops_triton
 
@@ -52,7 +54,7 @@ def farthest_point_sample(points: Tensor, num_samples: int, *, skip_origin: bool
             return ops_triton.farthest_point_sample(planes, num_samples, ORIGIN_RADIUS_SQ if skip_origin else -1.0)
     # Separate coordinate planes keep every pass over memory contiguous: about 5x the speed of (B, N, 3) on a CPU.
     planes = points.detach().float().permute(2, 0, 1).contiguous()
-    if torch.compiler.is_exporting():
+    if is_exporting():
         from . import ops_export
 
         return ops_export.farthest_point_sample(planes, num_samples, ORIGIN_RADIUS_SQ if skip_origin else -1.0)
@@ -71,6 +73,17 @@ def farthest_point_sample(points: Tensor, num_samples: int, *, skip_origin: bool
         newest = distance.argmax(1, keepdim=True)
         selected[:, step] = newest[:, 0]
     return selected
+
+
+@torch.library.custom_op("s2d3d::farthest_points", mutates_args=())
+def _farthest_points(points: Tensor, num_samples: int, skip_origin: bool) -> Tensor:
+    """Do the same as one operation of a compiled graph: its loop is not unrolled, and torch 2.11 would get it wrong."""
+    return farthest_point_sample(points, num_samples, skip_origin=skip_origin)
+
+
+@_farthest_points.register_fake
+def _(points: Tensor, num_samples: int, skip_origin: bool) -> Tensor:
+    return points.new_empty((points.shape[0], num_samples), dtype=torch.int64)
 
 
 @torch.no_grad()
@@ -95,7 +108,7 @@ def nearest_neighbours(query: Tensor, points: Tensor, num_neighbors: int) -> Ten
             f"num_neighbors is {num_neighbors}, must be between 1 and the {points.shape[1]} points of a cloud"
         )
     query, points = query.detach().float(), points.detach().float()
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # a program for any number of clouds
+    if is_exporting() or torch.jit.is_tracing():  # a program for any number of clouds
         return _nearest(query, points, num_neighbors)
     # A CPU takes few clouds at a time, whose distances stay in its cache: a third faster on clouds of 1024 points.
     clouds = CACHED_DISTANCES // (query.shape[1] * points.shape[1]) if query.device.type == "cpu" else query.shape[0]
@@ -154,6 +167,11 @@ def group_points(
     if points.shape[-1] > 3:
         relative = torch.cat([relative, groups[..., 3:]], dim=-1)
     return relative, centers
+
+
+def is_exporting() -> bool:
+    """Tell whether this code is being exported, and not compiled: torch 2.11 says the former of both."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 def _check_points(points: Tensor, name: str) -> None:

@@ -42,7 +42,8 @@ def drawing_from(generator: torch.Generator) -> Iterator[None]:
             generator.set_state(torch.default_generator.get_state())
             torch.default_generator.set_state(state)
         return
-    default = torch.cuda.default_generators[generator.device.index]
+    index = generator.device.index
+    default = torch.cuda.default_generators[torch.cuda.current_device() if index is None else index]
     shared = default.graphsafe_get_state()
     default.graphsafe_set_state(generator)
     try:

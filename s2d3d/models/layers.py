@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..ops import is_exporting
 from ..ops_linear import tall_linear
 
 if TYPE_CHECKING:
@@ -153,8 +154,22 @@ class GroupEncoder(nn.Module):
         return tokens.view(batch, num_group, -1)
 
 
+def max_over_tokens(x: Tensor) -> Tensor:
+    """Map tokens x (B, T, C) to the maximum over T, (B, C).
+
+    Compiled, its gradient goes to a place instead of to all that equal the maximum: what a compiled graph computes once
+    more for its backward pass, such as a LayerNorm in front, may be rounded otherwise, and then equals it nowhere.
+    """
+    if torch.compiler.is_compiling() and not is_exporting():
+        return x.gather(1, x.detach().argmax(1, keepdim=True)).squeeze(1)
+    return x.amax(1)
+
+
 def max_over_group(x: Tensor) -> Tensor:
-    """Map x (G, S, C) to the maximum over S, (G, C); equal maxima share the gradient, as with `amax`."""
+    """Map x (G, S, C) to the maximum over S, (G, C); equal maxima share the gradient, as with `amax`.
+
+    For x that a matrix product gives: no compiler computes one twice, see `max_over_tokens`.
+    """
     return _GroupMax.apply(x) if torch.is_grad_enabled() and x.requires_grad else x.amax(1)
 
 

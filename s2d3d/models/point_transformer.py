@@ -12,7 +12,7 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import farthest_point_sample, gather_points, nearest_neighbours
+from ..ops import farthest_point_sample, gather_points, is_exporting, nearest_neighbours
 from .layers import max_over_group
 
 if TYPE_CHECKING:
@@ -301,7 +301,7 @@ def gather_sum(
         (B M k, C) in the dtype of `of_points`.
     """
     others = (other if other is None else other.to(of_points.dtype) for other in (of_centers, of_pairs))
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():  # these have no place for a Python function
+    if torch.jit.is_tracing() or is_exporting():  # these have no place for a Python function
         return _gather_sum(neighbourhood.rows, neighbourhood.size, of_points, *others)
     return _GatherSum.apply(neighbourhood.rows, neighbourhood.size, of_points, *others)
 
