@@ -57,7 +57,8 @@ class RecordedStep:
 
     Each replay draws other partitions and drops other paths, as the state of `generator` moves on with it. Two graphs
     that run at the same time must not share what a graph writes: each has its own stream, hence its own workspace of
-    the matrix library, its own memory pool, and its own generator.
+    the matrix library, its own memory pool, and its own generator. Where `torch.compile` records graphs of its own in
+    the same process (mode reduce-overhead), illegal memory accesses were seen: give each a process.
     """
 
     def __init__(self, step: TrainingStep, generator: torch.Generator) -> None:

@@ -58,6 +58,34 @@ def resume(tiny_config, path, *overrides):
     return trainer.folder
 
 
+# Epochs without a checkpoint
+
+
+def test_epochs_that_are_not_saved_are_trained_again_and_nothing_else_changes(tiny_config, whole, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    trainer, saved = Trainer(tiny_config("train.epochs=3", "train.save_every=2")), []
+
+    def note():
+        saved.append(trainer.progress.epoch)
+        if trainer.progress.epoch == 2:
+            raise Killed
+        type(trainer)._save(trainer)
+
+    monkeypatch.setattr(trainer, "_save", note)
+    with pytest.raises(Killed):
+        trainer.fit()
+    assert saved == [0, 2] and load_checkpoint(trainer.folder.last)["progress"]["epoch"] == 0
+    assert not trainer.folder.best.exists(), "the first epoch was better than nothing, but was not saved"
+    final = resume(tiny_config, trainer.folder.root, "train.save_every=2")
+    assert load_checkpoint(final.previous)["progress"]["epoch"] == 2
+    assert load_checkpoint(final.last)["progress"]["epoch"] == 3
+    assert load_checkpoint(final.best)["progress"]["epoch"] in (2, 3)
+    assert_same_weights(final.last, whole.last)
+    assert [line.split(",")[0] for line in final.log.read_text().splitlines()] == ["epoch", "1", "2", "3"]
+
+
 # The checkpoint before the last one
 
 
