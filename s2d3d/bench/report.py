@@ -58,7 +58,7 @@ weights after four recorded updates, side by side, are compared with those of pl
 matrix products of a step are counted, and their quotient is the time below which no implementation of this model
 gets at that rate. "Would allow" is the reference's time over it.
 """
-NO_GPU = "No GPU was at hand for this page: what stands here on GPUs and CUDA graphs has not been run."
+NO_GPU = "No GPU was at hand for this page: what stands here on GPUs and CUDA graphs was not measured for it."
 
 
 def write_results(path: str | Path, sections: Iterable[Section]) -> None:

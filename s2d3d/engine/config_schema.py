@@ -226,7 +226,7 @@ class TrainConfig(Section):
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = Field(
         "default",
         description="Mode of torch.compile. On a GPU, the others record the model as CUDA graphs, 'max-autotune' also "
-        "tries kernels for minutes; they need accum_steps 1. Not measured on a GPU yet.",
+        "tries kernels for minutes; they need accum_steps 1. Not timed on a GPU yet.",
     )
     ema_decay: Float | None = Field(
         None, gt=0, lt=1, description="Decay of a moving average of the weights, in (0, 1); null: none."

@@ -308,7 +308,7 @@ def test_the_share_rate_of_a_recorded_update_is_that_of_the_schedule():
 
 @pytest.mark.gpu
 def test_all_contestants_of_a_gpu_take_part():
-    """In processes of their own, as the tool has them: in one, graphs of torch.compile and ours got in each other's way."""
+    """In processes of their own, as in the tool: in one, graphs of torch.compile and ours got in each other's way."""
     from s2d3d.bench.section import Settings, new_section
 
     settings = Settings(torch.device("cuda"), 1, rounds=1, quick=True)
