@@ -1,7 +1,7 @@
 """Point operations in plain torch: farthest point sampling, nearest neighbours, gathering and grouping.
 
 No compiled extension: the same code runs on CPU and GPU, under autograd and `torch.compile`; only farthest point
-sampling has a Triton form for GPUs, used where Triton is installed.
+sampling has a Triton form for GPUs, used where Triton is installed, and is one operation of a compiled graph.
 Data sets (prefix sampling) and backbones (grouping) both stand on this file, so it lies below them.
 """
 
@@ -170,7 +170,10 @@ def group_points(
 
 
 def is_exporting() -> bool:
-    """Tell whether this code is being exported, and not compiled: torch 2.11 says the former of both."""
+    """Tell whether this code is being exported, and not compiled: torch 2.11 says the former of both.
+
+    `torch.export` with `strict=True` traces as compiling does, and is taken for it.
+    """
     return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 

@@ -1,4 +1,4 @@
-"""Contestants in processes of their own, one at a time: allocator and threads are settings of a whole process."""
+"""Contestants in processes of their own, timed one at a time: allocator and threads are settings of a whole process."""
 
 import contextlib
 import multiprocessing
@@ -38,7 +38,7 @@ def workers(device: torch.device, num_threads: int, *, ahead: bool | None = None
             contestant.name, contestant.build, contestant.allocator, device, num_threads, wait=not at_once
         )
         if at_once:
-            runner.send_ahead(("outputs", "run"))
+            runner.send_ahead(("outputs", "try") if contestant.same_math else ("try",))
         return runner
 
     return start
@@ -68,7 +68,7 @@ class WorkerRunner:
             allocator: `KEPT` or `DEFAULT`.
             device: that the task computes on, whose memory and time are measured.
             num_threads: of the process.
-            wait: until the task is built. Otherwise the caller calls `receive` once, which does.
+            wait: until the task is built. Otherwise the caller calls `ready` once, which does.
 
         Raises:
             Skip: the task cannot be built here.
@@ -98,10 +98,10 @@ class WorkerRunner:
             self._built = True
 
     def send_ahead(self, requests: Sequence[str]) -> None:
-        """Send requests whose answers are asked for later, in this order, some of them perhaps never."""
+        """Send requests whose answers are asked for later, in this order, or never: "outputs", and "try", a run."""
         with contextlib.suppress(OSError):  # it ended: `ready` says why
             for request in requests:
-                self.connection.send((request, 1))
+                self.connection.send((request, 0))
                 self._ahead.append(request)
 
     def outputs(self) -> list[Tensor] | None:
@@ -178,6 +178,8 @@ def serve(connection: Connection, build: Callable[[], Task], allocator: str, dev
             answer: object
             if request == "run":
                 answer = runner.run(argument)
+            elif request == "try":
+                answer = runner.run(1)
             elif request == "outputs":
                 tensors = runner.outputs()
                 answer = None if tensors is None else [t.detach().float().cpu().numpy() for t in tensors]

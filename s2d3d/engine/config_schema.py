@@ -234,7 +234,7 @@ class TrainConfig(Section):
     device: DeviceName = Field("auto", description="'auto' (a GPU if there is one), 'cpu', 'cuda' or 'cuda:N'.")
     num_threads: Int | None = Field(None, ge=1, le=1024, description="CPU threads of torch; null: torch decides.")
     save_every: Int = Field(
-        1, ge=1, description="Epochs between checkpoints, best.pt included; signals and the last epoch save anyway."
+        1, ge=1, description="Epochs between checkpoints, best.pt included; the last epoch and every stop save anyway."
     )
     checkpoint_every: Int | None = Field(
         None, ge=1, description="Updates between checkpoints within an epoch; null: only at the end of epochs."
@@ -304,6 +304,9 @@ class Config(Section):
         if train.batch_size % train.accum_steps:
             text = f"must divide train.batch_size ({train.batch_size}), got {train.accum_steps}"
             problems.append(Problem(("train", "accum_steps"), text))
+        if train.keep_every and train.keep_every % train.save_every:
+            text = f"must be a multiple of train.save_every ({train.save_every}), got {train.keep_every}"
+            problems.append(Problem(("train", "keep_every"), text))
         if train.compile_mode != "default":
             if not train.compile:
                 text = f"has no effect without train.compile: true, got '{train.compile_mode}'"

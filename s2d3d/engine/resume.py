@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 
 MAY_CHANGE = (
     "output_dir", "data.root", "data.cache_dir", "data.memory_budget_gb", "train.device", "train.num_threads",
-    "train.compile", "train.compile_mode", "train.checkpoint_every", "train.keep_every", "train.max_steps", "eval",
-    "log",
+    "train.compile", "train.compile_mode", "train.save_every", "train.checkpoint_every", "train.keep_every",
+    "train.max_steps", "eval", "log",
 )  # fmt: skip
 """Config keys that a resumed run may change: they do not alter the trajectory of the weights."""
 TRAINING_KEYS = ("optimizer", "ewa", "ema", "progress", "sums", "history", "rng")

@@ -144,6 +144,8 @@ class Trainer(TrainingParts):
             write_text(self.folder.config, dump_config(cfg))
             write_json(self.folder.environment, environment())
             self.loggers = open_loggers(cfg, self.folder, self.history, fresh=not self.folder.owns(checkpoint))
+            if self.folder.owns(checkpoint):  # it may hold epochs that were not saved, and are trained again
+                self.folder.write_log(self.history, LOG_COLUMNS)
             logger.info(self._describe())
 
     # --------------------------------------------------------------- training
@@ -274,7 +276,7 @@ class Trainer(TrainingParts):
             logger.info(epoch_line(row, cfg.train.epochs))
 
     def _keep_epoch(self, is_best: bool) -> None:
-        """Keep the state that last.pt holds; at a start too, for a run that was killed before it came to this."""
+        """Keep the state that last.pt holds now; at a start too, for a run that was killed before it came to this."""
         every, progress = self.config.train.keep_every, self.progress
         if is_best:
             self.folder.mark_best()

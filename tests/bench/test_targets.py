@@ -19,9 +19,9 @@ def test_bounds_from_both_sides():
 
 
 def test_what_was_not_measured_says_why():
-    target = Target("cuda.step.x", "T", AT_MOST, 1.0)
+    target = Target("cuda.gpu.x", "T", AT_MOST, 1.0)
     assert judge(target, {}).measured == "not measured: no GPU was at hand"
-    assert judge(target, {"cuda.step.x": Measure(reason="no bf16 unit")}).measured == "not measured: no bf16 unit"
+    assert judge(target, {"cuda.gpu.x": Measure(reason="no bf16 unit")}).measured == "not measured: no bf16 unit"
     assert judge(Target("cpu.step.x", "T", AT_MOST, 1.0), {}).measured.startswith("not measured: section 'step'")
     assert judge(target, {}).state == "not measured"
 

@@ -14,6 +14,7 @@ from s2d3d.bench.report import MARK, merge_results, read_results
 from s2d3d.bench.section import Measure, Section, Settings, new_section
 from s2d3d.bench.targets import TARGETS, judge
 from s2d3d.bench.training import build_inference, build_model, build_step, expert_bytes, without_dropping
+from s2d3d.errors import InputError
 
 TINY = PUBLIC_BERT.quick
 CPU = torch.device("cpu")
@@ -273,3 +274,8 @@ def test_targets_of_a_gpu_name_what_is_measured_there(monkeypatch):
     for target in targets:
         verdict = judge(target, section.measures)
         assert verdict.state != "not measured" and "(not measured)" not in verdict.why
+
+
+def test_the_section_of_a_gpu_needs_one():
+    with pytest.raises(InputError, match=r"^gpu: needs a CUDA device, the device is 'cpu'; other sections run here$"):
+        measure_section("gpu", Settings(CPU, 1))

@@ -275,6 +275,9 @@ def test_missing_key(missing):
         ]),
         ({"train": {"epochs": 10}}, ["optim.warmup_epochs: must be less than train.epochs (10), got 10"]),
         ({"train": {"accum_steps": 5}}, ["train.accum_steps: must divide train.batch_size (32), got 5"]),
+        ({"train": {"save_every": 4, "keep_every": 6}}, [
+            "train.keep_every: must be a multiple of train.save_every (4), got 6"
+        ]),
         ({"train": {"compile_mode": "reduce-overhead"}}, [
             "train.compile_mode: has no effect without train.compile: true, got 'reduce-overhead'"
         ]),

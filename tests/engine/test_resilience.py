@@ -78,12 +78,25 @@ def test_epochs_that_are_not_saved_are_trained_again_and_nothing_else_changes(ti
         trainer.fit()
     assert saved == [0, 2] and load_checkpoint(trainer.folder.last)["progress"]["epoch"] == 0
     assert not trainer.folder.best.exists(), "the first epoch was better than nothing, but was not saved"
+    assert trainer.folder.log.read_text().count("\n") == 2
     final = resume(tiny_config, trainer.folder.root, "train.save_every=2")
     assert load_checkpoint(final.previous)["progress"]["epoch"] == 2
     assert load_checkpoint(final.last)["progress"]["epoch"] == 3
     assert load_checkpoint(final.best)["progress"]["epoch"] in (2, 3)
     assert_same_weights(final.last, whole.last)
     assert [line.split(",")[0] for line in final.log.read_text().splitlines()] == ["epoch", "1", "2", "3"]
+
+
+def test_a_resumed_run_may_save_more_often_and_forgets_rows_of_epochs_that_were_not(tiny_config, whole):
+    first = Trainer(tiny_config("train.epochs=3", "train.save_every=3", "train.max_steps=14"))
+    first.fit()
+    folder = first.folder
+    os.replace(folder.previous, folder.last)  # as if it had been killed before it could save: the start
+    assert folder.log.read_text().count("\n") == 3
+    stopped = Trainer(tiny_config("train.epochs=3", "train.max_steps=1"))
+    stopped.fit(resume=folder.root)
+    assert folder.log.read_text().count("\n") == 1, "the header"
+    assert_same_weights(resume(tiny_config, folder.root).last, whole.last)
 
 
 # The checkpoint before the last one

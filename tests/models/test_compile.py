@@ -82,6 +82,6 @@ def test_compiled_updates_are_those_of_the_model(bf16):
         gradients.append(torch.autograd.grad(loss, list(model.parameters())))
         losses.append(loss.item())
     assert losses[1] == pytest.approx(losses[0], abs=5e-3 if bf16 else 1e-5)
-    # Other roundings choose another neighbour or maximum here and there, which moves a gradient by more than themselves.
+    # Other roundings choose another neighbour or maximum here and there, which moves a gradient by more.
     whole = [torch.cat([part.flatten() for part in parts]) for parts in gradients]
     assert (whole[1] - whole[0]).norm() <= (0.2 if bf16 else 0.05) * whole[0].norm()
