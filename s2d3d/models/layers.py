@@ -154,22 +154,14 @@ class GroupEncoder(nn.Module):
         return tokens.view(batch, num_group, -1)
 
 
-def max_over_tokens(x: Tensor) -> Tensor:
-    """Map tokens x (B, T, C) to the maximum over T, (B, C).
-
-    Compiled, its gradient goes to a place instead of to all that equal the maximum: what a compiled graph computes once
-    more for its backward pass, such as a LayerNorm in front, may be rounded otherwise, and then equals it nowhere.
-    """
-    if torch.compiler.is_compiling() and not is_exporting():
-        return x.gather(1, x.detach().argmax(1, keepdim=True)).squeeze(1)
-    return x.amax(1)
-
-
 def max_over_group(x: Tensor) -> Tensor:
     """Map x (G, S, C) to the maximum over S, (G, C); equal maxima share the gradient, as with `amax`.
 
-    For x that a matrix product gives: no compiler computes one twice, see `max_over_tokens`.
+    Compiled, one of them gets all of it, by its place: what a compiled graph computes once more for its backward pass,
+    such as a norm layer in front, may be rounded otherwise, then equals the maximum nowhere, and the gradient is 0 / 0.
     """
+    if torch.compiler.is_compiling() and not is_exporting():
+        return x.gather(1, x.detach().argmax(1, keepdim=True)).squeeze(1)
     return _GroupMax.apply(x) if torch.is_grad_enabled() and x.requires_grad else x.amax(1)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import group_points
-from .layers import GroupEncoder, TransformerEncoder, max_over_tokens
+from .layers import GroupEncoder, TransformerEncoder, max_over_group
 
 VARIANTS = ("bert", "mae")
 MAX_DEPTH = 1000
@@ -141,7 +141,7 @@ class PointBERT(nn.Module):
 
     def forward_head(self, tokens: Tensor) -> Tensor:
         """Map tokens (B, 1 + G, trans_dim) to logits (B, num_classes)."""
-        return self.cls_head_finetune(torch.cat([tokens[:, 0], max_over_tokens(tokens[:, 1:])], dim=-1))
+        return self.cls_head_finetune(torch.cat([tokens[:, 0], max_over_group(tokens[:, 1:])], dim=-1))
 
     def forward(self, points: Tensor) -> Tensor:
         """Map points (B, N, in_channels) to logits (B, num_classes)."""

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from s2d3d import convert_to_mof_, create_model
-from s2d3d.models.layers import max_over_tokens
+from s2d3d.models.layers import max_over_group
 from s2d3d.ops import farthest_point_sample, is_exporting
 
 
@@ -29,11 +29,11 @@ def test_the_compiled_maximum_hands_its_gradient_to_a_place():
     """By equality, a value that is computed anew and rounded otherwise would get 0 / 0; of a tie one gets all."""
     torch.compiler.reset()
     x = torch.tensor([[[1.0, 2.0], [3.0, 0.0], [3.0, 1.0]]], requires_grad=True)
-    compiled = torch.compile(max_over_tokens, fullgraph=True, backend="eager")
+    compiled = torch.compile(max_over_group, fullgraph=True, backend="eager")
     assert torch.equal(compiled(x), torch.tensor([[3.0, 2.0]]))
     (gradient,) = torch.autograd.grad(compiled(x).sum(), x)
     assert torch.equal(gradient.sum(1), torch.ones(1, 2)) and set(gradient.unique().tolist()) == {0.0, 1.0}
-    (shared,) = torch.autograd.grad(max_over_tokens(x).sum(), x)
+    (shared,) = torch.autograd.grad(max_over_group(x).sum(), x)
     assert torch.equal(shared[0, :, 0], torch.tensor([0.0, 0.5, 0.5]))
 
 
