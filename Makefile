@@ -41,7 +41,7 @@ types: $(VENV)/.s2d3d
 
 docs: $(VENV)/.s2d3d
 	$(PIP) "mkdocs-material>=9.5" "mkdocstrings[python]>=0.25"
-	$(RUN) -c 'from s2d3d.engine.config_reference import config_reference as page; print(page(), end="")' \
+	$(RUN) -c 'from s2d3d.config.reference import config_reference as page; print(page(), end="")' \
 		> docs/configuration.md
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 

@@ -2,11 +2,15 @@
 
 import contextlib
 import errno
+import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
+
+from .errors import InputError
 
 SUFFIX = ".tmp"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -111,3 +115,43 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder in which no file can be made; one that does not exist, if it cannot be made. Leaves no trace.
+
+    Raises:
+        InputError: as said.
+    """
+    place = folder
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise InputError(f"{place}: is a file, a folder is needed here; choose another place")
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise InputError(f"{place}: cannot be written to ({error.strerror}); choose another place") from error
+
+
+def check_parent(path: Path) -> None:
+    """Check that a file can be written to its place.
+
+    Raises:
+        InputError: its folder does not exist, is a file, or cannot be written to.
+    """
+    if not path.parent.exists():
+        raise InputError(f"{path}: folder {path.parent} does not exist; create it first")
+    check_writable(path.parent)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file atomically."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write a JSON file atomically."""
+    write_text(path, json.dumps(content, indent=1) + "\n")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from s2d3d.engine.config import Config, dump_config, load_config, parse_config
-from s2d3d.engine.study_config import Study, load_study
+from s2d3d.config.load import Config, dump_config, load_config, parse_config
+from s2d3d.studies.plan import Study, load_study
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 STUDIES = sorted((CONFIGS / "studies").glob("*.yaml"))

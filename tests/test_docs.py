@@ -13,8 +13,8 @@ from nbclient import NotebookClient
 
 import s2d3d
 from s2d3d import Trainer, datasets, load_config, load_model, models
-from s2d3d.engine.config_reference import config_reference
-from s2d3d.engine.config_schema import Config
+from s2d3d.config.reference import config_reference
+from s2d3d.config.schema import Config
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ def test_importing_is_silent_and_leaves_heavy_packages_alone(tmp_path):
     )  # fmt: skip
     assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
     loaded = set(json.loads((tmp_path / "modules.json").read_text()))
-    assert "s2d3d.engine.trainer" in loaded
+    assert "s2d3d.training.trainer" in loaded
     assert loaded & {"open3d", "matplotlib.pyplot", "torch_scatter", "torchmetrics", "transformers"} == set()
     assert [path.name for path in tmp_path.iterdir()] == ["modules.json"]
 
@@ -76,25 +76,34 @@ def modules() -> dict[str, ast.Module]:
 def imports_of(name: str, tree: ast.Module) -> set[str]:
     """Name what a module imports, ours as dotted names below the package behind a dot, others as they are.
 
-    `from ..models import layers` in `engine.training_parts` is `.models`. Imports inside of functions count as well.
+    `from ..models import layers` in `training.parts` is `.models.layers`, as `layers` is a module; imports inside of
+    functions count as well, those for type checkers alone do not.
     """
     found = set()
+    base = name.split(".")[:-1]
+    unused = {id(node) for block in ast.walk(tree) if is_type_checking(block) for node in ast.walk(block)}
     for node in ast.walk(tree):
+        if id(node) in unused:
+            continue
         if isinstance(node, ast.Import):
             found |= {alias.name.replace("s2d3d.", ".", 1) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            start = base[: len(base) - node.level + 1]
+            target = ".".join([*start, *filter(None, [node.module])])
+            inner = {".".join(filter(None, [target, alias.name])) for alias in node.names} & NAMES
+            others = any(".".join(filter(None, [target, alias.name])) not in NAMES for alias in node.names)
+            found |= {f".{module}" for module in inner} | ({f".{target}"} if others else set())
         elif isinstance(node, ast.ImportFrom):
-            if node.level:
-                base = name.split(".")[: -node.level]
-                targets = [".".join([*base, *filter(None, [node.module])])]
-                if not node.module:  # from . import a, b
-                    targets = [".".join([*base, alias.name]) for alias in node.names]
-                found |= {f".{target}" for target in targets}
-            else:
-                found.add(node.module.replace("s2d3d.", ".", 1) if node.module != "s2d3d" else "s2d3d")
+            found.add(node.module.replace("s2d3d.", ".", 1) if node.module != "s2d3d" else "s2d3d")
     return found
 
 
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
 MODULES = modules()
+NAMES = {name.removesuffix(".__init__") for name in MODULES}
 IMPORTS = {name: imports_of(name, tree) for name, tree in MODULES.items()}
 
 
@@ -103,38 +112,62 @@ def rooms(names: set[str]) -> set[str]:
     return {name[1:].split(".")[0] for name in names if name.startswith(".")}
 
 
+FLOORS = {
+    "cli": 9, "console": 9, "studies": 8, "training": 7, "viz": 7, "runs": 6, "evaluation": 5, "config": 4,
+    "prepare": 4, "export": 4, "models": 3, "datasets": 3, "ops": 2, "s2d": 2, "unpickle": 1, "random_state": 0,
+    "machine": 1, "atomic": 1, "errors": 0, "version": 0,
+}  # fmt: skip
+"""An arrow runs to a lower floor, or stays in its room. `__init__` hands names on, from all of them."""
+
+
 def test_the_reader_of_imports_sees_them():
-    assert {"s2d", "models", "datasets", "errors", "engine"} <= rooms(IMPORTS["engine.training_parts"])
-    assert {"torch", "timm.utils", ".models", ".engine.config"} <= IMPORTS["engine.training_parts"]
-    assert rooms(IMPORTS["engine.config_schema"]) >= {"models", "s2d"}, "inside of functions"
-    assert FOLDERS == ["bench", "datasets", "engine", "models", "s2d", "viz"]
-    example = ast.parse("import s2d3d.engine.cli\nfrom s2d3d.models import x\nfrom .. import errors\nfrom . import y")
-    assert imports_of("viz.plots", example) == {".engine.cli", ".models", ".errors", ".viz.y"}
+    assert {"torch", "timm.utils", ".models", ".config.load", ".s2d"} <= IMPORTS["training.parts"]
+    assert rooms(IMPORTS["config.schema"]) >= {"models", "s2d"}, "inside of functions"
+    example = ast.parse(
+        "import s2d3d.runs.folder\nfrom s2d3d.models import x\nfrom .. import errors\nfrom . import clouds, y"
+    )
+    assert imports_of("viz.plots", example) == {".runs.folder", ".models", ".errors", ".viz.clouds", ".viz"}
 
 
 @pytest.mark.parametrize("name", IMPORTS)
 def test_nothing_imports_the_package_from_above_or_the_tools(name):
     """`from s2d3d import x` inside of the package is an arrow to everything."""
     roots = {target.split(".")[0] for target in IMPORTS[name]}
-    assert not roots & {"s2d3d", "tools", "tests"}
+    assert not roots & {"s2d3d", "tools", "tests", "benchmarks"}
 
 
-FORBIDDEN = {
-    "s2d": set(FOLDERS) - {"s2d"},
-    "models": {"datasets", "engine", "viz", "bench"},
-    "datasets": {"models", "engine", "viz", "bench"},
-    "viz": {"engine", "bench"},
-    "engine": {"viz", "bench"},
-    "bench": {"viz"},
-}
+def test_every_room_has_its_floor():
+    assert {name.split(".")[0] for name in NAMES} - {"__init__"} == set(FLOORS)
+    assert set(FOLDERS) == {name.split(".")[0] for name in NAMES if "." in name}
 
 
-@pytest.mark.parametrize("room", FORBIDDEN)
-def test_arrows_between_rooms(room):
-    inside = [name for name in IMPORTS if name.split(".")[0] == room]
-    assert len(inside) > 1
-    for name in inside:
-        assert not rooms(IMPORTS[name]) & FORBIDDEN[room], name
+@pytest.mark.parametrize("name", [name for name in IMPORTS if name != "__init__"])
+def test_arrows_run_down(name):
+    own = name.split(".")[0]
+    for room in rooms(IMPORTS[name]) - {own}:
+        assert FLOORS[room] < FLOORS[own], f"{name} -> {room}"
+
+
+def test_no_module_leads_back_to_itself():
+    arrows = {
+        name.removesuffix(".__init__"): {t[1:] for t in targets if t[1:] in NAMES} for name, targets in IMPORTS.items()
+    }
+    for name in arrows:
+        reached, waiting = set(), list(arrows[name])
+        while waiting:
+            step = waiting.pop()
+            if step not in reached:
+                reached.add(step)
+                waiting += arrows[step]
+        assert name not in reached, f"{name} imports itself, through {sorted(reached)}"
+
+
+@pytest.mark.parametrize("room", ["training", "evaluation"])
+def test_training_and_evaluation_do_not_load_what_makes_data_or_pictures(room):
+    for name, tree in MODULES.items():
+        if name.split(".")[0] == room:
+            top = ast.Module([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], [])
+            assert not rooms(imports_of(name, top)) & {"prepare", "viz"}, name
 
 
 def test_the_method_stands_alone():
@@ -150,23 +183,18 @@ def test_the_method_stands_alone():
             assert {target.split(".")[0] for target in targets if not target.startswith(".")} <= allowed, name
 
 
-def test_what_every_room_needs_knows_of_no_room():
-    for name in ("errors", "version", "ops", "unpickle"):
-        assert not rooms(IMPORTS[name]) & set(FOLDERS), name
-
-
 # Output
 
 
 def test_the_package_never_prints():
-    """`engine.cli` words errors for the tools; everything else returns, logs or raises."""
+    """`cli` words errors for the tools; everything else returns, logs or raises."""
     calls = {
         (name, node.lineno)
         for name, tree in MODULES.items()
         for node in ast.walk(tree)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     }
-    assert {name for name, _ in calls} == {"engine.cli"}
+    assert {name for name, _ in calls} == {"cli"}
 
 
 def test_a_whole_run_writes_nothing_to_stdout_or_stderr(tiny_config, capfd):

@@ -5,10 +5,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from s2d3d.engine.cli import add_overrides, refuse_existing, run_tool
-from s2d3d.engine.run_analysis import analysis_table, analyze_run
-from s2d3d.engine.run_folder import write_json
-from s2d3d.engine.runtime import choose_device, keep_large_allocations
+from s2d3d.atomic import write_json
+from s2d3d.cli import add_overrides, refuse_existing, run_tool
+from s2d3d.machine import choose_device, keep_large_allocations
+from s2d3d.runs.analysis import analysis_table, analyze_run
 from s2d3d.viz.expert_plots import draw_experts
 
 

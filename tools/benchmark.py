@@ -5,14 +5,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from s2d3d.bench import SECTIONS, measure_section
-from s2d3d.bench.hardware import num_threads
-from s2d3d.bench.report import is_ours, merge_results, read_results, target_table, write_report, write_results
-from s2d3d.bench.section import Section, Settings
-from s2d3d.bench.tables import hardware_lines, section_text
-from s2d3d.engine.cli import refuse_existing, run_tool
-from s2d3d.engine.runtime import choose_device, keep_large_allocations
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `benchmarks` is part of a clone, not of the package
+
+from benchmarks import SECTIONS, measure_section
+from benchmarks.hardware import num_threads
+from benchmarks.report import is_ours, merge_results, read_results, target_table, write_report, write_results
+from benchmarks.section import Section, Settings
+from benchmarks.tables import hardware_lines, section_text
+from s2d3d.cli import refuse_existing, run_tool
 from s2d3d.errors import InputError
+from s2d3d.machine import choose_device, keep_large_allocations
 
 
 def build_parser() -> argparse.ArgumentParser:

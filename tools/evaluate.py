@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from functools import partial
 
 from s2d3d import evaluate, load_checkpoint
+from s2d3d.atomic import write_json
+from s2d3d.cli import add_files, add_overrides, check_overrides, refuse_existing, run_tool
+from s2d3d.config.data import build_dataset, build_test_loader, check_classes
+from s2d3d.config.load import Config, parse_config
 from s2d3d.datasets import PointCloudDataset
 from s2d3d.datasets.corruptions import CorruptedDataset, parse_corruption
 from s2d3d.datasets.file_set import find_files, folder_labels, load_files
-from s2d3d.engine.checkpoint import build_model
-from s2d3d.engine.cli import add_files, add_overrides, check_overrides, refuse_existing, run_tool
-from s2d3d.engine.config import Config, parse_config
-from s2d3d.engine.data import build_dataset, build_test_loader, check_classes
-from s2d3d.engine.robustness import (
+from s2d3d.errors import InputError
+from s2d3d.evaluation.robustness import (
     SEED,
     add_corruption_errors,
     check_comparable,
@@ -22,9 +23,8 @@ from s2d3d.engine.robustness import (
     read_robustness,
     robustness_table,
 )
-from s2d3d.engine.run_folder import write_json
-from s2d3d.engine.runtime import choose_device, keep_large_allocations
-from s2d3d.errors import InputError
+from s2d3d.machine import choose_device, keep_large_allocations
+from s2d3d.runs.checkpoint import build_model
 
 
 def build_parser() -> argparse.ArgumentParser:

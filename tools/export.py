@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.latency import latency_page
 from s2d3d import export_model, load_checkpoint
-from s2d3d.bench.latency import latency_page
-from s2d3d.datasets.shapes import make_shape
-from s2d3d.engine.checkpoint import build_model
-from s2d3d.engine.cli import add_overrides, check_overrides, refuse_existing, run_tool
-from s2d3d.engine.config import Config, parse_config
-from s2d3d.engine.data import build_dataset, check_classes
+from s2d3d.cli import add_overrides, check_overrides, refuse_existing, run_tool
+from s2d3d.config.data import build_dataset, check_classes
+from s2d3d.config.load import Config, parse_config
 from s2d3d.errors import InputError
-from s2d3d.export import FORMATS, example_clouds, load_exported
-from s2d3d.export_check import TOLERANCE, compare_exported
+from s2d3d.export.check import TOLERANCE, compare_exported
+from s2d3d.export.write import FORMATS, example_clouds, load_exported
+from s2d3d.prepare.shapes import make_shape
+from s2d3d.runs.checkpoint import build_model
 
 
 def build_parser() -> argparse.ArgumentParser:

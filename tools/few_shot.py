@@ -5,9 +5,9 @@ import sys
 from collections.abc import Sequence
 
 from s2d3d import load_config
-from s2d3d.engine.cli import add_overrides, run_tool
-from s2d3d.engine.few_shot import FewShotTask, run_folds, summary_line
-from s2d3d.engine.signals import StoppedBySignal
+from s2d3d.cli import add_overrides, run_tool
+from s2d3d.studies.few_shot import FewShotTask, run_folds, summary_line
+from s2d3d.training.signals import StoppedBySignal
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -5,9 +5,9 @@ import sys
 from collections.abc import Sequence
 
 from s2d3d import load_checkpoint, merge_experts, save_checkpoint
-from s2d3d.engine.checkpoint import MODEL_KEYS, build_model, require_mergeable, require_sparse
-from s2d3d.engine.cli import refuse_existing, run_tool
+from s2d3d.cli import refuse_existing, run_tool
 from s2d3d.errors import InputError
+from s2d3d.runs.checkpoint import MODEL_KEYS, build_model, require_mergeable, require_sparse
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -8,13 +8,13 @@ import torch
 from tqdm import tqdm
 
 from s2d3d import load_checkpoint
+from s2d3d.atomic import write_json
+from s2d3d.cli import refuse_existing, run_tool
+from s2d3d.config.load import parse_config
 from s2d3d.datasets.files import SUFFIXES, read_cloud
-from s2d3d.engine.checkpoint import build_model
-from s2d3d.engine.cli import refuse_existing, run_tool
-from s2d3d.engine.config import parse_config
-from s2d3d.engine.run_folder import write_json
-from s2d3d.engine.runtime import choose_device
 from s2d3d.errors import InputError
+from s2d3d.machine import choose_device
+from s2d3d.runs.checkpoint import build_model
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -5,14 +5,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from s2d3d.datasets.convert import DEFAULT_POINTS, convert_modelnet
-from s2d3d.datasets.download import ARCHIVES, fetch
-from s2d3d.datasets.folder import MARK, check_output, copy_modelnet40
-from s2d3d.datasets.scan import write_scans
-from s2d3d.datasets.scan_view import PERTURBATIONS
-from s2d3d.datasets.shapes import write_shapes
-from s2d3d.engine.cli import run_tool
+from s2d3d.cli import run_tool
 from s2d3d.errors import InputError
+from s2d3d.prepare.convert import DEFAULT_POINTS, convert_modelnet
+from s2d3d.prepare.download import ARCHIVES, fetch
+from s2d3d.prepare.folder import MARK, check_output, copy_modelnet40
+from s2d3d.prepare.scan import write_scans
+from s2d3d.prepare.scan_view import PERTURBATIONS
+from s2d3d.prepare.shapes import write_shapes
 
 
 def build_parser() -> argparse.ArgumentParser:

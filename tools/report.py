@@ -11,15 +11,15 @@ import torch
 from matplotlib.figure import Figure
 
 from s2d3d import load_checkpoint
-from s2d3d.engine.checkpoint import build_model
-from s2d3d.engine.cli import refuse_existing, run_tool
-from s2d3d.engine.config import parse_config
-from s2d3d.engine.data import build_dataset, check_classes
-from s2d3d.engine.predictions import class_probabilities
-from s2d3d.engine.run_folder import check_writable, write_text
-from s2d3d.engine.run_reader import RunRecord, read_runs
-from s2d3d.engine.runtime import choose_device, keep_large_allocations
+from s2d3d.atomic import check_writable, write_text
+from s2d3d.cli import refuse_existing, run_tool
+from s2d3d.config.data import build_dataset, check_classes
+from s2d3d.config.load import parse_config
 from s2d3d.errors import InputError
+from s2d3d.evaluation.accuracy import class_probabilities
+from s2d3d.machine import choose_device, keep_large_allocations
+from s2d3d.runs.checkpoint import build_model
+from s2d3d.runs.record import RunRecord, read_runs
 from s2d3d.viz.plots import confusion_figure, save_figure
 from s2d3d.viz.report import Predictions, ReportRun, build_report, report_figures
 

@@ -9,15 +9,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from s2d3d.engine.cli import add_overrides, run_tool
-from s2d3d.engine.study import missing_cells, run_study
-from s2d3d.engine.study_config import load_study
-from s2d3d.engine.study_jobs import Launcher, Outcome, ProcessLauncher, SubmititLauncher
-from s2d3d.engine.study_overview import summarize_folder, write_overview
-from s2d3d.engine.study_record import read_records
-from s2d3d.engine.study_report import report_lines, write_report
-from s2d3d.engine.study_summary import summarize
+from s2d3d.cli import add_overrides, run_tool
 from s2d3d.errors import InputError
+from s2d3d.studies.jobs import Launcher, Outcome, ProcessLauncher, SubmititLauncher
+from s2d3d.studies.page import report_lines, summarize_folder, write_overview, write_report
+from s2d3d.studies.plan import load_study
+from s2d3d.studies.record import read_records
+from s2d3d.studies.run import missing_cells, run_study
+from s2d3d.studies.summary import summarize
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -5,9 +5,9 @@ import sys
 from collections.abc import Sequence
 
 from s2d3d import Trainer, load_config
-from s2d3d.engine.cli import add_overrides, run_tool
-from s2d3d.engine.config import dump_config
-from s2d3d.engine.signals import StoppedBySignal
+from s2d3d.cli import add_overrides, run_tool
+from s2d3d.config.load import dump_config
+from s2d3d.training.signals import StoppedBySignal
 
 
 def build_parser() -> argparse.ArgumentParser:

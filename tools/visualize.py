@@ -9,19 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from s2d3d import load_checkpoint, load_config
+from s2d3d.cli import add_files, add_overrides, check_overrides, refuse_existing, run_tool
+from s2d3d.config.data import build_dataset, check_classes
+from s2d3d.config.load import Config, parse_config
 from s2d3d.datasets import PointCloudDataset
-from s2d3d.datasets.base import derived_generator
 from s2d3d.datasets.file_set import find_files, folder_labels, load_files
-from s2d3d.engine.checkpoint import build_model, require_sparse
-from s2d3d.engine.cli import add_files, add_overrides, check_overrides, refuse_existing, run_tool
-from s2d3d.engine.config import Config, parse_config
-from s2d3d.engine.data import build_dataset, check_classes
-from s2d3d.engine.predictions import class_probabilities
-from s2d3d.engine.robustness import SEED
-from s2d3d.engine.runtime import choose_device
 from s2d3d.errors import InputError
+from s2d3d.evaluation.accuracy import class_probabilities
+from s2d3d.evaluation.robustness import SEED
+from s2d3d.machine import choose_device
+from s2d3d.random_state import derived_generator
+from s2d3d.runs.checkpoint import build_model, require_sparse
 from s2d3d.viz import CloudSheet, sheet_paths, write_sheet
-from s2d3d.viz.sheets import (
+from s2d3d.viz.cloud_sheets import (
     WRONG,
     corruptions_sheet,
     experts_sheet,

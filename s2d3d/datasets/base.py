@@ -12,23 +12,13 @@ import torch
 from torch import Generator, Tensor
 
 from ..errors import InputError, did_you_mean
-from ..ops import gather_points
+from ..ops.points import gather_points
+from ..random_state import derived_generator
 from .prefix import farthest_prefix
 from .stream import StreamedClouds, StreamedMasks
 from .transforms import Transform, normalize_stored
 
 TRAIN = "train"
-
-
-def derived_generator(*keys: int | str) -> Generator:
-    """Make a CPU generator that is a function of the keys alone, on every machine and in every process.
-
-    Example:
-        >>> derived_generator(0, "epoch", 3).initial_seed() == derived_generator(0, "epoch", 3).initial_seed()
-        True
-    """
-    digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()
-    return Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 class PointCloudDataset(torch.utils.data.Dataset):

@@ -14,8 +14,9 @@ import torch
 from torch import Generator, Tensor
 
 from ..errors import InputError, did_you_mean
-from ..ops import gather_points
-from .base import PointCloudDataset, derived_generator
+from ..ops.points import gather_points
+from ..random_state import derived_generator
+from .base import PointCloudDataset
 from .transforms import normalize_unit_sphere, unit_sphere_frame
 
 SEVERITIES = (1, 2, 3, 4, 5)

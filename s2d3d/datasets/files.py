@@ -11,9 +11,8 @@ from torch import Tensor
 
 from ..errors import InputError, did_you_mean
 from .h5 import check_up_axis
-from .off import read_off
+from .mesh import read_off, sample_mesh
 from .prefix import farthest_prefix
-from .shapes import sample_by_area
 from .transforms import normalize_unit_sphere, turn_up_axis
 
 TABLES = (".npy", ".txt", ".xyz")
@@ -68,27 +67,6 @@ def read_points(path: str | os.PathLike, num_points: int, *, seed: int = 0) -> n
         row = int(np.argmin(np.isfinite(points).all(1)))
         raise InputError(f"{path}: point {row} is not three finite numbers; remove it")
     return points if faces is None else sample_mesh(points, faces, num_points, np.random.default_rng(seed), str(path))
-
-
-def sample_mesh(
-    vertices: np.ndarray, faces: np.ndarray, num_points: int, rng: np.random.Generator, where: str
-) -> np.ndarray:
-    """Draw (num_points, 3) points evenly from the surface of a mesh.
-
-    Args:
-        vertices: (V, 3).
-        faces: (F, 3) indices of vertices.
-        num_points: at least 1.
-        rng: where random numbers come from.
-        where: file, for the message.
-
-    Raises:
-        InputError: all triangles have area 0.
-    """
-    corners = vertices[faces]
-    if not np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1).any():
-        raise InputError(f"{where}: all triangles have area 0")
-    return sample_by_area(corners, num_points, rng)
 
 
 def read_cloud(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .base import PointCloudDataset, derived_generator
+from ..random_state import derived_generator
+from .base import PointCloudDataset
 from .transforms import Transform
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import InputError
-from ..ops import farthest_point_sample
+from ..ops.points import farthest_point_sample
 
 STALE_SECONDS = 24 * 3600
 CHUNK = 64  # clouds at a time: the distances of a chunk stay in the processor's cache

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..ops import farthest_point_sample, gather_points
+from ..ops.points import farthest_point_sample, gather_points
 from .h5 import SEE, CloudFile, CloudLayout, inspect_h5, points_bytes, read_mask_rows, read_rows
 from .transforms import normalize_stored, turn_up_axis
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..ops import is_exporting
-from ..ops_linear import tall_linear
+from ..ops.linear import tall_linear
+from ..ops.points import is_exporting
 
 if TYPE_CHECKING:
 

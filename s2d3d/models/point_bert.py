@@ -6,7 +6,7 @@ State-dict keys and shapes are those of the published classifiers, so that their
 import torch
 from torch import Tensor, nn
 
-from ..ops import group_points
+from ..ops.points import group_points
 from .layers import GroupEncoder, TransformerEncoder, max_over_group
 
 VARIANTS = ("bert", "mae")

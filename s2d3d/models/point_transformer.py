@@ -12,7 +12,7 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import farthest_point_sample, gather_points, is_exporting, nearest_neighbours
+from ..ops.points import farthest_point_sample, gather_points, is_exporting, nearest_neighbours
 from .layers import max_over_group
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ def experts_figure(result: dict[str, Any]) -> Figure:
     """Plot divergence, accuracies and barriers over training, and the losses along lines between models.
 
     Args:
-        result: as `s2d3d.engine.run_analysis.analyze_run` returns it.
+        result: as `s2d3d.runs.analysis.analyze_run` returns it.
     """
     figure = Figure(figsize=(15, 8), layout="constrained")
     axes = figure.subplots(2, 3)

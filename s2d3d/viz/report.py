@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..datasets.base import derived_generator
 from ..errors import InputError
+from ..random_state import derived_generator
+from .cloud_sheets import by_mistake
 from .expert_plots import experts_figure
 from .plots import (
     Log,
@@ -26,7 +27,6 @@ from .plots import (
 )
 from .report_parts import config_rows, environment_rows, html_table, summary_rows
 from .sheet import embed_json, escape, fill_template, pack
-from .sheets import by_mistake
 
 MOST_BYTES = 10_000_000
 """A report may not be larger."""
@@ -57,7 +57,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class ReportRun:
-    """A run, as `s2d3d.engine.run_reader.RunRecord` describes its files.
+    """A run, as `s2d3d.runs.record.RunRecord` describes its files.
 
     Attributes:
         name: unique among the runs of a report.

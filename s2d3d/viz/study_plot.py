@@ -22,7 +22,7 @@ def study_figure(summary: dict[str, Any]) -> Figure:
     without a finished pair are left out.
 
     Args:
-        summary: as `s2d3d.engine.study_summary.summarize` returns it.
+        summary: as `s2d3d.studies.summary.summarize` returns it.
     """
     items = [item for item in summary["comparisons"] if item["n"]]
     places = {row["name"]: row["along"] for row in summary["rows"]}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, did_you_mean
 from ..models import PointBERT, PointTransformer
-from ..ops import farthest_point_sample, gather_points
+from ..ops.points import farthest_point_sample, gather_points
 from ..s2d.dispatch import Partition
 from ..s2d.mof import ExpertLayer, Plan
 

@@ -7,7 +7,7 @@ import torch
 from s2d3d.datasets import prefix
 from s2d3d.datasets.prefix import cache_folders, farthest_prefix
 from s2d3d.errors import InputError
-from s2d3d.ops import farthest_point_sample
+from s2d3d.ops.points import farthest_point_sample
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ import pytest
 import torch
 import yaml
 
+from s2d3d.config.data import build_dataset
+from s2d3d.config.load import load_config, parse_config
 from s2d3d.datasets import PointCloudDataset, create_dataset
-from s2d3d.datasets.base import derived_generator
 from s2d3d.datasets.scanobjectnn import BACKGROUND, CLASS_NAMES, VARIANTS
-from s2d3d.engine.config import load_config, parse_config
-from s2d3d.engine.data import build_dataset
 from s2d3d.errors import InputError
-from s2d3d.ops import farthest_point_sample
+from s2d3d.ops.points import farthest_point_sample
+from s2d3d.random_state import derived_generator
 
 SUFFIXES = ("", "_augmented25_norot", "_augmented25rot", "_augmentedrot", "_augmentedrot_scale75")
 

@@ -12,7 +12,7 @@ import torch
 
 from faults.training import Launcher, Runs
 from s2d3d import load_config
-from s2d3d.engine.config import dump_config
+from s2d3d.config.load import dump_config
 
 RESULTS = pytest.StashKey[dict]()
 

@@ -16,12 +16,12 @@ import torch
 from faults.damage import damage
 from faults.fuzz import Outcome, accepted, refused
 from faults.values import leaf, paths, pick, remove_at, replace_at, tree
-from s2d3d.engine.checkpoint import build_model
-from s2d3d.engine.config import parse_config
-from s2d3d.engine.resume import Progress, check_same_run, read_run, restoring
+from s2d3d.config.load import parse_config
 from s2d3d.errors import InputError
+from s2d3d.runs.checkpoint import build_model
+from s2d3d.runs.resume import Progress, check_same_run, read_run, restoring
 
-STORED = Path(__file__).parents[1] / "engine" / "fixtures" / "checkpoint_v1.pt"
+STORED = Path(__file__).parents[1] / "runs" / "fixtures" / "checkpoint_v1.pt"
 """A checkpoint of a run under way, with everything that one can hold."""
 
 

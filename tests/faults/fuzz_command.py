@@ -11,7 +11,7 @@ from pathlib import Path
 from faults.fuzz import Outcome
 from faults.fuzz_checkpoint import STORED
 from faults.values import TEXTS, leaf
-from s2d3d.datasets.shapes import write_shapes
+from s2d3d.prepare.shapes import write_shapes
 
 SAFE_TEXTS = tuple(text for text in TEXTS if not text.startswith(("/", "..")) and "\x00" not in text)
 """No text that names a place outside of the folder in which the tools run: some of them are told to write there."""

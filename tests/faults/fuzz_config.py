@@ -10,7 +10,7 @@ from faults.damage import damage
 from faults.fuzz import Outcome, accepted, refused
 from faults.values import leaf, paths, pick, remove_at, replace_at, tree
 from s2d3d import load_config
-from s2d3d.engine.config import dump_config
+from s2d3d.config.load import dump_config
 from s2d3d.errors import InputError
 
 TAILS = (

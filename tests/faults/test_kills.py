@@ -1,6 +1,6 @@
 """A run that is killed, at any moment and as often as it may be, ends with the weights of one that was not.
 
-Quick ones of this kind are in tests/engine/test_resilience.py and test_trainer.py.
+Quick ones of this kind are in tests/training/test_resilience.py and test_trainer.py.
 """
 
 import random

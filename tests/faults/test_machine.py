@@ -13,7 +13,7 @@ import h5py
 import pytest
 
 from faults.training import Runs, end, log_rows, same_weights
-from s2d3d.engine.run_folder import RunFolder
+from s2d3d.runs.folder import RunFolder
 
 WITHIN = 60
 """Seconds in which a process must notice that another one is gone."""
@@ -133,7 +133,7 @@ RANKS = """
 import os, runpy, sys, time
 from datetime import timedelta
 from s2d3d import Trainer
-from s2d3d.engine import runtime
+from s2d3d import machine as runtime
 
 timeout, notes, *arguments = sys.argv[1:]
 runtime.PEER_TIMEOUT = timedelta(seconds=float(timeout))

@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from s2d3d import load_checkpoint, load_config, save_checkpoint
+from s2d3d.config.load import dump_config
 from s2d3d.datasets.h5 import inspect_h5, read_h5, read_rows, write_h5
-from s2d3d.engine.config import dump_config
 from s2d3d.errors import InputError
 
 FEW = settings(

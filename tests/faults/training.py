@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from s2d3d import load_checkpoint
-from s2d3d.engine.run_folder import RunFolder
+from s2d3d.runs.folder import RunFolder
 
 PROGRAM = """
 import json, os, runpy, signal, sys, traceback

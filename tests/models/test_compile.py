@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from s2d3d import convert_to_mof_, create_model
 from s2d3d.models.layers import max_over_group
-from s2d3d.ops import farthest_point_sample, is_exporting
+from s2d3d.ops.points import farthest_point_sample, is_exporting
 
 
 @pytest.mark.parametrize("name, kwargs", [("point_bert_tiny", dict(num_group=8)), ("point_transformer_tiny", {})])

@@ -12,12 +12,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from s2d3d import MoFConfig, Trainer, convert_to_mof_, load_checkpoint, load_model, merge_experts
-from s2d3d.engine.config import parse_config
-from s2d3d.engine.evaluator import batchnorms_behind
+from s2d3d.config.load import parse_config
 from s2d3d.errors import InputError
+from s2d3d.evaluation.batchnorm import batchnorms_behind
 from s2d3d.models import create_model, load_pretrained_, point_transformer
 from s2d3d.models.point_transformer import Neighbourhood, find_neighbours, gather_sum
-from s2d3d.ops import nearest_neighbours
+from s2d3d.ops.points import nearest_neighbours
 
 ATOL = 2e-5
 PUBLIC = dict(depths=(0, 1, 2, 4, 1), mlp_ratio=0.0)
@@ -436,7 +436,7 @@ TWO_STEPS = """
 import resource
 import torch
 from s2d3d import convert_to_mof_, create_model
-from s2d3d.engine.optim import build_optimizer
+from s2d3d.training.optim import build_optimizer
 
 model = create_model("point_transformer_small", num_classes=40)
 convert_to_mof_(model)

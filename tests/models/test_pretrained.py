@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from s2d3d.datasets.transforms import turn_up_axis
-from s2d3d.engine.checkpoint import model_payload, save_checkpoint
 from s2d3d.errors import InputError
 from s2d3d.models import create_model, load_pretrained_
 from s2d3d.models.pretrained import numpy_scalars
+from s2d3d.runs.checkpoint import model_payload, save_checkpoint
 from s2d3d.s2d import MoFConfig, convert_to_mof_
 
 ATOL = 2e-5

@@ -11,9 +11,9 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.nn import functional as F
 
-from s2d3d.engine.optim import no_decay_names
 from s2d3d.s2d import EWA, MoFConfig, RUPMoF, convert_to_mof_, is_sparse, merge_experts
 from s2d3d.s2d.analysis import expert_divergence
+from s2d3d.training.optim import no_decay_names
 
 
 class Shared(nn.Module):

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from s2d3d import load_config
-from s2d3d.datasets.shapes import write_shapes
-from s2d3d.engine.config import dump_config
-from s2d3d.engine.run_folder import RunFolder
+from s2d3d.config.load import dump_config
+from s2d3d.prepare.shapes import write_shapes
+from s2d3d.runs.folder import RunFolder
 
 TINY = (
     "data.num_points=128", "data.augment.scale=null", "data.augment.shift=0", "model.depth=2", "model.trans_dim=24",

@@ -6,7 +6,7 @@ import matplotlib.image
 import pytest
 
 from s2d3d import Trainer
-from s2d3d.engine.run_analysis import analysis_table, analyze_run
+from s2d3d.runs.analysis import analysis_table, analyze_run
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 
 from s2d3d import create_dataset, create_model, save_checkpoint
 from s2d3d.datasets.corruptions import CORRUPTIONS
-from s2d3d.engine.checkpoint import model_payload
+from s2d3d.runs.checkpoint import model_payload
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ import re
 
 import torch
 
+from benchmarks import latency
 from s2d3d import create_dataset, load_model
-from s2d3d.bench import latency
-from s2d3d.export import load_exported
+from s2d3d.export.write import load_exported
 
 
 def test_merged_and_sparse_checkpoints_give_the_same_file(call, trained, shapes_root, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from s2d3d.engine.config import dump_config
+from s2d3d.config.load import dump_config
 
 
 @pytest.fixture

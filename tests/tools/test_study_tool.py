@@ -10,9 +10,9 @@ import time
 
 import pytest
 from PIL import Image
+from s2d3d.studies.overview import BEGIN, END
 
 from s2d3d import load_checkpoint
-from s2d3d.engine.study_overview import BEGIN, END
 
 EPOCHS = 40
 """Of runs that are stopped: some seconds, so that the signal comes before their end."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from s2d3d import load_checkpoint, load_config
-from s2d3d.engine.run_folder import RunFolder
+from s2d3d.runs.folder import RunFolder
 
 
 def accuracies(table: str) -> dict[str, str]:

@@ -12,8 +12,8 @@ from matplotlib.image import imread
 from s2d3d import Trainer, create_dataset, evaluate, load_config, load_model
 from s2d3d.datasets import BatchLoader
 from s2d3d.datasets.corruptions import CorruptedDataset
+from s2d3d.viz.cloud_sheets import point_saliency
 from s2d3d.viz.clouds import BACKGROUND
-from s2d3d.viz.sheets import point_saliency
 from s2d3d.viz.tokens import trace_experts
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from s2d3d import MoFConfig, convert_to_mof_, create_model
 from s2d3d.errors import InputError
-from s2d3d.ops import group_points
+from s2d3d.ops.points import group_points
 from s2d3d.s2d.mof import ExpertLayer
 from s2d3d.viz.tokens import trace_experts
 

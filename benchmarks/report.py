@@ -1,0 +1,139 @@
+"""`docs/benchmarks.md` from results: every number in it comes from a JSON file that the tool wrote."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from s2d3d.atomic import write_json, write_text
+from s2d3d.errors import InputError
+
+from .section import Measure, Section
+from .tables import hardware_lines, section_text, table
+from .targets import TARGETS, Target, format_bound, judge
+
+MARK = "<!-- made by tools/benchmark.py: change what it measures, not this page -->"
+FORMAT = 1
+METHOD = """\
+**In turn.** Contestants do not run one after the other but in rounds: in each round every contestant runs once,
+another one first each round, and the other way round after each full cycle. What slows the machine down for a while
+slows all of them. A ratio is the median of the ratios of single rounds, never a ratio of medians; quartiles of the
+same ratios follow.
+
+**Equal results first.** Before anything is timed, contestants of equal mathematics compute from the same weights
+and inputs, and the largest absolute deviation of a number is compared with the tolerance (1e-4 unless said
+otherwise): logits in evaluation and in training for models, outputs and gradients for layers. Beyond it the tool
+refuses to compare. Layers that route tokens by a gate compute something else; they are marked "routed", not
+checked, and compared in time alone.
+
+**Two conditions.** Training and evaluation of whole models run in processes of their own, of which one computes at
+a time. Condition A is "as users run it": the reference with the system's allocator and the default AdamW of torch,
+ours as shipped. Condition B gives the reference our allocator settings and the fused AdamW, so that what is left is
+the model.
+
+**The allocator.** glibc maps blocks above a threshold straight from the system and returns them when they are
+freed. The activations of a training step are such blocks: each step maps, clears page by page and unmaps the same
+gigabytes. Our programs raise the two thresholds with `mallopt` when they start (`keep_large_allocations` in
+`s2d3d/machine.py`), so that freed blocks stay in the heap; nobody has to export a variable, and one who does
+is obeyed. The rows "default allocator" show the same model without it.
+
+**The reference modules** are `tests/reference/point_bert.py` and `point_transformer.py`: the public classifiers in
+plain torch, Conv1d encoder, loop over points for farthest point sampling, explicit softmax attention; they import
+nothing of this package. Point-BERT: 384 wide, 12 blocks, 6 heads, 64 groups of 32 points, batch 32 of 1024 points.
+Point Transformer: stages of 32, 64, 128, 256, 512 channels with 0, 1, 2, 4, 1 attention blocks behind the
+transitions, strides 1, 4, 4, 4, 4, 8 or 16 neighbours, no FFN, batch 8 of 1024 points. A training step is forward,
+backward, clipping at 10, AdamW, and with experts EWA. Clouds are random shells; no data set is needed.
+
+**Public packages** take part where they are installed, see the [FAQ](faq.md#the-packages-of-the-benchmark). Layers
+are built at the size of the FFN that they stand for. torch-pointcloud's Point-BERT and Point Transformer get our
+weights, the latter our head as well; their sampling and neighbour search need pyg-lib and start at a random point in
+training, so ours stand in their place, and logits are compared as everywhere. tutel is built from its repository.
+
+**CUDA graphs** (on a GPU). "CUDA graphs" is `train.compile_mode: reduce-overhead`, which records the model; "step
+recorded" is a whole update, from clearing gradients over forward, backward, clipping and fused AdamW to EWA, as one
+graph. Learning rate and share rate are numbers on the device that the host sets before a replay; random numbers go on
+from replay to replay. Several seeds side by side have a graph, a stream and a generator each. Before they are timed,
+weights after four recorded updates, side by side, are compared with those of plain updates.
+
+**Limits.** The rate of a matrix product of the FFN's size is measured beside, the floating-point operations of the
+matrix products of a step are counted, and their quotient is the time below which no implementation of this model
+gets at that rate. "Would allow" is the reference's time over it.
+"""
+NO_GPU = "No GPU was at hand for this page: what stands here on GPUs and CUDA graphs was not measured for it."
+
+
+def write_results(path: str | Path, sections: Iterable[Section]) -> None:
+    """Write sections as JSON."""
+    write_json(path, {"format": FORMAT, "sections": [section.to_dict() for section in sections]})
+
+
+def read_results(path: str | Path) -> list[Section]:
+    """Read what `write_results` wrote.
+
+    Raises:
+        InputError: the file is missing or something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; results are made by: python tools/benchmark.py all --output FILE.md")
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise InputError(
+                f"{path}: results of format {content['format']}, this version reads {FORMAT}; measure again"
+            )
+        return [Section.from_dict(section) for section in content["sections"]]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not results of tools/benchmark.py ({error})") from error
+
+
+def merge_results(results: Iterable[Sequence[Section]]) -> list[Section]:
+    """Join results of several files; of two sections of one name and device, the later stays."""
+    merged: dict[tuple[str, str], Section] = {}
+    for sections in results:
+        for section in sections:
+            merged.pop((section.name, section.device), None)
+            merged[section.name, section.device] = section
+    return list(merged.values())
+
+
+def target_table(sections: Iterable[Section], targets: Sequence[Target] = TARGETS) -> str:
+    """Return every target with what was measured, whether it is hit, and why."""
+    measures: dict[str, Measure] = {}
+    for section in sections:
+        measures |= section.measures
+    verdicts = [judge(target, measures) for target in targets]
+    rows = [[v.target.title, format_bound(v.target), v.measured, v.state, v.why] for v in verdicts]
+    counts = {state: sum(v.state == state for v in verdicts) for state in ("hit", "missed", "not measured")}
+    summary = ", ".join(f"{count} {state}" for state, count in counts.items())
+    return f"{summary}.\n\n" + table(["target", "bound", "measured (quartiles)", "", "why"], rows)
+
+
+def report(sections: Sequence[Section], command: str) -> str:
+    """Return the whole page.
+
+    Args:
+        sections: results.
+        command: what makes the page again.
+    """
+    parts = [f"# Benchmarks\n\n{MARK}\n\nMade by `{command}`; the numbers behind it are in the JSON file beside it."]
+    if any(section.settings["quick"] for section in sections):
+        parts.append("**Measured with `--quick`: tiny sizes, to see that the tool works. The numbers mean nothing.**")
+    parts += ["## Targets", target_table(sections), "## How it is measured", METHOD.strip()]
+    if all(section.device == "cpu" for section in sections):
+        parts.append(NO_GPU)
+    for section in sections:
+        where = "" if section.device == "cpu" else " on a GPU"
+        parts += [f"## {section.title}{where} (`{section.name}`)", "\n".join(hardware_lines(section))]
+        parts.append(section_text(section))
+    return "\n\n".join(parts) + "\n"
+
+
+def write_report(path: str | Path, sections: Sequence[Section], command: str) -> None:
+    """Write the page."""
+    write_text(path, report(sections, command))
+
+
+def is_ours(path: Path) -> bool:
+    """Tell whether a file is a page that this tool made, which may be made anew."""
+    return path.is_file() and MARK in path.read_text(encoding="utf-8", errors="replace")

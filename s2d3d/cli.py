@@ -1,0 +1,170 @@
+"""What the command lines in tools/ have in common: one way to fail, and the flags that mean the same everywhere."""
+
+import argparse
+import contextlib
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from .atomic import check_parent
+from .config.io import override_name
+from .config.load import Config
+from .errors import InputError, TrainingError, printable
+
+Body = Callable[[argparse.Namespace], "int | None"]
+
+
+def run_tool(parser: argparse.ArgumentParser, body: Body, argv: Sequence[str] | None) -> int:
+    """Parse, call and translate errors; the return value is the exit code of the process.
+
+    A user's mistake ends as `error: ...` on stderr with exit code 1, wrong arguments as 2, Ctrl-C as 130, a reader that
+    went away (`| head`) as 141. `--debug` lets the traceback through.
+
+    Args:
+        parser: the tool's arguments; `--debug` is added.
+        body: does the work; its return value is the exit code, None means 0.
+        argv: arguments without the program's name; None takes those of the process.
+    """
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    _shorten_errors(parser)
+    try:
+        arguments = _parse(parser, argv)
+    except SystemExit as error:  # argparse leaves the process; in-process callers want the code
+        return int(error.code or 0)
+    try:
+        with _messages_on_stderr():
+            code = body(arguments) or 0
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        if arguments.debug:
+            raise
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        _silence_stdout()  # so that Python's own flush at the end does not fail again
+        return 141
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        lines = _error_lines(error)
+        if arguments.debug or lines is None:
+            raise
+        for line in lines:
+            print(f"error: {printable(line)}", file=sys.stderr)
+        return 1
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Add the positional `section.key=value` overrides."""
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="replace values of the config"
+    )
+
+
+def add_files(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add `--files`, which takes the place of the data set, and `--up-axis` of these files."""
+    parser.add_argument("--files", nargs="+", metavar="PATH", help=f"{what}: .ply .pcd .off .obj .xyz .npy .txt")
+    parser.add_argument("--up-axis", choices=("y", "z"), help="vertical of the --files; default: z")
+
+
+def check_overrides(overrides: Sequence[str], sections: Sequence[str]) -> None:
+    """Refuse overrides that a tool which reads a checkpoint would ignore.
+
+    Args:
+        overrides: as on the command line.
+        sections: those that the tool uses.
+
+    Raises:
+        InputError: an override of another section; one line for each.
+    """
+    known = ", ".join(section if section == "seed" else f"{section}.*" for section in sections)
+    unused = Config.model_fields.keys() - set(sections)
+    lines = [
+        f"{override_name(override)}: has no effect on a checkpoint; what can be replaced here is {known}"
+        for override in overrides
+        if re.split(r"[.=]", override, maxsplit=1)[0].strip() in unused
+    ]
+    if lines:
+        raise InputError("\n".join(lines))
+
+
+def refuse_existing(path: str | Path, force: bool, *, sources: Sequence[str | Path] = ()) -> Path:
+    """Return `path` as a place to write to.
+
+    Args:
+        path: a file.
+        force: it may exist, and is replaced.
+        sources: files that are read, and never replaced.
+
+    Raises:
+        InputError: it exists and `force` is not set; it is a folder or one of the sources; its folder does not exist or
+            cannot be written to.
+    """
+    if not str(path):
+        raise InputError("--output: is empty; name a file")
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; name a file, such as {path / 'FILE'}")
+    if path.exists() and any(path.samefile(source) for source in sources if Path(source).exists()):
+        raise InputError(f"{path}: is what is read; choose another output")
+    if path.exists() and not force:
+        raise InputError(f"{path}: exists already; choose another output or pass --force")
+    check_parent(path)
+    return path
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse with flags and overrides in any order, which plain argparse refuses and sub-commands rule out."""
+    has_commands = any(action.nargs == argparse.PARSER for action in parser._actions)
+    return parser.parse_args(argv) if has_commands else parser.parse_intermixed_args(argv)
+
+
+def _shorten_errors(parser: argparse.ArgumentParser) -> None:
+    """Let wrong arguments end in one line, as all other mistakes do, instead of the usage and a line."""
+
+    def error(message: str) -> NoReturn:
+        parser.exit(2, f"error: {printable(message)}; see {parser.prog} --help\n")
+
+    parser.error = error  # type: ignore[method-assign]  # the tools and their sub-commands make plain parsers
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                _shorten_errors(command)
+
+
+@contextlib.contextmanager
+def _messages_on_stderr() -> Iterator[None]:
+    """Show the package's log messages, plain, while a tool runs."""
+    root = logging.getLogger()
+    handler, level = logging.StreamHandler(sys.stderr), root.level
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+
+
+def _silence_stdout() -> None:
+    sink = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, sys.stdout.fileno())
+    os.close(sink)
+
+
+def _error_lines(error: Exception) -> list[str] | None:
+    """Word an error for the user; None for one that is a fault of the program."""
+    text = str(error)
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory|not enough memory", text):
+        wanted = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", text)
+        detail = f" ({wanted[1]} more were needed)" if wanted else ""
+        return [f"out of memory{detail}; use a smaller batch, a smaller model or fewer points"]
+    if isinstance(error, RuntimeError) and not isinstance(error, TrainingError):
+        return None
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return [f"{error.filename}: {error.strerror}"]
+    return text.splitlines() or [type(error).__name__]

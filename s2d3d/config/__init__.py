@@ -1,0 +1,1 @@
+"""Configs: schema, YAML and overrides, comparison, the reference page."""

@@ -1,0 +1,65 @@
+"""From the `data` section of a config to data sets and loaders."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..datasets import BatchLoader, PointCloudDataset, build_augmentation, create_dataset
+from ..errors import InputError
+from .schema import DataConfig
+
+
+def build_dataset(data: DataConfig, split: str, *, seed: int) -> PointCloudDataset:
+    """Read one split as configured; the training split comes with its augmentation and fraction."""
+    training = split == "train"
+    return create_dataset(
+        data.name,
+        data.root,
+        split,
+        num_points=data.num_points,
+        transform=build_augmentation(**data.augment.model_dump()) if training else None,
+        up_axis=data.up_axis,
+        normalize=data.normalize,
+        classes=data.classes,
+        fraction=data.fraction if training else 1.0,
+        seed=seed,
+        cache_dir=data.cache_dir,
+        memory_budget_gb=data.memory_budget_gb,
+        variant=data.variant,
+        background=data.background,
+    )
+
+
+def check_classes(dataset: PointCloudDataset, class_names: Sequence[str], checkpoint: str | Path) -> None:
+    """Refuse a data set whose classes are not those that a model was trained on.
+
+    Args:
+        dataset: to evaluate the model on.
+        class_names: of the model, in the order of its logits.
+        checkpoint: the model's, for the message.
+
+    Raises:
+        InputError: number, names or order differ.
+    """
+    if list(dataset.class_names) != list(class_names):
+        counts = f"{len(class_names)} classes, this set has {len(dataset.class_names)}"
+        other = counts if len(class_names) != len(dataset.class_names) else "other classes than this set has"
+        raise InputError(
+            f"{dataset.source}: {checkpoint} was trained on {other}; give the data set of its training by data.root=DIR"
+        )
+
+
+def build_test_loader(
+    dataset: PointCloudDataset, data: DataConfig, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+) -> BatchLoader:
+    """Return a loader in the order of the set. Its votes see the training scale and shift, its plain pass neither.
+
+    Args:
+        dataset: a split without augmentation of its own.
+        data: where scale and shift come from.
+        batch_size: clouds of one forward pass of one process.
+        seed: of the votes.
+        rank: this process, in [0, world_size).
+        world_size: number of processes.
+    """
+    votes = build_augmentation(scale=data.augment.scale, shift=data.augment.shift)
+    return BatchLoader(dataset, batch_size * world_size, seed=seed, augment=votes, rank=rank, world_size=world_size)

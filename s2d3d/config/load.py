@@ -1,0 +1,150 @@
+"""The way to the config of a run: from a YAML file, overrides or a checkpoint. Its schema is in `config_schema`."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from ..errors import InputError
+from .io import Loc, Problem, apply_overrides, read_yaml, schema_problems, set_values, show
+from .schema import Config
+from .types import Bool, Float
+
+__all__ = ["Config", "dump_config", "load_config", "load_layered_config", "parse_config"]
+
+_RETIRED: dict[Loc, tuple[TypeAdapter[Any], object]] = {
+    ("s2d", "active_fraction"): (TypeAdapter(Float), 1.0),
+    ("s2d", "average_moments"): (TypeAdapter(Bool), False),
+    ("s2d", "rise_fraction"): (TypeAdapter(Float), 1.0),
+}
+"""Keys whose options went because they did not help: their type, and the value at which a run is as it is without."""
+_LAST_WITH_THEM = "6eb7082"
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a config from a YAML file, with `section.key=value` overrides on top.
+
+    Args:
+        path: a YAML file; every key without a default must be there.
+        overrides: such as `"train.epochs=10"`; the value is YAML. Of two for one key the later wins.
+
+    Returns:
+        The validated config.
+
+    Raises:
+        InputError: anything wrong; the message has one line per problem, and all problems.
+
+    Example:
+        >>> load_config("configs/modelnet_s2d.yaml", ["s2d.num_experts=8"]).s2d.num_experts
+        8
+    """
+    mapping, lines = read_yaml(path)
+    origins, override_lines = apply_overrides(mapping, overrides)
+    return _validate(mapping, str(path), origins, lines + override_lines)
+
+
+def load_layered_config(
+    path: str | Path, layers: Mapping[str, Mapping[str, object]], overrides: Sequence[str] = ()
+) -> Config:
+    """Read a config from a YAML file with layers of values on top, such as those of a study and of an arm of it.
+
+    Args:
+        path: as for `load_config`.
+        layers: dotted key -> value, by the name that errors give the layer; later layers win.
+        overrides: as for `load_config`; they win over the layers.
+
+    Raises:
+        InputError: anything wrong; each line begins with the file, the layer or the override that the value is from.
+
+    Example:
+        >>> layers = {"arms.eight": {"s2d.num_experts": 8}}
+        >>> load_layered_config("configs/modelnet_s2d.yaml", layers).s2d.num_experts
+        8
+    """
+    mapping, lines = read_yaml(path)
+    origins: dict[Loc, str] = {}
+    for where, values in layers.items():
+        origins, layer_lines = set_values(mapping, values, where, origins)
+        lines += layer_lines
+    own, override_lines = apply_overrides(mapping, overrides)
+    hidden = {place for place in origins if any(place[: len(loc)] == loc for loc in own)}
+    origins = {place: name for place, name in origins.items() if place not in hidden} | own
+    return _validate(mapping, str(path), origins, lines + override_lines)
+
+
+def parse_config(mapping: Mapping[str, object], *, where: str, overrides: Sequence[str] = ()) -> Config:
+    """Validate a config that is a mapping already, such as the one stored in a checkpoint.
+
+    Args:
+        mapping: what `Config.to_dict` returned; it is not changed.
+        where: what the mapping comes from, for error messages.
+        overrides: as for `load_config`.
+
+    Raises:
+        InputError: anything wrong; one line per problem.
+
+    Example:
+        >>> config = load_config("configs/modelnet_s2d.yaml")
+        >>> parse_config(config.to_dict(), where="last.pt") == config
+        True
+    """
+    if not isinstance(mapping, Mapping):
+        raise InputError(f"{where}: must be a mapping of sections, got {show(mapping)}")
+    content = copy.deepcopy(dict(mapping))
+    origins, lines = apply_overrides(content, overrides)
+    return _validate(content, where, origins, lines)
+
+
+def dump_config(config: Config) -> str:
+    """Write a config as YAML that `load_config` reads back to an equal one.
+
+    Example:
+        >>> "num_experts: 4" in dump_config(load_config("configs/modelnet_s2d.yaml"))
+        True
+    """
+    return yaml.dump(config.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+
+_Dumper.add_representer(
+    list, lambda dumper, items: dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True)
+)
+
+
+def _validate(mapping: dict, where: str, origins: Mapping[Loc, str], lines: list[str]) -> Config:
+    problems = _drop_retired(mapping)
+    try:
+        config = Config.model_validate(mapping)
+    except ValidationError as error:
+        problems += schema_problems(error, Config)
+    for problem in problems:
+        places = (problem.loc[:size] for size in range(len(problem.loc), 0, -1))
+        lines.append(problem.line(next((origins[place] for place in places if place in origins), where)))
+    if lines:
+        raise InputError("\n".join(lines))
+    return config
+
+
+def _drop_retired(mapping: dict) -> list[Problem]:
+    """Take the keys that are gone out of a config, in place; return those whose value asked for something."""
+    problems = []
+    for (section, key), (kind, idle) in _RETIRED.items():
+        keys = mapping.get(section)
+        if not isinstance(keys, dict) or key not in keys:
+            continue
+        value = keys.pop(key)
+        try:
+            if kind.validate_python(value) == idle:
+                continue
+        except ValidationError:
+            pass
+        text = f"was removed, for it did not help (docs/results.md), got {show(value)}; remove the key, or use commit"
+        problems.append(Problem((section, key), f"{text} {_LAST_WITH_THEM} of s2d3d"))
+    return problems

@@ -1,0 +1,75 @@
+"""The configuration reference, made from the schema, so that it cannot be out of date."""
+
+import json
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from ..models import list_models, model_kwargs
+from .schema import Config, Section
+
+
+def config_reference() -> str:
+    """Return every key of a config as Markdown: a table for each section, and one for the keywords of each model.
+
+    Example:
+        >>> "| `optim.lr` |" in config_reference()
+        True
+    """
+    parts = [
+        "# Configuration reference",
+        "A config is a YAML file with these keys. Any can be replaced on the command line: `section.key=value`. "
+        "Unknown keys, wrong types and values out of range are all reported at once, before data is touched. "
+        "This page is made from the schema by `make docs`.",
+    ]
+    parts += ["## Top level", _table(_rows(Config, ""))]
+    for prefix, section in _sections(Config, ""):
+        title = (section.__doc__ or "").strip().splitlines()[0]
+        parts += [f"## {prefix}", title, _table(_rows(section, f"{prefix}."))]
+    parts += [
+        "## Keywords of the models",
+        "They stand in the section `model`, beside `name`. Defaults:",
+    ]
+    for name in list_models():
+        rows = [(f"| `model.{key}` | `{_shown(value)}` |") for key, value in model_kwargs(name).items()]
+        parts += [f"### {name}", "\n".join(["| key | default |", "|---|---|", *rows])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _sections(model: type[Section], prefix: str) -> Iterator[tuple[str, type[Section]]]:
+    for name, field in model.model_fields.items():
+        section = _section_of(field)
+        if section is not None:
+            yield f"{prefix}{name}", section
+            yield from _sections(section, f"{prefix}{name}.")
+
+
+def _rows(model: type[Section], prefix: str) -> list[tuple[str, str]]:
+    """Return key, and default and meaning, of the keys that are no sections themselves."""
+    rows = []
+    for name, field in model.model_fields.items():
+        if _section_of(field) is None:
+            default = "required" if field.is_required() else f"`{_shown(field.default)}`"
+            rows.append((f"`{prefix}{name}`", f"{default} | {_cell(field.description or '')}"))
+    return rows
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    return "\n".join(["| key | default | meaning |", "|---|---|---|", *(f"| {key} | {rest} |" for key, rest in rows)])
+
+
+def _section_of(field: FieldInfo) -> type[Section] | None:
+    kind = field.annotation
+    options = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    return next((option for option in options if isinstance(option, type) and issubclass(option, Section)), None)
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(list(value) if isinstance(value, tuple) else value)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,366 @@
+"""The schema of a run's config: its sections, their keys and defaults, and what must hold between keys.
+
+The section names and keys are the constructor keywords of what they configure. Modules never take a `Config`: the
+trainer and the tools read it and pass plain arguments on.
+"""
+
+import types
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic_core import PydanticCustomError
+
+from .io import Problem, one_line, schema_problems
+from .types import (
+    Bool,
+    ClassNames,
+    DatasetName,
+    DeviceName,
+    Float,
+    Int,
+    Interval,
+    ModelName,
+    Names,
+    OptimizerName,
+    PathStr,
+    Plain,
+    Str,
+)
+
+if TYPE_CHECKING:
+    from ..s2d import MoFConfig
+
+_FROM_DATA = ("num_classes", "in_channels")
+
+
+class Section(BaseModel):
+    """A group of keys: frozen, without unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class AugmentConfig(Section):
+    """Random changes of a training cloud; all of them are drawn per cloud."""
+
+    scale: Interval | None = Field(
+        (0.6666667, 1.5), description="Scale of each axis, uniform in [low, high], 0 < low <= high; null: none."
+    )
+    shift: Float = Field(0.2, ge=0, description="Shift of each axis, uniform in [-shift, shift], cloud units; 0: none.")
+    rotate: Bool = Field(False, description="Rotate by a random angle about the vertical axis.")
+    jitter: Float = Field(
+        0.0, ge=0, description="Standard deviation of Gaussian noise on every point, cloud units; 0: none."
+    )
+    dropout: Float = Field(0.0, ge=0, lt=1, description="Largest fraction of points to drop, in [0, 1); 0: none.")
+
+
+class DataConfig(Section):
+    """Which clouds a run trains on and evaluates."""
+
+    name: DatasetName = Field(description="Name of the dataset.")
+    root: PathStr = Field(description="Folder that holds the dataset, relative to the working directory.")
+    num_points: Int = Field(1024, ge=1, description="Points of a cloud that the model gets, at least 1.")
+    up_axis: Literal["y", "z"] | None = Field(
+        None, description="Axis that points up in the stored clouds; null: what the dataset declares."
+    )
+    normalize: Bool = Field(True, description="Centre every cloud and scale it into the unit sphere.")
+    classes: ClassNames | None = Field(None, description="Names of the classes to use, in this order; null: all.")
+    fraction: Float = Field(1.0, gt=0, le=1, description="Share of each class's training clouds to use, in (0, 1].")
+    val_fraction: Float = Field(
+        0.0, ge=0, le=0.5, description="Share of the training clouds held out for validation, in [0, 0.5]; 0: none."
+    )
+    cache_dir: PathStr | None = Field(
+        None,
+        description="Folder for derived files; null: beside the dataset, in the user's cache if that is read-only.",
+    )
+    memory_budget_gb: Float = Field(
+        4.0,
+        gt=0,
+        description="Largest split read into memory, 10^9 bytes; a larger one is read batch by batch, with a cache "
+        "of this size.",
+    )
+    variant: Literal["OBJ_BG", "OBJ_ONLY", "PB_T25", "PB_T25_R", "PB_T50_R", "PB_T50_RS"] | None = Field(
+        None, description="Variant of scanobjectnn; null: PB_T50_RS. Null for every other dataset."
+    )
+    background: Bool | None = Field(
+        None, description="Background points of scanobjectnn; null: as its variant says. Null for every other dataset."
+    )
+    augment: AugmentConfig = Field(AugmentConfig(), description="Random changes of a training cloud.")
+
+    @model_validator(mode="after")
+    def _check_variant(self) -> "DataConfig":
+        problems = []
+        if self.name != "scanobjectnn":
+            given = [key for key in ("variant", "background") if getattr(self, key) is not None]
+            text = f"only scanobjectnn has one, '{self.name}' has not; remove it or set it to null"
+            problems = [Problem((key,), text) for key in given]
+        elif self.variant == "OBJ_ONLY" and self.background:
+            problems = [Problem(("background",), "OBJ_ONLY is without background; with it the variant is OBJ_BG")]
+        raise_problems(problems)
+        return self
+
+
+class ModelConfig(Section, extra="allow"):
+    """Which backbone is trained: its name, and any keyword argument of its constructor beside it."""
+
+    name: ModelName = Field(description="Name of the model.")
+    pretrained: PathStr | None = Field(
+        None, description="Checkpoint whose weights the model starts from, published or ours; null: fresh weights."
+    )
+    pretrained_up_axis: Literal["y", "z"] = Field(
+        "z", description="Axis that pointed up when `pretrained` was trained: 'z' for ours, 'y' for published ones."
+    )
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """All keyword arguments for `create_model` beside the name, `num_classes` and `in_channels`."""
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve(cls, data: object) -> object:
+        from ..models import list_models, model_kwargs
+
+        if not isinstance(data, dict) or data.get("name") not in list_models():
+            return data
+        name = data["name"]
+        defaults = {key: default for key, default in model_kwargs(name).items() if _is_settable(default)}
+        fields: dict[str, Any] = {key: (_type_of(default), default) for key, default in defaults.items()}
+        own: dict[str, Any] = {
+            key: (field.annotation, field) for key, field in cls.model_fields.items() if key != "name"
+        }
+        schema = create_model(name, __base__=Section, **own, **fields)
+        given = {key: value for key, value in data.items() if key not in ("name", *_FROM_DATA)}
+        problems = [Problem((key,), "comes from the data, remove it") for key in _FROM_DATA if key in data]
+        try:
+            resolved = dict(schema.model_validate(given))
+        except ValidationError as error:
+            problems += schema_problems(error, schema)
+        if not problems:
+            problems = _build_problems(name, {key: value for key, value in resolved.items() if key in defaults})
+        raise_problems(problems)
+        return {"name": name, **resolved}
+
+
+class S2DConfig(Section):
+    """Sparse-to-Dense training: which FFNs become experts and how their weights are averaged."""
+
+    kind: Literal["none", "rup", "topk"] = Field(
+        "rup",
+        description="'rup': Random Uniform Partition over experts, merged at the end; 'topk': the gated baseline, "
+        "whose experts stay; 'none': dense training, other keys unused.",
+    )
+    num_experts: Int = Field(4, ge=1, le=4096, description="Experts of a layer, in [1, 4096]; 1 is the dense FFN.")
+    targets: Names = Field(("*.mlp",), description="Glob patterns over module names: which FFNs may be replaced.")
+    every: Int = Field(2, ge=1, description="Replace every n-th match in module order, at least 1.")
+    init: Literal["copy", "independent"] = Field(
+        "copy",
+        description="'copy': all experts start as the dense FFN; 'independent': all but the first are drawn anew.",
+    )
+    init_noise: Float = Field(
+        0.0, ge=0, description="Noise on the experts' initial weights, relative to each tensor's standard deviation."
+    )
+    share_rate: Float = Field(
+        0.3,
+        ge=0,
+        le=1,
+        description="Share rate of Experts Weights Averaging (the final one if linear), in [0, (K-1)/K] for K experts.",
+    )
+    schedule: Literal["linear", "constant"] = Field(
+        "linear", description="'linear': share rate from 0 to share_rate over the training; 'constant': share_rate."
+    )
+    stop_fraction: Float = Field(
+        1.0, gt=0, le=1, description="Share of the training after which EWA stops, in (0, 1]; below 1: early EWA."
+    )
+    lr_multiplier: Float = Field(
+        1.0, gt=0, description="Factor on the learning rate of the experts, greater than 0; the schedule stays."
+    )
+    top_k: Int = Field(2, ge=1, description="Experts of a token with kind 'topk', in [1, num_experts].")
+    balance_weight: Float = Field(0.01, ge=0, description="Weight of the load-balancing loss with kind 'topk'.")
+    capacity_factor: Float | None = Field(
+        None, gt=0, description="Slots of an expert in training with kind 'topk', over those of equal load; null: any."
+    )
+
+    def mof(self) -> "MoFConfig":
+        """Return what `convert_to_mof_` needs; for kind 'none' that of the sparse twin."""
+        from ..s2d import MoFConfig
+
+        return MoFConfig(
+            self.num_experts,
+            self.targets,
+            self.every,
+            self.init,
+            self.init_noise,
+            kind="topk" if self.kind == "topk" else "rup",
+            top_k=self.top_k,
+            capacity_factor=self.capacity_factor,
+        )
+
+
+class OptimConfig(Section):
+    """Optimizer and learning-rate schedule."""
+
+    name: OptimizerName = Field("adamw", description="Optimizer, by timm's name.")
+    lr: Float = Field(5e-4, gt=0, description="Peak learning rate, greater than 0.")
+    weight_decay: Float = Field(0.05, ge=0, description="Weight decay, at least 0; none on biases, norms and tokens.")
+    clip_grad: Float | None = Field(10.0, gt=0, description="Largest norm of the gradient; null: no clipping.")
+    schedule: Literal["cosine", "constant"] = Field(
+        "cosine", description="'cosine': from lr to min_lr; 'constant': lr. Both after the warm-up."
+    )
+    warmup_epochs: Float = Field(10.0, ge=0, description="Epochs of linear warm-up, below train.epochs; 0: none.")
+    warmup_lr: Float = Field(1e-6, ge=0, description="Learning rate at the start of the warm-up, in [0, lr].")
+    min_lr: Float = Field(1e-6, ge=0, description="Learning rate at the end of the cosine, in [0, lr].")
+
+
+class TrainConfig(Section):
+    """The training loop."""
+
+    epochs: Int = Field(300, ge=1, description="Passes over the training clouds, at least 1.")
+    batch_size: Int = Field(
+        32, ge=1, description="Clouds of one optimizer update, over all processes and accumulation steps together."
+    )
+    accum_steps: Int = Field(1, ge=1, description="Backward passes of one update; divides batch_size.")
+    drop_last: Bool = Field(True, description="Drop the last batch of an epoch where it is incomplete.")
+    label_smoothing: Float = Field(0.0, ge=0, lt=1, description="Label smoothing of the loss, in [0, 1).")
+    amp: Literal["none", "bf16"] = Field("none", description="Automatic mixed precision; 'none': float32.")
+    compile: Bool = Field(False, description="Compile the model with torch.compile.")
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = Field(
+        "default",
+        description="Mode of torch.compile. On a GPU, the others record the model as CUDA graphs, 'max-autotune' also "
+        "tries kernels for minutes; they need accum_steps 1. Not timed on a GPU yet.",
+    )
+    ema_decay: Float | None = Field(
+        None, gt=0, lt=1, description="Decay of a moving average of the weights, in (0, 1); null: none."
+    )
+    device: DeviceName = Field("auto", description="'auto' (a GPU if there is one), 'cpu', 'cuda' or 'cuda:N'.")
+    num_threads: Int | None = Field(None, ge=1, le=1024, description="CPU threads of torch; null: torch decides.")
+    save_every: Int = Field(
+        1, ge=1, description="Epochs between checkpoints, best.pt included; the last epoch and every stop save anyway."
+    )
+    checkpoint_every: Int | None = Field(
+        None, ge=1, description="Updates between checkpoints within an epoch; null: only at the end of epochs."
+    )
+    keep_every: Int | None = Field(
+        None, ge=1, description="Epochs between models kept for analysis (checkpoints/epoch_NNN.pt); null: none."
+    )
+    max_steps: Int | None = Field(
+        None, ge=1, description="Stop, with a checkpoint, after this many updates in total; schedules span all epochs."
+    )
+
+
+class EvalConfig(Section):
+    """Evaluation during and after the training."""
+
+    split: Literal["test", "validation"] = Field(
+        "test",
+        description="What the final evaluation scores: 'validation' is the part that data.val_fraction holds out, and "
+        "leaves the test split alone.",
+    )
+    every: Int = Field(
+        10, ge=0, description="Epochs between evaluations on the test split while training; 0: only at the end."
+    )
+    batch_size: Int = Field(64, ge=1, description="Clouds of one forward pass, at least 1.")
+    votes: Int = Field(1, ge=1, description="Passes whose logits are averaged, at least 1; 1 is the plain pass.")
+    recalibrate_batchnorm: Bool = Field(
+        True, description="Re-estimate BatchNorm statistics behind merged layers on training clouds."
+    )
+
+
+class LogConfig(Section):
+    """What a run says while it runs."""
+
+    interval: Int = Field(20, ge=1, description="Updates between refreshes of the progress display, at least 1.")
+    progress: Bool = Field(True, description="Show progress bars on a terminal.")
+    tensorboard: Bool = Field(False, description="Write TensorBoard events to tensorboard/ in the run folder.")
+    wandb: Str | None = Field(None, description="Project of Weights & Biases that the run is sent to; null: none.")
+
+
+class Config(Section):
+    """The complete config of a run. Get one from `load_config` or `parse_config`."""
+
+    seed: Int = Field(0, ge=0, le=2**32 - 1, description="Seed of all randomness, in [0, 2**32 - 1].")
+    output_dir: PathStr = Field(description="Run folder: config, logs, checkpoints and the merged model.")
+    data: DataConfig = Field(description="Which clouds.")
+    model: ModelConfig = Field(description="Which backbone.")
+    s2d: S2DConfig = Field(S2DConfig(), description="Sparse-to-Dense training.")
+    optim: OptimConfig = Field(OptimConfig(), description="Optimizer and learning rate.")
+    train: TrainConfig = Field(TrainConfig(), description="Training loop.")
+    eval: EvalConfig = Field(EvalConfig(), description="Evaluation.")
+    log: LogConfig = Field(LogConfig(), description="Progress and logging.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the complete config, defaults included, in types that YAML and JSON know."""
+        return self.model_dump(mode="json")
+
+    @model_validator(mode="after")
+    def _check_across(self) -> "Config":
+        optim, train, problems = self.optim, self.train, []
+        for key in ("warmup_lr", "min_lr"):
+            value = getattr(optim, key)
+            if value > optim.lr:
+                problems.append(Problem(("optim", key), f"must be at most optim.lr ({optim.lr:g}), got {value:g}"))
+        if optim.warmup_epochs >= train.epochs:
+            text = f"must be less than train.epochs ({train.epochs}), got {optim.warmup_epochs:g}"
+            problems.append(Problem(("optim", "warmup_epochs"), text))
+        if train.batch_size % train.accum_steps:
+            text = f"must divide train.batch_size ({train.batch_size}), got {train.accum_steps}"
+            problems.append(Problem(("train", "accum_steps"), text))
+        if train.keep_every and train.keep_every % train.save_every:
+            text = f"must be a multiple of train.save_every ({train.save_every}), got {train.keep_every}"
+            problems.append(Problem(("train", "keep_every"), text))
+        if train.compile_mode != "default":
+            if not train.compile:
+                text = f"has no effect without train.compile: true, got '{train.compile_mode}'"
+                problems.append(Problem(("train", "compile_mode"), text))
+            elif train.accum_steps > 1:  # autograd keeps the first gradient where the graph writes the next
+                text = f"must be 'default' with train.accum_steps {train.accum_steps}: a CUDA graph overwrites the"
+                text = f"{text} gradients to add to, got '{train.compile_mode}'"
+                problems.append(Problem(("train", "compile_mode"), text))
+        experts, bound = self.s2d.num_experts, 1 - 1 / self.s2d.num_experts
+        if self.s2d.kind != "none" and experts > 1 and self.s2d.share_rate > bound:
+            text = f"must be at most {bound:.6g} = ({experts} - 1) / {experts}, above which the {experts} experts"
+            problems.append(Problem(("s2d", "share_rate"), f"{text} overshoot their mean, got {self.s2d.share_rate:g}"))
+        if self.eval.split == "validation" and not self.data.val_fraction:
+            text = "'validation' needs data.val_fraction above 0; set it, or score the test split"
+            problems.append(Problem(("eval", "split"), text))
+        if self.s2d.kind != "none" and self.s2d.init == "independent" and self.model.pretrained:
+            text = "must be 'copy' with model.pretrained: experts drawn anew would not be pretrained, got 'independent'"
+            problems.append(Problem(("s2d", "init"), text))
+        if self.s2d.kind != "none":
+            refused = _build_problems(self.model.name, self.model.kwargs, self.s2d)
+            problems += [Problem(("s2d",), problem.text) for problem in refused]
+        raise_problems(problems)
+        return self
+
+
+def raise_problems(problems: list[Problem]) -> None:
+    """Report several problems of a section at once, from inside a validator; `schema_problems` words them."""
+    if problems:
+        raise PydanticCustomError("problems", "several problems", {"problems": problems})
+
+
+def _is_settable(default: object) -> bool:
+    return default is None or isinstance(default, (bool, int, float, str, tuple, list))
+
+
+def _type_of(default: Any) -> Any:
+    """Return the type that a config value must have, given the default of a keyword argument."""
+    if isinstance(default, (tuple, list)):
+        return types.GenericAlias(tuple, (_type_of(default[0]) if default else Plain, ...))
+    return {bool: Bool, int: Int, float: Float, str: Str}.get(type(default), Plain)
+
+
+def _build_problems(model: str, kwargs: dict[str, Any], s2d: S2DConfig | None = None) -> list[Problem]:
+    """Build the model without memory for its weights, with experts if `s2d` is given, and word what it refuses."""
+    import torch
+
+    from ..models import create_model as build
+    from ..s2d import convert_to_mof_
+
+    try:
+        with torch.device("meta"):
+            network = build(model, num_classes=2, **kwargs)
+            if s2d:
+                convert_to_mof_(network, s2d.mof())
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError) as error:
+        return [Problem((), one_line(error) or type(error).__name__)]
+    return []

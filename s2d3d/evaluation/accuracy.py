@@ -1,0 +1,256 @@
+"""Evaluation: accuracy of a classifier on a loader, and BatchNorm statistics re-estimated for a merged model."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from ..datasets import PointCloudDataset
+from ..errors import InputError
+
+
+@dataclass(frozen=True)
+class ClassificationReport:
+    """Accuracy of one evaluation; fractions in [0, 1].
+
+    Attributes:
+        oa: overall accuracy, the share of samples classified correctly.
+        macc: mean class accuracy, over the classes that occur.
+        loss: mean cross-entropy, nats.
+        per_class: accuracy of each class by name; None where it has no sample.
+        confusion: `confusion[true][predicted]`, counts.
+        class_names: in the order of `confusion`.
+        num_samples: samples evaluated.
+        votes: passes whose logits were averaged.
+        correct: one character for each sample in the order of the set, "1" where it was classified correctly, else "0".
+    """
+
+    oa: float
+    macc: float
+    loss: float
+    per_class: dict[str, float | None]
+    confusion: list[list[int]]
+    class_names: list[str]
+    num_samples: int
+    votes: int = 1
+    correct: str = ""
+
+    def to_dict(self) -> dict[str, object]:
+        """Return plain types for JSON."""
+        return asdict(self)
+
+    def table(self) -> str:
+        """Return the per-class table as text, percent."""
+        width = max(10, *(len(name) for name in self.class_names))
+        lines = [f"{'class':<{width}}  samples  correct  accuracy  most often taken for"]
+        for index, (name, row) in enumerate(zip(self.class_names, self.confusion)):
+            others = [(count, -other) for other, count in enumerate(row) if other != index]
+            count, other = max(others, default=(0, 0))
+            mistake = f"{self.class_names[-other]} ({count})" if count else ""
+            fraction = self.per_class[name]
+            accuracy = "-" if fraction is None else f"{100 * fraction:.1f} %"
+            lines.append(f"{name:<{width}}  {sum(row):>7}  {row[index]:>7}  {accuracy:>8}  {mistake}".rstrip())
+        return "\n".join(lines)
+
+    def summary(self) -> str:
+        """Return one line: OA, mAcc and what they were measured on."""
+        votes = f", {self.votes} votes" if self.votes > 1 else ""
+        return f"OA {100 * self.oa:.2f} %, mAcc {100 * self.macc:.2f} % ({self.num_samples} samples{votes})"
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    device: torch.device | str,
+    votes: int = 1,
+    progress: bool = True,
+    class_names: list[str] | None = None,
+) -> ClassificationReport:
+    """Classify every sample of a loader in eval mode; the model's mode is restored afterwards.
+
+    Args:
+        model: points (B, N, C) -> logits (B, num_classes), already on `device`.
+        loader: yields points (B, N, C) and labels (B,), the same samples in the same order at every pass. When it is
+            one rank's part (`loader.world_size` > 1), the counts of all ranks are added up.
+        device: where to compute.
+        votes: passes whose logits are averaged, at least 1. Pass 0 is the plain one; the others come from
+            `loader.vote(i)`, a seeded augmentation. More than 1 needs a `BatchLoader`.
+        progress: show a progress bar on a terminal.
+        class_names: default those of `loader.dataset`, else "0", "1", ....
+
+    Raises:
+        InputError: an empty loader, `votes` below 1, votes asked of a loader that has none, labels that are no classes
+            of the model, or logits that are not finite.
+
+    Example:
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(24, 2))
+        >>> loader = [(torch.rand(4, 8, 3), torch.tensor([0, 1, 0, 0]))]
+        >>> evaluate(model, loader, device="cpu", progress=False).num_samples
+        4
+    """
+    if votes < 1:
+        raise InputError(f"votes is {votes}, must be at least 1")
+    vote_pass: Callable[[int], Iterable[tuple[Tensor, Tensor]]] | None = getattr(loader, "vote", None)
+    if votes > 1 and vote_pass is None:
+        kind = type(loader).__name__
+        raise InputError(f"votes is {votes}, but a {kind} cannot repeat a pass with other points; use BatchLoader")
+    was_training = model.training
+    model.eval()
+    try:
+        passes = []
+        for vote in range(votes):
+            batches = vote_pass(vote) if vote and vote_pass else loader
+            title = "evaluate" if votes == 1 else f"vote {vote + 1}/{votes}"
+            passes.append(list(_logits(model, batches, torch.device(device), title, progress)))
+    finally:
+        model.train(was_training)
+    ranks = getattr(loader, "world_size", 1)
+    if not passes[0] and ranks == 1:
+        raise InputError("the loader yields no batch to evaluate")
+    classes = passes[0][0][0].shape[1] if passes[0] else 0
+    if class_names is None:
+        known = getattr(getattr(loader, "dataset", None), "class_names", [])
+        class_names = list(known) or [str(index) for index in range(classes)]
+    confusion = torch.zeros(len(class_names), len(class_names), dtype=torch.int64)
+    loss_sum = torch.zeros((), dtype=torch.float64)
+    hits: list[str] = []
+    if passes[0]:
+        labels = torch.cat([label for _, label in passes[0]])
+        all_logits = (torch.cat([logit for logit, _ in batches]) for batches in passes)
+        logits = sum(all_logits, start=torch.zeros(())) / votes
+        _check_outputs(logits, labels, len(class_names))
+        confusion = confusion_matrix(logits.argmax(1), labels, len(class_names))
+        loss_sum = F.cross_entropy(logits.double(), labels, reduction="sum")
+        parts = (logits.argmax(1) == labels).split([len(label) for _, label in passes[0]])
+        hits = ["".join("01"[hit] for hit in part.tolist()) for part in parts]
+    if ranks > 1:
+        for counts in (confusion, loss_sum):
+            _all_reduce(counts, torch.device(device))
+        hits = _gather_in_order(hits, ranks)
+    return _report(confusion, float(loss_sum), class_names, votes, "".join(hits))
+
+
+def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Count predictions: `confusion[true][predicted]`, (num_classes, num_classes) int64.
+
+    Args:
+        predicted: (n,) int64 in [0, num_classes).
+        labels: (n,) int64 in [0, num_classes).
+        num_classes: rows and columns.
+
+    Example:
+        >>> confusion_matrix(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), 2).tolist()
+        [[1, 1], [0, 1]]
+    """
+    # Here and not above: its import takes as long as that of torch, and most commands start without need of it.
+    from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+    # It refuses a single class.
+    counts = multiclass_confusion_matrix(predicted, labels, num_classes=max(2, num_classes))
+    return counts[:num_classes, :num_classes]
+
+
+def _check_outputs(logits: Tensor, labels: Tensor, num_classes: int) -> None:
+    if logits.shape[1] != num_classes:
+        raise InputError(f"the model has {logits.shape[1]} classes, the data {num_classes}")
+    bad = (labels < 0) | (labels >= num_classes)
+    if bad.any():
+        sample = int(bad.int().argmax())
+        raise InputError(f"sample {sample} has label {int(labels[sample])}, must be in [0, {num_classes})")
+    bad = ~torch.isfinite(logits).all(1)
+    if bad.any():
+        text = f"the model's output is not finite for {int(bad.sum())} of {len(bad)} samples"
+        raise InputError(f"{text}; its training has diverged, or the checkpoint is damaged")
+
+
+def _logits(
+    model: nn.Module, loader: Iterable, device: torch.device, title: str, progress: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    for points, labels in tqdm(loader, desc=title, leave=False, disable=None if progress else True):
+        yield model(points.to(device, non_blocking=True)).float().cpu(), torch.as_tensor(labels).cpu()
+
+
+def _all_reduce(counts: Tensor, device: torch.device) -> None:
+    reduced = counts.to(device)
+    dist.all_reduce(reduced)
+    counts.copy_(reduced)
+
+
+def _gather_in_order(hits: list[str], ranks: int) -> list[str]:
+    """Put together what the ranks have of each global batch; the last one may lack some of them."""
+    everyone: list[list[str]] = [[] for _ in range(ranks)]
+    dist.all_gather_object(everyone, hits)
+    return [part for batch in zip_longest(*everyone, fillvalue="") for part in batch]
+
+
+def _report(confusion: Tensor, loss_sum: float, class_names: list[str], votes: int, hits: str) -> ClassificationReport:
+    support, correct = confusion.sum(1), confusion.diag()
+    accuracy = [int(c) / int(s) if s else None for c, s in zip(correct, support)]
+    present = [a for a in accuracy if a is not None]
+    total = int(support.sum())
+    return ClassificationReport(
+        oa=int(correct.sum()) / total,
+        macc=sum(present) / len(present),
+        loss=loss_sum / total,
+        per_class=dict(zip(class_names, accuracy)),
+        confusion=confusion.tolist(),
+        class_names=list(class_names),
+        num_samples=total,
+        votes=votes,
+        correct=hits,
+    )
+
+
+@torch.no_grad()
+def class_probabilities(
+    model: nn.Module,
+    dataset: PointCloudDataset,
+    *,
+    device: torch.device | str,
+    indices: Tensor | None = None,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> Tensor:
+    """Classify clouds of a set without augmentation, in eval mode; the model's mode is restored afterwards.
+
+    Args:
+        model: points (B, N, 3) -> logits (B, num_classes), already on `device`.
+        dataset: any split.
+        device: where to compute.
+        indices: (n,) int64, which clouds; default: all.
+        batch_size: clouds of one forward pass, at least 1.
+        progress: show a progress bar on a terminal.
+
+    Returns:
+        (n, num_classes) float32 on the CPU, rows sum to 1.
+
+    Raises:
+        InputError: an output that is not finite.
+
+    Example:
+        >>> data = PointCloudDataset(torch.rand(3, 8, 3), torch.zeros(3), ["any"], split="test", num_points=8)
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(24, 2))
+        >>> class_probabilities(model, data, device="cpu", progress=False).sum(1).round().tolist()
+        [1.0, 1.0, 1.0]
+    """
+    indices = torch.arange(len(dataset)) if indices is None else indices
+    was_training = model.training
+    model.eval()
+    try:
+        batches = tqdm(indices.split(batch_size), desc="classify", leave=False, disable=None if progress else True)
+        outputs = [model(dataset.batch(part, augment=False)[0].to(device)).float().cpu() for part in batches]
+    finally:
+        model.train(was_training)
+    logits = torch.cat(outputs)
+    bad = int((~torch.isfinite(logits).all(1)).sum())
+    if bad:
+        text = f"the model's output is not finite for {bad} of {len(logits)} clouds"
+        raise InputError(f"{text}; its training has diverged, or the checkpoint is damaged")
+    return logits.softmax(1)

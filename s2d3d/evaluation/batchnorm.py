@@ -1,0 +1,99 @@
+"""BatchNorm statistics of a merged model: which layers lie behind experts, and their re-estimation on training data."""
+
+import contextlib
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..config.load import Config
+from ..errors import InputError
+from ..models import create_model
+from ..s2d import MoFConfig, convert_to_mof_
+
+
+def batchnorms_behind(model: nn.Module, module_name: str) -> list[_BatchNorm]:
+    """Return the BatchNorm layers registered after a module, which thus may see its output."""
+    modules = list(model.named_modules())
+    start = [name for name, _ in modules].index(module_name)
+    return [m for _, m in modules[start + 1 :] if isinstance(m, _BatchNorm)]
+
+
+@torch.no_grad()
+def recalibrate_batchnorm_(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    device: torch.device | str = "cpu",
+    layers: Sequence[_BatchNorm] | None = None,
+) -> int:
+    """Re-estimate BatchNorm statistics as plain averages over a loader, in place.
+
+    BatchNorm behind expert layers has seen sparse outputs in training, not those of the merged model. Everything but
+    the BatchNorm layers runs in eval mode. Every batch has the same weight, also one that is not full. Use training
+    data without augmentation.
+
+    Args:
+        model: the merged model, on `device`.
+        loader: yields points and labels; labels are not used.
+        device: where to compute.
+        layers: the BatchNorm layers to treat; default all.
+
+    Returns:
+        The number of layers treated; with 0 the loader is not read.
+
+    Raises:
+        InputError: an empty loader; the statistics are as before.
+
+    Example:
+        >>> loader = [(torch.rand(4, 3), torch.zeros(4))]
+        >>> recalibrate_batchnorm_(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), loader)
+        1
+    """
+    chosen = [m for m in model.modules() if isinstance(m, _BatchNorm)] if layers is None else layers
+    norms = [m for m in chosen if m.track_running_stats]
+    if not norms:
+        return 0
+    was_training, momenta = model.training, [m.momentum for m in norms]
+    before = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
+    batches = 0
+    model.eval()
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # cumulative average
+            norm.train()
+        for points, _ in loader:
+            model(points.to(device))
+            batches += 1
+        if not batches:
+            raise InputError("the loader yields no batch to re-estimate BatchNorm statistics from")
+    except BaseException:
+        for norm, buffers in zip(norms, before):
+            norm.load_state_dict(buffers, strict=False)
+        raise
+    finally:
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
+        model.train(was_training)
+    return len(norms)
+
+
+def norms_behind_experts(
+    model: nn.Module, config: Config, converted: Sequence[str], mof: MoFConfig
+) -> list[_BatchNorm]:
+    """Return the BatchNorm layers behind the first FFN that is, or in a dense twin would be, an expert layer.
+
+    Args:
+        model: as `config` describes it, merged.
+        config: of the run.
+        converted: names of its expert layers; empty for a dense run.
+        mof: which FFNs the sparse twin of a dense run converts.
+    """
+    if not converted:
+        with torch.device("meta"):
+            twin = create_model(config.model.name, num_classes=2, **config.model.kwargs)
+            with contextlib.suppress(ValueError, TypeError):  # a dense model need not have an FFN
+                converted = convert_to_mof_(twin, mof)
+    return batchnorms_behind(model, converted[0]) if converted else []

@@ -1,0 +1,205 @@
+"""The machine a run lives on: device, processes, threads, memory allocator, random state, versions."""
+
+import contextlib
+import ctypes
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .errors import InputError, TrainingError
+from .random_state import rng_state
+from .version import __version__
+
+DEVICE_NAMES = re.compile(r"auto|cpu|cuda(:\d+)?", re.ASCII)
+PEER_TIMEOUT = timedelta(minutes=10)
+"""How long a process waits for the others at one collective operation: for those that hang. Dead ones show at once."""
+_PEER_GONE = re.compile(
+    r"gloo|nccl|connection (closed|reset|refused|was)|timed? ?out|broken pipe|tcpstore|socket|process ?group", re.I
+)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process computes.
+
+    Attributes:
+        device: of model and batches.
+        rank: this process, in [0, world_size).
+        world_size: number of processes; more than 1 under torchrun.
+    """
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_distributed(self) -> bool:
+        return self.world_size > 1
+
+
+def start_runtime(device: str = "auto", num_threads: int | None = None) -> Runtime:
+    """Choose the device and join the process group that torchrun announces (nccl on GPUs, gloo on CPUs).
+
+    Raises:
+        InputError: a CUDA device is asked for and there is none, or not that one.
+    """
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    keep_large_allocations()
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    chosen = choose_device(device)
+    if world_size == 1:
+        return Runtime(chosen)
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(chosen)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=PEER_TIMEOUT)
+    return Runtime(chosen, dist.get_rank(), dist.get_world_size())
+
+
+def stop_runtime(runtime: Runtime) -> None:
+    """Leave the process group."""
+    if runtime.is_distributed and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def watching_peers(runtime: Runtime, folder: Path | str) -> Iterator[None]:
+    """Turn what a collective operation raises when another process is gone into a message.
+
+    Args:
+        runtime: of this process; alone, nothing is done.
+        folder: of the run, to name in the message.
+
+    Raises:
+        TrainingError: another process has ended, or has not answered for `PEER_TIMEOUT`.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        known = isinstance(error, dist.DistError) or _PEER_GONE.search(str(error))
+        if isinstance(error, TrainingError) or not runtime.is_distributed or not known:
+            raise
+        reason = " ".join(str(error).split())[:160]
+        raise TrainingError(
+            f"process {runtime.rank} of {runtime.world_size}: another process of this run has ended or does not answer "
+            f"({reason}); see its message above, if it left one, and continue with --resume {folder}"
+        ) from error
+
+
+def choose_device(name: str) -> torch.device:
+    """Turn "auto", "cpu", "cuda" or "cuda:N" into a device that exists; "cuda:N" becomes the current one.
+
+    Kernels and events of others than torch, such as Triton's, belong to the current device.
+
+    Raises:
+        InputError: the name is none of these, or there is no such GPU.
+    """
+    if not DEVICE_NAMES.fullmatch(name):
+        raise InputError(f"device '{name}' is unknown; use auto, cpu, cuda or cuda:N")
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    _, _, index = name.partition(":")
+    count = torch.cuda.device_count()
+    if name != "cpu" and int(index or 0) >= count:
+        raise InputError(f"device '{name}': this machine has {count} CUDA devices; use device cpu or auto")
+    device = torch.device(name)
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    return device
+
+
+def keep_large_allocations() -> None:
+    """Let glibc keep freed activations instead of returning them to the system at every step.
+
+    Activations are larger than malloc's threshold for mapped memory, so that each step maps, zeroes page by page and
+    unmaps the same gigabytes. Raising the two thresholds keeps them in the heap. Nothing happens outside glibc, or
+    when the user has chosen an allocator or thresholds.
+    """
+    chosen = any(key.startswith("MALLOC_") for key in os.environ) or "LD_PRELOAD" in os.environ
+    if chosen or platform.libc_ver()[0] != "glibc":
+        return
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    libc = ctypes.CDLL(None)
+    libc.mallopt(m_mmap_threshold, 1 << 30)
+    libc.mallopt(m_trim_threshold, (1 << 31) - 1)
+
+
+def gather_states(runtime: Runtime, sums: torch.Tensor) -> tuple[list[Any], list[torch.Tensor]]:
+    """Return every rank's random state, as of `rng_state`, and every rank's `sums`, a tensor of the same shape."""
+    own = rng_state(runtime.device)
+    if not runtime.is_distributed:
+        return [own], [sums]
+    states: list[Any] = [None] * runtime.world_size
+    dist.all_gather_object(states, own)
+    all_sums = [torch.zeros_like(sums) for _ in states]
+    dist.all_gather(all_sums, sums)
+    return states, all_sums
+
+
+def environment() -> dict[str, object]:
+    """Describe versions, hardware, code and command line of this process."""
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "s2d3d": __version__,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "packages": package_versions(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "num_threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    }
+
+
+def package_versions() -> dict[str, str | None]:
+    """Return the versions of the packages that matter for a result; None: not installed."""
+    packages = ("torch", "torch-scatter", "timm", "numpy", "h5py", "open3d", "torchmetrics", "pydantic")
+    return {name: _version(name) for name in packages}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """Return the commit of the checkout that this package runs from, with "+" when its files differ from it."""
+    here = Path(__file__).resolve().parent
+    git = ["git", "-C", str(here)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if commit.returncode:
+        return None
+    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':', 1)[1].strip()}, {os.cpu_count()} cores"
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"

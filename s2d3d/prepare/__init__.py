@@ -1,0 +1,1 @@
+"""Making data sets: procedural shapes, simulated scans, conversion, download."""

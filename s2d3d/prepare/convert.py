@@ -1,0 +1,255 @@
+"""ModelNet as it is distributed, meshes and text files, to the HDF5 files that training reads.
+
+Two layouts are known:
+
+class/train/*.off, class/test/*.off                              ModelNet10 and ModelNet40 of Princeton, z up
+modelnet40_shape_names.txt, modelnet40_train.txt, class/*.txt    modelnet40_normal_resampled (also of 10 classes), y up
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from ..datasets.h5 import check_up_axis, write_h5
+from ..datasets.mesh import read_off, sample_mesh
+from ..datasets.modelnet40 import SPLITS
+from ..errors import InputError
+from ..random_state import derived_rng
+from .folder import MARK, check_output
+from .scan_view import unit_sphere
+from .workers import worker_pool
+
+PART = 512
+"""Shapes of one HDF5 file, which is what a conversion that was stopped does not do again."""
+DEFAULT_POINTS = 2048
+_TEXT_NAMES = ("modelnet40", "modelnet10")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder to convert.
+
+    Attributes:
+        kind: "off" or "text".
+        up_axis: vertical of its points.
+        class_names: labels are their places.
+        shapes: by split: path below the folder, name, label of each shape.
+    """
+
+    kind: str
+    up_axis: str
+    class_names: list[str]
+    shapes: dict[str, list[tuple[str, str, int]]]
+
+
+def find_source(folder: Path) -> Source | None:
+    """Tell what a folder holds; None if it is in neither layout.
+
+    Raises:
+        InputError: it is in one of them, and incomplete.
+    """
+    for name in _TEXT_NAMES:
+        if (folder / f"{name}_shape_names.txt").is_file():
+            return _text_source(folder, name)
+    classes = sorted({path.parent.parent.name for path in folder.glob("*/train/*.off")})
+    if not classes:
+        return None
+    shapes = {
+        split: [
+            (str(path.relative_to(folder)), path.stem, label)
+            for label, name in enumerate(classes)
+            for path in sorted((folder / name / split).glob("*.off"), key=_natural)
+        ]
+        for split in SPLITS
+    }
+    return _complete(folder, Source("off", "z", classes, shapes))
+
+
+def convert_modelnet(
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    num_points: int = DEFAULT_POINTS,
+    seed: int = 0,
+    up_axis: str | None = None,
+    workers: int | None = None,
+    force: bool = False,
+) -> dict[str, int]:
+    """Convert a folder of meshes or text files to HDF5 files in the layout of `modelnet40_ply_hdf5_2048`.
+
+    From the surface of each mesh `num_points` points are drawn evenly, then centred and scaled into the unit sphere; of
+    a text file's points a random `num_points` are kept, with their normals, as they are. Each shape is a function of
+    seed, split and name, so that neither the number of processes nor an interruption changes the result.
+
+    Finished files are kept in `.NAME.partial` beside the output until all are there: the same command goes on where a
+    stopped one ended.
+
+    Args:
+        source: see the head of this file.
+        output: folder to make; it appears whole or not at all.
+        num_points: of a shape; at most those of the text files.
+        seed: of the choice of points.
+        up_axis: vertical of the files, "y" or "z", to record; default that of the layout.
+        workers: processes; default the number of cores, at most 8.
+        force: replace a data set that is there.
+
+    Returns:
+        Number of shapes of each split.
+
+    Raises:
+        InputError: the folder is in neither layout, a file is damaged, `output` exists, an argument is out of range.
+
+    Example:
+        >>> convert_modelnet("ModelNet10", "data/modelnet10")  # doctest: +SKIP
+        {'train': 3991, 'test': 908}
+    """
+    source, output = Path(source), Path(output)
+    if num_points < 1:
+        raise InputError(f"num_points is {num_points}, must be at least 1")
+    if workers is not None and workers < 1:
+        raise InputError(f"workers is {workers}, must be at least 1")
+    if up_axis is not None:
+        check_up_axis(up_axis)
+    found = find_source(source) if source.is_dir() else None
+    if found is None:
+        raise InputError(
+            f"{source}: is no public copy of ModelNet: neither shape_names.txt (HDF5) nor class/train/*.off (meshes) "
+            "nor modelnet40_shape_names.txt (text); see data/README.md"
+        )
+    check_output(output, force)
+    work = output.parent / f".{output.name}.partial"
+    vertical = up_axis or found.up_axis
+    job = {**asdict(found), "source": str(source.resolve()), "up_axis": vertical}
+    _claim(work, {**job, "num_points": num_points, "seed": seed, "part": PART})
+    counts = {split: len(shapes) for split, shapes in found.shapes.items()}
+    jobs = []
+    for split, shapes in found.shapes.items():
+        entries = []
+        for number, start in enumerate(range(0, len(shapes), PART)):
+            entries.append(f"ply_data_{split}{number}.h5")
+            jobs.append((work / entries[-1], split, shapes[start : start + PART]))
+        (work / f"{split}_files.txt").write_text("".join(f"data/{output.name}/{entry}\n" for entry in entries))
+    cores = workers or min(os.cpu_count() or 1, 8)
+    with (
+        tqdm(total=sum(counts.values()), unit="shape", disable=None) as bar,
+        worker_pool(cores, __name__, doing="converting") as spread,
+    ):
+        for path, split, shapes in jobs:
+            if path.exists():  # whole, since it got its name at its end
+                bar.update(len(shapes))
+                continue
+            task = (str(source), found.kind, num_points, seed, split)
+            clouds = []
+            for cloud in spread(_Job(*task), [(relative, name) for relative, name, _ in shapes]):
+                clouds.append(cloud)
+                bar.update()
+            stacked = np.stack(clouds)
+            write_h5(
+                path, stacked[..., :3], [label for _, _, label in shapes], names=[name for _, name, _ in shapes],
+                normal=stacked[..., 3:] if stacked.shape[-1] > 3 else None, up_axis=vertical,
+            )  # fmt: skip
+    (work / MARK).write_text("".join(f"{name}\n" for name in found.class_names), encoding="utf-8")
+    (work / _CLAIM).unlink()
+    check_output(output, force)
+    if output.exists():
+        shutil.rmtree(output)
+    os.replace(work, output)
+    return counts
+
+
+_CLAIM = "conversion.json"
+
+
+def _claim(work: Path, job: dict) -> None:
+    """Make the folder of unfinished work, or go on with the one that is there if it is of the same conversion."""
+    text = json.dumps(job, sort_keys=True)
+    note = work / _CLAIM
+    try:
+        if work.exists() and not (note.is_file() and note.read_text() == text):
+            shutil.rmtree(work)
+        work.mkdir(parents=True, exist_ok=True)
+        note.write_text(text)
+    except OSError as error:
+        raise InputError(f"{work}: cannot be made there ({error.strerror}); choose another --output") from error
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What makes a cloud of a shape; a value, so that worker processes can be sent it."""
+
+    source: str
+    kind: str
+    num_points: int
+    seed: int
+    split: str
+
+    def __call__(self, shape: tuple[str, str]) -> np.ndarray:
+        relative, name = shape
+        path = Path(self.source, relative)
+        rng = derived_rng(self.seed, "surface", self.split, name)
+        if self.kind == "off":
+            vertices, faces = read_off(path)
+            return unit_sphere(sample_mesh(vertices, faces, self.num_points, rng, str(path))).astype(np.float32)
+        return read_resampled(path, self.num_points, rng)
+
+
+def read_resampled(path: Path, num_points: int, rng: np.random.Generator) -> np.ndarray:
+    """Read a file of `modelnet40_normal_resampled`, rows x,y,z,nx,ny,nz, and keep a random part in the file's order.
+
+    Returns:
+        (num_points, 6) float32.
+
+    Raises:
+        InputError: not such a file, or it has fewer rows.
+    """
+    try:
+        rows = np.loadtxt(path, delimiter=",", dtype=np.float32, ndmin=2)
+    except (ValueError, OSError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"{path}: not a table of x,y,z,nx,ny,nz ({reason})") from error
+    if rows.shape[1] != 6 or not np.isfinite(rows).all():
+        raise InputError(f"{path}: holds {rows.shape[1]} columns, must be the six finite numbers x,y,z,nx,ny,nz")
+    if len(rows) < num_points:
+        raise InputError(f"{path}: {len(rows)} points are fewer than --num-points {num_points}")
+    return rows[np.sort(rng.choice(len(rows), num_points, replace=False))]
+
+
+def _text_source(folder: Path, name: str) -> Source:
+    def lines(path: Path) -> list[str]:
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; unpack the archive again")
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+    classes = lines(folder / f"{name}_shape_names.txt")
+    shapes: dict[str, list[tuple[str, str, int]]] = {}
+    for split in SPLITS:
+        listing, shapes[split] = folder / f"{name}_{split}.txt", []
+        for shape in lines(listing):
+            kind = shape.rpartition("_")[0]
+            if kind not in classes:
+                raise InputError(f"{listing}: '{shape}' is of no class in {name}_shape_names.txt")
+            shapes[split].append((f"{kind}/{shape}.txt", shape, classes.index(kind)))
+    return _complete(folder, Source("text", "y", classes, shapes))
+
+
+def _complete(folder: Path, source: Source) -> Source:
+    for split, shapes in source.shapes.items():
+        if not shapes:
+            raise InputError(f"{folder}: no shape of split '{split}'; unpack the archive again")
+        missing = [relative for relative, _, _ in shapes if not (folder / relative).is_file()]
+        if missing:
+            raise InputError(
+                f"{folder / missing[0]}: no such file, and {len(missing) - 1} more; unpack the archive again"
+            )
+    return source
+
+
+def _natural(path: Path) -> tuple[str, int]:
+    """Sort chair_2 before chair_10; public files have leading zeros, copies not always."""
+    stem, _, number = path.stem.rpartition("_")
+    return (stem, int(number)) if number.isdecimal() else (path.stem, 0)

@@ -1,0 +1,327 @@
+"""Checkpoint files: written atomically, read without running code, complete enough to rebuild the model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..atomic import replacing
+from ..errors import InputError, UnreadableError, printable, quoted
+from ..machine import package_versions
+from ..models import create_model
+from ..s2d import MoFConfig, convert_to_mof_, is_sparse, merge_experts
+from ..unpickle import load_data
+from ..version import __version__
+
+FORMAT = "s2d3d"
+FORMAT_VERSION = 2
+MODEL_KEYS = ("model", "s2d", "state_dict", "class_names", "config")
+"""What every checkpoint holds; one of a run under way has its training state besides."""
+MAX_EXPANSION = 4
+"""Bytes of weights for each byte of the file; views of one storage could declare any number."""
+
+
+def save_checkpoint(path: str | Path, payload: dict[str, Any], *, previous: str | Path | None = None) -> Path:
+    """Write a checkpoint atomically: after a crash `path` holds either the old file or the new one, whole.
+
+    Every part of it carries a checksum, which `load_checkpoint` verifies.
+
+    Args:
+        path: where to; its folder exists. With the ending ".safetensors" the model alone is written, without anything
+            of a run under way, in that format.
+        payload: as `model_payload` makes it, possibly with more keys; tensors and plain Python types only.
+        previous: where the checkpoint that `path` holds now is kept.
+
+    Returns:
+        The path.
+
+    Raises:
+        OSError: it cannot be written, for example because the disk is full; `path` is as before.
+
+    Example:
+        >>> save_checkpoint("dense.pt", load_checkpoint("runs/demo/merged.pt"))  # doctest: +SKIP
+    """
+    if Path(path).suffix == SUFFIX:
+        return save_safetensors(path, payload, format_version=FORMAT_VERSION)
+    header = {"format": FORMAT, "format_version": FORMAT_VERSION, "s2d3d_version": __version__}
+    header["versions"] = package_versions()
+    with replacing(path, previous=previous) as file:
+        torch.save(header | payload, file)
+    return Path(path)
+
+
+def load_checkpoint(path: str | Path, *, map_location: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read a checkpoint of this package, of this format version or an older one; pickled code is never run.
+
+    Returns:
+        What `save_checkpoint` was given, and `format`, `format_version`, `s2d3d_version` and `versions`. The content is
+        that of the present version, into which older files are translated.
+
+    Raises:
+        InputError: the file is missing, or of a newer format.
+        UnreadableError: it is damaged, incomplete or not a checkpoint of this package.
+
+    Example:
+        >>> load_checkpoint("runs/demo/merged.pt")["class_names"][:2]  # doctest: +SKIP
+        ['box', 'capsule']
+    """
+    if Path(path).is_dir():
+        raise InputError(f"{path}: is a folder; name the file, such as {Path(path) / 'merged.pt'}")
+    is_safetensors = Path(path).suffix == SUFFIX and Path(path).is_file()
+    payload = read_safetensors(path) if is_safetensors else load_data(path, map_location=map_location)
+    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
+        what = "it needs one written by tools/train.py or tools/merge.py"
+        raise UnreadableError(f"{path}: not a checkpoint of s2d3d; {what}")
+    version = payload.get("format_version")
+    if type(version) is not int or version < 1:
+        raise UnreadableError(f"{path}: checkpoint is damaged, its format_version cannot be what s2d3d wrote")
+    if version > FORMAT_VERSION:
+        newest = f"this s2d3d {__version__} reads up to {FORMAT_VERSION}"
+        raise InputError(f"{path}: checkpoint format {version}, {newest}; update s2d3d")
+    _check_content(payload, path)
+    payload.setdefault("versions", {})
+    for older in range(version, FORMAT_VERSION):
+        payload = _MIGRATIONS[older](payload)
+    return payload
+
+
+def model_payload(
+    model: nn.Module,
+    *,
+    name: str,
+    in_channels: int,
+    kwargs: dict[str, Any],
+    class_names: list[str],
+    mof: MoFConfig | None,
+    config: dict[str, Any],
+) -> dict[str, Any]:
+    """Describe a model completely enough for `load_model`: architecture, experts, weights, classes, run config.
+
+    Args:
+        model: the bare model (no DDP or compile wrapper); dense, or converted with `mof`.
+        name: for `create_model`, as are `in_channels` and `kwargs`.
+        class_names: in the order of the logits.
+        mof: how it was converted; ignored when the model is dense.
+        config: the run's config as plain types.
+    """
+    experts = None
+    if is_sparse(model):
+        assert mof is not None, "a sparse model needs its MoFConfig"
+        experts = {"kind": mof.kind, "num_experts": mof.num_experts, "targets": list(mof.targets), "every": mof.every}
+        if mof.kind == "topk":
+            experts |= {"top_k": mof.top_k, "capacity_factor": mof.capacity_factor}
+    return {
+        "model": {
+            "name": name,
+            "num_classes": len(class_names),
+            "in_channels": in_channels,
+            "kwargs": kwargs,
+            "up_axis": "z",
+        },
+        "s2d": experts,
+        "state_dict": model.state_dict(),
+        "class_names": list(class_names),
+        "config": config,
+    }
+
+
+def load_model(path: str | Path, *, merge: bool = False) -> nn.Module:
+    """Rebuild the model of a checkpoint on the CPU, in eval mode.
+
+    Args:
+        path: a sparse or dense checkpoint.
+        merge: turn experts into dense FFNs; a dense checkpoint is not changed by it.
+
+    Raises:
+        InputError: the checkpoint cannot be read, its weights do not fit its own description, or `merge` is set and its
+            experts have a router.
+
+    Example:
+        >>> model = load_model("runs/demo/merged.pt")  # doctest: +SKIP
+    """
+    return build_model(load_checkpoint(path), where=str(path), merge=merge)
+
+
+def build_model(payload: dict[str, Any], *, where: str, merge: bool = False) -> nn.Module:
+    """As `load_model`, from a checkpoint that has been read already; `where` names it in errors."""
+    description, experts = payload["model"], payload["s2d"]
+    if merge:
+        require_mergeable(payload, where)
+
+    def build() -> nn.Module:
+        model = create_model(
+            description["name"],
+            num_classes=description["num_classes"],
+            in_channels=description["in_channels"],
+            **description["kwargs"],
+        )
+        if experts is not None:
+            router = {key: experts[key] for key in ("kind", "top_k", "capacity_factor") if key in experts}
+            mof = MoFConfig(experts["num_experts"], tuple(experts["targets"]), experts["every"], **router)
+            convert_to_mof_(model, mof)
+        return model
+
+    try:
+        with torch.device("meta"):  # a description of terabytes must not cost any before it is compared
+            plan = build()
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise InputError(f"{where}: the checkpoint's model description is unusable ({_first_line(error)})") from error
+    check_weights(plan, payload["state_dict"], where=where)
+    model = build()
+    load_weights_(model, payload["state_dict"], where=where)
+    return (merge_experts(model, inplace=True) if merge else model).eval()
+
+
+def load_weights_(model: nn.Module, state_dict: dict[str, torch.Tensor], *, where: str) -> None:
+    """Load weights strictly, in place.
+
+    Raises:
+        InputError: keys or shapes differ; the message counts and names them.
+    """
+    check_weights(model, state_dict, where=where)
+    try:
+        model.load_state_dict(state_dict)
+    except (RuntimeError, TypeError) as error:  # sparse, quantised or complex tensors
+        raise InputError(f"{where}: does not fit the model: {_first_line(error)}") from error
+
+
+def check_weights(model: nn.Module, state_dict: dict[str, torch.Tensor], *, where: str) -> None:
+    """Raise InputError unless `state_dict` has the keys and shapes of a model, which may be on the meta device."""
+    own = model.state_dict()
+    missing, unexpected = own.keys() - state_dict.keys(), state_dict.keys() - own.keys()
+    common = own.keys() & state_dict.keys()
+    shapes = [key for key in common if own[key].shape != state_dict[key].shape]
+    kinds = [key for key in common if _kind(own[key]) != _kind(state_dict[key])]
+    problems = [
+        f"{len(keys)} {what} (such as {quoted(min(keys))})"
+        for what, keys in (
+            ("weights missing", missing),
+            ("unknown weights", unexpected),
+            ("weights of another shape", shapes),
+            ("weights of another kind of number", kinds),
+        )
+        if keys
+    ]
+    if problems:
+        raise InputError(f"{where}: does not fit the model: {', '.join(problems)}")
+
+
+def _kind(weight: torch.Tensor) -> tuple[bool, bool]:
+    return weight.dtype.is_floating_point, weight.dtype.is_complex
+
+
+def require_sparse(payload: dict[str, Any], where: str) -> None:
+    """Raise InputError when a checkpoint has no experts."""
+    if payload["s2d"] is None:
+        raise InputError(f"{where}: is dense, a sparse checkpoint is needed, such as checkpoints/last.pt of an S2D run")
+
+
+def has_router(payload: dict[str, Any]) -> bool:
+    """Tell whether a checkpoint's experts are chosen by a router (`s2d.kind: topk`)."""
+    return payload["s2d"] is not None and payload["s2d"].get("kind") == "topk"
+
+
+def require_mergeable(payload: dict[str, Any], where: str) -> None:
+    """Raise InputError when a checkpoint has experts that no dense FFN can stand for."""
+    if has_router(payload):
+        raise InputError(
+            f"{where}: was trained with s2d.kind=topk, whose experts stay; evaluate it as it is, it has no dense form"
+        )
+
+
+def _check_content(payload: dict[str, Any], path: str | Path) -> None:
+    """Refuse a file that lacks a part of what `model_payload` makes, or holds one of another kind."""
+    missing = [key for key in MODEL_KEYS if key not in payload]
+    if missing:
+        raise UnreadableError(f"{path}: checkpoint is incomplete, {', '.join(missing)} missing")
+    weights, names, experts = payload["state_dict"], payload["class_names"], payload["s2d"]
+    fits = {
+        "model": isinstance(payload["model"], dict),
+        "s2d": experts is None or isinstance(experts, dict),
+        "state_dict": isinstance(weights, dict) and _is_state_dict(weights, MAX_EXPANSION * Path(path).stat().st_size),
+        "class_names": isinstance(names, list) and all(isinstance(name, str) for name in names),
+        "config": isinstance(payload["config"], dict),
+    }
+    wrong = [key for key in MODEL_KEYS if not fits[key]]
+    if wrong:
+        raise UnreadableError(f"{path}: checkpoint is damaged, its {', '.join(wrong)} cannot be what s2d3d wrote")
+
+
+def _is_state_dict(weights: dict, max_bytes: int) -> bool:
+    if not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in weights.items()):
+        return False
+    return sum(value.numel() * value.element_size() for value in weights.values()) <= max_bytes
+
+
+def _from_version_1(payload: dict[str, Any]) -> dict[str, Any]:
+    """Add what version 2 says explicitly: the kind of experts, the vertical axis, versions in files without a run."""
+    experts = payload["s2d"]
+    return payload | {
+        "format_version": 2,
+        "model": {"up_axis": "z"} | payload["model"],
+        "s2d": None if experts is None else {"kind": "rup"} | experts,
+        "versions": payload.get("versions", {}),
+    }
+
+
+_MIGRATIONS = {1: _from_version_1}
+"""Version -> what translates its content to the next."""
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return printable(lines[0].rstrip(".:")) if lines else type(error).__name__
+
+
+SUFFIX = ".safetensors"
+
+
+KEY = "s2d3d"
+"""Where the metadata of the file hold the description, as JSON."""
+
+
+def save_safetensors(path: str | Path, payload: dict[str, Any], *, format_version: int) -> Path:
+    """Write the weights of a checkpoint, atomically; its description becomes metadata.
+
+    Args:
+        path: ends in ".safetensors"; its folder exists.
+        payload: as `model_payload` makes it.
+        format_version: of the description.
+
+    Raises:
+        OSError: the file cannot be written; what was there is unchanged.
+    """
+    from safetensors.torch import save
+
+    weights = {key: weight.contiguous() for key, weight in payload["state_dict"].items()}
+    kept = {key: payload[key] for key in ("model", "s2d", "class_names", "config")}
+    description = {"format": "s2d3d", "format_version": format_version, "s2d3d_version": __version__, **kept}
+    content = save(weights, metadata={"format": "pt", KEY: json.dumps(description)})
+    with replacing(path) as file:
+        file.write(content)
+    return Path(path)
+
+
+def read_safetensors(path: str | Path) -> dict[str, Any]:
+    """Return what `save_safetensors` was given, with `state_dict` on the CPU; nothing in such a file can be run.
+
+    Raises:
+        UnreadableError: the file is damaged, or has no description of this package.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no mapping
+        description = json.loads(metadata[KEY])
+        return {**description, "state_dict": weights}
+    except KeyError as error:
+        raise UnreadableError(f"{path}: holds weights but no description by s2d3d; it needs one of merge.py") from error
+    except (SafetensorError, ValueError, TypeError, RuntimeError, RecursionError) as error:
+        reason = printable(" ".join(str(error).split()))[:200]
+        raise UnreadableError(
+            f"{path}: cannot be read as safetensors (truncated, damaged or something else: {reason})"
+        ) from error

@@ -1,0 +1,176 @@
+"""What makes a checkpoint the continuation of a run: its progress, and a config that agrees."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..config.load import Config, parse_config
+from ..datasets import same_data
+from ..datasets.base import Fingerprint
+from ..errors import InputError, UnreadableError, printable
+from .checkpoint import load_checkpoint
+from .folder import RunFolder, find_checkpoint
+
+logger = logging.getLogger(__name__)
+
+MAY_CHANGE = (
+    "output_dir", "data.root", "data.cache_dir", "data.memory_budget_gb", "train.device", "train.num_threads",
+    "train.compile", "train.compile_mode", "train.save_every", "train.checkpoint_every", "train.keep_every",
+    "train.max_steps", "eval", "log",
+)  # fmt: skip
+"""Config keys that a resumed run may change: they do not alter the trajectory of the weights."""
+TRAINING_KEYS = ("optimizer", "ewa", "ema", "progress", "sums", "history", "rng")
+"""What a checkpoint of a run under way holds beside the model."""
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    epoch: int = 0
+    """Epochs completed."""
+    step: int = 0
+    """Optimizer updates completed in the epoch under way."""
+    updates: int = 0
+    """Optimizer updates completed in all."""
+    seconds: float = 0.0
+    """Training time of the epoch under way, without evaluation."""
+    best: float | None = None
+    """Best selection score so far: validation OA, or the training loss with its sign turned."""
+
+    def __post_init__(self) -> None:
+        counts = (self.epoch, self.step, self.updates)
+        if any(type(count) is not int or count < 0 for count in counts):
+            raise ValueError(f"epoch, step and updates are {counts}")
+        if not all(isinstance(value, (int, float)) for value in (self.seconds, self.best or 0.0)):
+            raise ValueError(f"seconds and best are {self.seconds!r} and {self.best!r}")
+
+    @classmethod
+    def restored(cls, state: dict[str, Any]) -> "tuple[Progress, list[dict[str, Any]]]":
+        """Return the progress and the rows of the log that a checkpoint holds; errors are for `restoring`."""
+        history = list(state["history"])
+        if any(not {"epoch", "updates", "seconds", "train_loss"} <= row.keys() for row in history):
+            raise ValueError("a row of the log lacks a column")
+        return cls(**{field.name: state["progress"][field.name] for field in fields(cls)}), history
+
+    def is_best(self, history: list[dict[str, Any]]) -> bool:
+        """Tell whether the epoch that has just ended, the last row of the log, is the best one so far."""
+        return self.step == 0 and bool(history) and selection_score(history[-1]) == self.best
+
+
+def selection_score(row: dict[str, Any]) -> float:
+    """Return what the best epoch is chosen by: validation OA, without a validation part the negative training loss."""
+    return row["val_oa"] if "val_oa" in row else -row["train_loss"]
+
+
+def read_run(path: str | Path, *, warn: bool = True) -> tuple[Path, dict[str, Any]]:
+    """Read the checkpoint to continue from; in a run folder whose last one is damaged, the one before it.
+
+    Args:
+        path: a checkpoint, or a run folder.
+        warn: log a warning when it is the one before; one process of several is enough.
+
+    Returns:
+        The file that was read, and its content.
+
+    Raises:
+        InputError: there is none, it cannot be read, or neither of the two can.
+    """
+    checkpoint, folder = find_checkpoint(path), RunFolder(path)
+    reason = f"{folder.last}: no such file"
+    if checkpoint != folder.previous:
+        try:
+            return checkpoint, load_checkpoint(checkpoint)
+        except UnreadableError as error:
+            before = checkpoint.with_name(folder.previous.name)
+            if checkpoint.name == folder.last.name and before.is_file() and checkpoint != folder.last:
+                raise UnreadableError(f"{error}; the checkpoint before it is {before}") from error
+            if checkpoint != folder.last or not folder.previous.is_file():
+                raise
+            reason = str(error)
+    state = load_checkpoint(folder.previous)
+    if warn:
+        logger.warning(f"warning: {reason}; continuing from the checkpoint before it, {folder.previous}")
+    return folder.previous, state
+
+
+@contextlib.contextmanager
+def restoring(where: str) -> Iterator[None]:
+    """Turn what a training state of another shape causes inside into an InputError that names its file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        reason = printable(" ".join(str(error).split())[:200]) or type(error).__name__
+        raise InputError(f"{where}: its training state cannot be what s2d3d wrote ({reason})") from error
+
+
+def check_same_run(state: dict[str, Any], config: Config, path: Path) -> None:
+    """Refuse to continue a run under another config.
+
+    Args:
+        state: the checkpoint that was read from `path`.
+        config: of the run that wants to continue it.
+        path: for the message.
+
+    Raises:
+        InputError: the checkpoint holds no training state, or a key outside `MAY_CHANGE` differs.
+    """
+    if any(key not in state for key in TRAINING_KEYS):
+        raise InputError(f"{path}: holds a model but no training state; resume from checkpoints/last.pt")
+    # Parsed, so that a key that came after the checkpoint has its default on both sides.
+    stored = parse_config(state["config"], where=str(path))
+    theirs, ours = _flatten(stored.to_dict()), _flatten(config.to_dict())
+    for key in sorted(theirs.keys() | ours.keys()):
+        if any(key == free or key.startswith(free + ".") for free in MAY_CHANGE):
+            continue
+        if theirs.get(key) != ours.get(key):
+            raise InputError(
+                f"{path}: was trained with {key}={theirs.get(key)!r}, the config says {ours.get(key)!r}; "
+                "resume with the run's own config.yaml"
+            )
+
+
+def check_same_data(
+    state: dict[str, Any],
+    progress: Progress,
+    where: str,
+    *,
+    root: str,
+    steps_per_epoch: int,
+    fingerprint: Fingerprint,
+    world_size: int,
+) -> None:
+    """Refuse to continue a run on other clouds, or with another number of processes.
+
+    Args:
+        state: the checkpoint.
+        progress: as it holds it.
+        where: for the message; as `root`, where the data of this run is.
+        steps_per_epoch: updates of an epoch of this run.
+        fingerprint: of its training set.
+        world_size: its processes.
+
+    Raises:
+        InputError: they differ.
+    """
+    if progress.updates != progress.epoch * steps_per_epoch + progress.step:
+        raise InputError(f"{where}: was trained on more or fewer shapes than {root} has; resume on its own data")
+    if "data" in state and not same_data(state["data"], fingerprint):
+        raise InputError(f"{where}: was trained on other clouds than those in {root}; resume on its own data")
+    if len(state["rng"]) != world_size:
+        raise InputError(f"{where}: was written by {len(state['rng'])} processes, this run has {world_size}")
+
+
+def _flatten(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,1 @@
+"""Studies: configurations times seeds, paired, with tables."""

@@ -1,0 +1,57 @@
+"""One run of a study: what it is, in plain types too, and how it is trained to its end."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config.load import Config, parse_config
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study.
+
+    Attributes:
+        study: its name.
+        arm: name of its arm.
+        seed: of the run.
+        config: of the run.
+        changes: dotted keys in which `config` differs from the study's base, seed and folders left out.
+        data_folder: name of the folder that `data.root` means in the study's files, an override for this machine aside.
+    """
+
+    study: str
+    arm: str
+    seed: int
+    config: Config
+    changes: dict[str, object]
+    data_folder: str
+
+    def __str__(self) -> str:
+        return f"{self.arm}/seed{self.seed}"
+
+
+def single_threaded(cell: Cell) -> Cell:
+    """Return the run with one thread of torch, for runs side by side; only rounding depends on the number."""
+    train = cell.config.train.model_copy(update={"num_threads": 1})
+    return dataclasses.replace(cell, config=cell.config.model_copy(update={"train": train}))
+
+
+_PLAIN = ("study", "arm", "seed", "changes", "data_folder")
+
+
+def cell_to_dict(cell: Cell, results: str | Path) -> dict[str, Any]:
+    """Return a run and where its record goes, in types that JSON knows."""
+    plain = {name: getattr(cell, name) for name in _PLAIN}
+    return {**plain, "config": cell.config.to_dict(), "results": str(results)}
+
+
+def cell_from_dict(plain: dict[str, Any]) -> tuple[Cell, str]:
+    """Return what `cell_to_dict` was given.
+
+    Raises:
+        InputError: the config is not valid.
+    """
+    config = parse_config(plain["config"], where=f"{plain['study']}/{plain['arm']}/seed{plain['seed']}")
+    return Cell(config=config, **{name: plain[name] for name in _PLAIN}), plain["results"]

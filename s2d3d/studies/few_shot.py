@@ -1,0 +1,228 @@
+"""Few-shot classification: a few training shapes of a few classes, repeated over seeded folds.
+
+A fold is an ordinary run of the `Trainer`, restricted to classes (`data.classes`) and given a subset of the training
+and test split as its data sets.
+
+Source: Point-BERT (Yu et al. 2022, arXiv 2111.14819), whose protocol is that of Sharma and Kaul 2020; docs/few_shot.md.
+"""
+
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..atomic import check_parent, write_json
+from ..config.data import build_dataset
+from ..config.load import Config, parse_config
+from ..datasets import PointCloudDataset
+from ..errors import InputError
+from ..random_state import derived_generator
+from ..runs.folder import RunFolder
+from ..runs.resume import MAY_CHANGE
+from ..training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class FewShotTask:
+    """What is repeated over the folds.
+
+    Attributes:
+        ways: classes of a fold, at least 2.
+        shots: training shapes of each class, at least 1.
+        queries: test shapes of each class, at least 1.
+    """
+
+    ways: int = 5
+    shots: int = 10
+    queries: int = 20
+
+    def __post_init__(self) -> None:
+        for name, least in (("ways", 2), ("shots", 1), ("queries", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} is {getattr(self, name)}, must be at least {least}")
+
+
+def draw_classes(class_names: list[str], ways: int, *, seed: int, fold: int) -> list[str]:
+    """Draw the classes of a fold; fewer ways of the same seed and fold are a prefix of more.
+
+    Raises:
+        InputError: there are fewer classes.
+
+    Example:
+        >>> draw_classes(["a", "b", "c"], 2, seed=0, fold=0) == draw_classes(["a", "b", "c"], 3, seed=0, fold=0)[:2]
+        True
+    """
+    if ways > len(class_names):
+        raise InputError(f"ways is {ways}, more than the {len(class_names)} classes of the data set")
+    order = torch.randperm(len(class_names), generator=derived_generator(seed, "few-shot classes", fold))
+    return [class_names[index] for index in order[:ways].tolist()]
+
+
+def draw_shapes(dataset: PointCloudDataset, count: int, *, seed: int, fold: int) -> Tensor:
+    """Draw `count` shapes of each class, as a function of seed, fold, split and class name.
+
+    A smaller count draws a part of what a larger one does.
+
+    Returns:
+        (count * num_classes,) int64 indices, class by class.
+
+    Raises:
+        InputError: a class has fewer.
+    """
+    chosen = []
+    for label, name in enumerate(dataset.class_names):
+        members = (dataset.labels == label).nonzero().flatten()
+        if len(members) < count:
+            where = f"{dataset.source}: class '{name}' has {len(members)} shapes in split '{dataset.split}'"
+            raise InputError(f"{where}, {count} are needed")
+        generator = derived_generator(seed, "few-shot shapes", fold, dataset.split, name)
+        chosen.append(members[torch.randperm(len(members), generator=generator)[:count]])
+    return torch.cat(chosen)
+
+
+def fold_config(config: Config, task: FewShotTask, fold: int, class_names: list[str]) -> Config:
+    """Return the config of a fold's run: its classes, a seed and a run folder of its own."""
+    mapping = config.to_dict()
+    mapping["seed"] = (config.seed + fold) % 2**32
+    mapping["output_dir"] = str(Path(config.output_dir) / f"{task.ways}way_{task.shots}shot" / f"fold_{fold}")
+    mapping["data"]["classes"] = draw_classes(class_names, task.ways, seed=config.seed, fold=fold)
+    return parse_config(mapping, where=f"fold {fold}")
+
+
+def fold_datasets(
+    config: Config, task: FewShotTask, *, seed: int, fold: int
+) -> tuple[PointCloudDataset, PointCloudDataset]:
+    """Build the support set (training split) and the query set (test split) of a fold.
+
+    Args:
+        config: of the fold, see `fold_config`.
+        task: how many shapes.
+        seed: of the whole experiment.
+        fold: number of the fold.
+    """
+    parts = []
+    for split, count in (("train", task.shots), ("test", task.queries)):
+        dataset = build_dataset(config.data, split, seed=seed)
+        parts.append(dataset.subset(draw_shapes(dataset, count, seed=seed, fold=fold)))
+    return parts[0], parts[1]
+
+
+def run_folds(
+    config: Config, task: FewShotTask, *, folds: int, output: str | Path, force: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Run the folds that `output` does not hold yet, and yield each of its folds as soon as it is there.
+
+    After every fold `output` is written. A fold that was interrupted goes on from its last checkpoint.
+
+    Args:
+        config: of all folds.
+        task: ways, shots, queries.
+        folds: how many, at least 1; folds 0 .. folds - 1.
+        output: JSON file of the experiment.
+        force: forget the folds in `output` and the runs in their folders.
+
+    Yields:
+        Fold number, class names, `oa`, `macc`, `loss` of the last epoch, training seconds, names of the shapes.
+
+    Raises:
+        InputError: `output` is of another experiment or cannot be written; the data has too few classes or shapes; a
+            bad config, or one that would score another part than the queries.
+        StoppedBySignal: SIGTERM or Ctrl-C; the state has been saved.
+    """
+    if folds < 1:
+        raise InputError(f"folds is {folds}, must be at least 1")
+    if config.train.max_steps:
+        raise InputError("train.max_steps: folds run to their last epoch, remove it")
+    if config.eval.split != "test":
+        raise InputError(f"eval.split: is {config.eval.split}, folds score their queries; set it to test")
+    if config.data.val_fraction:
+        raise InputError("data.val_fraction: would hold out support shapes, of which a fold trains on all; set it to 0")
+    output = Path(output)
+    check_parent(output)
+    header = {**asdict(task), "config": config.to_dict()}
+    done = {} if force or not output.exists() else _finished(output, header)
+    class_names = build_dataset(config.data, "test", seed=config.seed).class_names
+    for fold in range(folds):
+        if fold not in done:
+            done[fold] = _run_fold(config, task, fold, class_names, force)
+            write_json(output, summarize(header, done))
+        yield done[fold]
+
+
+def summary_line(task: FewShotTask, folds: list[dict[str, Any]]) -> str:
+    """Return one line: mean and deviation of OA over folds."""
+    mean, deviation = _mean_and_deviation(folds)
+    spread = "" if deviation is None else f" +- {100 * deviation:.2f}"
+    return (
+        f"{task.ways}-way {task.shots}-shot: OA {100 * mean:.2f}{spread} % "
+        f"({len(folds)} folds, {task.queries} queries a class, last epoch)"
+    )
+
+
+def summarize(header: dict[str, Any], folds: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """Return the content of an output file: header, mean and deviation of OA over the folds, and the folds.
+
+    The deviation is that of a sample (n - 1), None for a single fold.
+    """
+    results = [folds[fold] for fold in sorted(folds)]
+    mean, deviation = _mean_and_deviation(results)
+    return {**header, "mean_oa": mean, "std_oa": deviation, "folds": results}
+
+
+def _mean_and_deviation(folds: list[dict[str, Any]]) -> tuple[float, float | None]:
+    accuracies = [result["oa"] for result in folds]
+    return statistics.fmean(accuracies), statistics.stdev(accuracies) if len(accuracies) > 1 else None
+
+
+def _run_fold(config: Config, task: FewShotTask, fold: int, class_names: list[str], force: bool) -> dict[str, Any]:
+    own = fold_config(config, task, fold, class_names)
+    support, queries = fold_datasets(own, task, seed=config.seed, fold=fold)
+    trainer = Trainer(own, force=force, datasets=(support, queries))
+    last = RunFolder(own.output_dir).last
+    trainer.fit(resume=last if last.exists() and not force else None)
+    report = trainer.reports.get("merged") or trainer.reports["routed"]
+    return {
+        "fold": fold,
+        "classes": list(own.data.classes or ()),
+        "oa": report.oa,
+        "macc": report.macc,
+        "loss": report.loss,
+        "seconds": sum(row["seconds"] for row in trainer.history),
+        "run": own.output_dir,
+        "support": support.names,
+        "queries": queries.names,
+    }
+
+
+def _finished(output: Path, header: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Read the folds of an earlier call, after checking that it was the same experiment."""
+    try:
+        content = json.loads(output.read_text(encoding="utf-8"))
+        theirs = {key: content[key] for key in header}
+        folds = {int(result["fold"]): result for result in content["folds"]}
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError):
+        raise InputError(
+            f"{output}: is not a file of few-shot folds; choose another --output or pass --force"
+        ) from None
+    # Parsed, so that keys that came or went since are no difference.
+    theirs["config"] = parse_config(theirs["config"], where=str(output)).to_dict()
+    for name, own, other in _differences(header, theirs):
+        advice = "choose another --output or pass --force"
+        raise InputError(f"{output}: holds folds with {name}={other!r}, this call has {own!r}; {advice}")
+    return folds
+
+
+def _differences(ours: Any, theirs: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Find where two headers differ, keys that do not alter a run left out."""
+    if name.removeprefix("config.") in MAY_CHANGE:
+        return
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key in sorted(ours.keys() | theirs.keys()):
+            yield from _differences(ours.get(key), theirs.get(key), f"{name}.{key}" if name else key)
+    elif ours != theirs:
+        yield name.removeprefix("config."), ours, theirs

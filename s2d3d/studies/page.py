@@ -1,0 +1,282 @@
+"""The page of a study: docs/results/NAME.md, from its numbers alone."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..atomic import write_json, write_text
+from ..config.io import show
+from ..errors import InputError
+from .plan import load_study
+from .record import read_records
+from .summary import summarize
+
+LOSSES = {"scored": "on the shapes that are scored", "training": "training, last epoch"}
+BEGIN, END = "<!-- studies: made by tools/study.py -->", "<!-- end of studies -->"
+"""Marks in the overview page; what stands between them is replaced."""
+
+
+def write_report(summary: Mapping[str, Any], results: str | Path, command: str) -> list[Path]:
+    """Write NAME.json and NAME.md; return their paths.
+
+    Args:
+        summary: from `summarize`.
+        results: folder to write to; it is made.
+        command: that computes this study, for the page.
+    """
+    folder = Path(results)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{summary['study']}.json", folder / f"{summary['study']}.md"]
+    write_json(paths[0], summary)
+    write_text(paths[1], report_text(summary, command))
+    return paths
+
+
+def report_text(summary: Mapping[str, Any], command: str) -> str:
+    """Return the page as Markdown; accuracies and differences are in percent and percentage points."""
+    name = summary["study"]
+    split = {"test": "official test split", "validation": "validation part of the training split"}[summary["split"]]
+    samples = sorted({count for row in summary["rows"] for count in row["num_samples"]})
+    parts = [
+        f"# Study {name}",
+        summary["question"],
+        f"Scored on the {split}"
+        + (f" ({', '.join(map(str, samples))} shapes)" if samples else "")
+        + (", the test split was left alone" if summary["split"] == "validation" else ", once, at the end")
+        + f"; accuracy is that of the {summary['selection']}. Base config `{Path(summary['base']).name}`"
+        + (f", with {_changes(summary['common'])} in all arms" if summary["common"] else "")
+        + "".join(f", with `{override}` in all arms from the command line" for override in summary["overrides"])
+        + ". Runs of one seed are paired: same initial dense weights, same batches, same augmentation.",
+        "## Arms",
+        _arms_table(summary),
+        "## Paired differences in OA",
+        _comparisons_table(summary),
+        _how_compared(summary),
+        f"![paired differences]({name}.png)",
+        "## Paired differences in loss",
+        _losses_table(summary),
+        "## Empty cells",
+        _empty_cells(summary),
+        "## How it was computed",
+        f"    {command}",
+        f"The same command continues what is missing; with `--report-only` it computes this page from `{name}/` alone.",
+        "\n".join(f"- {line}" for line in (*summary["hardware"], *summary["versions"], *_commits(summary))),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def report_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Return the result as short lines for a terminal: each row, then each comparison."""
+    seeds = len(summary["seeds"])
+    lines = [f"{row['name']:<24} {_accuracy(row, 'oa'):>16}  ({row['n']} of {seeds} seeds)" for row in summary["rows"]]
+    for item in summary["comparisons"]:
+        interval = _interval(item, "t")
+        title = f"{item['name']} - {item['reference']}"
+        lines.append(f"{title:<32} {_points(item['mean'])} points, 95 % t interval {interval} (n = {item['n']})")
+    if summary["empty"]:
+        lines.append(f"{len(summary['empty'])} cells are empty")
+    return lines
+
+
+def _arms_table(summary: Mapping[str, Any]) -> str:
+    seeds = summary["seeds"]
+    header = [
+        "arm", "changes", "OA %, mean +- deviation", *(f"seed {seed}" for seed in seeds), "mAcc %", "n", "updates",
+        "training s", "parameters, training / after",
+    ]  # fmt: skip
+    rows = []
+    for row in summary["rows"]:
+        each = [f"{100 * row['oa'][str(seed)]:.2f}" if str(seed) in row["oa"] else "empty" for seed in seeds]
+        form = "" if row["name"] == row["arm"] else f" (arm {row['arm']}, {row['form']})"
+        counts = row["parameters"] or {}
+        seconds = "" if row["train_seconds_mean"] is None else f"{row['train_seconds_mean']:.0f}"
+        updates = ", ".join(map(str, row["updates"]))
+        rows.append([
+            row["name"] + form, _changes(row["changes"]), _accuracy(row, "oa"), *each, _accuracy(row, "macc"),
+            str(row["n"]), updates, seconds, " / ".join(f"{count:,}" for count in counts.values()),
+        ])  # fmt: skip
+    note = "Deviation is that of a sample (n - 1). Seconds depend on the load of the machine: do not compare arms."
+    return f"{markdown_table(header, rows)}\n\n{note}"
+
+
+def _comparisons_table(summary: Mapping[str, Any]) -> str:
+    header = [
+        "comparison", "n", "difference, points", "95 % paired t", "95 % bootstrap", "p", "p, Holm",
+        "simultaneous 95 % (Bonferroni)", "detectable", "each seed",
+    ]  # fmt: skip
+    rows = []
+    for item in summary["comparisons"]:
+        unequal = " (other number of updates)" if item["equal_updates"] is False else ""
+        each = ", ".join(_points(value) for value in item["differences"].values()) or "empty"
+        rows.append([
+            f"{item['name']} - {item['reference']}{unequal}", str(item["n"]), _points(item["mean"]),
+            _interval(item, "t"), _interval(item, "bootstrap"), _p_value(item["p"]), _p_value(item["p_holm"]),
+            _interval(item, "bonferroni"), _detectable(item["detectable"]), each,
+        ])  # fmt: skip
+    return markdown_table(header, rows)
+
+
+def _losses_table(summary: Mapping[str, Any]) -> str:
+    rows = [
+        [f"{item['name']} - {item['reference']}", str(item["n"]), *(_nats(item["losses"][key]) for key in LOSSES)]
+        for item in summary["comparisons"]
+    ]
+    note = (
+        "Nats, mean and 95 % paired t; looked at beside accuracy, corrected for nothing. The training loss is the mean "
+        "over the batches of the last epoch, with augmentation and label smoothing."
+    )
+    return f"{markdown_table(['comparison', 'n', *LOSSES.values()], rows)}\n\n{note}"
+
+
+def _how_compared(summary: Mapping[str, Any]) -> str:
+    bootstrap, number = summary["bootstrap"], summary["num_comparisons"]
+    shapes = (
+        "shapes are drawn once for all seeds of a resample, as all seeds score the same"
+        if bootstrap["shapes"] == "crossed"
+        else "shapes are drawn anew for each seed, as each seed holds out shapes of its own"
+    )
+    return (
+        f"n: paired seeds. Paired t: n - 1 degrees of freedom. Bootstrap: hierarchical, over seeds and shapes, "
+        f"{bootstrap['resamples']:,} resamples, seed {bootstrap['seed']}, percentiles; {shapes}. With few seeds it is "
+        f"too narrow, and the t interval is the one to go by. {number} comparison(s) in this study: p by Holm and the "
+        "simultaneous intervals are corrected for all of them, those still empty included; other numbers are not. "
+        "Detectable: the true difference that a paired t test of n pairs with this deviation finds four times out of "
+        "five; of smaller ones an interval that holds zero says little. Equal differences have no t interval: "
+        "accuracies are counts of shapes, of which a few come out equal by chance. Comparisons with one reference "
+        "share its runs: where one of these ended high or low, all of them move with it."
+    )
+
+
+def _empty_cells(summary: Mapping[str, Any]) -> str:
+    if not summary["empty"]:
+        return "None: every arm has all its seeds."
+    by_arm: dict[str, list[str]] = {}
+    for arm, seed in summary["empty"]:
+        by_arm.setdefault(arm, []).append(str(seed))
+    return "\n".join(f"- {arm}: seed {', '.join(seeds)}" for arm, seeds in by_arm.items())
+
+
+def _commits(summary: Mapping[str, Any]) -> list[str]:
+    return [f"code at {', '.join(summary['commits'])} (+: with changes)"] if summary["commits"] else []
+
+
+def _changes(changes: Mapping[str, object]) -> str:
+    return ", ".join(f"`{key}={_plain(value)}`" for key, value in changes.items()) or "the base"
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_plain, value))}]"
+    return value if isinstance(value, str) else show(value)
+
+
+def _accuracy(row: Mapping[str, Any], key: str) -> str:
+    mean, std = row[f"{key}_mean"], row[f"{key}_std"]
+    if mean is None:
+        return "empty"
+    return f"{100 * mean:.2f}" + ("" if std is None else f" +- {100 * std:.2f}")
+
+
+def _points(value: float | None) -> str:
+    return "empty" if value is None else f"{100 * value:+.2f}"
+
+
+def _detectable(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}"
+
+
+def _interval(item: Mapping[str, Any], kind: str) -> str:
+    low, high = item[f"{kind}_low"], item[f"{kind}_high"]
+    return "-" if low is None else f"[{100 * low:+.2f}, {100 * high:+.2f}]"
+
+
+def _nats(loss: Mapping[str, float | None] | None) -> str:
+    if loss is None:
+        return "empty"
+    interval = "" if loss["t_low"] is None else f" [{loss['t_low']:+.4f}, {loss['t_high']:+.4f}]"
+    return f"{loss['mean']:+.4f}{interval}"
+
+
+def _p_value(p: float | None) -> str:
+    return "-" if p is None else f"{p:.2g}" if p >= 1e-4 else "< 0.0001"
+
+
+def difference(item: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the mean of a comparison and its t interval, in points; "empty" and "-" where there is none."""
+    return _points(item["mean"]), _interval(item, "t")
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def summarize_folder(folder: str | Path, results: str | Path, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Compute the numbers of all studies of a folder from their records; nothing is run.
+
+    Args:
+        folder: with the studies, NAME.yaml.
+        results: folder of the records.
+        overrides: for all runs, as "section.key=value".
+
+    Returns:
+        What `summarize` returns, in the order of the file names.
+
+    Raises:
+        InputError: no study in the folder, or one that is wrong.
+    """
+    files = sorted(Path(folder).glob("*.yaml"))
+    if not files:
+        raise InputError(f"{folder}: there is no study (*.yaml) in this folder")
+    studies = [load_study(file, overrides) for file in files]
+    return [summarize(study, read_records(results, study.cells)) for study in studies]
+
+
+def overview_text(summaries: Sequence[Mapping[str, Any]]) -> str:
+    """Return a Markdown table: a row for each comparison of a study, one row for a study without any run.
+
+    The studies with most finished runs come first.
+    """
+    header = ["study", "scored on", "runs", "comparison", "n", "difference in OA, points", "95 % paired t"]
+    rows, finished, planned = [], 0, 0
+    for summary in sorted(summaries, key=lambda summary: -_done(summary)):
+        done, cells = _done(summary), _done(summary) + len(summary["empty"])
+        finished, planned = finished + done, planned + cells
+        name = summary["study"]
+        title = f"[{name}](results/{name}.md)" if done else name
+        if not done and len(summary["comparisons"]) > 1:
+            rows.append(
+                [title, summary["split"], f"0 of {cells}", f"all {len(summary['comparisons'])}", "0", "empty", "-"]
+            )
+            continue
+        for item in summary["comparisons"]:
+            comparison = f"{item['name']} - {item['reference']}"
+            rows.append([title, summary["split"], f"{done} of {cells}", comparison, str(item["n"]), *difference(item)])
+            title = ""
+    return f"{finished} of {planned} runs are finished; each study counts the runs that it shares with another.\n\n" + (
+        markdown_table(header, rows)
+    )
+
+
+def write_overview(path: str | Path, summaries: Sequence[Mapping[str, Any]]) -> None:
+    """Replace what stands between the marks of a page by the table of these studies.
+
+    Raises:
+        InputError: the page is missing or has no marks.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise InputError(f"{path}: has no place for the table; put these two lines where it shall stand: {BEGIN} {END}")
+    write_text(path, f"{before}{BEGIN}\n\n{overview_text(summaries)}\n\n{END}{after}")
+
+
+def _done(summary: Mapping[str, Any]) -> int:
+    arms = {row["arm"]: row["n"] for row in summary["rows"]}
+    return sum(arms.values())

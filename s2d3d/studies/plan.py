@@ -1,0 +1,267 @@
+"""The config of a study: arms that change a base config, times seeds; how they are scored and compared."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from ..config.io import Problem, read_yaml, schema_problems, show
+from ..config.load import Config, load_config, load_layered_config
+from ..config.schema import raise_problems
+from ..config.types import Int, Name, PathStr, Str, check_plain
+from ..errors import InputError, did_you_mean
+from .cell import Cell
+
+FORMS = ("merged", "routed", "ema", "recalibrated", "voting")
+"""Forms of a trained model that a run scores, as metrics.json names them."""
+FIXED = ("seed", "output_dir", "eval.split", "eval.every", "train.max_steps")
+"""Config keys that the study itself decides."""
+_ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*", re.ASCII)
+
+
+def _check_arm_name(name: str) -> str:
+    if not _ARM_NAME.fullmatch(name):
+        raise ValueError(f"must be letters, digits, '_', '-' and '.', as it names a folder, got {show(name)}")
+    return name
+
+
+def _check_arms(arms: dict) -> dict:
+    if not arms:
+        raise ValueError("must name at least one arm")
+    return arms
+
+
+def _check_seeds(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    twice = [seed for index, seed in enumerate(seeds) if seed in seeds[:index]]
+    if twice:
+        raise ValueError(f"names {twice[0]} twice")
+    if not seeds:
+        raise ValueError("must not be empty")
+    return seeds
+
+
+def _check_reference(reference: object) -> object:
+    pairs = reference.items() if isinstance(reference, dict) else [("", reference)]
+    if not pairs or not all(isinstance(text, str) for pair in pairs for text in pair):
+        raise ValueError(f"must be the name of an arm, or a mapping of arm: its reference, got {show(reference)}")
+    return reference
+
+
+def _check_value(value: object) -> object:
+    if not isinstance(value, dict):
+        return check_plain(value)
+    return {key: _check_value(item) for key, item in value.items()}
+
+
+Label = Annotated[Name, AfterValidator(_check_arm_name)]
+Values = dict[Str, Annotated[Any, AfterValidator(_check_value)]]
+
+
+class StudyConfig(BaseModel):
+    """What a file in configs/studies/ holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Label = Field(description="Name of the study: of its results, and of its folder of runs.")
+    question: Name = Field(description="What the study is to find out, one sentence.")
+    base: PathStr = Field(description="Config that all arms change, relative to the study's file.")
+    evaluate: Literal["validation", "test"] = Field(
+        description="'validation': score the part that data.val_fraction holds out, to choose; 'test': the test split."
+    )
+    seeds: Annotated[tuple[Annotated[Int, Field(ge=0, le=2**32 - 1)], ...], AfterValidator(_check_seeds)] = Field(
+        description="Seeds of each arm; runs of one seed are paired."
+    )
+    reference: Annotated[Any, BeforeValidator(_check_reference)] = Field(
+        description="Arm (or form) that all others are compared with, or a mapping of which is compared with which."
+    )
+    arms: Annotated[dict[Label, Values], AfterValidator(_check_arms)] = Field(
+        description="By name of the arm, what it changes: section.key: value, or a section as a whole; {}: the base."
+    )
+    common: Values = Field({}, description="What all arms change.")
+    forms: dict[Label, Name] = Field(
+        {}, description="Further rows: NAME: ARM.FORM, another form of an arm's models, such as 's2d.ema'."
+    )
+    along: Name | None = Field(
+        None, description="Config key on the x axis of the figure, such as 'train.epochs'; null: one line per arm."
+    )
+    output_dir: PathStr | None = Field(None, description="Folder of the runs; null: runs/studies/NAME.")
+
+    @model_validator(mode="after")
+    def _check_names(self) -> "StudyConfig":
+        problems = []
+        for place, values in (("common", self.common), *((f"arms.{arm}", arm_) for arm, arm_ in self.arms.items())):
+            set_here = flatten(values)
+            problems += [
+                Problem((place, key), "is decided by the study; remove it") for key in FIXED if key in set_here
+            ]
+        for name, target in self.forms.items():
+            arm, _, form = target.rpartition(".")
+            if name in self.arms:
+                problems.append(Problem(("forms", name), "is the name of an arm as well; choose another"))
+            if arm not in self.arms or form not in FORMS:
+                text = f"must be ARM.FORM with FORM one of {', '.join(FORMS)}, got {show(target)}"
+                problems.append(Problem(("forms", name), text + did_you_mean(arm, self.arms)))
+        rows = [*self.arms, *self.forms]
+        chosen = self.reference
+        pairs: list[tuple[str | None, str]] = [*chosen.items()] if isinstance(chosen, dict) else [(None, chosen)]
+        for compared, reference in pairs:
+            where = ("reference",) if compared is None else ("reference", compared)
+            for row in (compared, reference):
+                if row is not None and row not in rows:
+                    problems.append(Problem(where, f"unknown arm {show(row)}{did_you_mean(row, rows)}"))
+            if compared == reference:
+                problems.append(Problem(where, "an arm is no reference of itself"))
+        raise_problems(problems)
+        return self
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Return the comparisons, in order: (row, its reference)."""
+        if isinstance(self.reference, dict):
+            return list(self.reference.items())
+        return [(row, self.reference) for row in (*self.arms, *self.forms) if row != self.reference]
+
+    def row(self, name: str) -> tuple[str, str | None]:
+        """Return the arm of a row of the tables, and the form of its models; None: merged, or routed where they are."""
+        if name in self.arms:
+            return name, None
+        arm, _, form = self.forms[name].rpartition(".")
+        return arm, form
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study that has been read: its config, and its runs, seed by seed so that pairs become complete early."""
+
+    path: str
+    config: StudyConfig
+    cells: list[Cell]
+    overrides: tuple[str, ...] = ()
+    """For all runs, as given; those that say where and how fast to compute are left out."""
+
+    def select(self, only: Sequence[str]) -> list[Cell]:
+        """Return the runs of some arms; none named: all.
+
+        Raises:
+            InputError: there is no such arm.
+        """
+        for arm in only:
+            if arm not in self.config.arms:
+                known = ", ".join(self.config.arms)
+                raise InputError(f"{self.path}: no arm '{arm}'{did_you_mean(arm, self.config.arms)} (known: {known})")
+        return [cell for cell in self.cells if not only or cell.arm in only]
+
+
+def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
+    """Read a study, and validate the config of every run.
+
+    Args:
+        path: a YAML file.
+        overrides: `section.key=value` for all runs; they win over the arms.
+
+    Raises:
+        InputError: anything wrong in the study or in a run's config; the message has one line per problem.
+
+    Example:
+        >>> study = load_study("configs/studies/budget.yaml")
+        >>> study.config.evaluate, str(study.cells[0])
+        ('validation', 'dense_15/seed0')
+    """
+    mapping, lines = read_yaml(path)
+    try:
+        config = StudyConfig.model_validate(mapping)
+    except ValidationError as error:
+        lines += [problem.line(str(path)) for problem in schema_problems(error, StudyConfig)]
+    if lines:
+        raise InputError("\n".join(lines))
+    _check_overrides(overrides)
+    base_path = Path(path).parent / config.base
+    base = load_config(base_path).to_dict()
+    configs = _arm_configs(config, str(path), base_path, overrides)
+    folders = {arm: _data_folder(config, base_path, arm) for arm in configs}
+    folder = Path(config.output_dir or f"runs/studies/{config.name}")
+    cells = []
+    for seed in config.seeds:
+        for arm, arm_config in configs.items():
+            own = {"seed": seed, "output_dir": str(folder / arm / f"seed{seed}")}
+            changes = differences(base, arm_config.to_dict(), PRIVATE)
+            cells.append(Cell(config.name, arm, seed, arm_config.model_copy(update=own), changes, folders[arm]))
+    kept = [text for text in overrides if not _named(text.partition("=")[0], PRIVATE)]
+    return Study(str(path), config, cells, tuple(kept))
+
+
+PRIVATE = ("seed", "output_dir", "data.root", "data.cache_dir", "train.device", "train.num_threads", "log")
+"""Config keys that say where and how fast a run computes, and not what."""
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], ignored: Sequence[str]) -> dict[str, object]:
+    """Return by dotted key what `theirs` has where two configs differ; None for what it lacks.
+
+    Args:
+        ours: as `Config.to_dict` returns it.
+        theirs: likewise.
+        ignored: keys and sections to leave out.
+    """
+    first, second = flatten(ours), flatten(theirs)
+    keys = [key for key in first | second if not _named(key, ignored)]
+    return {key: second.get(key) for key in keys if first.get(key) != second.get(key)}
+
+
+def _named(key: str, names: Sequence[str]) -> bool:
+    """Tell whether a dotted key is one of `names`, or lies in a section that is."""
+    return any(key.strip() == name or key.strip().startswith(f"{name}.") for name in names)
+
+
+def _data_folder(study: StudyConfig, base: Path, arm: str) -> str:
+    roots = [flatten(layer).get("data.root") for layer in (study.arms[arm], study.common, read_yaml(base)[0])]
+    return next(Path(str(root)).name for root in roots if root is not None)
+
+
+def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a config with one dotted key for each value."""
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def _arm_configs(study: StudyConfig, where: str, base: Path, overrides: Sequence[str]) -> dict[str, Config]:
+    protocol = {"eval.split": study.evaluate, "eval.every": 0}
+    configs, problems = {}, {}
+    for arm, values in study.arms.items():
+        own = f"{where}: arms.{arm}"
+        layers = {f"{where}: common": study.common, own: values, f"{where}: evaluate": protocol}
+        try:
+            configs[arm] = load_layered_config(base, layers, overrides)
+        except InputError as error:
+            problems[arm] = [(line, line.startswith(f"{own}: ")) for line in str(error).splitlines()]
+    if problems:
+        shared = set.intersection(*(set(lines) for lines in problems.values())) if len(problems) > 1 else set()
+        lines = [
+            line if is_own or (line, is_own) in shared else f"{line} (in arm '{arm}')"
+            for arm, found in problems.items()
+            for line, is_own in found
+        ]
+        raise InputError("\n".join(dict.fromkeys(lines)))
+    limited = [arm for arm, config in configs.items() if config.train.max_steps]
+    if limited:
+        raise InputError(f"{base}: train.max_steps: runs of a study go to their last epoch; remove it")
+    for config in configs.values():
+        if (config.eval.split, config.eval.every) != (study.evaluate, 0):  # an override of the whole section
+            raise InputError("overrides: eval.split and eval.every are decided by the study; change its file")
+        keys = flatten(config.to_dict())
+        if study.along and study.along not in keys:
+            raise InputError(f"{where}: along: unknown config key {show(study.along)}{did_you_mean(study.along, keys)}")
+    return configs
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
+    lines = [
+        f"override {show(override)}: is decided by the study; change it in the study's file"
+        for override in overrides
+        if override.partition("=")[0].strip() in FIXED
+    ]
+    if lines:
+        raise InputError("\n".join(lines))

@@ -1,0 +1,84 @@
+"""The loaders of a training: batches to learn from, and what epochs and models are scored on."""
+
+from dataclasses import dataclass
+
+from ..config.data import build_dataset, build_test_loader
+from ..config.load import Config
+from ..datasets import BatchLoader, PointCloudDataset, split_train_validation
+from ..errors import InputError
+from ..machine import Runtime
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """This process's share of the data.
+
+    Attributes:
+        class_names: in the order of the labels.
+        train: shuffled and augmented.
+        plain_train: the same clouds, all of them, in order and without augmentation.
+        test: the test split.
+        val: what was set aside of the training split, None where nothing was.
+        scored: the one of the two that `eval.split` names.
+    """
+
+    class_names: list[str]
+    train: BatchLoader
+    plain_train: BatchLoader
+    test: BatchLoader
+    val: BatchLoader | None
+    scored: BatchLoader
+
+
+def build_loaders(
+    config: Config, runtime: Runtime, datasets: tuple[PointCloudDataset, PointCloudDataset] | None = None
+) -> Loaders:
+    """Read the data that a config describes.
+
+    Args:
+        config: of the run.
+        runtime: this process and the others.
+        datasets: training and test set to use instead.
+
+    Raises:
+        InputError: the data is missing or wrong, its splits have different classes, or `train.batch_size` does not
+            divide by the processes and the parts of a batch.
+
+    Example:
+        >>> import torch
+        >>> from s2d3d import load_config
+        >>> loaders = build_loaders(load_config("configs/demo.yaml"), Runtime(torch.device("cpu")))  # doctest: +SKIP
+        >>> loaders.scored is loaders.test  # doctest: +SKIP
+        True
+    """
+    train, test = datasets or (build_dataset(config.data, split, seed=config.seed) for split in ("train", "test"))
+    if train.class_names != test.class_names:
+        raise InputError(f"{config.data.root}: training and test split have different classes")
+    validation = None
+    if config.data.val_fraction:
+        train, validation = split_train_validation(train, config.data.val_fraction, config.seed)
+    micro = config.train.accum_steps * runtime.world_size
+    if config.train.batch_size % micro:
+        raise InputError(
+            f"train.batch_size is {config.train.batch_size}, must be divisible by accum_steps x processes = {micro}"
+        )
+    train_loader = BatchLoader(
+        train, config.train.batch_size, shuffle=True, drop_last=config.train.drop_last, seed=config.seed, prefetch=2,
+        rank=runtime.rank, world_size=runtime.world_size, pin_memory=runtime.device.type == "cuda",
+    )  # fmt: skip
+
+    def in_order(dataset: PointCloudDataset) -> BatchLoader:
+        return build_test_loader(
+            dataset, config.data, batch_size=config.eval.batch_size, seed=config.seed, rank=runtime.rank,
+            world_size=runtime.world_size,
+        )  # fmt: skip
+
+    test_loader = in_order(test)
+    val_loader = in_order(validation) if validation else None
+    scored = test_loader
+    if config.eval.split == "validation":
+        assert val_loader is not None  # a config without data.val_fraction is refused
+        scored = val_loader
+    size = max(2, config.eval.batch_size)  # BatchNorm has no statistics of a single cloud: a lone last one is left out
+    plain = BatchLoader(train, size, augment=False, drop_last=len(train) % size == 1)
+    return Loaders(train.class_names, train_loader, plain, test_loader, val_loader, scored)

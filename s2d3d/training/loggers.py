@@ -1,0 +1,286 @@
+"""Where a run reports beside log.csv: TensorBoard and Weights & Biases, both off unless the config asks for them."""
+
+import importlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..atomic import write_json
+from ..config.load import Config, dump_config
+from ..datasets import PointCloudDataset
+from ..errors import InputError
+from ..evaluation.accuracy import ClassificationReport
+from ..runs.folder import RunFolder
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PACKAGES = {
+    "tensorboard": ("torch.utils.tensorboard", "pip install tensorboard"),
+    "wandb": ("wandb", "pip install wandb"),
+}
+"""By key of the section `log`: the module that is imported, and the command that installs it."""
+CLOUDS = 4
+"""Clouds of each kind, right and wrong, that the end of a run shows."""
+_COLORS = {"right": (0, 114, 178), "wrong": (213, 94, 0)}
+
+
+class RunLogger(Protocol):
+    """What receives the results of a run; all of its calls come from the main process, in order of the epochs."""
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """Take one row of log.csv; a column that was not measured is missing."""
+
+    def report(self, name: str, report: ClassificationReport, epoch: int) -> None:
+        """Take an evaluation after `epoch` epochs; `name` says of what: "test", "merged", ...."""
+
+    def clouds(self, kind: str, points: Tensor, captions: Sequence[str], epoch: int) -> None:
+        """Take clouds (n, N, 3), z up, that were classified: `kind` is "right" or "wrong"."""
+
+    def close(self) -> None:
+        """Write what is not written yet."""
+
+
+class RunLoggers:
+    """All loggers that a config asks for, as one; none in processes other than the main one.
+
+    Example:
+        >>> RunLoggers().row({"epoch": 1})  # nobody listens
+    """
+
+    def __init__(self, loggers: Sequence[RunLogger] = ()) -> None:
+        self._loggers = list(loggers)
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """Pass on one row of log.csv."""
+        for logger in self._loggers:
+            logger.row(row)
+
+    def report(self, name: str, report: ClassificationReport, epoch: int) -> None:
+        """Pass on an evaluation after `epoch` epochs."""
+        for logger in self._loggers:
+            logger.report(name, report, epoch)
+
+    def finish(self, reports: Mapping[str, ClassificationReport], dataset: PointCloudDataset, epoch: int) -> None:
+        """Pass on the evaluations that end a run, and some clouds that the merged model got wrong and right.
+
+        Args:
+            reports: by the form of the model, as `run_metrics` takes them.
+            dataset: what they were scored on.
+            epoch: epochs of the run.
+        """
+        if not self._loggers:
+            return
+        for name, report in reports.items():
+            self.report(name, report, epoch)
+        correct = reports["routed" if "routed" in reports else "merged"].correct
+        for kind, digit in (("wrong", "0"), ("right", "1")):
+            chosen = [index for index, hit in enumerate(correct) if hit == digit][:CLOUDS]
+            if chosen:
+                points, labels = dataset.batch(torch.tensor(chosen), augment=False)
+                captions = [f"shape {i}: {dataset.class_names[label]}" for i, label in zip(chosen, labels.tolist())]
+                for logger in self._loggers:
+                    logger.clouds(kind, points, captions, epoch)
+
+    def close(self) -> None:
+        """Close all."""
+        for logger in self._loggers:
+            logger.close()
+
+
+class TensorBoardLogger:
+    """Writes event files below `tensorboard/` in the run folder; the step of every event is the epoch.
+
+    Scalars `train/loss`, `train/oa`, `test/oa`, `run/lr`, ...: the columns of log.csv; `final/merged_oa` ... at the
+    end; the confusion of each evaluation as a figure; clouds as meshes, turned y up for TensorBoard's viewer.
+
+    A run that continues writes a further file into the same folder. What a killed process had written after the
+    checkpoint is marked as superseded, which TensorBoard's readers honour.
+    """
+
+    def __init__(self, config: Config, folder: RunFolder, history: Sequence[Mapping[str, Any]]) -> None:
+        """Open the log.
+
+        Args:
+            config: of the run; kept as text in the log.
+            folder: of the run.
+            history: rows of the epochs completed so far. They are written if the folder has no event file.
+        """
+        continues = bool(_events(folder))
+        epoch = history[-1]["epoch"] if history else 0
+        self._writer = _import("tensorboard").SummaryWriter(
+            str(folder.root / "tensorboard"), purge_step=epoch + 1 if continues else None
+        )
+        if not continues:
+            self._writer.add_text("config", f"```yaml\n{dump_config(config)}```", 0)
+            for row in history:
+                self.row(row)
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """Write each column as a scalar."""
+        for column, value in row.items():
+            if column != "epoch":
+                self._writer.add_scalar(tag(column), value, row["epoch"])
+        self._writer.flush()
+
+    def report(self, name: str, report: ClassificationReport, epoch: int) -> None:
+        """Write the confusion figure; of the evaluations that end a run also the accuracies, which log.csv lacks."""
+        if name != "test":
+            self._writer.add_scalar(f"final/{name}_oa", report.oa, epoch)
+            self._writer.add_scalar(f"final/{name}_macc", report.macc, epoch)
+        self._writer.add_figure(f"confusion/{name}", confusion_figure(report), epoch)
+        self._writer.flush()
+
+    def clouds(self, kind: str, points: Tensor, captions: Sequence[str], epoch: int) -> None:
+        """Write clouds as meshes of points alone, one tag for each kind."""
+        turned = torch.stack((points[..., 0], points[..., 2], -points[..., 1]), -1).float()
+        colors = torch.tensor(_COLORS[kind]).expand(*points.shape[:2], 3)
+        self._writer.add_mesh(f"clouds/{kind}", turned, colors=colors, global_step=epoch)
+        self._writer.add_text(f"clouds/{kind}", "\n".join(f"1. {caption}" for caption in captions), epoch)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the event file."""
+        self._writer.close()
+
+
+class WandbLogger:
+    """Sends the run to Weights & Biases: rows by epoch, confusion figures, clouds, and the results as its summary.
+
+    The id of the run is kept in `wandb.json` in the run folder, so that a run that continues stays one run there.
+    Login, `WANDB_MODE=offline` and the like are W&B's own affair.
+    """
+
+    def __init__(self, config: Config, folder: RunFolder, history: Sequence[Mapping[str, Any]]) -> None:
+        """Start or continue the run; arguments as for `TensorBoardLogger`."""
+        self._wandb, note = _import("wandb"), _wandb_note(folder)
+        known = json.loads(note.read_text()) if note.is_file() else None
+        self._run = self._wandb.init(
+            project=config.log.wandb, name=folder.root.name, dir=str(folder.root), config=config.to_dict(),
+            **({"id": known["id"], "resume": "allow"} if known else {}),
+        )  # fmt: skip
+        if not known:
+            write_json(note, {"id": self._run.id, "project": config.log.wandb})
+            for row in history:
+                self.row(row)
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """Send a row under the names of log.csv's columns."""
+        self._run.log(dict(row), step=row["epoch"])
+
+    def report(self, name: str, report: ClassificationReport, epoch: int) -> None:
+        """Send the confusion figure; of the evaluations that end a run also the accuracies, as summary."""
+        self._run.log({f"confusion/{name}": self._wandb.Image(confusion_figure(report))}, step=epoch)
+        if name != "test":
+            self._run.summary.update({f"{name}_oa": report.oa, f"{name}_macc": report.macc})
+
+    def clouds(self, kind: str, points: Tensor, captions: Sequence[str], epoch: int) -> None:
+        """Send clouds as objects to turn, with their colour."""
+        color = np.broadcast_to(np.array(_COLORS[kind], dtype=np.float64), points.shape[1:])
+        objects = [self._wandb.Object3D(np.hstack([cloud.double().numpy(), color])) for cloud in points]
+        self._run.log({f"clouds/{kind}": objects, f"captions/{kind}": "; ".join(captions)}, step=epoch)
+
+    def close(self) -> None:
+        """End the upload."""
+        self._run.finish()
+
+
+def check_loggers(config: Config) -> None:
+    """Find out whether the packages are there that `config.log` asks for, before a run does any work.
+
+    Raises:
+        InputError: one is missing; says the command that installs it.
+    """
+    for key in _asked(config):
+        _import(key)
+
+
+def open_loggers(
+    config: Config, folder: RunFolder, history: Sequence[Mapping[str, Any]], *, fresh: bool = True
+) -> RunLoggers:
+    """Open what `config.log` asks for.
+
+    Args:
+        config: of the run.
+        folder: of the run; exists.
+        history: rows of the epochs completed so far.
+        fresh: the run did not begin in this folder: what is here belongs to one that it replaces, and is removed.
+
+    Raises:
+        InputError: a package is missing.
+
+    Example:
+        >>> loggers = open_loggers(config, RunFolder("runs/a"), [])  # doctest: +SKIP
+        >>> loggers.row({"epoch": 1, "train_loss": 2.3})  # doctest: +SKIP
+    """
+    if fresh:
+        for leftover in (*_events(folder), _wandb_note(folder)):
+            leftover.unlink(missing_ok=True)
+    kinds: dict[str, Callable[..., RunLogger]] = {"tensorboard": TensorBoardLogger, "wandb": WandbLogger}
+    return RunLoggers([kinds[key](config, folder, history) for key in _asked(config)])
+
+
+def tag(column: str) -> str:
+    """Return TensorBoard's name for a column of log.csv: its split is the group, "run" where it has none.
+
+    Example:
+        >>> tag("train_loss"), tag("test_oa"), tag("lr"), tag("share_rate")
+        ('train/loss', 'test/oa', 'run/lr', 'run/share_rate')
+    """
+    group, _, name = column.partition("_")
+    return f"{group}/{name}" if group in ("train", "val", "test") else f"run/{column}"
+
+
+def confusion_figure(report: ClassificationReport) -> "Figure":
+    """Draw the confusion of a report, each row as shares of its class.
+
+    Example:
+        >>> report = ClassificationReport(
+        ...     oa=0.75, macc=0.5, loss=1.0, per_class={"box": 0.75, "mug": None}, confusion=[[3, 1], [0, 0]],
+        ...     class_names=["box", "mug"], num_samples=4, votes=1)
+        >>> confusion_figure(report).axes[0].images[0].get_array().tolist()
+        [[0.75, 0.25], [0.0, 0.0]]
+    """
+    from matplotlib.figure import Figure
+
+    counts, names = np.array(report.confusion, dtype=np.float64), report.class_names
+    size = max(4.0, 1.5 + 0.2 * len(names))
+    figure = Figure(figsize=(size, size), layout="constrained")
+    panel = figure.add_subplot()
+    panel.imshow(counts / np.maximum(counts.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
+    panel.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+    panel.set_yticks(range(len(names)), names, fontsize=7)
+    panel.set(xlabel="predicted", ylabel="true", title=report.summary())
+    return figure
+
+
+def _events(folder: RunFolder) -> list[Path]:
+    return list((folder.root / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def _wandb_note(folder: RunFolder) -> Path:
+    """Return where the id of the run at W&B is kept."""
+    return folder.root / "wandb.json"
+
+
+def _asked(config: Config) -> list[str]:
+    return [key for key in PACKAGES if getattr(config.log, key)]
+
+
+def _import(key: str) -> ModuleType:
+    module, command = PACKAGES[key]
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(
+            f"log.{key}: the package {key} is not installed or does not load ({error}); install it with: {command}"
+        ) from error
+    if found.__file__ is None:  # a folder of that name, such as W&B leaves behind
+        raise InputError(f"log.{key}: the package {key} is not installed; install it with: {command}")
+    return found

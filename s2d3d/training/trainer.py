@@ -1,0 +1,394 @@
+"""The training recipe: setup -> train -> evaluate -> merge, resumable at every step."""
+
+import copy
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from ..atomic import write_json, write_text
+from ..config.data import check_classes
+from ..config.load import Config, dump_config
+from ..datasets import BatchLoader, PointCloudDataset
+from ..errors import InputError, TrainingError
+from ..evaluation.accuracy import ClassificationReport, evaluate
+from ..evaluation.batchnorm import norms_behind_experts, recalibrate_batchnorm_
+from ..machine import environment, gather_states, package_versions, start_runtime, stop_runtime, watching_peers
+from ..random_state import seed_all, set_rng_state
+from ..runs.checkpoint import load_weights_, model_payload, save_checkpoint
+from ..runs.folder import RunFolder
+from ..runs.log import LOG_COLUMNS, epoch_line, epoch_row
+from ..runs.metrics import run_metrics, run_summary
+from ..runs.resume import Progress, check_same_data, check_same_run, read_run, restoring, selection_score
+from ..s2d import balance_loss, merge_experts
+from .loggers import RunLoggers, check_loggers, open_loggers
+from .parts import TrainingParts
+from .signals import SignalWatch, StoppedBySignal
+from .update import BALANCE, CORRECT, DROPPED, LOSS, NORM, SAMPLES, FiniteWatch, accumulate_gradient, nonfinite_message
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer(TrainingParts):
+    """Trains the model that a config describes; one object, one run.
+
+    Example:
+        >>> from s2d3d import load_config
+        >>> merged = Trainer(load_config("configs/demo.yaml")).fit()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        force: bool = False,
+        datasets: tuple[PointCloudDataset, PointCloudDataset] | None = None,
+    ) -> None:
+        """Keep the config; nothing is read or written before `fit`.
+
+        Args:
+            config: from `load_config`.
+            force: replace a run that the output folder holds.
+            datasets: training and test set to use; default those that `config.data` describes. A run that resumes
+                must be given the same again.
+        """
+        super().__init__(config, datasets)
+        self.force = force
+        self.folder, self.signals, self.loggers = RunFolder(config.output_dir), SignalWatch(), RunLoggers()
+
+    def fit(self, resume: str | Path | None = None) -> Path:
+        """Train to the last epoch, evaluate, merge; return the path of the dense model (kind topk: of the routed one).
+
+        With `train.max_steps` a run may end earlier; the path is then that of its checkpoint.
+
+        Args:
+            resume: a checkpoint, or a run folder whose last one is meant; if that is damaged, the one before it. On a
+                CPU the run continues bit for bit.
+
+        Raises:
+            InputError: bad data, an output folder that holds a run, a checkpoint of another run.
+            TrainingError: loss or gradient is not finite; another process of the run is gone.
+            OSError: a checkpoint cannot be written; the one before it is as it was.
+            StoppedBySignal: SIGTERM or Ctrl-C; the state has been saved.
+        """
+        cfg = self.config
+        self.runtime = start_runtime(cfg.train.device, cfg.train.num_threads)
+        try:
+            with watching_peers(self.runtime, self.folder.root):
+                self._setup(resume)
+                with self.signals.watching(), logging_redirect_tqdm():
+                    while self.progress.epoch < cfg.train.epochs:
+                        if not self._reached_max_steps():  # a run that is resumed at its limit is there already
+                            self._train_epoch()
+                        if self._reached_max_steps():
+                            return self._stop_early()
+                        self._finish_epoch()
+                    if self._signal_received(check=True):  # during the evaluation of the last epoch
+                        raise StoppedBySignal(self.signals.signum, self.folder.last)
+                return self._finish_run()
+        finally:
+            self.loggers.close()
+            self.folder.release()
+            stop_runtime(self.runtime)
+
+    # ------------------------------------------------------------------ setup
+
+    def _setup(self, resume: str | Path | None) -> None:
+        cfg, runtime = self.config, self.runtime
+        checkpoint: Path | None = None
+        state: dict[str, Any] | None = None
+        if resume:
+            checkpoint, state = read_run(resume, warn=runtime.is_main)
+            check_same_run(state, cfg, checkpoint)
+        if runtime.is_main:  # before the data, which may take minutes
+            self.folder.check(resume=checkpoint, force=self.force)
+        check_loggers(cfg)
+        if not state and cfg.model.pretrained and not Path(cfg.model.pretrained).is_file():
+            raise InputError(f"model.pretrained: no such file {cfg.model.pretrained}")  # before data is prepared for it
+        self._build_data()
+        self._build_model(resume=state is not None)
+        self._build_optimizer()
+        self._try_batch()
+        self.progress = Progress()
+        self.history: list[dict[str, Any]] = []
+        # Sums over the epoch, places as in `update`.
+        self.sums = torch.zeros(6 if self.routed else 4, dtype=torch.float64, device=runtime.device)
+        self.versions, self.fingerprint = package_versions(), self.train_loader.dataset.fingerprint()
+        self.watch = FiniteWatch(runtime.device)
+        seed_all(cfg.seed * 1000 + runtime.rank)  # ranks draw different partitions and drop different paths
+        if state:
+            with restoring(str(checkpoint)):
+                self._load_state(state, str(checkpoint))
+        if runtime.is_main:
+            self.folder.create(resume=checkpoint, force=self.force)
+        if runtime.is_distributed:
+            dist.barrier()
+        if not self.folder.owns(checkpoint):
+            self._save()  # a run that is killed in its first epoch resumes as well
+        if runtime.is_main:  # after the checkpoint: a folder that holds a run can be resumed
+            if self.folder.is_latest(checkpoint):
+                self._keep_epoch(self.progress.is_best(self.history))
+            write_text(self.folder.config, dump_config(cfg))
+            write_json(self.folder.environment, environment())
+            self.loggers = open_loggers(cfg, self.folder, self.history, fresh=not self.folder.owns(checkpoint))
+            if self.folder.owns(checkpoint):  # it may hold epochs that were not saved, and are trained again
+                self.folder.write_log(self.history, LOG_COLUMNS)
+            logger.info(self._describe())
+
+    # --------------------------------------------------------------- training
+
+    def _train_epoch(self) -> None:
+        cfg, progress = self.config, self.progress
+        self.network.train()
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        max_norm = cfg.optim.clip_grad or float("inf")
+        self.train_loader.set_position(progress.epoch, progress.step)
+        bar = tqdm(
+            total=self.steps_per_epoch, initial=progress.step, desc=f"epoch {progress.epoch + 1}/{cfg.train.epochs}",
+            leave=False, disable=None if self.runtime.is_main and cfg.log.progress else True,
+        )  # fmt: skip
+        started = time.perf_counter()
+        self.share_rate = self.ewa.last_share_rate() if self.ewa else 0.0
+        with bar:
+            for points, labels in self.train_loader:
+                self.scheduler.step_update(progress.updates)
+                self.optimizer.zero_grad(set_to_none=True)
+                loss = self._forward_backward(points, labels)
+                grad_norm = nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
+                self.watch.note(loss, grad_norm, progress.updates)
+                if self.runtime.device.type == "cpu":
+                    self._raise_if_bad()
+                self.optimizer.step()
+                if self.ewa:
+                    self.share_rate = self.ewa.step()
+                if self.ema:
+                    self.ema.update(self.model, step=progress.updates)
+
+                self.sums[NORM] += grad_norm
+                progress.step += 1
+                progress.updates += 1
+                now = time.perf_counter()
+                progress.seconds += now - started
+                started = now
+                self._after_update(bar)
+                if self._reached_max_steps():
+                    return
+
+    def _forward_backward(self, points: Tensor, labels: Tensor) -> Tensor:
+        """Accumulate the gradient of one global batch; return this rank's mean loss, detached."""
+        train, device = self.config.train, self.runtime.device
+        return accumulate_gradient(
+            self.network, points.to(device, non_blocking=True), labels.to(device, non_blocking=True), sums=self.sums,
+            num_parts=train.accum_steps, label_smoothing=train.label_smoothing, bf16=train.amp == "bf16",
+            parallel=self.parallel, extra_loss=self._balance if self.routed else None,
+        )  # fmt: skip
+
+    def _balance(self, share: float) -> Tensor:
+        """Return the weighted balance loss of the pass just made, a share of its batch, and note it for the log."""
+        loss = balance_loss(self.model) * share
+        self.sums[BALANCE] += loss.detach()
+        dropped = [layer.dropped_fraction for layer in self.routed if layer.dropped_fraction is not None]
+        self.sums[DROPPED] += sum(dropped) / len(self.routed) * share
+        return self.config.s2d.balance_weight * loss
+
+    def _raise_if_bad(self) -> None:
+        update = self.watch.first_bad()
+        if update is not None:
+            good = self.folder.last if self.folder.last.exists() else "none"
+            raise TrainingError(nonfinite_message(self.train_loader, update, good))
+
+    def _after_update(self, bar: tqdm) -> None:
+        """Do what must happen between two updates: refresh the display, save, obey signals."""
+        cfg, progress = self.config, self.progress
+        interval = progress.updates % cfg.log.interval == 0
+        bar.update()
+        if interval:
+            self._raise_if_bad()
+            if not bar.disable:
+                sums = self.sums.tolist()
+                shown = {"loss": sums[LOSS] / sums[SAMPLES], "oa": sums[CORRECT] / sums[SAMPLES]}
+                bar.set_postfix({key: f"{value:.3f}" for key, value in shown.items()})
+        every = cfg.train.checkpoint_every
+        if every and progress.updates % every == 0:
+            self._save()
+        if self._signal_received(check=interval):
+            self._save()
+            raise StoppedBySignal(self.signals.signum, self.folder.last)
+
+    def _reached_max_steps(self) -> bool:
+        limit = self.config.train.max_steps
+        if limit is None or self.progress.updates < limit:
+            return False
+        return self.progress.updates < self.total_updates
+
+    def _stop_early(self) -> Path:
+        self._save()
+        if self.runtime.is_main:
+            limit = self.config.train.max_steps
+            logger.info(f"stopped after {limit} updates (train.max_steps); continue with --resume {self.folder.root}")
+        return self.folder.last
+
+    def _finish_epoch(self) -> None:
+        cfg, progress = self.config, self.progress
+        self._raise_if_bad()
+        sums = self.sums.clone()
+        if self.runtime.is_distributed:
+            dist.all_reduce(sums)
+            sums[3:] /= self.runtime.world_size
+            for buffer in self.model.buffers():  # BatchNorm statistics differ between ranks
+                dist.broadcast(buffer, 0)
+        row = epoch_row(
+            progress, sums, lr=self.optimizer.param_groups[0]["lr"], share_rate=self.share_rate,
+            steps_per_epoch=self.steps_per_epoch, sparse_model=self.model if self.ewa else None,
+        )  # fmt: skip
+        if self.val_loader:
+            row["val_oa"] = self._evaluate(self.model, self.val_loader).oa
+        due = cfg.eval.every and cfg.eval.split == "test" and (progress.epoch + 1) % cfg.eval.every == 0
+        if due and progress.epoch + 1 < cfg.train.epochs:
+            report = self._evaluate(self.model, self.test_loader)
+            row["test_oa"], row["test_macc"] = report.oa, report.macc
+            self.loggers.report("test", report, progress.epoch + 1)
+        self.history.append(row)
+        self.loggers.row(row)  # before the checkpoint: what it does not know of is superseded on resume
+        progress.epoch, progress.step, progress.seconds = progress.epoch + 1, 0, 0.0
+        self.sums.zero_()
+        # best.pt is what last.pt was: an epoch that is not saved cannot be it.
+        saves = progress.epoch % cfg.train.save_every == 0 or progress.epoch == cfg.train.epochs
+        is_best = saves and self._select(row)
+        if saves:
+            self._save()
+        if self.runtime.is_main:
+            self._keep_epoch(is_best)
+            self.folder.write_log(self.history, LOG_COLUMNS)
+            logger.info(epoch_line(row, cfg.train.epochs))
+
+    def _keep_epoch(self, is_best: bool) -> None:
+        """Keep the state that last.pt holds now; at a start too, for a run that was killed before it came to this."""
+        every, progress = self.config.train.keep_every, self.progress
+        if is_best:
+            self.folder.mark_best()
+        if every and progress.epoch and progress.step == 0 and progress.epoch % every == 0:
+            save_checkpoint(self.folder.kept(progress.epoch), self._payload(self.model))
+
+    def _select(self, row: dict[str, Any]) -> bool:
+        """Tell whether this epoch is the best so far."""
+        score = selection_score(row)
+        if self.progress.best is not None and score <= self.progress.best:
+            return False
+        self.progress.best = score
+        return True
+
+    # ----------------------------------------------------------------- ending
+
+    def _finish_run(self) -> Path:
+        """Evaluate the sparse model, merge it, evaluate the merged one, and write both results.
+
+        Experts that a router chooses stay: the model is evaluated as it is, and nothing is merged.
+        """
+        cfg = self.config
+        final, path = (copy.deepcopy, self.folder.final) if self.routed else (merge_experts, self.folder.merged)
+        model = final(self.model)
+        reports = {"sparse": self._evaluate(self.model, self.scored_loader)} if self.ewa and not self.routed else {}
+        kept = "routed" if self.routed else "merged"
+        reports[kept] = self._evaluate(model, self.scored_loader)
+        if self.ema:
+            reports["ema"] = self._evaluate(final(self.ema.module), self.scored_loader)
+        if cfg.eval.recalibrate_batchnorm and (norms := norms_behind_experts(model, cfg, self.converted, self.mof)):
+            recalibrate_batchnorm_(model, self.plain_train_loader, device=self.runtime.device, layers=norms)
+            kept = "recalibrated"
+            reports[kept] = self._evaluate(model, self.scored_loader)
+        if cfg.eval.votes > 1:
+            reports["voting"] = self._evaluate(model, self.scored_loader, votes=cfg.eval.votes)
+        if self.runtime.is_main:
+            save_checkpoint(path, self._payload(model))
+            metrics = run_metrics(
+                reports, progress=self.progress, seed=cfg.seed, parameters=self._parameter_counts(),
+                train_seconds=sum(row["seconds"] for row in self.history), split=cfg.eval.split,
+                shapes=self.scored_loader.dataset.names, kept=kept,
+            )  # fmt: skip
+            write_json(self.folder.metrics, metrics)
+            self.loggers.finish(reports, self.scored_loader.dataset, self.progress.epoch)
+            self.folder.write_log(self.history, LOG_COLUMNS)
+        if self.runtime.is_distributed:
+            dist.barrier()
+        self.reports = reports
+        return path
+
+    def _parameter_counts(self) -> dict[str, int]:
+        training = self.training_parameters
+        return {"training": training, **({"routed": training} if self.routed else {"merged": self.dense_parameters})}
+
+    def summary(self) -> str:
+        """Return the table that ends a finished run: accuracies, parameters, run folder."""
+        training, final = self._parameter_counts().values()
+        return run_summary(
+            self.reports, folder=self.folder, split=self.config.eval.split, sparse=bool(self.converted),
+            training_parameters=training, final_parameters=final,
+        )  # fmt: skip
+
+    def _evaluate(self, model: nn.Module, loader: BatchLoader, votes: int = 1) -> ClassificationReport:
+        progress = self.runtime.is_main and self.config.log.progress
+        return evaluate(model, loader, device=self.runtime.device, votes=votes, progress=progress)
+
+    # ------------------------------------------------------------------ state
+
+    def _payload(self, model: nn.Module) -> dict[str, Any]:
+        cfg = self.config
+        return model_payload(
+            model, name=cfg.model.name, in_channels=3, kwargs=cfg.model.kwargs, class_names=self.class_names,
+            mof=self.mof, config=cfg.to_dict(),
+        )  # fmt: skip
+
+    def _save(self) -> None:
+        """Write last.pt; every rank takes part, because each has random state of its own."""
+        self._raise_if_bad()
+        states, sums = gather_states(self.runtime, self.sums)
+        if self.runtime.is_main:
+            payload = self._payload(self.model) | {
+                "optimizer": self.optimizer.state_dict(),
+                "ewa": self.ewa.state_dict() if self.ewa else None,
+                "ema": self.ema.state_dict() if self.ema else None,
+                "progress": vars(self.progress).copy(),
+                "sums": [part.cpu() for part in sums],
+                "history": self.history,
+                "rng": states,
+                "versions": self.versions,
+                "data": self.fingerprint,
+            }
+            save_checkpoint(self.folder.last, payload, previous=self.folder.previous)
+        if self.runtime.is_distributed:
+            dist.barrier()
+
+    def _load_state(self, state: dict[str, Any], where: str) -> None:
+        progress, history = Progress.restored(state)
+        check_classes(self.train_loader.dataset, state["class_names"], where)
+        check_same_data(
+            state, progress, where, root=self.config.data.root, steps_per_epoch=self.steps_per_epoch,
+            fingerprint=self.fingerprint, world_size=self.runtime.world_size,
+        )  # fmt: skip
+        load_weights_(self.model, state["state_dict"], where=where)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ewa:
+            self.ewa.load_state_dict(state["ewa"])
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
+        self.progress, self.history = progress, history
+        self.sums.copy_(state["sums"][self.runtime.rank])
+        set_rng_state(state["rng"][self.runtime.rank], self.runtime.device)
+
+    def _signal_received(self, check: bool) -> bool:
+        """Tell whether any rank was told to stop; ranks agree every `log.interval` updates."""
+        if not self.runtime.is_distributed:
+            return self.signals.signum != 0
+        if not check:
+            return False
+        received = torch.tensor(self.signals.signum, device=self.runtime.device)
+        dist.all_reduce(received, op=dist.ReduceOp.MAX)
+        self.signals.signum = int(received)
+        return self.signals.signum != 0

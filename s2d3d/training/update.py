@@ -1,0 +1,113 @@
+"""What happens before the optimizer's step: the gradient of a global batch, and a watch that it is finite."""
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from ..datasets import BatchLoader
+
+LOSS, CORRECT, SAMPLES, NORM, BALANCE, DROPPED = range(6)
+"""Places in the sums of an epoch; the last two are there with routers alone."""
+SHOWN_NAMES, SHOWN_INDICES = 8, 64
+
+
+def accumulate_gradient(
+    network: nn.Module,
+    points: Tensor,
+    labels: Tensor,
+    *,
+    sums: Tensor,
+    num_parts: int = 1,
+    label_smoothing: float = 0.0,
+    bf16: bool = False,
+    parallel: DistributedDataParallel | None = None,
+    extra_loss: Callable[[float], Tensor] | None = None,
+) -> Tensor:
+    """Add the gradient of one global batch's loss to the parameters, a part of the batch after the other.
+
+    Args:
+        network: what is called: the model, or a wrapper of it.
+        points: (B, N, C), this rank's share of the batch, on the device of the model.
+        labels: (B,) int64.
+        sums: float64, of the epoch; loss, correct predictions and samples are added, in place.
+        num_parts: parts that the batch is cut into, of about equal size; their gradients add up to that of the whole.
+        label_smoothing: in [0, 1).
+        bf16: run the forward pass under autocast.
+        parallel: the wrapper that averages gradients over ranks, which it then does once, with the last part.
+        extra_loss: given a part's share of the batch, in (0, 1], returns a loss of its forward pass to add.
+
+    Returns:
+        The mean loss over this rank's samples, without `extra_loss`, detached.
+
+    Example:
+        >>> model, sums = nn.Linear(3, 2), torch.zeros(4, dtype=torch.float64)
+        >>> loss = accumulate_gradient(model, torch.rand(4, 3), torch.tensor([0, 1, 1, 0]), sums=sums, num_parts=2)
+        >>> float(sums[SAMPLES]), model.weight.grad.shape
+        (4.0, torch.Size([2, 3]))
+    """
+    total = torch.zeros((), device=points.device)
+    parts = [part for part in zip(points.tensor_split(num_parts), labels.tensor_split(num_parts)) if len(part[1])]
+    for index, (part, target) in enumerate(parts):
+        last = index == len(parts) - 1
+        with contextlib.nullcontext() if last or parallel is None else parallel.no_sync():
+            with torch.autocast(points.device.type, torch.bfloat16, enabled=bf16):
+                logits = network(part)
+            loss = F.cross_entropy(logits.float(), target, label_smoothing=label_smoothing)
+            share = len(target) / len(labels)
+            weighted = loss * share
+            (weighted if extra_loss is None else weighted + extra_loss(share)).backward()
+        total += weighted.detach()
+        sums[CORRECT] += (logits.detach().argmax(1) == target).sum()
+    sums[LOSS] += total.double() * len(labels)
+    sums[SAMPLES] += len(labels)
+    return total
+
+
+class FiniteWatch:
+    """Remembers the first update with a non-finite loss or gradient, without waiting for the device.
+
+    Example:
+        >>> watch = FiniteWatch(torch.device("cpu"))
+        >>> for update, loss in enumerate([0.5, float("nan"), 0.5]):
+        ...     watch.note(torch.tensor(loss), torch.tensor(1.0), update)
+        >>> watch.first_bad()
+        1
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._bad = torch.full((), -1, dtype=torch.int64, device=device)
+
+    def note(self, loss: Tensor, grad_norm: Tensor, update: int) -> None:
+        """Look at one update, number `update`: loss and gradient norm, 0-d."""
+        bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
+        self._bad = torch.where(bad & (self._bad < 0), update, self._bad)
+
+    def first_bad(self) -> int | None:
+        """Return the number of the first bad update, None where all were good; waits for the device."""
+        update = int(self._bad)
+        return update if update >= 0 else None
+
+
+def nonfinite_message(loader: BatchLoader, update: int, last_good: Path | str) -> str:
+    """Say at which update the loss or a gradient was not finite, and which shapes were in this process's batch.
+
+    Args:
+        loader: of the training set.
+        update: number of the update, from 0.
+        last_good: the checkpoint to go back to.
+    """
+    epoch, step = divmod(update, len(loader))
+    indices = loader.indices(epoch, step).tolist()
+    names = [loader.dataset.names[index] for index in indices[:SHOWN_NAMES]]
+    more = f" and {len(indices) - len(names)} more" if len(indices) > len(names) else ""
+    listed = ", ".join(map(str, indices[:SHOWN_INDICES])) + (", ..." if len(indices) > SHOWN_INDICES else "")
+    return (
+        f"loss or gradient is not finite at update {update + 1} (epoch {epoch + 1}); "
+        f"last good checkpoint: {last_good}; lower optim.lr or optim.clip_grad, or look at "
+        f"its batch: {', '.join(names)}{more} (shapes {listed} of split '{loader.dataset.split}')"
+    )

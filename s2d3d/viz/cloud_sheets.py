@@ -1,0 +1,291 @@
+"""The sheets of clouds that `tools/visualize.py` draws: what is shown, in which order, with which words and colours."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..datasets.corruptions import CORRUPTIONS, check_corruption, corrupt
+from ..errors import InputError
+from ..models import PointBERT
+from ..ops.points import farthest_point_sample, gather_points, nearest_neighbours
+from .sheet import CloudSheet
+from .tokens import TokenExperts
+
+WRONG = "#c2410c"
+GREY = (0.72, 0.74, 0.77)
+CENTER_SCALE = 2.2
+"""Size of a centre relative to a point."""
+EXPERT_COLORS = tuple(
+    tuple(int(color[start : start + 2], 16) / 255 for start in (1, 3, 5))
+    for color in ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#4d4d4d")
+)
+"""Of experts 0, 1, ...; Okabe and Ito's colours, which most colour-blind people tell apart. They repeat after eight."""
+
+
+def gallery_sheet(points: Tensor, labels: Tensor, class_names: Sequence[str], title: str) -> CloudSheet:
+    """Show clouds with their class, coloured by height, in the order of the classes.
+
+    Args:
+        points: (n, N, 3), z up.
+        labels: (n,) int64.
+        class_names: what the labels mean.
+        title: of the sheet.
+
+    Example:
+        >>> gallery_sheet(torch.rand(2, 9, 3), torch.tensor([1, 0]), ["box", "mug"], "two").captions
+        ['box', 'mug']
+    """
+    order = labels.argsort(stable=True)
+    return CloudSheet(points[order], [class_names[label] for label in labels[order]], title)
+
+
+def by_mistake(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Order predictions, the worst first: wrong ones before right ones, then by the probability of the true class.
+
+    Args:
+        probabilities: (n, num_classes).
+        labels: (n,) int64, the true classes.
+
+    Returns:
+        (n,) int64 indices; equal ones keep their order.
+
+    Example:
+        >>> by_mistake(torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]]), torch.tensor([0, 0, 0])).tolist()
+        [2, 1, 0]
+    """
+    of_truth = probabilities.gather(1, labels[:, None])[:, 0].double()
+    return (of_truth + (probabilities.argmax(1) == labels)).argsort(stable=True)
+
+
+def predictions_sheet(
+    points: Tensor, labels: Tensor, probabilities: Tensor, class_names: Sequence[str], title: str
+) -> CloudSheet:
+    """Show clouds with their true and predicted class and the confidence, the worst mistakes first and framed.
+
+    Args:
+        points: (n, N, 3), z up.
+        labels: (n,) int64, the true classes.
+        probabilities: (n, num_classes) of the model.
+        class_names: what the labels mean.
+        title: of the sheet, below the number of clouds recognised.
+
+    Example:
+        >>> likely = torch.tensor([[0.9, 0.1], [0.8, 0.2]])
+        >>> predictions_sheet(torch.rand(2, 9, 3), torch.tensor([0, 1]), likely, ["box", "mug"], "two").captions
+        ['mug\\ntaken for box, 80 %', 'box\\nrecognised, 90 %']
+    """
+    order = by_mistake(probabilities, labels)
+    right = probabilities.argmax(1) == labels
+    captions = [prediction_caption(probabilities[i], class_names, int(labels[i])) for i in order.tolist()]
+    marks = [None if right[i] else WRONG for i in order.tolist()]
+    score = f"{int(right.sum())} of {len(right)} clouds recognised"
+    return CloudSheet(points[order], captions, f"{score}\n{title}; colour shows height", marks=marks)
+
+
+def prediction_caption(probabilities: Tensor, class_names: Sequence[str], label: int) -> str:
+    """Return the true class, and below it what a model says, with its confidence: probabilities (num_classes,)."""
+    confidence, guess = probabilities.max(0)
+    verdict = "recognised" if int(guess) == label else f"taken for {class_names[int(guess)]}"
+    return f"{class_names[label]}\n{verdict}, {100 * float(confidence):.0f} %"
+
+
+def patches_sheet(model: nn.Module, points: Tensor, captions: Sequence[str], title: str) -> CloudSheet:
+    """Show the groups that Point-BERT cuts clouds into: a colour for each, its centre large, other points grey.
+
+    Groups overlap; a point of several has the colour of the one whose centre is nearest.
+
+    Args:
+        model: a `PointBERT`; its weights do not matter.
+        points: (n, N, 3), z up.
+        captions: one for each cloud; how the points are shared is added.
+        title: of the sheet.
+
+    Raises:
+        InputError: a model without groups.
+
+    Example:
+        >>> from s2d3d import create_model
+        >>> model = create_model("point_bert_tiny", num_classes=2, num_group=4, group_size=8)
+        >>> len(patches_sheet(model, torch.rand(1, 64, 3), ["noise"], "groups").clouds[0])
+        68
+    """
+    if not isinstance(model, PointBERT):
+        raise InputError(f"{type(model).__name__} has no groups to draw; patches need a Point-BERT or Point-MAE model")
+    group, centers = group_of_points(model, points)
+    palette = group_colors(model.num_group)
+    clouds, colors, scales, texts = [], [], [], []
+    for cloud, own, middle, caption in zip(points, group.numpy(), centers, captions):
+        clouds.append(torch.cat([cloud, middle]))
+        of_points = np.where(own[:, None] >= 0, palette[own], GREY)
+        colors.append(np.concatenate([of_points, 0.55 * palette]))
+        scales.append(_scales(len(cloud), len(middle)))
+        texts.append(f"{caption}\n{int((own >= 0).sum())} of {len(own)} points in groups")
+    return CloudSheet(clouds, texts, title, colors, scales)
+
+
+def group_of_points(model: PointBERT, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the groups of a Point-BERT as indices.
+
+    Args:
+        model: whose `num_group` groups of `group_size` points are meant.
+        points: (B, N, 3).
+
+    Returns:
+        (B, N) int64: the group of each point, of several the one with the nearest centre, -1 for none; and the
+        centres (B, num_group, 3).
+    """
+    centers = gather_points(points, farthest_point_sample(points, model.num_group, skip_origin=model.fps_skip_origin))
+    members = nearest_neighbours(centers, points, model.group_size)  # (B, G, S)
+    distance = _distances(centers, points)  # (B, G, N)
+    outside = torch.ones_like(distance, dtype=torch.bool).scatter_(2, members, False)
+    nearest = distance.masked_fill(outside, torch.inf).min(1)
+    return nearest.indices.masked_fill(nearest.values.isinf(), -1), centers
+
+
+def group_colors(count: int) -> NDArray[np.float64]:
+    """Return (count, 3) colours of which neighbours in the list are far apart.
+
+    Farthest point sampling puts successive centres far from each other, but any two groups may touch.
+    """
+    hues = 0.61803398875 * np.arange(count) % 1
+    return colormaps["hsv"](hues)[:, :3] * np.where(np.arange(count)[:, None] % 2, 0.75, 1.0)
+
+
+def experts_sheet(points: Tensor, passes: Sequence[TokenExperts], captions: Sequence[str], title: str) -> CloudSheet:
+    """Show which expert each token went to: a row for each cloud, a column for each pass.
+
+    The large balls are the tokens' positions; a point has the colour of the nearest token. Dropped tokens are black.
+
+    Args:
+        points: (n, N, 3), z up.
+        passes: of the same layer and clouds, as `trace_experts` returns them.
+        captions: one for each cloud.
+        title: of the sheet.
+
+    Example:
+        >>> tokens = TokenExperts("mlp", torch.tensor([[0, 1]]), torch.rand(1, 2, 3), 2)
+        >>> experts_sheet(torch.rand(1, 9, 3), [tokens] * 3, ["noise"], "experts").captions[2]
+        'noise, pass 3\\ntokens of expert 0, 1: 1, 1'
+    """
+    palette = np.array(EXPERT_COLORS)
+    clouds, colors, scales, texts = [], [], [], []
+    for row, (cloud, caption) in enumerate(zip(points, captions)):
+        for number, tokens in enumerate(passes, 1):
+            experts, positions = tokens.experts[row], tokens.positions[row]
+            rgb = np.where(experts.numpy()[:, None] >= 0, palette[experts.numpy() % len(palette)], 0.0)
+            nearest = _distances(cloud, positions).argmin(1).numpy()
+            clouds.append(torch.cat([cloud, positions]))
+            colors.append(np.concatenate([0.45 * rgb[nearest] + 0.55, rgb]))
+            scales.append(_scales(len(cloud), len(positions)))
+            counts = experts[experts >= 0].bincount(minlength=tokens.num_experts).tolist()
+            names = "expert " + ", ".join(map(str, range(tokens.num_experts)))
+            texts.append(f"{caption}, pass {number}\ntokens of {names}: {', '.join(map(str, counts))}")
+    return CloudSheet(clouds, texts, title, colors, scales, columns=len(passes))
+
+
+def point_saliency(model: nn.Module, points: Tensor, labels: Tensor | None = None) -> Tensor:
+    """Return how strongly a class score reacts to each point: the length of its gradient with respect to the point.
+
+    Args:
+        model: points (B, N, 3) -> logits (B, num_classes), in eval mode, on the device of the points.
+        points: (B, N, 3).
+        labels: (B,) int64, whose scores; default: the predicted classes.
+
+    Returns:
+        (B, N), at least 0, in logits per unit of length.
+
+    Source: Simonyan et al. 2013, "Deep Inside Convolutional Networks", arXiv 1312.6034, section 3, which takes the
+    largest of the colour channels where this takes the length of the vector.
+
+    Example:
+        >>> head = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+        >>> point_saliency(head, torch.rand(5, 4, 3)).shape
+        torch.Size([5, 4])
+    """
+    points = points.detach().clone().requires_grad_(True)
+    with torch.enable_grad():
+        logits = model(points)
+        chosen = logits.argmax(1) if labels is None else labels.to(logits.device)
+        score = logits.gather(1, chosen[:, None]).sum()
+        (gradient,) = torch.autograd.grad(score, points)
+    return gradient.norm(dim=2)
+
+
+def saliency_sheet(
+    points: Tensor, saliency: Tensor, captions: Sequence[str], title: str, marks: Sequence[str | None] | None = None
+) -> CloudSheet:
+    """Show the saliency of points from dark to light; the lightest are also larger. Each cloud has its own scale.
+
+    Args:
+        points: (n, N, 3), z up.
+        saliency: (n, N), at least 0, as `point_saliency` returns it.
+        captions: one for each cloud.
+        title: of the sheet.
+        marks: see `CloudSheet`.
+    """
+    colors, scales = [], []
+    for values in saliency.double().cpu():
+        # A few points of a group's rim outshine all others: the scale ends at the 98th percentile.
+        level = (values / values.quantile(0.98).clamp_min(1e-30)).clamp(max=1).numpy()
+        colors.append(colormaps["inferno"](0.05 + 0.85 * level)[:, :3])
+        scales.append(0.7 + 0.8 * level)
+    return CloudSheet(points, captions, title, colors, scales, marks)
+
+
+def corruptions_sheet(
+    points: Tensor,
+    captions: Sequence[str],
+    severity: int,
+    title: str,
+    *,
+    seed: int,
+    indices: Sequence[int],
+    classify: Callable[[Tensor, int], tuple[str, bool]] | None = None,
+) -> CloudSheet:
+    """Show clouds as they are and under each corruption: a row for each cloud.
+
+    Args:
+        points: (n, N, 3), z up, unit sphere.
+        captions: one for each cloud.
+        severity: 1 (mild) to 5.
+        title: of the sheet.
+        seed: of the corrupted clouds.
+        indices: numbers of the clouds in their set, so that the clouds are those that an evaluation sees.
+        classify: given a cloud (M, 3) and its row, returns a second line for its caption and whether it is right.
+
+    Raises:
+        InputError: a severity outside 1 .. 5.
+
+    Example:
+        >>> corruptions_sheet(torch.rand(1, 64, 3), ["noise"], 3, "title", seed=0, indices=[0]).captions[2]
+        'noise, jitter'
+    """
+    for name in CORRUPTIONS:
+        check_corruption(name, severity)
+    if severity == 0:
+        raise InputError("severity is 0, must be 1 .. 5")
+    clouds, texts, marks = [], [], []
+    for row, (cloud, caption, index) in enumerate(zip(points, captions, indices)):
+        for change in (None, *CORRUPTIONS):
+            changed = cloud if change is None else corrupt(cloud, change, severity, seed=seed, index=index)
+            text, mark = f"{caption}, {change or 'as it is'}", None
+            if classify:
+                verdict, right = classify(changed, row)
+                text, mark = f"{text}\n{verdict}", None if right else WRONG
+            clouds.append(changed)
+            texts.append(text)
+            marks.append(mark)
+    return CloudSheet(clouds, texts, title, marks=marks, columns=len(CORRUPTIONS) + 1)
+
+
+def _distances(first: Tensor, second: Tensor) -> Tensor:
+    # The default of large sets goes through a matrix product, which is off by 1e-3 for near points.
+    return torch.cdist(first, second, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _scales(num_points: int, num_centers: int) -> NDArray[np.float64]:
+    return np.repeat([1.0, CENTER_SCALE], [num_points, num_centers])

@@ -1,0 +1,95 @@
+"""Run folders read back."""
+
+import json
+
+import pytest
+
+from s2d3d.config.load import dump_config
+from s2d3d.datasets.corruptions import CORRUPTIONS
+from s2d3d.errors import InputError
+from s2d3d.runs.folder import RunFolder
+from s2d3d.runs.record import read_runs
+
+LOG = "epoch,updates,train_loss,val_oa,test_oa\n1,6,2.5,,\n2,12,1.25,,0.5\n3,18,nan,,inf\n"
+
+
+@pytest.fixture
+def make_run(tiny_config, tmp_path):
+    def make(path="run", log=LOG, **files):
+        folder = RunFolder(tmp_path / path)
+        folder.root.mkdir(parents=True)
+        folder.config.write_text(dump_config(tiny_config("seed=7")))
+        folder.log.write_text(log)
+        for name, content in files.items():
+            (folder.root / f"{name}.json").write_text(content if isinstance(content, str) else json.dumps(content))
+        return folder
+
+    return make
+
+
+def test_a_run_is_read_as_it_was_written(make_run, tiny_config):
+    robustness = {
+        "clean": {"oa": 0.5},
+        "corruptions": {name: {"oa": [0.25] * 5} for name in CORRUPTIONS},
+        "mean_oa": 0.25,
+    }
+    folder = make_run(metrics={"merged": {"oa": 0.5}}, environment={"python": "3"}, robustness=robustness)
+    folder.merged.touch()
+    (record,) = read_runs([folder.root])
+    assert record.config == tiny_config("seed=7").to_dict() and record.name == "run"
+    assert record.log == [
+        {"epoch": 1, "updates": 6, "train_loss": 2.5},
+        {"epoch": 2, "updates": 12, "train_loss": 1.25, "test_oa": 0.5},
+        {"epoch": 3, "updates": 18},
+    ]
+    assert record.metrics == {"merged": {"oa": 0.5}} and record.environment == {"python": "3"}
+    assert record.robustness == robustness and record.analysis is None and record.checkpoint == folder.merged
+    folder.final.touch()
+    assert read_runs([folder.root])[0].checkpoint == folder.final, "of a routed run"
+
+
+def test_a_run_under_way_has_no_metrics_yet(make_run):
+    (record,) = read_runs([str(make_run().root)])
+    assert record.metrics == {} and record.environment == {} and record.checkpoint is None
+
+
+def test_equal_names_are_told_apart_by_their_paths(make_run):
+    folders = [make_run(path).root for path in ("a/run", "b/run", "b/other")]
+    assert [record.name for record in read_runs(folders)] == [str(folders[0]), str(folders[1]), "other"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: folder.config.unlink(), "run: holds no config.yaml; the folder of a run is needed"),
+        (lambda folder: folder.log.unlink(), "log.csv: holds no epoch; wait for the end of the first"),
+        (lambda folder: folder.log.write_text("epoch,lr\n"), "log.csv: holds no epoch"),
+        (lambda folder: folder.log.write_text("a,b\n1,2\n"), "log.csv: line 2 has no number in column 'epoch'"),
+        (lambda folder: folder.log.write_bytes(b"epoch\n\xff\xfe"), "log.csv: not a CSV file"),
+        (lambda folder: folder.metrics.write_text("{"), "metrics.json: not a JSON file"),
+        (lambda folder: folder.metrics.write_text("[1]"), "metrics.json: holds no JSON object"),
+        (lambda folder: folder.config.write_text("seed: x\n"), "seed"),
+        (
+            lambda folder: folder.robustness.write_text('{"corruption": ["jitter", 3]}'),
+            "it needs a file that --corruption all",
+        ),
+        (
+            lambda folder: folder.analysis.write_text('{"epochs": []}'),
+            "is not what tools/analyze.py writes; write it again",
+        ),
+    ],
+)
+def test_damage_is_named(make_run, spoil, message):
+    folder = make_run()
+    spoil(folder)
+    with pytest.raises(InputError, match=message):
+        read_runs([folder.root])
+
+
+def test_each_run_once_and_only_folders(make_run, tmp_path):
+    folder = make_run()
+    with pytest.raises(InputError, match="is named twice"):
+        read_runs([folder.root, folder.root / "."])
+    for missing in (tmp_path / "none", folder.log):
+        with pytest.raises(InputError, match="no such folder; the folder of a run is needed"):
+            read_runs([missing])

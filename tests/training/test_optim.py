@@ -1,0 +1,172 @@
+"""Weight decay by name, and the learning rate against its closed formula."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from s2d3d import MoFConfig, convert_to_mof_, create_model
+from s2d3d.training.optim import build_optimizer, build_scheduler, no_decay_names
+
+TINY = dict(trans_dim=24, depth=2, num_heads=2, num_group=12, group_size=8, encoder_dims=24, encoder_width=8)
+
+
+def tiny(variant: str = "bert", kind: str | None = None) -> nn.Module:
+    model = create_model("point_bert_tiny", num_classes=5, variant=variant, **TINY)
+    if kind:
+        convert_to_mof_(model, MoFConfig(num_experts=3, every=1, kind=kind))
+    return model
+
+
+@pytest.mark.parametrize("variant", ["bert", "mae"])
+def test_the_published_rule_on_a_dense_model(variant):
+    """No decay of 1-d tensors, biases and the class token; the class position is decayed."""
+    model = tiny(variant)
+    expected = {name for name, p in model.named_parameters() if p.ndim == 1 or name == "cls_token"}
+    assert no_decay_names(model) == expected
+    assert "cls_pos" not in expected and {"norm.weight", "encoder.first_conv.1.weight"} <= expected
+
+
+@pytest.mark.parametrize("kind", ["rup", "topk"])
+def test_stacked_biases_are_not_decayed_and_stacked_weights_are(kind):
+    """Their dimensions would say the opposite: a bias is (K, d)."""
+    dense, sparse = tiny(), tiny(kind=kind)
+    stacked = dict(sparse.named_parameters())["blocks.blocks.0.mlp.fc1.bias"]
+    assert stacked.ndim == 2
+    assert no_decay_names(sparse) == no_decay_names(dense), "a sparse run decays what its dense twin decays"
+    if kind == "topk":
+        assert any("router" in name and name not in no_decay_names(sparse) for name, _ in sparse.named_parameters())
+
+
+def test_groups_hold_every_trainable_parameter_once():
+    model = tiny(kind="rup")
+    model.cls_pos.requires_grad_(False)
+    optimizer = build_optimizer(model, name="adamw", lr=2e-3, weight_decay=0.05)
+    decayed, spared = optimizer.param_groups
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.05, 0)
+    assert {group["lr"] for group in optimizer.param_groups} == {2e-3}
+    skip = no_decay_names(model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[id(p)] for p in spared["params"]} == skip
+    assert {names[id(p)] for p in decayed["params"]} == set(names.values()) - skip - {"cls_pos"}
+
+
+def test_decay_reaches_the_decayed_alone():
+    """One step of AdamW without gradient signal multiplies by 1 - lr * decay, or leaves alone."""
+    model = tiny(kind="rup")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = build_optimizer(model, name="adamw", lr=0.1, weight_decay=0.5)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    skip = no_decay_names(model)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name] * (1 if name in skip else 1 - 0.1 * 0.5))
+
+
+def test_adamw_is_the_fused_one_and_others_are_built():
+    model = tiny()
+    assert build_optimizer(model, name="adamw", lr=1e-3, weight_decay=0.0).defaults["fused"]
+    assert isinstance(build_optimizer(model, name="sgd", lr=1e-3, weight_decay=0.0), torch.optim.SGD)
+
+
+def test_a_model_of_spared_parameters_alone():
+    optimizer = build_optimizer(nn.LayerNorm(3), name="adamw", lr=1e-3, weight_decay=0.1)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0]
+
+
+# Learning rate
+
+
+def rates(schedule, total, warmup, lr=1e-2, min_lr=1e-4, warmup_lr=1e-5):
+    """The rate of every update, as training asks for them."""
+    optimizer = build_optimizer(tiny(), name="adamw", lr=lr, weight_decay=0.05)
+    scheduler = build_scheduler(
+        optimizer, schedule=schedule, min_lr=min_lr, warmup_lr=warmup_lr, warmup_steps=warmup, total_steps=total
+    )
+    result = []
+    for update in range(total):
+        scheduler.step_update(update)
+        first, second = (group["lr"] for group in optimizer.param_groups)
+        assert first == second
+        result.append(first)
+    return result
+
+
+@pytest.mark.parametrize(("total", "warmup"), [(50, 10), (50, 0), (7, 3), (300, 1)])
+def test_cosine_after_a_linear_warm_up(total, warmup):
+    for update, rate in enumerate(rates("cosine", total, warmup)):
+        if update < warmup:
+            expected = 1e-5 + (1e-2 - 1e-5) * update / warmup
+        else:
+            expected = 1e-4 + (1e-2 - 1e-4) * (1 + math.cos(math.pi * update / total)) / 2
+        assert rate == pytest.approx(expected, rel=1e-9), update
+
+
+def test_constant_after_a_linear_warm_up():
+    expected = [1e-5 + (1e-2 - 1e-5) * update / 4 for update in range(4)] + [1e-2] * 16
+    assert rates("constant", 20, 4) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_rate_depends_on_the_update_alone():
+    """A run that resumes builds a new schedule and asks for update n at once."""
+    whole = rates("cosine", 30, 5)
+    optimizer = build_optimizer(tiny(), name="adamw", lr=1e-2, weight_decay=0.05)
+    options = dict(schedule="cosine", min_lr=1e-4, warmup_lr=1e-5, warmup_steps=5, total_steps=30)
+    scheduler = build_scheduler(optimizer, **options)
+    for update in (17, 3, 29):
+        scheduler.step_update(update)
+        assert optimizer.param_groups[0]["lr"] == whole[update]
+
+
+# Experts at another rate
+
+
+@pytest.mark.parametrize("kind", ["rup", "topk"])
+def test_multiplier_splits_the_groups_and_keeps_the_rule_of_decay(kind):
+    model = tiny(kind=kind)
+    optimizer = build_optimizer(model, name="adamw", lr=1e-2, weight_decay=0.05, lr_multiplier=4.0)
+    names, skip = {id(p): name for name, p in model.named_parameters()}, no_decay_names(model)
+    seen = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(seen) == sorted(names.values()), "every parameter once"
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            name = names[id(p)]
+            assert group["weight_decay"] == (0 if name in skip else 0.05), name
+            is_expert = ".mlp.fc" in name  # stacked; a router is none
+            assert group.get("lr_scale", 1.0) == (4.0 if is_expert else 1.0), name
+            assert group["lr"] == pytest.approx(1e-2 * group.get("lr_scale", 1.0))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_multiplier_holds_at_every_update_of_the_schedule(schedule):
+    expected = rates(schedule, 20, 4)
+    optimizer = build_optimizer(tiny(kind="rup"), name="adamw", lr=1e-2, weight_decay=0.05, lr_multiplier=0.5)
+    options = dict(schedule=schedule, min_lr=1e-4, warmup_lr=1e-5, warmup_steps=4, total_steps=20)
+    scheduler = build_scheduler(optimizer, **options)
+    for update, rate in enumerate(expected):
+        scheduler.step_update(update)
+        got = [group["lr"] for group in optimizer.param_groups]
+        assert got == pytest.approx([rate, rate, rate / 2, rate / 2], rel=1e-9), update
+
+
+def test_multiplier_scales_the_step_of_the_experts_alone():
+    """Of plain SGD, whose step is the rate times the gradient."""
+    steps = []
+    for multiplier in (1.0, 3.0):
+        torch.manual_seed(0)
+        model = tiny(kind="rup")
+        optimizer = build_optimizer(model, name="momentum", lr=0.1, weight_decay=0.0, lr_multiplier=multiplier)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        steps.append({name: before[name] - p.detach() for name, p in model.named_parameters()})
+    for name, step in steps[0].items():
+        torch.testing.assert_close(steps[1][name], step * (3 if ".mlp.fc" in name else 1))
+
+
+def test_multiplier_of_a_dense_model_changes_nothing():
+    optimizer = build_optimizer(tiny(), name="adamw", lr=1e-3, weight_decay=0.1, lr_multiplier=4.0)
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 1e-3]

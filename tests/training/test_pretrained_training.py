@@ -1,0 +1,160 @@
+"""Fine-tuning: a run that starts from a checkpoint, with and without experts."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from reference import draw_weights_
+
+from s2d3d import Trainer, create_model, load_checkpoint, load_model
+from s2d3d.config.load import dump_config, parse_config
+from s2d3d.errors import InputError
+
+
+class Watched(Trainer):
+    """Keeps the weights that the training starts from."""
+
+    def _train_epoch(self):
+        if not hasattr(self, "start"):
+            self.start = {key: value.clone() for key, value in self.model.state_dict().items()}
+        super()._train_epoch()
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for key in first:
+        assert torch.equal(first[key], second[key]), key
+
+
+@pytest.fixture
+def published(tiny_config, tmp_path):
+    """Write a checkpoint in the published layout that fits the tiny model; return its path and its weights."""
+
+    def write(num_classes=12, config=None):
+        config = config or tiny_config()
+        model = draw_weights_(create_model(config.model.name, num_classes=num_classes, **config.model.kwargs), seed=3)
+        path = tmp_path / "published.pth"
+        weights = {f"module.{key}": value for key, value in model.state_dict().items()}
+        torch.save({"base_model": weights, "epoch": 299, "metrics": {"acc": np.float64(93.2)}}, path)
+        return path, model.state_dict()
+
+    return write
+
+
+def test_dense_training_starts_from_the_file(tiny_config, published, caplog):
+    path, weights = published()
+    trainer = Watched(tiny_config("s2d.kind=none", f"model.pretrained={path}", "train.max_steps=1"))
+    with caplog.at_level(logging.INFO):
+        trainer.fit()
+    assert_same(trainer.start, weights)
+    lines = [record.message for record in caplog.records if "tensors loaded" in record.message]
+    (line,) = lines
+    total = len(weights)
+    assert line.startswith(f"{path}: {total} of the model's {total} tensors loaded; taken as trained z up")
+
+
+def test_experts_start_as_copies_of_the_pretrained_ffn(tiny_config, published):
+    path, weights = published()
+    trainer = Watched(tiny_config(f"model.pretrained={path}", "train.max_steps=1"))
+    trainer.fit()
+    assert trainer.converted == ["blocks.blocks.1.mlp"]
+    for key, value in trainer.start.items():
+        if key.startswith("blocks.blocks.1.mlp."):
+            assert len(value) == 4
+            for expert in value:
+                assert torch.equal(expert.t() if expert.dim() == 2 else expert, weights[key]), key
+        else:
+            assert torch.equal(value, weights[key]), key
+
+
+def test_a_head_for_other_classes_starts_as_without_the_file(tiny_config, published, tmp_path):
+    fresh = Watched(tiny_config("train.max_steps=1", f"output_dir={tmp_path / 'fresh'}"))
+    fresh.fit()
+    path, weights = published(num_classes=5)
+    tuned = Watched(tiny_config(f"model.pretrained={path}", "train.max_steps=1"))
+    tuned.fit()
+    for key in ("cls_head_finetune.3.weight", "cls_head_finetune.3.bias"):
+        assert torch.equal(tuned.start[key], fresh.start[key]), key
+    assert torch.equal(tuned.start["cls_head_finetune.0.weight"], weights["cls_head_finetune.0.weight"])
+    assert not torch.equal(fresh.start["cls_head_finetune.0.weight"], weights["cls_head_finetune.0.weight"])
+
+
+def test_resume_and_merged_model_do_not_need_the_file(tiny_config, published, tmp_path):
+    path, _ = published()
+    pretrained = f"model.pretrained={path}"
+    whole = Trainer(tiny_config(pretrained, f"output_dir={tmp_path / 'whole'}"))
+    whole.fit()
+    stopped = Trainer(tiny_config(pretrained, "train.max_steps=8"))
+    stopped.fit()
+    path.unlink()
+    resumed = Trainer(tiny_config(pretrained))
+    merged = resumed.fit(resume=stopped.folder.root)
+    assert_same(load_checkpoint(merged)["state_dict"], load_checkpoint(whole.folder.merged)["state_dict"])
+    payload = load_checkpoint(merged)
+    assert "pretrained" not in payload["model"]["kwargs"]
+    assert payload["config"]["model"]["pretrained"] == str(path), "a run knows what it started from"
+    assert load_model(merged)(torch.rand(2, 128, 3)).shape == (2, 12)
+    assert parse_config(payload["config"], where="merged.pt").model.kwargs == payload["model"]["kwargs"]
+
+
+def test_our_merged_model_is_a_start_too(tiny_config, tmp_path):
+    first = Trainer(tiny_config("train.epochs=1", "optim.warmup_epochs=0", f"output_dir={tmp_path / 'first'}"))
+    merged = first.fit()
+    second = Watched(tiny_config("s2d.kind=none", f"model.pretrained={merged}", "train.max_steps=1"))
+    second.fit()
+    assert_same(second.start, load_checkpoint(merged)["state_dict"])
+
+
+def test_weights_of_clouds_y_up_are_turned(tiny_config, published):
+    path, weights = published()
+    trainer = Watched(tiny_config(f"model.pretrained={path}", "model.pretrained_up_axis=y", "train.max_steps=1"))
+    trainer.fit()
+    x, y, z = weights["pos_embed.0.weight"].unbind(1)
+    assert torch.equal(trainer.start["pos_embed.0.weight"], torch.stack([x, -z, y], dim=1))
+
+
+def test_point_mae_is_fine_tuned_merged_and_recalibrated(tiny_config, published):
+    """Its head has BatchNorm behind the experts."""
+    overrides = ["model.name=point_mae", "model.encoder_dims=24"]
+    path, weights = published(config=tiny_config(*overrides))
+    trainer = Watched(tiny_config(*overrides, f"model.pretrained={path}", "train.epochs=1", "optim.warmup_epochs=0"))
+    merged = trainer.fit()
+    assert torch.equal(trainer.start["cls_head_finetune.5.running_var"], weights["cls_head_finetune.5.running_var"])
+    assert set(trainer.reports) == {"sparse", "merged", "recalibrated"}
+    assert load_checkpoint(merged)["state_dict"].keys() == weights.keys()
+    last = load_checkpoint(trainer.folder.last)["state_dict"]
+    for key, same in (("cls_head_finetune.1.running_mean", False), ("encoder.first_conv.1.running_mean", True)):
+        assert torch.equal(load_checkpoint(merged)["state_dict"][key], last[key]) == same, key
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"no checkpoint", {"foreign.weight": torch.ones(2)}], ids=["none", "text", "foreign"]
+)
+def test_a_file_that_cannot_be_loaded_is_one_line_and_no_run(tiny_config, tmp_path, tool, capsys, content):
+    path = tmp_path / "published.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content:
+        torch.save(content, path)
+    config = tiny_config(f"model.pretrained={path}")
+    with pytest.raises(InputError, match=r"published\.pth"):
+        Trainer(config).fit()
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_config(config))
+    assert tool("train").main([str(file)]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and str(path) in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_file_is_named_before_data_is_read(tiny_config, tmp_path):
+    config = tiny_config(f"model.pretrained={tmp_path / 'none.pth'}", f"data.root={tmp_path / 'no_data'}")
+    with pytest.raises(InputError, match=r"^model\.pretrained: no such file .*none\.pth$"):
+        Trainer(config).fit()
+
+
+def test_experts_drawn_anew_are_refused_with_pretrained_weights(tiny_config):
+    with pytest.raises(InputError, match=r"s2d\.init: must be 'copy' with model\.pretrained"):
+        tiny_config("model.pretrained=a.pth", "s2d.init=independent")
+    tiny_config("model.pretrained=a.pth", "s2d.init=independent", "s2d.kind=none")

@@ -1,0 +1,66 @@
+"""The gradient of a global batch, the sums of an epoch and the watch over both."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from s2d3d.runs.log import LOG_COLUMNS, epoch_line, epoch_row
+from s2d3d.runs.resume import Progress
+from s2d3d.training.update import BALANCE, CORRECT, LOSS, NORM, SAMPLES, FiniteWatch, accumulate_gradient
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 3, 8])
+def test_parts_add_up_to_loss_gradient_and_counts_of_the_whole_batch(num_parts):
+    torch.manual_seed(0)
+    model, points, labels = nn.Linear(4, 3), torch.randn(7, 4), torch.tensor([0, 1, 2, 0, 1, 2, 0])
+
+    def extra(share=1.0):
+        return share * model.weight.square().sum()
+
+    expected = F.cross_entropy(model(points), labels, label_smoothing=0.1)
+    gradients = torch.autograd.grad(expected + extra(), list(model.parameters()))
+    sums = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    loss = accumulate_gradient(
+        model, points, labels, sums=sums, num_parts=num_parts, label_smoothing=0.1, extra_loss=extra
+    )
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, expected.detach())
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+    correct = int((model(points).argmax(1) == labels).sum())
+    assert sums[LOSS].item() == pytest.approx(1 + 7 * expected.item(), rel=1e-6)
+    assert (sums[CORRECT], sums[SAMPLES], sums[NORM]) == (2 + correct, 3 + 7, 4)
+
+
+def test_the_watch_keeps_the_first_bad_update_whatever_follows():
+    good, watch = torch.tensor(1.0), FiniteWatch(torch.device("cpu"))
+    watch.note(good, good, 0)
+    assert watch.first_bad() is None
+    watch.note(good, torch.tensor(math.inf), 1)
+    watch.note(torch.tensor(math.nan), good, 2)
+    watch.note(good, good, 3)
+    assert watch.first_bad() == 1
+
+
+def test_a_bad_first_update_is_number_0():
+    watch = FiniteWatch(torch.device("cpu"))
+    watch.note(torch.tensor(math.nan), torch.tensor(1.0), 0)
+    assert watch.first_bad() == 0
+
+
+def test_a_row_and_its_line_by_hand():
+    sums = torch.tensor([30.0, 15.0, 20.0, 8.0, 4.0, 1.0], dtype=torch.float64)
+    progress = Progress(epoch=2, step=4, updates=12, seconds=90.0)
+    row = epoch_row(progress, sums, lr=1e-3, share_rate=0.25, steps_per_epoch=4)
+    assert row == {
+        "epoch": 3, "updates": 12, "lr": 1e-3, "share_rate": 0.25, "train_loss": 1.5, "train_oa": 0.75,
+        "grad_norm": 2.0, "seconds": 90.0, "balance_loss": 1.0, "dropped": 0.25,
+    }  # fmt: skip
+    assert row.keys() < set(LOG_COLUMNS) and sums[BALANCE] == 4
+    assert epoch_row(progress, sums[:4], lr=1e-3, share_rate=0.0, steps_per_epoch=4).keys().isdisjoint({"balance_loss"})
+    assert epoch_line(row | {"val_oa": 0.5}, 5) == (
+        "epoch 3/5: loss 1.5000, train_oa 75.00 %, val_oa 50.00 %, lr 1.00e-03, share_rate 0.250, 90 s, 0:03:00 left"
+    )
