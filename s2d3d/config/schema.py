@@ -165,14 +165,19 @@ class S2DConfig(Section):
         le=1,
         description="Share rate of Experts Weights Averaging (the final one if linear), in [0, (K-1)/K] for K experts.",
     )
-    schedule: Literal["linear", "constant"] = Field(
-        "linear", description="'linear': share rate from 0 to share_rate over the training; 'constant': share_rate."
+    schedule: Literal["linear", "constant", "squared_lr"] = Field(
+        "linear",
+        description="'linear': share rate from 0 to share_rate over the training; 'constant': share_rate; "
+        "'squared_lr': share_rate times (learning rate / optim.lr)^2: the experts keep their relative distance.",
     )
     stop_fraction: Float = Field(
         1.0, gt=0, le=1, description="Share of the training after which EWA stops, in (0, 1]; below 1: early EWA."
     )
     lr_multiplier: Float = Field(
-        1.0, gt=0, description="Factor on the learning rate of the experts, greater than 0; the schedule stays."
+        1.0,
+        gt=0,
+        description="Factor on the learning rate of the experts, greater than 0; the schedule stays. With kind "
+        "'none': of the FFNs that would become experts.",
     )
     top_k: Int = Field(2, ge=1, description="Experts of a token with kind 'topk', in [1, num_experts].")
     balance_weight: Float = Field(0.01, ge=0, description="Weight of the load-balancing loss with kind 'topk'.")

@@ -91,9 +91,14 @@ def norms_behind_experts(
         converted: names of its expert layers; empty for a dense run.
         mof: which FFNs the sparse twin of a dense run converts.
     """
-    if not converted:
-        with torch.device("meta"):
-            twin = create_model(config.model.name, num_classes=2, **config.model.kwargs)
-            with contextlib.suppress(ValueError, TypeError):  # a dense model need not have an FFN
-                converted = convert_to_mof_(twin, mof)
+    converted = converted or names_of_experts(config, mof)
     return batchnorms_behind(model, converted[0]) if converted else []
+
+
+def names_of_experts(config: Config, mof: MoFConfig) -> list[str]:
+    """Name the FFNs of a dense run that `mof` would convert; empty where the model has none."""
+    with torch.device("meta"):
+        model = create_model(config.model.name, num_classes=2, **config.model.kwargs)
+        with contextlib.suppress(ValueError, TypeError):  # a dense model need not have an FFN
+            return convert_to_mof_(model, mof)
+    return []

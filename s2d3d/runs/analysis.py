@@ -219,7 +219,7 @@ def _predict_(epochs: list[dict[str, float]], config: Config, model: nn.Module) 
     updates = [0.0, *(row["updates"] for row in epochs)]
     steps = np.arange(1, int(updates[-1]) + 1)
     start_lr = config.optim.warmup_lr if config.optim.warmup_epochs else config.optim.lr
-    start_rate = 0.0 if config.s2d.schedule == "linear" else config.s2d.share_rate
+    start_rate = config.s2d.share_rate if config.s2d.schedule == "constant" else 0.0
     rates = np.interp(steps, updates, [start_lr, *(row["lr"] for row in epochs)]).tolist()
     shares = np.interp(steps, updates, [start_rate, *(row["share_rate"] for row in epochs)]).tolist()
     unit = predict_divergence(rates, shares, num_experts, correlation=MOMENTUM)

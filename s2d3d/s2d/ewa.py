@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -72,7 +73,7 @@ class EWA:
         model: nn.Module,
         *,
         share_rate: float,
-        schedule: str = "linear",
+        schedule: str | Callable[[int], float] = "linear",
         total_steps: int,
         stop_fraction: float = 1.0,
     ) -> None:
@@ -81,7 +82,8 @@ class EWA:
         Args:
             model: the converted model; a DDP or compiled wrapper around it works too.
             share_rate: b at the end of the schedule, in [0, (K - 1) / K] for K experts (any of [0, 1] for K = 1).
-            schedule: "linear" or "constant".
+            schedule: "linear", "constant", or a function that returns the factor on `share_rate`, in [0, 1], of update
+                t = 0, 1, ....
             total_steps: optimizer updates of the whole training, at least 1.
             stop_fraction: share of the training after which averaging stops, in (0, 1]; 1 never stops.
 
@@ -89,8 +91,8 @@ class EWA:
             ValueError: an argument out of range, or no expert layer in the model.
         """
         _check_share_rate(share_rate)
-        if schedule not in SCHEDULES:
-            raise ValueError(f"schedule is '{schedule}', must be one of {', '.join(SCHEDULES)}")
+        if not callable(schedule) and schedule not in SCHEDULES:
+            raise ValueError(f"schedule is '{schedule}', must be a function or one of {', '.join(SCHEDULES)}")
         if total_steps < 1:
             raise ValueError(f"total_steps is {total_steps}, must be at least 1")
         if not 0 < stop_fraction <= 1:
@@ -118,6 +120,11 @@ class EWA:
     def _share_rate_of(self, step: int) -> float:
         if step >= self.stop_step:
             return 0.0
+        if callable(self.schedule):
+            factor = self.schedule(step)
+            if not 0 <= factor <= 1:
+                raise ValueError(f"schedule({step}) is {factor}, must be in [0, 1]")
+            return self.share_rate * factor
         if self.schedule == "constant":
             return self.share_rate
         return self.share_rate * min(1.0, step / max(1, self.total_steps - 1))

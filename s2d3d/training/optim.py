@@ -1,6 +1,6 @@
 """Optimizer and learning-rate schedule: timm's, with the package's rule for weight decay."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -27,7 +27,13 @@ def no_decay_names(model: nn.Module) -> set[str]:
 
 
 def build_optimizer(
-    model: nn.Module, *, name: str, lr: float, weight_decay: float, lr_multiplier: float = 1.0
+    model: nn.Module,
+    *,
+    name: str,
+    lr: float,
+    weight_decay: float,
+    lr_multiplier: float = 1.0,
+    scaled: Collection[nn.Parameter] | None = None,
 ) -> torch.optim.Optimizer:
     """Build timm's optimizer `name` with two groups of parameters: decayed and not.
 
@@ -38,22 +44,24 @@ def build_optimizer(
         name: one that timm knows.
         lr: peak learning rate, greater than 0.
         weight_decay: at least 0. AdamW multiplies it by the rate of the group, hence by `lr_multiplier` as well.
-        lr_multiplier: factor on the rate of the experts' parameters, greater than 0; routers are no experts. Other than
-            1 it splits both groups in two, the experts' come last. It is the `lr_scale` that timm's schedulers know,
-            so the factor holds at every update, warm-up and end included.
+        lr_multiplier: factor on the rate of the `scaled` parameters, greater than 0. Other than 1 it splits both groups
+            in two, the scaled ones come last. It is the `lr_scale` that timm's schedulers know, so the factor holds at
+            every update, warm-up and end included.
+        scaled: parameters that the factor is for. None: those of the experts; routers are no experts.
 
     Example:
         >>> len(build_optimizer(nn.Linear(3, 2), name="adamw", lr=1e-3, weight_decay=0.05).param_groups)
         2
     """
     skip = no_decay_names(model)
-    experts: set[nn.Parameter] = set()
+    chosen: set[nn.Parameter] = set()
     if lr_multiplier != 1:
         layers = (layer for layer in model.modules() if isinstance(layer, ExpertLayer))
-        experts = {parameter for layer in layers for parameter in layer.expert_parameters()}
+        experts = (parameter for layer in layers for parameter in layer.expert_parameters())
+        chosen = set(experts if scaled is None else scaled)
     groups = []
     for special in (False, True):
-        trainable = [(key, p) for key, p in model.named_parameters() if p.requires_grad and (p in experts) == special]
+        trainable = [(key, p) for key, p in model.named_parameters() if p.requires_grad and (p in chosen) == special]
         scale = {"lr": lr * lr_multiplier, "initial_lr": lr, "lr_scale": lr_multiplier} if special else {}
         groups += [
             {"params": [p for key, p in trainable if key not in skip], "weight_decay": weight_decay, **scale},

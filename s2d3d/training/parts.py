@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..config.load import Config
 from ..datasets import PointCloudDataset
 from ..errors import InputError
+from ..evaluation.batchnorm import names_of_experts
 from ..machine import Runtime
 from ..models import create_model, load_pretrained_
 from ..random_state import seed_all
@@ -74,6 +75,7 @@ class TrainingParts:
             lr=optim.lr,
             weight_decay=optim.weight_decay,
             lr_multiplier=cfg.s2d.lr_multiplier,
+            scaled=self._dense_ffns() if cfg.s2d.kind == "none" and cfg.s2d.lr_multiplier != 1 else None,
         )
         self.scheduler = build_scheduler(
             self.optimizer,
@@ -86,10 +88,20 @@ class TrainingParts:
         self.ewa: EWA | None = None
         if self.converted:
             self.ewa = EWA(
-                self.model, share_rate=cfg.s2d.share_rate, schedule=cfg.s2d.schedule, total_steps=self.total_updates,
+                self.model, share_rate=cfg.s2d.share_rate, total_steps=self.total_updates,
+                schedule=self._squared_lr if cfg.s2d.schedule == "squared_lr" else cfg.s2d.schedule,
                 stop_fraction=cfg.s2d.stop_fraction,
             )  # fmt: skip
         self.ema = ModelEmaV3(self.model, decay=cfg.train.ema_decay) if cfg.train.ema_decay else None
+
+    def _dense_ffns(self) -> list[nn.Parameter]:
+        """Return the parameters of the FFNs that the S2D run of this config would convert."""
+        names = names_of_experts(self.config, self.mof)
+        return [parameter for name in names for parameter in self.model.get_submodule(name).parameters()]
+
+    def _squared_lr(self, update: int) -> float:
+        """Return the square of the rate of an update relative to the peak rate."""
+        return (self.scheduler._get_lr(update)[0] / self.config.optim.lr) ** 2
 
     @torch.no_grad()
     def _try_batch(self) -> None:

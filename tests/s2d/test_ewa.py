@@ -223,6 +223,13 @@ def test_linear_schedule_rises_from_zero_to_the_share_rate_and_stays(make_layer)
             torch.testing.assert_close(after, expected[name])
 
 
+def test_schedule_of_the_caller_is_a_factor_on_the_share_rate(make_layer):
+    ewa = EWA(make_layer(num_experts=4), share_rate=0.4, schedule=lambda t: (1 - t / 4) ** 2, total_steps=5)
+    assert [ewa.step() for _ in range(5)] == pytest.approx([0.4, 0.225, 0.1, 0.025, 0.0])
+    with pytest.raises(ValueError, match=r"schedule\(0\) is 2, must be in \[0, 1\]"):
+        EWA(make_layer(num_experts=4), share_rate=0.4, schedule=lambda t: 2, total_steps=5).step()
+
+
 def test_constant_schedule(make_layer):
     layer = make_layer(3)
     ewa = EWA(layer, share_rate=0.25, schedule="constant", total_steps=2)
@@ -308,7 +315,7 @@ def test_bound_of_a_model_is_that_of_its_smallest_layer_and_one_expert_has_none(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"schedule": "cosine"}, "schedule is 'cosine', must be one of linear, constant"),
+        ({"schedule": "cosine"}, "schedule is 'cosine', must be a function or one of linear, constant"),
         ({"total_steps": 0}, "total_steps is 0, must be at least 1"),
         ({"stop_fraction": 0.0}, r"stop_fraction is 0.0, must be in \(0, 1\]"),
         ({"stop_fraction": 1.5}, r"stop_fraction is 1.5, must be in \(0, 1\]"),

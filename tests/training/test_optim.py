@@ -1,12 +1,13 @@
 """Weight decay by name, and the learning rate against its closed formula."""
 
 import math
+import shutil
 
 import pytest
 import torch
 from torch import nn
 
-from s2d3d import MoFConfig, convert_to_mof_, create_model
+from s2d3d import MoFConfig, Trainer, convert_to_mof_, create_model
 from s2d3d.training.optim import build_optimizer, build_scheduler, no_decay_names
 
 TINY = dict(trans_dim=24, depth=2, num_heads=2, num_group=12, group_size=8, encoder_dims=24, encoder_width=8)
@@ -170,3 +171,33 @@ def test_multiplier_scales_the_step_of_the_experts_alone():
 def test_multiplier_of_a_dense_model_changes_nothing():
     optimizer = build_optimizer(tiny(), name="adamw", lr=1e-3, weight_decay=0.1, lr_multiplier=4.0)
     assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 1e-3]
+
+
+def test_multiplier_of_given_parameters_scales_these_alone():
+    model = tiny()
+    ffns = [p for name, p in model.named_parameters() if ".mlp.fc" in name]
+    optimizer = build_optimizer(model, name="adamw", lr=1e-3, weight_decay=0.1, lr_multiplier=0.5, scaled=ffns)
+    scaled = {id(p) for group in optimizer.param_groups if "lr_scale" in group for p in group["params"]}
+    assert scaled == {id(p) for p in ffns}
+    assert {group["lr"] for group in optimizer.param_groups if "lr_scale" in group} == {5e-4}
+
+
+def test_dense_run_scales_the_ffns_that_its_s2d_run_would_convert(tiny_config):
+    rates = {}
+    for kind in ("none", "rup"):
+        trainer = Trainer(tiny_config(f"s2d.kind={kind}", "s2d.lr_multiplier=0.5", "train.max_steps=1"))
+        trainer.fit()
+        names = {id(p): name for name, p in trainer.model.named_parameters()}
+        groups = trainer.optimizer.param_groups
+        rates[kind] = {names[id(p)] for group in groups if "lr_scale" in group for p in group["params"]}
+        shutil.rmtree(trainer.folder.root)
+    assert rates["none"] and rates["none"] == rates["rup"], "stacked parameters have the names of the dense ones"
+
+
+def test_squared_lr_schedule_keeps_the_ratio_to_the_squared_rate(tiny_config):
+    trainer = Trainer(tiny_config("s2d.schedule=squared_lr", "s2d.share_rate=0.2", "train.epochs=3"))
+    trainer.fit()
+    peak = trainer.config.optim.lr
+    assert len(trainer.history) == 3
+    for row in trainer.history:
+        assert row["share_rate"] == pytest.approx(0.2 * (row["lr"] / peak) ** 2, rel=1e-6)
