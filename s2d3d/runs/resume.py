@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..config.compare import SAME_WEIGHTS, differences
 from ..config.load import Config, parse_config
 from ..datasets import same_data
 from ..datasets.base import Fingerprint
@@ -16,12 +17,6 @@ from .folder import RunFolder, find_checkpoint
 
 logger = logging.getLogger(__name__)
 
-MAY_CHANGE = (
-    "output_dir", "data.root", "data.cache_dir", "data.memory_budget_gb", "train.device", "train.num_threads",
-    "train.compile", "train.compile_mode", "train.save_every", "train.checkpoint_every", "train.keep_every",
-    "train.max_steps", "eval", "log",
-)  # fmt: skip
-"""Config keys that a resumed run may change: they do not alter the trajectory of the weights."""
 TRAINING_KEYS = ("optimizer", "ewa", "ema", "progress", "sums", "history", "rng")
 """What a checkpoint of a run under way holds beside the model."""
 
@@ -118,21 +113,17 @@ def check_same_run(state: dict[str, Any], config: Config, path: Path) -> None:
         path: for the message.
 
     Raises:
-        InputError: the checkpoint holds no training state, or a key outside `MAY_CHANGE` differs.
+        InputError: the checkpoint holds no training state, or a key outside `SAME_WEIGHTS` differs.
     """
     if any(key not in state for key in TRAINING_KEYS):
         raise InputError(f"{path}: holds a model but no training state; resume from checkpoints/last.pt")
     # Parsed, so that a key that came after the checkpoint has its default on both sides.
     stored = parse_config(state["config"], where=str(path))
-    theirs, ours = _flatten(stored.to_dict()), _flatten(config.to_dict())
-    for key in sorted(theirs.keys() | ours.keys()):
-        if any(key == free or key.startswith(free + ".") for free in MAY_CHANGE):
-            continue
-        if theirs.get(key) != ours.get(key):
-            raise InputError(
-                f"{path}: was trained with {key}={theirs.get(key)!r}, the config says {ours.get(key)!r}; "
-                "resume with the run's own config.yaml"
-            )
+    for key, (theirs, ours) in sorted(differences(stored.to_dict(), config.to_dict(), SAME_WEIGHTS).items()):
+        raise InputError(
+            f"{path}: was trained with {key}={theirs!r}, the config says {ours!r}; "
+            "resume with the run's own config.yaml"
+        )
 
 
 def check_same_data(
@@ -164,13 +155,3 @@ def check_same_data(
         raise InputError(f"{where}: was trained on other clouds than those in {root}; resume on its own data")
     if len(state["rng"]) != world_size:
         raise InputError(f"{where}: was written by {len(state['rng'])} processes, this run has {world_size}")
-
-
-def _flatten(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in mapping.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from ..atomic import check_parent, write_json
+from ..config.compare import SAME_WEIGHTS, differences
 from ..config.data import build_dataset
 from ..config.load import Config, parse_config
 from ..datasets import PointCloudDataset
 from ..errors import InputError
 from ..random_state import derived_generator
 from ..runs.folder import RunFolder
-from ..runs.resume import MAY_CHANGE
 from ..training.trainer import Trainer
 
 
@@ -211,18 +211,7 @@ def _finished(output: Path, header: dict[str, Any]) -> dict[int, dict[str, Any]]
         ) from None
     # Parsed, so that keys that came or went since are no difference.
     theirs["config"] = parse_config(theirs["config"], where=str(output)).to_dict()
-    for name, own, other in _differences(header, theirs):
-        advice = "choose another --output or pass --force"
-        raise InputError(f"{output}: holds folds with {name}={other!r}, this call has {own!r}; {advice}")
+    for name, (own, other) in differences(header, theirs, [f"config.{key}" for key in SAME_WEIGHTS]).items():
+        difference = f"{name.removeprefix('config.')}={other!r}, this call has {own!r}"
+        raise InputError(f"{output}: holds folds with {difference}; choose another --output or pass --force")
     return folds
-
-
-def _differences(ours: Any, theirs: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Find where two headers differ, keys that do not alter a run left out."""
-    if name.removeprefix("config.") in MAY_CHANGE:
-        return
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        for key in sorted(ours.keys() | theirs.keys()):
-            yield from _differences(ours.get(key), theirs.get(key), f"{name}.{key}" if name else key)
-    elif ours != theirs:
-        yield name.removeprefix("config."), ours, theirs

@@ -1,13 +1,14 @@
 """The config of a study: arms that change a base config, times seeds; how they are scored and compared."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from ..config.compare import SET_BY_STUDY, WHERE_AND_HOW_FAST, differences, flatten, is_named
 from ..config.io import Problem, read_yaml, schema_problems, show
 from ..config.load import Config, load_config, load_layered_config
 from ..config.schema import raise_problems
@@ -17,8 +18,6 @@ from .cell import Cell
 
 FORMS = ("merged", "routed", "ema", "recalibrated", "voting")
 """Forms of a trained model that a run scores, as metrics.json names them."""
-FIXED = ("seed", "output_dir", "eval.split", "eval.every", "train.max_steps")
-"""Config keys that the study itself decides."""
 _ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*", re.ASCII)
 
 
@@ -95,7 +94,7 @@ class StudyConfig(BaseModel):
         for place, values in (("common", self.common), *((f"arms.{arm}", arm_) for arm, arm_ in self.arms.items())):
             set_here = flatten(values)
             problems += [
-                Problem((place, key), "is decided by the study; remove it") for key in FIXED if key in set_here
+                Problem((place, key), "is decided by the study; remove it") for key in SET_BY_STUDY if key in set_here
             ]
         for name, target in self.forms.items():
             arm, _, form = target.rpartition(".")
@@ -186,45 +185,16 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     for seed in config.seeds:
         for arm, arm_config in configs.items():
             own = {"seed": seed, "output_dir": str(folder / arm / f"seed{seed}")}
-            changes = differences(base, arm_config.to_dict(), PRIVATE)
+            differing = differences(base, arm_config.to_dict(), WHERE_AND_HOW_FAST)
+            changes = {key: value for key, (_, value) in differing.items()}
             cells.append(Cell(config.name, arm, seed, arm_config.model_copy(update=own), changes, folders[arm]))
-    kept = [text for text in overrides if not _named(text.partition("=")[0], PRIVATE)]
+    kept = [text for text in overrides if not is_named(text.partition("=")[0].strip(), WHERE_AND_HOW_FAST)]
     return Study(str(path), config, cells, tuple(kept))
-
-
-PRIVATE = ("seed", "output_dir", "data.root", "data.cache_dir", "train.device", "train.num_threads", "log")
-"""Config keys that say where and how fast a run computes, and not what."""
-
-
-def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], ignored: Sequence[str]) -> dict[str, object]:
-    """Return by dotted key what `theirs` has where two configs differ; None for what it lacks.
-
-    Args:
-        ours: as `Config.to_dict` returns it.
-        theirs: likewise.
-        ignored: keys and sections to leave out.
-    """
-    first, second = flatten(ours), flatten(theirs)
-    keys = [key for key in first | second if not _named(key, ignored)]
-    return {key: second.get(key) for key in keys if first.get(key) != second.get(key)}
-
-
-def _named(key: str, names: Sequence[str]) -> bool:
-    """Tell whether a dotted key is one of `names`, or lies in a section that is."""
-    return any(key.strip() == name or key.strip().startswith(f"{name}.") for name in names)
 
 
 def _data_folder(study: StudyConfig, base: Path, arm: str) -> str:
     roots = [flatten(layer).get("data.root") for layer in (study.arms[arm], study.common, read_yaml(base)[0])]
     return next(Path(str(root)).name for root in roots if root is not None)
-
-
-def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a config with one dotted key for each value."""
-    flat: dict[str, Any] = {}
-    for key, value in mapping.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
 
 
 def _arm_configs(study: StudyConfig, where: str, base: Path, overrides: Sequence[str]) -> dict[str, Config]:
@@ -261,7 +231,7 @@ def _check_overrides(overrides: Sequence[str]) -> None:
     lines = [
         f"override {show(override)}: is decided by the study; change it in the study's file"
         for override in overrides
-        if override.partition("=")[0].strip() in FIXED
+        if override.partition("=")[0].strip() in SET_BY_STUDY
     ]
     if lines:
         raise InputError("\n".join(lines))

@@ -9,19 +9,13 @@ from typing import Any
 import yaml
 
 from ..atomic import write_text
+from ..config.compare import FOLDERS, SAME_RESULT, differences, flatten
 from ..config.load import parse_config
 from ..errors import InputError
 from ..runs.folder import RunFolder
-from ..runs.resume import MAY_CHANGE
 from .cell import Cell
-from .plan import FORMS, differences, flatten
+from .plan import FORMS
 
-FREE = (*(key for key in MAY_CHANGE if key not in ("eval", "train.max_steps")), "eval.every")
-"""Config keys that may differ between a finished run and the study: they change neither weights nor score.
-
-`eval.batch_size` is none of them: votes and re-estimated BatchNorm statistics depend on it."""
-UNRECORDED = ("output_dir", "data.root", "data.cache_dir")
-"""Config keys that name folders of the machine that computed."""
 CURVE = ("train_loss", "train_oa", "val_oa", "share_rate", "divergence", "grad_norm")
 """Columns of log.csv that a record keeps, epoch by epoch."""
 _KEYS = {
@@ -47,7 +41,7 @@ def write_record(results: str | Path, cell: Cell) -> Path:
     if any(key not in metrics for key in ("split", "shapes")):
         raise InputError(f"{folder.metrics}: does not say what was scored; remove the run folder and run again")
     config = cell.config.to_dict()
-    for key in UNRECORDED:
+    for key in FOLDERS:
         section, _, name = key.rpartition(".")
         del (config[section] if section else config)[name]
     environment = _read_json(folder.environment)
@@ -145,10 +139,9 @@ def _is_same(record: Mapping[str, Any], cell: Cell, path: Path) -> bool:
     """Tell whether a record is of this run; raises as `_changed` does."""
     ours, theirs = flatten(cell.config.to_dict()), flatten(record["config"])
     both = ours.keys() & theirs.keys()
-    own = ("output_dir", "data.root", "data.cache_dir")
     # What both have, first: `_changed` parses a config that lacks a key, or has one that is gone, and takes its time.
     shared = ({key: ours[key] for key in both}, {key: theirs[key] for key in both})
-    if differences(shared[0], shared[1], (*FREE, *own)) or not _same_data(record, cell):
+    if differences(shared[0], shared[1], SAME_RESULT) or not _same_data(record, cell):
         return False
     return not _changed(record["config"], cell, path)
 
@@ -183,16 +176,13 @@ def _changed(stored: object, cell: Cell, path: Path) -> str:
         theirs = {**stored, "output_dir": ours["output_dir"]}
         if isinstance(stored.get("data"), Mapping):
             theirs["data"] = {**stored["data"], "root": ours["data"]["root"], "cache_dir": ours["data"]["cache_dir"]}
-        if not differences(ours, theirs, FREE):
+        if not differences(ours, theirs, SAME_RESULT):
             return ""
         # Parsed, so that a key that came after the run has its default on both sides.
         stored = parse_config(theirs, where=str(path)).to_dict()
-        changes = differences(ours, stored, FREE)
-        if not changes:
-            return ""
-        key, value = next(iter(changes.items()))
-        own = differences(stored, ours, FREE)[key]
-        return f"{key}={value!r}, the study says {own!r}"
+        for key, (own, other) in differences(ours, stored, SAME_RESULT).items():
+            return f"{key}={other!r}, the study says {own!r}"
+        return ""
     raise InputError(f"{path}: holds no config; remove it and run again")
 
 

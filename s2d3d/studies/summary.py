@@ -4,9 +4,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..config.compare import FOLDERS, flatten
 from ..errors import InputError
-from .plan import Study, flatten
-from .record import UNRECORDED
+from .plan import Study
 from .stats import (
     BOOTSTRAP_SEED,
     LEVEL,
@@ -47,7 +47,7 @@ def summarize(study: Study, records: Records) -> dict[str, Any]:
         "split": config.evaluate,
         "seeds": list(config.seeds),
         "base": config.base,
-        "common": {key: value for key, value in config.common.items() if key not in UNRECORDED},
+        "common": {key: value for key, value in config.common.items() if key not in FOLDERS},
         "overrides": list(study.overrides),
         "along": config.along,
         "selection": "last epoch",

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..config.compare import differing_keys, flatten
 from .sheet import escape
 
 if TYPE_CHECKING:
@@ -50,9 +51,7 @@ def summary_rows(runs: Sequence["ReportRun"]) -> Rows:
 def config_rows(runs: Sequence["ReportRun"]) -> Rows:
     """Return the keys of the configs in which runs differ, a column for each; all keys of a single run."""
     configs = [flatten(run.config) for run in runs]
-    keys = list(dict.fromkeys(key for config in configs for key in config))
-    if len(runs) > 1:
-        keys = [key for key in keys if len({repr(config.get(key, "-")) for config in configs}) > 1]
+    keys = differing_keys(configs) if len(runs) > 1 else list(configs[0])
     rows = [[key, *(_text(config.get(key, "-")) for config in configs)] for key in keys]
     return ["key", *(run.name for run in runs)], rows
 
@@ -63,22 +62,6 @@ def environment_rows(runs: Sequence["ReportRun"]) -> Rows:
     keys = list(dict.fromkeys(key for environment in environments for key in environment))
     rows = [[key, *(_text(environment.get(key, "-")) for environment in environments)] for key in keys]
     return ["", *(run.name for run in runs)], rows
-
-
-def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as one with dotted keys.
-
-    Example:
-        >>> flatten({"a": {"b": 1}, "c": [2]})
-        {'a.b': 1, 'c': [2]}
-    """
-    flat: dict[str, Any] = {}
-    for key, value in mapping.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, mark_differences: bool = False) -> str:

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from s2d3d.errors import InputError
-from s2d3d.studies.plan import differences, load_study
+from s2d3d.studies.plan import load_study
 
 
 @pytest.fixture
@@ -71,13 +71,6 @@ def test_pairs_of_one_reference_and_of_several(write_study):
     assert (one.row("a"), one.row("d")) == (("a", None), ("a", "ema"))
     several = load_study(write_study(arms=arms, reference={"a": "c", "b": "a"})).config
     assert several.pairs() == [("a", "c"), ("b", "a")]
-
-
-def test_differences_of_nested_configs():
-    ours, theirs = {"a": {"b": 1, "c": 2}, "d": 3, "log": {"x": 1}}, {"a": {"b": 1, "c": 4}, "e": 5, "log": {"x": 2}}
-    assert differences(ours, theirs, ("log",)) == {"a.c": 4, "d": None, "e": 5}
-    assert differences(ours, theirs, ("log", "a.c")) == {"d": None, "e": 5}
-    assert differences(ours, theirs, ("lo",)) == {"a.c": 4, "d": None, "e": 5, "log.x": 2}, "not by prefix of a name"
 
 
 def test_a_cell_is_frozen(write_study):
