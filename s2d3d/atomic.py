@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, whatever happens while they are written."""
+"""Files that appear whole or not at all, whatever happens while they are written; JSON files read back."""
 
 import contextlib
 import errno
@@ -155,3 +155,32 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, content: Any) -> None:
     """Write a JSON file atomically."""
     write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def read_json(path: str | Path, *, advice: str = "write it again or remove it", missing: str = "") -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Args:
+        path: the file.
+        advice: what to do about a damaged file; ends the error message.
+        missing: what to do about a missing file; default: `advice`.
+
+    Raises:
+        InputError: the file is missing, is not JSON, or holds something other than an object.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "a.json")
+        >>> write_json(path, {"seed": 0})
+        >>> read_json(path)
+        {'seed': 0}
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; {missing or advice}") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deeply
+        raise InputError(f"{path}: not a JSON file ({error}); {advice}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds no JSON object; {advice}")
+    return content

@@ -1,6 +1,5 @@
 """What the experts of a finished S2D run did: divergence over training, single experts against their mean, barriers."""
 
-import csv
 import math
 from collections.abc import Callable, Sequence
 from itertools import combinations, pairwise
@@ -23,6 +22,7 @@ from ..s2d.analysis import Barrier, barrier, contraction, expert_divergence, exp
 from ..s2d.ewa import expert_layers
 from .checkpoint import build_model, load_checkpoint, require_sparse
 from .folder import RunFolder
+from .log import read_log
 
 MOMENTUM = 0.9
 """beta1 of Adam and AdamW, which makes the updates of neighbouring steps alike."""
@@ -197,12 +197,10 @@ def _between(
 
 
 def _read_log(path: Path) -> list[dict[str, float]]:
-    """Read what the analysis needs of log.csv; a value that is not there is left out."""
-    if not path.is_file():
-        return []
+    """Read what the analysis needs of log.csv."""
     wanted = ("epoch", "updates", "lr", "share_rate", "divergence")
-    with open(path, encoding="utf-8", newline="") as file:
-        return [{key: float(row[key]) for key in wanted if row.get(key)} for row in csv.DictReader(file)]
+    rows = read_log(path) if path.is_file() else []
+    return [{key: row[key] for key in wanted if key in row} for row in rows]
 
 
 def _predict_(epochs: list[dict[str, float]], config: Config, model: nn.Module) -> dict[str, float] | None:

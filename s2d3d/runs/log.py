@@ -1,10 +1,14 @@
-"""What a run notes of an epoch: a row of log.csv, and a line on the screen."""
+"""What a run notes of an epoch: a row of log.csv, and a line on the screen. `read_log` reads the rows back."""
 
+import csv
+import math
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..errors import InputError
 from ..s2d.analysis import expert_divergence
 from .resume import Progress
 
@@ -56,3 +60,39 @@ def epoch_line(row: dict[str, Any], epochs: int) -> str:
         f"train_oa {100 * row['train_oa']:.2f} %{tested}, "
         f"lr {row['lr']:.2e}, share_rate {row['share_rate']:.3f}, {row['seconds']:.0f} s, {left} left"
     )
+
+
+def read_log(path: str | Path) -> list[dict[str, float]]:
+    """Read log.csv: a row for each epoch, as numbers. Cells that are empty, text or not finite are left out.
+
+    Raises:
+        InputError: the file is missing, is not CSV, or has a row without an epoch number.
+
+    Example:
+        >>> read_log("runs/demo/log.csv")[0]["epoch"]  # doctest: +SKIP
+        1.0
+    """
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; tools/train.py writes it into the run folder") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: not a CSV file ({error})") from None
+    log = [{key: value for key, text in row.items() if (value := _number(text)) is not None} for row in rows]
+    for number, row in enumerate(log, 2):
+        if "epoch" not in row:
+            raise InputError(
+                f"{path}: line {number} has no number in column 'epoch'; it is damaged, or no log of s2d3d"
+            )
+    return log
+
+
+def _number(text: str | list[str] | None) -> float | None:
+    if not isinstance(text, str):  # a row with fewer or more cells than columns
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None

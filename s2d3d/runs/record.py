@@ -1,17 +1,19 @@
 """A run folder read back: what `RunFolder` and the trainer wrote, checked as far as a reader needs it."""
 
-import csv
-import json
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..atomic import read_json
 from ..config.load import load_config
 from ..errors import InputError
 from ..evaluation.robustness import read_robustness
 from .folder import RunFolder
+from .log import read_log
+
+FORMS = ("merged", "routed", "ema", "recalibrated", "voting")
+"""Forms of a trained model that a run evaluates, as metrics.json names them."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,32 @@ class RunRecord:
     checkpoint: Path | None
 
 
+def final_form(reports: Mapping[str, Any]) -> str:
+    """Return the form of the model that a run saved as merged.pt or final.pt.
+
+    That is the value of `kept` where it is known. Older files lack it: there it is the form that the run made last,
+    which is the one with re-estimated BatchNorm statistics where the run has it.
+
+    Args:
+        reports: by form: the content of metrics.json, the results of a study record, or the trainer's `reports`.
+
+    Raises:
+        InputError: none of the forms is there.
+
+    Example:
+        >>> final_form({"merged": {"oa": 0.2}, "recalibrated": {"oa": 0.5}})
+        'recalibrated'
+        >>> final_form({"merged": {"oa": 0.2}, "ema": {"oa": 0.5}})
+        'merged'
+    """
+    kept = reports.get("kept")
+    candidates = [kept] if isinstance(kept, str) else ["recalibrated", "routed", "merged"]
+    form = next((form for form in candidates if form in reports), None)
+    if form is None:
+        raise InputError(f"no accuracy of a finished model among {', '.join(reports) or 'nothing'}")
+    return form
+
+
 def read_runs(paths: Sequence[str | Path]) -> list[RunRecord]:
     """Read run folders, finished or not, and name them: by their folder, or by the whole path where that is not unique.
 
@@ -68,7 +96,7 @@ def _read(folder: RunFolder, name: str) -> RunRecord:
         raise InputError(
             f"{folder.root}: holds no config.yaml; the folder of a run is needed, as tools/train.py makes it"
         )
-    log = _read_log(folder.log) if folder.log.is_file() else []
+    log = read_log(folder.log) if folder.log.is_file() else []
     if not log:
         raise InputError(f"{folder.log}: holds no epoch; wait for the end of the first one")
     ends = [path for path in (folder.final, folder.merged) if path.is_file()]
@@ -86,15 +114,7 @@ def _read(folder: RunFolder, name: str) -> RunRecord:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not a JSON file ({error}); write it again or remove it") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: holds no JSON object; write it again or remove it")
-    return content
+    return read_json(path) if path.is_file() else None
 
 
 def _read_analysis(path: Path) -> dict[str, Any] | None:
@@ -104,28 +124,3 @@ def _read_analysis(path: Path) -> dict[str, Any] | None:
         if not all(isinstance(entries, list) for entries in lists) or not lists[1]:
             raise InputError(f"{path}: is not what tools/analyze.py writes; write it again or remove it")
     return content
-
-
-def _read_log(path: Path) -> list[dict[str, float]]:
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: not a CSV file ({error})") from None
-    log = [{key: value for key, text in row.items() if (value := _number(text)) is not None} for row in rows]
-    for number, row in enumerate(log, 2):
-        if "epoch" not in row:
-            raise InputError(
-                f"{path}: line {number} has no number in column 'epoch'; it is damaged, or no log of s2d3d"
-            )
-    return log
-
-
-def _number(text: str | list[str] | None) -> float | None:
-    if not isinstance(text, str):  # a row with fewer or more cells than columns
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None

@@ -8,7 +8,7 @@ from s2d3d.config.load import dump_config
 from s2d3d.datasets.corruptions import CORRUPTIONS
 from s2d3d.errors import InputError
 from s2d3d.runs.folder import RunFolder
-from s2d3d.runs.record import read_runs
+from s2d3d.runs.record import FORMS, final_form, read_runs
 
 LOG = "epoch,updates,train_loss,val_oa,test_oa\n1,6,2.5,,\n2,12,1.25,,0.5\n3,18,nan,,inf\n"
 
@@ -93,3 +93,24 @@ def test_each_run_once_and_only_folders(make_run, tmp_path):
     for missing in (tmp_path / "none", folder.log):
         with pytest.raises(InputError, match="no such folder; the folder of a run is needed"):
             read_runs([missing])
+
+
+@pytest.mark.parametrize(
+    ("metrics", "form"),
+    [
+        ({"kept": "merged", "merged": {}, "recalibrated": {}}, "merged"),
+        ({"kept": "recalibrated", "sparse": {}, "merged": {}, "recalibrated": {}, "voting": {}}, "recalibrated"),
+        ({"sparse": {}, "merged": {}, "recalibrated": {}, "voting": {}, "ema": {}}, "recalibrated"),
+        ({"sparse": {}, "merged": {}, "voting": {}, "ema": {}}, "merged"),
+        ({"routed": {}, "voting": {}, "ema": {}}, "routed"),
+        ({"routed": {}, "recalibrated": {}}, "recalibrated"),
+    ],
+)
+def test_the_final_form_is_the_one_that_was_saved(metrics, form):
+    assert final_form(metrics) == form and form in FORMS
+
+
+@pytest.mark.parametrize("metrics", [{}, {"kept": "recalibrated", "merged": {}}, {"voting": {}}, {"seed": 1}])
+def test_without_a_saved_form_there_is_none(metrics):
+    with pytest.raises(InputError, match="no accuracy of a finished model among"):
+        final_form(metrics)
