@@ -1,4 +1,4 @@
-"""Backbones: points (B, N, C) in, logits (B, num_classes) out."""
+"""Backbones: points (B, N, C) in, logits (B, num_classes) out; and pre-training models, which return a loss."""
 
 import inspect
 from collections.abc import Callable
@@ -9,11 +9,13 @@ from torch import nn
 from ..errors import InputError, did_you_mean
 from .fold import fold_batchnorm
 from .point_bert import PointBERT
+from .point_mae_pretrain import PointMAEPretrain
 from .point_transformer import PointTransformer
 from .pretrained import PretrainedReport, load_pretrained_
 
 __all__ = [
     "PointBERT",
+    "PointMAEPretrain",
     "PointTransformer",
     "PretrainedReport",
     "create_model",
@@ -57,6 +59,39 @@ _MODELS: dict[str, tuple[Callable[..., nn.Module], dict[str, object]]] = {
         ),
     ),
     "point_mae": (PointBERT, dict(encoder_dims=384, variant="mae")),
+    "point_mae_pretrain": (PointMAEPretrain, {}),
+    "point_mae_pretrain_small": (
+        PointMAEPretrain,
+        dict(
+            trans_dim=128,
+            encoder_dims=128,
+            depth=4,
+            num_heads=4,
+            decoder_depth=2,
+            decoder_num_heads=4,
+            num_group=32,
+            group_size=32,
+            encoder_width=32,
+            drop_path_rate=0.0,
+            init_std=0.1,
+        ),
+    ),
+    "point_mae_pretrain_tiny": (
+        PointMAEPretrain,
+        dict(
+            trans_dim=96,
+            encoder_dims=96,
+            depth=4,
+            num_heads=3,
+            decoder_depth=1,
+            decoder_num_heads=3,
+            num_group=32,
+            group_size=16,
+            encoder_width=32,
+            drop_path_rate=0.0,
+            init_std=0.1,
+        ),
+    ),
     "point_transformer": (PointTransformer, {}),
     "point_transformer_small": (
         PointTransformer,
@@ -85,14 +120,31 @@ _MODELS: dict[str, tuple[Callable[..., nn.Module], dict[str, object]]] = {
 }
 
 
-def list_models(pattern: str = "*") -> list[str]:
-    """List the names that `create_model` knows, those that match the glob `pattern`.
+TASKS = ("classify", "pretrain")
+"""What a model is for: it returns logits of classes, or the loss of a pre-training."""
+
+
+def list_models(pattern: str = "*", *, task: str | None = None) -> list[str]:
+    """List the names that `create_model` knows.
+
+    Args:
+        pattern: a glob that names must match.
+        task: only models for "classify" or "pretrain"; None: all.
 
     Example:
         >>> list_models("*_tiny")
-        ['point_bert_tiny', 'point_transformer_tiny']
+        ['point_bert_tiny', 'point_mae_pretrain_tiny', 'point_transformer_tiny']
     """
-    return [name for name in sorted(_MODELS) if fnmatchcase(name, pattern)]
+    return [name for name in sorted(_MODELS) if fnmatchcase(name, pattern) and task in (None, model_task(name))]
+
+
+def model_task(name: str) -> str:
+    """Return what a model is for, "classify" or "pretrain": the attribute `task` of its class, if it has one.
+
+    Raises:
+        InputError: unknown name.
+    """
+    return getattr(_lookup(name)[0], "task", TASKS[0])
 
 
 def model_kwargs(name: str) -> dict[str, object]:
@@ -107,17 +159,17 @@ def model_kwargs(name: str) -> dict[str, object]:
     return {**defaults, **preset}
 
 
-def create_model(name: str, *, num_classes: int, in_channels: int = 3, **kwargs) -> nn.Module:
+def create_model(name: str, *, num_classes: int | None = None, in_channels: int = 3, **kwargs) -> nn.Module:
     """Build a backbone with fresh weights.
 
     Args:
         name: one of `list_models()`.
-        num_classes: outputs of the head.
+        num_classes: outputs of the head; a pre-training model has none.
         in_channels: channels of a point; the first three are its coordinates.
         **kwargs: replace the defaults that `model_kwargs(name)` returns.
 
     Raises:
-        InputError: unknown name or keyword.
+        InputError: unknown name or keyword; `num_classes` is missing, or given to a pre-training model.
         ValueError: a value out of range.
 
     Example:
@@ -130,7 +182,14 @@ def create_model(name: str, *, num_classes: int, in_channels: int = 3, **kwargs)
     for key in kwargs:
         if key not in known:
             raise InputError(f"model '{name}' has no parameter '{key}'{did_you_mean(key, known)}")
-    return build(num_classes, in_channels, **{**preset, **kwargs})
+    options = {**preset, **kwargs}
+    if model_task(name) == "pretrain":
+        if num_classes is not None:
+            raise InputError(f"model '{name}' has no classes: it is for pre-training; leave num_classes out")
+        return build(in_channels, **options)
+    if num_classes is None:
+        raise InputError(f"model '{name}' needs num_classes, the outputs of its head")
+    return build(num_classes, in_channels, **options)
 
 
 def register_model(name: str, build: Callable[..., nn.Module], **preset: object) -> None:

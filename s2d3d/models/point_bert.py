@@ -65,7 +65,7 @@ class PointBERT(nn.Module):
             ValueError: a value out of range.
         """
         super().__init__()
-        _check_ranges(
+        check_ranges(
             at_least_one=dict(
                 num_classes=num_classes,
                 trans_dim=trans_dim,
@@ -159,7 +159,7 @@ def _head(variant: str, in_features: int, num_classes: int, dropout: float) -> n
     return nn.Sequential(*layers, nn.Linear(256, num_classes))
 
 
-def _check_ranges(at_least_one: dict[str, int], fractions: dict[str, float]) -> None:
+def check_ranges(at_least_one: dict[str, int], fractions: dict[str, float]) -> None:
     for name, value in at_least_one.items():
         if value < 1:
             raise ValueError(f"{name} is {value}, must be at least 1")

@@ -92,12 +92,12 @@ def load_pretrained_(model: nn.Module, path: str | Path, *, up_axis: str = "z") 
         raise InputError(f"up_axis is {up_axis!r}, must be 'y' or 'z'")
     content = load_data(path, allow=numpy_scalars())
     file = _unwrap(content, path)
-    prefix = next((p for p in PRETRAINING_PREFIXES if any(key.startswith(p) for key in file)), "")
-    names = {key.removeprefix(prefix): key for key in file if key.startswith(prefix)}
     own, last = model.state_dict(), _last_layer(model)
+    prefix = next((p for p in PRETRAINING_PREFIXES if _begins(p, file) and not _begins(p, own)), "")
+    names = {key.removeprefix(prefix): key for key in file if key.startswith(prefix)}
     found = {key: file[names[key]] for key in own if key in names}
     _check_belongs(own, found, file, last.partition(".")[0], path)
-    mismatched = [key for key in found if key.startswith(f"{last}.") and _rows_differ(own[key], found[key])]
+    mismatched = [key for key in found if last and key.startswith(f"{last}.") and _rows_differ(own[key], found[key])]
     matched = {key: tensor for key, tensor in found.items() if key not in mismatched}
     tensors = _check_tensors(own, matched, path)
     model.load_state_dict(_turn_z_up(model, tensors) if up_axis == "y" else tensors, strict=False)
@@ -143,7 +143,7 @@ def _check_belongs(
     own: Mapping[str, Tensor], found: Mapping[str, object], file: Mapping[str, object], head: str, path: str | Path
 ) -> None:
     """Refuse a file with less than half of the tensors before the head: that would be a fresh start."""
-    backbone = [key for key in own if not key.startswith(f"{head}.")]
+    backbone = [key for key in own if not head or not key.startswith(f"{head}.")]
     shared = [key for key in backbone if key in found]
     if 2 * len(shared) < len(backbone):
         raise InputError(
@@ -176,7 +176,14 @@ def _check_tensors(own: Mapping[str, Tensor], values: Mapping[str, object], path
     return theirs
 
 
+def _begins(prefix: str, keys: Iterable[str]) -> bool:
+    return any(key.startswith(prefix) for key in keys)
+
+
 def _last_layer(model: nn.Module) -> str:
+    """Return the name of the layer that has an output for each class; empty for a pre-training model."""
+    if getattr(model, "task", "classify") != "classify":
+        return ""
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
 
 

@@ -16,7 +16,7 @@ SHALLOW = {"depth": 2}
 """Full width, two blocks: every kind of layer at a fraction of the time."""
 SHALLOW_STAGES = {"point_transformer": {"depths": (0, 1, 0, 0, 1)}}
 """The same for models whose depth is that of their stages."""
-GROUPED = [name for name in list_models() if "num_group" in model_kwargs(name)]
+GROUPED = [name for name in list_models(task="classify") if "num_group" in model_kwargs(name)]
 """The models that cut a cloud into groups, one token each."""
 
 
@@ -32,7 +32,7 @@ def clouds(batch=2, count=128, channels=3):
     return torch.rand(batch, count, channels) * 2 - 1
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", list_models(task="classify"))
 def test_shapes_finite_outputs_and_determinism(name):
     model = build(name).eval()
     points = clouds()
@@ -47,7 +47,7 @@ def test_shapes_finite_outputs_and_determinism(name):
     assert (logits[0] - logits[1]).abs().max() > 1e-6, "they do depend on the cloud"
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", list_models(task="classify"))
 def test_every_parameter_gets_a_gradient(name):
     model = build(name, drop_path_rate=0.0).train()
     # In the last of several stages a point needs another one: attention to a single neighbour has no weights to learn.
@@ -57,7 +57,7 @@ def test_every_parameter_gets_a_gradient(name):
         assert parameter.grad.any(), key
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", list_models(task="classify"))
 def test_training_mode_is_random_and_follows_the_global_generator(name):
     model = build(name).train()
     points = clouds(batch=4)
@@ -68,7 +68,7 @@ def test_training_mode_is_random_and_follows_the_global_generator(name):
     assert not torch.equal(first, second) and torch.equal(first, model(points))
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", list_models(task="classify"))
 def test_one_seed_gives_one_model(name):
     torch.manual_seed(3)
     first = build(name).state_dict()
@@ -98,7 +98,7 @@ def test_additional_channels_are_used_and_do_not_move_the_groups(name):
         assert torch.equal(model(points), model(changed))
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", list_models(task="classify"))
 def test_order_of_points_does_not_matter_behind_the_first(name):
     """Sampling starts at index 0; all that follows is a function of the set."""
     model = build(name).eval()
@@ -143,7 +143,7 @@ def test_values_out_of_range(name, kwargs, message):
         build(name, **kwargs)
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", list_models(task="classify"))
 def test_no_classes(name):
     with pytest.raises(ValueError, match="num_classes is 0, must be at least 1"):
         create_model(name, num_classes=0)
@@ -167,7 +167,7 @@ def test_list_models_filters_by_pattern():
     assert list_models("resnet*") == []
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", list_models(task="classify"))
 def test_model_kwargs_are_what_create_model_takes(name):
     defaults = model_kwargs(name)
     assert not {"num_classes", "in_channels"} & defaults.keys()
