@@ -33,7 +33,7 @@ def config_reference() -> str:
         "## Keywords of the models",
         "They stand in the section `model`, beside `name`. Defaults:",
     ]
-    for name in list_models():
+    for name in list_models(task="classify"):
         rows = [(f"| `model.{key}` | `{_shown(value)}` |") for key, value in model_kwargs(name).items()]
         parts += [f"### {name}", "\n".join(["| key | default |", "|---|---|", *rows])]
     return "\n\n".join(parts) + "\n"

@@ -120,7 +120,7 @@ class ModelConfig(Section, extra="allow"):
     def _resolve(cls, data: object) -> object:
         from ..models import list_models, model_kwargs
 
-        if not isinstance(data, dict) or data.get("name") not in list_models():
+        if not isinstance(data, dict) or data.get("name") not in list_models(task="classify"):
             return data
         name = data["name"]
         defaults = {key: default for key, default in model_kwargs(name).items() if _is_settable(default)}
