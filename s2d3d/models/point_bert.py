@@ -21,6 +21,8 @@ class PointBERT(nn.Module):
     a class token follows; the head reads the class token concatenated with the maximum over the others.
     """
 
+    num_prefix_tokens = 1
+
     def __init__(
         self,
         num_classes: int,

@@ -234,7 +234,8 @@ def test_refused_value(path, value, expected):
 
 
 @pytest.mark.parametrize(
-    ("path", "kind", "known"), [("model.name", "model", lambda: list_models(task="classify")), ("data.name", "dataset", list_datasets)]
+    ("path", "kind", "known"),
+    [("model.name", "model", lambda: list_models(task="classify")), ("data.name", "dataset", list_datasets)],
 )
 def test_unknown_name_gets_the_nearest_and_the_list(path, kind, known):
     name = known()[0]

@@ -1,0 +1,184 @@
+"""Linear probe: how well a linear classifier reads classes from the features of a frozen model."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..errors import InputError
+from ..random_state import derived_generator
+
+FEATURES = ("mean+max", "max", "concat")
+"""How the tokens of a cloud become one vector: sum of mean and maximum, maximum, or both beside each other."""
+STRENGTHS = (0.003, 0.01, 0.03, 0.1)
+"""C of the support vector machine; one of them is chosen on a part of the training split."""
+HELD_OUT = 0.2
+"""The share of each class of the training split on which C is chosen."""
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """What a linear probe found; fractions in [0, 1].
+
+    Attributes:
+        oa: overall accuracy on the test split.
+        macc: mean class accuracy there.
+        c: the chosen C.
+        choice: accuracy on the held-out part of the training split, by C.
+        num_features: length of a vector.
+        num_train: training clouds.
+        num_test: test clouds.
+    """
+
+    oa: float
+    macc: float
+    c: float
+    choice: dict[float, float]
+    num_features: int
+    num_train: int
+    num_test: int
+
+    def to_dict(self) -> dict[str, object]:
+        """Return plain types for JSON."""
+        return asdict(self) | {"choice": {str(c): score for c, score in self.choice.items()}}
+
+
+@torch.no_grad()
+def model_features(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    device: torch.device | str,
+    kind: str = "mean+max",
+    progress: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Compute one vector for each cloud: of the final tokens, in eval mode, nothing masked, without the class token.
+
+    Args:
+        model: has `forward_features(points)`, which returns tokens (B, T, C), `num_prefix_tokens` (default 0) class
+            tokens first; on `device`.
+        loader: yields points (B, N, C) and labels (B,).
+        device: where to compute.
+        kind: one of `FEATURES`.
+        progress: show a progress bar on a terminal.
+
+    Returns:
+        Features (n, D) float32 and labels (n,) int64, on the CPU.
+
+    Raises:
+        InputError: an unknown kind, a model without tokens, an empty loader, or features that are not finite.
+    """
+    if kind not in FEATURES:
+        raise InputError(f"features is '{kind}', must be one of {', '.join(FEATURES)}")
+    tokens_of = getattr(model, "forward_features", None)
+    if tokens_of is None:
+        raise InputError(f"{type(model).__name__} has no forward_features, which a linear probe reads")
+    skipped, was_training = getattr(model, "num_prefix_tokens", 0), model.training
+    model.eval()
+    parts, labels = [], []
+    try:
+        for points, label in tqdm(loader, desc="features", leave=False, disable=None if progress else True):
+            tokens = tokens_of(points.to(device))[:, skipped:].float()
+            mean, largest = tokens.mean(1), tokens.amax(1)
+            vectors = {"mean+max": mean + largest, "max": largest, "concat": torch.cat([largest, mean], 1)}
+            parts.append(vectors[kind].cpu())
+            labels.append(torch.as_tensor(label).cpu())
+    finally:
+        model.train(was_training)
+    if not parts:
+        raise InputError("the loader yields no batch to compute features of")
+    features = torch.cat(parts)
+    bad = ~torch.isfinite(features).all(1)
+    if bad.any():
+        raise InputError(f"features of {int(bad.sum())} of {len(bad)} clouds are not finite; the model has diverged")
+    return features, torch.cat(labels)
+
+
+def coordinate_statistics(points: Tensor) -> Tensor:
+    """Describe clouds without a model: what a probe of learned features has to beat.
+
+    Args:
+        points: (B, N, 3 or more), z up; the first three channels count.
+
+    Returns:
+        (B, 54): mean, deviation, least and largest of x, y, z; the second moments; nine quantiles of x, y, z and of the
+        distance from the centre.
+
+    Example:
+        >>> coordinate_statistics(torch.rand(2, 64, 3)).shape
+        torch.Size([2, 54])
+    """
+    xyz = points[..., :3].float()
+    centred = xyz - xyz.mean(1, keepdim=True)
+    rows, columns = torch.triu_indices(3, 3)
+    moments = (centred.transpose(1, 2) @ centred / xyz.shape[1])[:, rows, columns]
+    levels = torch.linspace(0.1, 0.9, 9)
+    values = torch.cat([xyz, centred.norm(dim=-1, keepdim=True)], -1)
+    quantiles = values.quantile(levels, dim=1).permute(1, 2, 0).flatten(1)
+    return torch.cat([xyz.mean(1), xyz.std(1, correction=0), xyz.amin(1), xyz.amax(1), moments, quantiles], 1)
+
+
+def linear_probe(
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    *,
+    strengths: Sequence[float] = STRENGTHS,
+    seed: int = 0,
+    progress: bool = True,
+) -> ProbeReport:
+    """Fit a linear support vector machine to training features, and score it on test features.
+
+    C is the one of `strengths` with the best accuracy on a fifth of each class of the training split, of equal ones the
+    smallest; the machine is then fitted to the whole split. The test split has no part in the choice.
+
+    Args:
+        train: features (n, D) and labels (n,) of the training split.
+        test: likewise, of the test split.
+        strengths: values of C, above 0.
+        seed: of the held-out part.
+        progress: show a progress bar on a terminal.
+
+    Raises:
+        InputError: scikit-learn is missing; fewer than two classes, or too few clouds to hold some out.
+    """
+    try:
+        from sklearn.metrics import balanced_accuracy_score
+        from sklearn.svm import SVC
+    except ImportError:
+        raise InputError('a linear probe needs scikit-learn: pip install "s2d3d[probe]"') from None
+    features, labels = (part.numpy() for part in train)
+    if len(np.unique(labels)) < 2:
+        raise InputError("a linear probe needs training clouds of at least two classes")
+    held = _held_out(train[1], seed)
+    if not held.any() or len(np.unique(labels[~held])) < 2:
+        raise InputError(f"{len(labels)} training clouds are too few to hold {HELD_OUT:.0%} of each class out")
+    choice = {}
+    for c in tqdm(sorted(strengths), desc="choosing C", leave=False, disable=None if progress else True):
+        machine = SVC(kernel="linear", C=c).fit(features[~held], labels[~held])
+        choice[c] = float(machine.score(features[held], labels[held]))
+    best = max(choice, key=lambda c: (choice[c], -c))
+    machine = SVC(kernel="linear", C=best).fit(features, labels)
+    truth = test[1].numpy()
+    predicted = machine.predict(test[0].numpy())
+    return ProbeReport(
+        oa=float((predicted == truth).mean()),
+        macc=float(balanced_accuracy_score(truth, predicted)),
+        c=best,
+        choice=choice,
+        num_features=features.shape[1],
+        num_train=len(labels),
+        num_test=len(truth),
+    )
+
+
+def _held_out(labels: Tensor, seed: int) -> np.ndarray:
+    """Mark a seeded share of each class, rounded to the nearest number, as held out: (n,) bool."""
+    marks = np.zeros(len(labels), dtype=bool)
+    for label in labels.unique().tolist():
+        members = (labels == label).nonzero().flatten()
+        order = torch.randperm(len(members), generator=derived_generator(seed, "probe", label))
+        marks[members[order[: round(HELD_OUT * len(members))]].numpy()] = True
+    return marks
