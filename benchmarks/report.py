@@ -1,11 +1,9 @@
 """`docs/benchmarks.md` from results: every number in it comes from a JSON file that the tool wrote."""
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-from s2d3d.atomic import write_json, write_text
+from s2d3d.atomic import read_json, write_json, write_text
 from s2d3d.errors import InputError
 
 from .section import Measure, Section
@@ -73,17 +71,14 @@ def read_results(path: str | Path) -> list[Section]:
     Raises:
         InputError: the file is missing or something else.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; results are made by: python tools/benchmark.py all --output FILE.md")
+    content = read_json(path, advice="results are made by: python tools/benchmark.py all --output FILE.md")
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise InputError(
                 f"{path}: results of format {content['format']}, this version reads {FORMAT}; measure again"
             )
         return [Section.from_dict(section) for section in content["sections"]]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not results of tools/benchmark.py ({error})") from error
 
 

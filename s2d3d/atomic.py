@@ -146,10 +146,15 @@ def check_parent(path: Path) -> None:
     check_writable(path.parent)
 
 
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
+    """Write a file atomically."""
+    with replacing(path) as file:
+        file.write(content)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file atomically."""
-    with replacing(path) as file:
-        file.write(text.encode())
+    write_bytes(path, text.encode())
 
 
 def write_json(path: str | Path, content: Any) -> None:

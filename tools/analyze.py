@@ -9,7 +9,8 @@ from s2d3d.atomic import write_json
 from s2d3d.cli import add_overrides, refuse_existing, run_tool
 from s2d3d.machine import choose_device, keep_large_allocations
 from s2d3d.runs.analysis import analysis_table, analyze_run
-from s2d3d.viz.expert_plots import draw_experts
+from s2d3d.viz.figure import save_figure
+from s2d3d.viz.plots import experts_figure
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     print(analysis_table(result))
     write_json(numbers, result)
-    draw_experts(result, picture)
+    save_figure(experts_figure(result), picture)
     print(f"written to {numbers} and {picture.name}")
 
 

@@ -19,12 +19,11 @@ from s2d3d.evaluation.robustness import (
     add_corruption_errors,
     check_comparable,
     evaluate_corruptions,
-    find_reference,
-    read_robustness,
     robustness_table,
 )
 from s2d3d.machine import choose_device, keep_large_allocations
 from s2d3d.runs.checkpoint import build_model
+from s2d3d.runs.record import find_reference, read_robustness
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -20,8 +20,9 @@ from s2d3d.evaluation.accuracy import class_probabilities
 from s2d3d.machine import choose_device, keep_large_allocations
 from s2d3d.runs.checkpoint import build_model
 from s2d3d.runs.record import RunRecord, read_runs
-from s2d3d.viz.plots import confusion_figure, save_figure
-from s2d3d.viz.report import Predictions, ReportRun, build_report, report_figures
+from s2d3d.viz.figure import save_figure
+from s2d3d.viz.plots import confusion_figure
+from s2d3d.viz.report import Predictions, build_report, report_figures
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -60,8 +61,10 @@ def run(arguments: argparse.Namespace) -> None:
         with_clouds = arguments.num_mistakes or arguments.clouds_per_class
         device = choose_device(arguments.device)
         keep_large_allocations()
-        runs = [as_run(record, classify(record, overrides, device) if with_clouds else None) for record in records]
-        page = build_report(runs, num_mistakes=arguments.num_mistakes, clouds_per_class=arguments.clouds_per_class)
+        said = {record.name: classify(record, overrides, device) for record in records} if with_clouds else {}
+        page = build_report(
+            records, said, num_mistakes=arguments.num_mistakes, clouds_per_class=arguments.clouds_per_class
+        )
         write_text(arguments.output, page)
         print(f"written to {arguments.output}")
     for path, figure in plots.items():
@@ -86,6 +89,7 @@ def classify(record: RunRecord, overrides: Sequence[str], device: torch.device) 
     """Run the model that a run left on its test set, once."""
     path = record.checkpoint
     if path is None:
+        assert record.folder is not None, "read_runs sets it"
         raise InputError(
             f"{record.folder.merged}: no such file, the run is not finished; "
             "report it without clouds by --num-mistakes 0 --clouds-per-class 0"
@@ -101,24 +105,10 @@ def classify(record: RunRecord, overrides: Sequence[str], device: torch.device) 
     return Predictions(points, dataset.labels, probabilities, dataset.names, dataset.class_names, source)
 
 
-def as_run(record: RunRecord, predictions: Predictions | None = None) -> ReportRun:
-    return ReportRun(
-        record.name,
-        record.config,
-        record.environment,
-        record.log,
-        record.metrics,
-        record.analysis,
-        record.robustness,
-        predictions,
-    )
-
-
 def plot_files(records: Sequence[RunRecord], folder: Path, force: bool) -> dict[Path, Figure]:
     """Return the figures by the file that each goes to, after checking that they may go there."""
-    runs = [as_run(record) for record in records]
-    figures = report_figures(runs)
-    for entry in runs:
+    figures = report_figures(records)
+    for entry in records:
         if entry.final:
             title = f"{entry.name}, OA {100 * entry.final['oa']:.2f} %"
             figures[f"confusion of {entry.name}"] = confusion_figure(

@@ -89,14 +89,15 @@ def run(arguments: argparse.Namespace) -> int:
             launcher=_launcher(arguments, study.config.name), jobs=jobs,
         )  # fmt: skip
     # Imported when it is needed: drawing takes a second to import.
-    from s2d3d.viz.study_plot import draw_study
+    from s2d3d.viz.figure import save_figure
+    from s2d3d.viz.plots import study_figure
 
     summary = summarize(study, read_records(arguments.results, study.cells))
     given = "".join(f" {shlex.quote(override)}" for override in study.overrides)
     command = f"python tools/study.py configs/studies/{Path(study.path).name}{given}"
     written = write_report(summary, arguments.results, command)
     figure = Path(arguments.results) / f"{study.config.name}.png"
-    draw_study(summary, figure)
+    save_figure(study_figure(summary), figure)
     print("\n".join(report_lines(summary)))
     print(f"written to {', '.join(str(path) for path in (*written, figure))}")
     if outcome.failed:

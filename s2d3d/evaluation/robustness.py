@@ -1,6 +1,5 @@
 """Robustness to corruptions: accuracy on all corrupted test sets, and the mean corruption error against a reference."""
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -139,44 +138,6 @@ def add_corruption_errors(result: dict[str, Any], reference: dict[str, Any], pat
     return {**result, "reference": str(path), "ce": errors, "mce": sum(errors.values()) / len(errors)}
 
 
-def find_reference(checkpoint: str | Path) -> Path | None:
-    """Return the robustness file of a checkpoint's dense twin, if it is there.
-
-    That is `robustness.json` in the folder beside the checkpoint's run whose name has "dense" in place of "s2d":
-    runs/modelnet_s2d_small/merged.pt has runs/modelnet_dense_small/robustness.json.
-    """
-    folder = Path(checkpoint).parent
-    folder = folder.parent if folder.name == "checkpoints" else folder
-    path = folder.with_name(folder.name.replace("s2d", "dense")) / "robustness.json"
-    return path if "s2d" in folder.name and path.is_file() else None
-
-
-def read_robustness(path: str | Path) -> dict[str, Any]:
-    """Read a file that `tools/evaluate.py --corruption all --output FILE.json` wrote.
-
-    Raises:
-        InputError: it is missing, or anything else.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; make it with tools/evaluate.py --corruption all --output {path}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not a JSON file ({error})") from None
-    table = content.get("corruptions") if isinstance(content, dict) else None
-    for name in CORRUPTIONS:
-        accuracies = table[name].get("oa") if isinstance(table, dict) and isinstance(table.get(name), dict) else None
-        if not _are_accuracies(accuracies):
-            wanted = f"corruptions.{name}.oa is not {len(SEVERITIES)} accuracies in [0, 1]"
-            raise InputError(f"{path}: {wanted}; it needs a file that --corruption all wrote")
-    clean = content["clean"].get("oa") if isinstance(content.get("clean"), dict) else None
-    for key, value in (("clean.oa", clean), ("mean_oa", content.get("mean_oa"))):
-        if not isinstance(value, float) or not 0 <= value <= 1:
-            raise InputError(f"{path}: {key} is no accuracy in [0, 1]; it needs a file that --corruption all wrote")
-    return content
-
-
 def robustness_table(result: dict[str, Any]) -> str:
     """Return the table of a result as text: OA in percent by corruption and severity, CE where there is a reference."""
     errors = result.get("ce", {})
@@ -210,9 +171,3 @@ def _check_smallest(model: nn.Module, dataset: PointCloudDataset, device: torch.
 
 def _error(measured: dict[str, Any]) -> float:
     return math.fsum(1 - oa for oa in measured["oa"])
-
-
-def _are_accuracies(values: object) -> bool:
-    if not isinstance(values, list) or len(values) != len(SEVERITIES):
-        return False
-    return all(isinstance(value, (int, float)) and 0 <= value <= 1 for value in values)

@@ -2,6 +2,8 @@
 
 import csv
 import math
+import statistics
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,26 @@ def read_log(path: str | Path) -> list[dict[str, float]]:
                 f"{path}: line {number} has no number in column 'epoch'; it is damaged, or no log of s2d3d"
             )
     return log
+
+
+def training_throughput(log: Sequence[Mapping[str, float]], batch_size: int) -> float | None:
+    """Return the clouds per second of a training: the median over its epochs; None without any.
+
+    Args:
+        log: columns `updates` (total) and `seconds` (of the epoch).
+        batch_size: clouds of an update.
+
+    Example:
+        >>> training_throughput([{"updates": 10, "seconds": 2.0}, {"updates": 20, "seconds": 4.0}], batch_size=32)
+        120.0
+    """
+    speeds, before = [], 0.0
+    for row in log:
+        updates, seconds = row.get("updates", 0.0), row.get("seconds", 0.0)
+        if updates > before and seconds > 0:
+            speeds.append(batch_size * (updates - before) / seconds)
+            before = updates
+    return statistics.median(speeds) if speeds else None
 
 
 def _number(text: str | list[str] | None) -> float | None:

@@ -1,14 +1,14 @@
 """A run folder read back: what `RunFolder` and the trainer wrote, checked as far as a reader needs it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..atomic import read_json
 from ..config.load import load_config
+from ..datasets.corruptions import CORRUPTIONS, SEVERITIES
 from ..errors import InputError
-from ..evaluation.robustness import read_robustness
 from .folder import RunFolder
 from .log import read_log
 
@@ -18,29 +18,34 @@ FORMS = ("merged", "routed", "ema", "recalibrated", "voting")
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The files of a run.
+    """What a run folder says.
 
     Attributes:
-        name: to call it by.
-        folder: where they lie.
+        name: to call the run by.
         config: resolved, as plain types.
-        environment: of environment.json; empty if that is not there.
-        log: the rows of log.csv as numbers; empty cells and texts are left out.
-        metrics: of metrics.json; empty while the run is not finished.
-        analysis: of analysis.json, which `tools/analyze.py` writes, or None.
-        robustness: of robustness.json, which `tools/evaluate.py --corruption all` writes, or None.
-        checkpoint: the model that the run ended with, or None.
+        log: the rows of log.csv, as `read_log` returns them.
+        environment: the content of environment.json; empty without that file.
+        metrics: the content of metrics.json; empty while the run is not finished.
+        analysis: the content of analysis.json, which `tools/analyze.py` writes, or None.
+        robustness: the content of robustness.json, which `tools/evaluate.py --corruption all` writes, or None.
+        folder: where the files lie; None for a record that was made from numbers.
+        checkpoint: the final model, or None.
     """
 
     name: str
-    folder: RunFolder
-    config: dict[str, Any]
-    environment: dict[str, Any]
-    log: list[dict[str, float]]
-    metrics: dict[str, Any]
-    analysis: dict[str, Any] | None
-    robustness: dict[str, Any] | None
-    checkpoint: Path | None
+    config: Mapping[str, Any]
+    log: Sequence[Mapping[str, float]]
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    analysis: Mapping[str, Any] | None = None
+    robustness: Mapping[str, Any] | None = None
+    folder: RunFolder | None = None
+    checkpoint: Path | None = None
+
+    @property
+    def final(self) -> Mapping[str, Any] | None:
+        """The accuracies of the model in merged.pt or final.pt; None while the run is not finished."""
+        return self.metrics[final_form(self.metrics)] if self.metrics else None
 
 
 def final_form(reports: Mapping[str, Any]) -> str:
@@ -62,8 +67,8 @@ def final_form(reports: Mapping[str, Any]) -> str:
         'merged'
     """
     kept = reports.get("kept")
-    candidates = [kept] if isinstance(kept, str) else ["recalibrated", "routed", "merged"]
-    form = next((form for form in candidates if form in reports), None)
+    candidates = ("recalibrated", "routed", "merged") if kept is None else (kept,)
+    form = next((form for form in candidates if form in FORMS and form in reports), None)
     if form is None:
         raise InputError(f"no accuracy of a finished model among {', '.join(reports) or 'nothing'}")
     return form
@@ -76,7 +81,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[RunRecord]:
         InputError: one is not a run folder, has no finished epoch, is named twice, or has a damaged file.
 
     Example:
-        >>> read_runs(["runs/demo"])[0].metrics["merged"]["oa"]  # doctest: +SKIP
+        >>> read_runs(["runs/demo"])[0].final["oa"]  # doctest: +SKIP
         0.9083
     """
     folders = [Path(path) for path in paths]
@@ -102,19 +107,29 @@ def _read(folder: RunFolder, name: str) -> RunRecord:
     ends = [path for path in (folder.final, folder.merged) if path.is_file()]
     return RunRecord(
         name=name,
-        folder=folder,
         config=load_config(folder.config).to_dict(),
-        environment=_read_json(folder.environment) or {},
         log=log,
-        metrics=_read_json(folder.metrics) or {},
+        environment=_read_json(folder.environment) or {},
+        metrics=_read_metrics(folder.metrics),
         analysis=_read_analysis(folder.analysis),
         robustness=read_robustness(folder.robustness) if folder.robustness.is_file() else None,
+        folder=folder,
         checkpoint=ends[0] if ends else None,
     )
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     return read_json(path) if path.is_file() else None
+
+
+def _read_metrics(path: Path) -> dict[str, Any]:
+    metrics = _read_json(path) or {}
+    if metrics:
+        try:
+            final_form(metrics)
+        except InputError as error:
+            raise InputError(f"{path}: {error}; it is not what tools/train.py writes") from None
+    return metrics
 
 
 def _read_analysis(path: Path) -> dict[str, Any] | None:
@@ -124,3 +139,41 @@ def _read_analysis(path: Path) -> dict[str, Any] | None:
         if not all(isinstance(entries, list) for entries in lists) or not lists[1]:
             raise InputError(f"{path}: is not what tools/analyze.py writes; write it again or remove it")
     return content
+
+
+def find_reference(checkpoint: str | Path) -> Path | None:
+    """Return the robustness file of a checkpoint's dense baseline, if it is there.
+
+    That is `robustness.json` in the folder beside the checkpoint's run whose name has "dense" in place of "s2d":
+    runs/modelnet_s2d_small/merged.pt has runs/modelnet_dense_small/robustness.json.
+    """
+    folder = Path(checkpoint).parent
+    folder = folder.parent if folder.name == "checkpoints" else folder
+    path = RunFolder(folder.with_name(folder.name.replace("s2d", "dense"))).robustness
+    return path if "s2d" in folder.name and path.is_file() else None
+
+
+def read_robustness(path: str | Path) -> dict[str, Any]:
+    """Read a file that `tools/evaluate.py --corruption all --output FILE.json` wrote.
+
+    Raises:
+        InputError: the file is missing, or holds something else.
+    """
+    content = read_json(path, advice=f"make it with tools/evaluate.py --corruption all --output {path}")
+    table = content.get("corruptions")
+    for name in CORRUPTIONS:
+        accuracies = table[name].get("oa") if isinstance(table, dict) and isinstance(table.get(name), dict) else None
+        if not _are_accuracies(accuracies):
+            wanted = f"corruptions.{name}.oa is not {len(SEVERITIES)} accuracies in [0, 1]"
+            raise InputError(f"{path}: {wanted}; it needs a file that --corruption all wrote")
+    clean = content["clean"].get("oa") if isinstance(content.get("clean"), dict) else None
+    for key, value in (("clean.oa", clean), ("mean_oa", content.get("mean_oa"))):
+        if not isinstance(value, float) or not 0 <= value <= 1:
+            raise InputError(f"{path}: {key} is no accuracy in [0, 1]; it needs a file that --corruption all wrote")
+    return content
+
+
+def _are_accuracies(values: object) -> bool:
+    if not isinstance(values, list) or len(values) != len(SEVERITIES):
+        return False
+    return all(isinstance(value, (int, float)) and 0 <= value <= 1 for value in values)

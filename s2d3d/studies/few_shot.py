@@ -6,7 +6,6 @@ and test split as its data sets.
 Source: Point-BERT (Yu et al. 2022, arXiv 2111.14819), whose protocol is that of Sharma and Kaul 2020; docs/few_shot.md.
 """
 
-import json
 import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..atomic import check_parent, write_json
+from ..atomic import check_parent, read_json, write_json
 from ..config.compare import SAME_WEIGHTS, differences
 from ..config.data import build_dataset
 from ..config.load import Config, parse_config
@@ -24,6 +23,7 @@ from ..datasets import PointCloudDataset
 from ..errors import InputError
 from ..random_state import derived_generator
 from ..runs.folder import RunFolder
+from ..runs.record import final_form
 from ..training.trainer import Trainer
 
 
@@ -185,7 +185,7 @@ def _run_fold(config: Config, task: FewShotTask, fold: int, class_names: list[st
     trainer = Trainer(own, force=force, datasets=(support, queries))
     last = RunFolder(own.output_dir).last
     trainer.fit(resume=last if last.exists() and not force else None)
-    report = trainer.reports.get("merged") or trainer.reports["routed"]
+    report = trainer.reports[final_form(trainer.reports)]
     return {
         "fold": fold,
         "classes": list(own.data.classes or ()),
@@ -201,14 +201,13 @@ def _run_fold(config: Config, task: FewShotTask, fold: int, class_names: list[st
 
 def _finished(output: Path, header: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """Read the folds of an earlier call, after checking that it was the same experiment."""
+    advice = "choose another --output or pass --force"
+    content = read_json(output, advice=advice)
     try:
-        content = json.loads(output.read_text(encoding="utf-8"))
         theirs = {key: content[key] for key in header}
         folds = {int(result["fold"]): result for result in content["folds"]}
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError):
-        raise InputError(
-            f"{output}: is not a file of few-shot folds; choose another --output or pass --force"
-        ) from None
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{output}: is not a file of few-shot folds; {advice}") from None
     # Parsed, so that keys that came or went since are no difference.
     theirs["config"] = parse_config(theirs["config"], where=str(output)).to_dict()
     for name, (own, other) in differences(header, theirs, [f"config.{key}" for key in SAME_WEIGHTS]).items():

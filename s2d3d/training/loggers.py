@@ -1,7 +1,6 @@
 """Where a run reports beside log.csv: TensorBoard and Weights & Biases, both off unless the config asks for them."""
 
 import importlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -11,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..atomic import write_json
+from ..atomic import read_json, write_json
 from ..config.load import Config, dump_config
 from ..datasets import PointCloudDataset
 from ..errors import InputError
 from ..evaluation.accuracy import ClassificationReport
 from ..runs.folder import RunFolder
+from ..runs.record import final_form
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,7 +68,7 @@ class RunLoggers:
             logger.report(name, report, epoch)
 
     def finish(self, reports: Mapping[str, ClassificationReport], dataset: PointCloudDataset, epoch: int) -> None:
-        """Pass on the evaluations that end a run, and some clouds that the merged model got wrong and right.
+        """Pass on the evaluations that end a run, and some clouds that the final model got wrong and right.
 
         Args:
             reports: by the form of the model, as `run_metrics` takes them.
@@ -79,7 +79,7 @@ class RunLoggers:
             return
         for name, report in reports.items():
             self.report(name, report, epoch)
-        correct = reports["routed" if "routed" in reports else "merged"].correct
+        correct = reports[final_form(reports)].correct
         for kind, digit in (("wrong", "0"), ("right", "1")):
             chosen = [index for index, hit in enumerate(correct) if hit == digit][:CLOUDS]
             if chosen:
@@ -160,7 +160,7 @@ class WandbLogger:
     def __init__(self, config: Config, folder: RunFolder, history: Sequence[Mapping[str, Any]]) -> None:
         """Start or continue the run; arguments as for `TensorBoardLogger`."""
         self._wandb, note = _import("wandb"), _wandb_note(folder)
-        known = json.loads(note.read_text()) if note.is_file() else None
+        known = read_json(note) if note.is_file() else None
         self._run = self._wandb.init(
             project=config.log.wandb, name=folder.root.name, dir=str(folder.root), config=config.to_dict(),
             **({"id": known["id"], "resume": "allow"} if known else {}),

@@ -1,5 +1,6 @@
 """Images with captions, put together into one PNG by matplotlib, without its global state."""
 
+import io
 import math
 import os
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from numpy.typing import NDArray
 
+from ..atomic import write_bytes
 from ..errors import InputError
 
 INK = "#1f2933"
@@ -55,14 +57,10 @@ def draw_grid(
     if any(image.shape != images[0].shape for image in images):
         raise InputError(f"images of several sizes: {sorted({image.shape[:2] for image in images})}")
     figure = _layout(images, captions, columns or columns_for(len(images)), marks, title)
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        figure.savefig(temporary, format="png", dpi=figure.dpi)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=figure.dpi)
+    write_bytes(path, content.getvalue())
+    return Path(path)
 
 
 def check_counts(what: str, count: int, captions: Sequence[str], marks: Sequence[str | None]) -> None:

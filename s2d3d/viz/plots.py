@@ -1,38 +1,30 @@
-"""Plots of runs: numbers in, a matplotlib figure out. No global state, no window; `save_figure` and `figure_svg` write.
+"""Plots of runs and studies: numbers in, a matplotlib figure out. No global state, no window; `save_figure` writes one.
 
 Logs are the rows of log.csv as numbers; a value that a row lacks is missing or NaN.
 """
 
-import io
 import math
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 from numpy.typing import ArrayLike
 
 from ..errors import InputError
-from .sheet import write_bytes
-
-Log = Sequence[Mapping[str, float]]
-
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#4d4d4d", "#b8a800")
-"""Of the runs, in their order; Okabe and Ito's, the yellow darkened. They repeat after eight, with dashed lines."""
-SUFFIXES = (".png", ".svg", ".pdf")
+from .figure import COLORS, Log, as_number, draw_column, finish, make_panels, run_style, series
+from .figure import save_figure as save_figure
 
 
-def training_curves(logs: Mapping[str, Log]) -> Figure:
+def training_curves(logs: Mapping[str, Log], final: Mapping[str, float] | None = None) -> Figure:
     """Plot loss, accuracies and learning rate over the epochs, several runs over one another.
 
     Args:
         logs: by the name of the run. Columns used, where they are there: `epoch`, `train_loss`, `train_oa`, `val_oa`,
             `test_oa` (fractions), `lr`.
+        final: by the name of a finished run, the OA of its final model on the test split, a fraction. It ends the
+            curve of the test accuracy, at the last epoch.
 
     Raises:
         InputError: no run, or no row.
@@ -43,19 +35,21 @@ def training_curves(logs: Mapping[str, Log]) -> Figure:
         [2.0, 1.0]
     """
     _check_any(logs, "run", "epoch")
-    figure, (loss, train, test, rate) = _panels(2, 2, 10.5, 7)
+    figure, (loss, train, test, rate) = make_panels(2, 2, 10.5, 7)
     for index, (name, log) in enumerate(logs.items()):
-        style = _style(index)
-        _draw(loss, log, "train_loss", 1, label=name, **style)
-        _draw(train, log, "train_oa", 100, label=name, **style)
-        _draw(test, log, "test_oa", 100, label=name, marker="o", markersize=4, **style)
-        _draw(test, log, "val_oa", 100, label=f"{name}, validation", marker="x", markersize=4, alpha=0.6, **style)
-        _draw(rate, log, "lr", 1, label=name, **style)
+        style = run_style(index)
+        draw_column(loss, log, "train_loss", 1, label=name, **style)
+        draw_column(train, log, "train_oa", 100, label=name, **style)
+        tested = [*log[:-1], {**log[-1], "test_oa": final[name]}] if final and name in final and log else log
+        draw_column(test, tested, "test_oa", 100, label=name, marker="o", markersize=4, **style)
+        draw_column(test, log, "val_oa", 100, label=f"{name}, validation", marker="x", markersize=4, alpha=0.6, **style)
+        draw_column(rate, log, "lr", 1, label=name, **style)
     loss.set(title="Training loss", xlabel="epoch", ylabel="loss, nats", yscale="log")
     train.set(title="Training accuracy, with augmentation", xlabel="epoch", ylabel="OA, %")
-    test.set(title="Accuracy of evaluations during training", xlabel="epoch", ylabel="OA, %")
+    title = "Accuracy of evaluations during training" + (", and of the final model" if final else "")
+    test.set(title=title, xlabel="epoch", ylabel="OA, %")
     rate.set(title="Learning rate", xlabel="epoch", ylabel="learning rate")
-    return _finish(figure)
+    return finish(figure)
 
 
 def confusion_figure(confusion: ArrayLike, class_names: Sequence[str], *, title: str = "") -> Figure:
@@ -115,16 +109,16 @@ def class_accuracy_figure(per_class: Mapping[str, Mapping[str, float | None]]) -
         raise InputError("no class to plot the accuracy of")
     classes = list(dict.fromkeys(name for accuracies in per_class.values() for name in accuracies))
     first = next(iter(per_class.values()))
-    classes.sort(key=lambda name: _number(first.get(name)) if first.get(name) is not None else -1.0)
+    classes.sort(key=lambda name: as_number(first.get(name)) if first.get(name) is not None else -1.0)
     figure = Figure(figsize=(7.5, 1.3 + 0.21 * len(classes)), layout="constrained")
     panel = figure.add_subplot()
     for index, (run, accuracies) in enumerate(per_class.items()):
-        values = [100 * _number(accuracies.get(name)) for name in classes]
+        values = [100 * as_number(accuracies.get(name)) for name in classes]
         place = np.arange(len(classes)) + 0.12 * (index - (len(per_class) - 1) / 2)
         panel.plot(values, place, "os^Dv"[index % 5], markersize=5, color=COLORS[index % len(COLORS)], label=run)
     panel.set_yticks(np.arange(len(classes)), classes, fontsize=8)
     panel.set(xlabel="accuracy, %", xlim=(-2, 102), ylim=(-0.8, len(classes) - 0.2), title="Accuracy of each class")
-    return _finish(figure)
+    return finish(figure)
 
 
 def divergence_figure(logs: Mapping[str, Log]) -> Figure:
@@ -141,20 +135,20 @@ def divergence_figure(logs: Mapping[str, Log]) -> Figure:
         >>> [panel.get_ylabel() for panel in figure.axes]
         ['|W_i - mean| / |mean|', 'share rate']
     """
-    sparse = {name: log for name, log in logs.items() if len(_series(log, "divergence")[0])}
+    sparse = {name: log for name, log in logs.items() if len(series(log, "divergence")[0])}
     _check_any(sparse, "run with experts", "divergence")
-    figure, (apart, rate) = _panels(1, 2, 10.5, 3.8)
+    figure, (apart, rate) = make_panels(1, 2, 10.5, 3.8)
     positive = False
     for index, (name, log) in enumerate(logs.items()):  # a run keeps its colour
         if name in sparse:
-            _draw(apart, log, "divergence", 1, label=name, marker="o", markersize=3, **_style(index))
-            _draw(rate, log, "share_rate", 1, label=name, **_style(index))
-            positive |= bool((_series(log, "divergence")[1] > 0).any())
+            draw_column(apart, log, "divergence", 1, label=name, marker="o", markersize=3, **run_style(index))
+            draw_column(rate, log, "share_rate", 1, label=name, **run_style(index))
+            positive |= bool((series(log, "divergence")[1] > 0).any())
     scale = "log" if positive else "linear"
     apart.set(title="Experts' divergence from their mean", xlabel="epoch", ylabel="|W_i - mean| / |mean|", yscale=scale)
     rate.set(title="Share rate of Experts Weights Averaging", xlabel="epoch", ylabel="share rate")
     rate.set_ylim(bottom=0)
-    return _finish(figure)
+    return finish(figure)
 
 
 def corruption_figure(results: Mapping[str, Mapping[str, Any]]) -> Figure:
@@ -177,14 +171,14 @@ def corruption_figure(results: Mapping[str, Mapping[str, Any]]) -> Figure:
     names = list(dict.fromkeys(name for result in results.values() for name in result["corruptions"]))
     columns = min(4, len(names) + 1)
     rows = math.ceil((len(names) + 1) / columns)
-    figure, panels = _panels(rows, columns, 2.9 * columns, 2.7 * rows, sharey=True)
+    figure, panels = make_panels(rows, columns, 2.9 * columns, 2.7 * rows, sharey=True)
     for index, (run, result) in enumerate(results.items()):
         curves = {name: result["corruptions"][name]["oa"] for name in names if name in result["corruptions"]}
         curves["mean"] = np.mean(list(curves.values()), axis=0).tolist()
         for name, accuracies in curves.items():
             panel = panels[[*names, "mean"].index(name)]
             values = 100 * np.array([result["clean"]["oa"], *accuracies])
-            panel.plot(range(len(values)), values, marker="o", markersize=3, label=run, **_style(index))
+            panel.plot(range(len(values)), values, marker="o", markersize=3, label=run, **run_style(index))
     for number, (panel, name) in enumerate(zip(panels, [*names, "mean"])):
         panel.set_title(name if name != "mean" else "mean of all", fontsize=10)
         panel.set_xlabel("severity", fontsize=8)
@@ -192,7 +186,7 @@ def corruption_figure(results: Mapping[str, Mapping[str, Any]]) -> Figure:
             panel.set_ylabel("OA, %")
     for panel in panels[len(names) + 1 :]:
         panel.set_visible(False)
-    return _finish(figure, legends=panels[:1])
+    return finish(figure, legends=panels[:1])
 
 
 def throughput_figure(
@@ -232,113 +226,161 @@ def throughput_figure(
     return figure
 
 
-def training_throughput(log: Log, batch_size: int) -> float | None:
-    """Return the clouds a second of a run's training: the median over its epochs; None without any.
+def experts_figure(result: dict[str, Any]) -> Figure:
+    """Plot divergence, accuracies and barriers over training, and the losses along lines between models.
 
     Args:
-        log: columns `updates` (total) and `seconds` (of the epoch).
-        batch_size: clouds of an update.
-
-    Example:
-        >>> training_throughput([{"updates": 10, "seconds": 2.0}, {"updates": 20, "seconds": 4.0}], batch_size=32)
-        120.0
+        result: as `s2d3d.runs.analysis.analyze_run` returns it.
     """
-    speeds, before = [], 0.0
-    for row in log:
-        updates, seconds = _number(row.get("updates")), _number(row.get("seconds"))
-        if updates > before and seconds > 0:
-            speeds.append(batch_size * (updates - before) / seconds)
-            before = updates
-    return float(np.median(speeds)) if speeds else None
+    figure = Figure(figsize=(15, 8), layout="constrained")
+    axes = figure.subplots(2, 3)
+    _draw_divergence(axes[0, 0], result)
+    _draw_contraction(axes[0, 1], result["epochs"])
+    _draw_accuracy(axes[0, 2], result["checkpoints"])
+    _draw_gap(axes[1, 0], result["checkpoints"])
+    _draw_lines(axes[1, 1], result["checkpoints"])
+    _draw_path(axes[1, 2], result["between_checkpoints"])
+    return finish(figure)
 
 
-def save_figure(figure: Figure, path: str | os.PathLike, *, dpi: int = 110) -> Path:
-    """Write a figure; its suffix chooses the format. The file appears whole or not at all.
+def _draw_divergence(panel: Axes, result: dict[str, Any]) -> None:
+    rows = [row for row in result["epochs"] if row.get("divergence")]
+    if rows:
+        epochs = [row["epoch"] for row in rows]
+        panel.plot(epochs, [row["divergence"] for row in rows], "o-", markersize=3, label="measured, mean over layers")
+        if "predicted" in rows[0]:
+            panel.plot(epochs, [row["predicted"] for row in rows], "--", label="predicted, one constant fitted")
+    for name in result["checkpoints"][0]["divergence"]:
+        points = [(point["epoch"], point["divergence"][name]) for point in result["checkpoints"]]
+        panel.plot(*zip(*points), ".:", linewidth=0.7, alpha=0.6, label=name if len(points) > 1 else None)
+    positive = any(value > 0 for point in result["checkpoints"] for value in point["divergence"].values())
+    panel.set(xlabel="epoch", ylabel="|W_i - mean| / |mean|", title="Experts' divergence from their mean")
+    panel.set_yscale("log" if positive or rows else "linear")
+
+
+def _draw_accuracy(panel: Axes, checkpoints: list[dict[str, Any]]) -> None:
+    epochs = [point["epoch"] for point in checkpoints]
+    for index in range(len(checkpoints[0]["experts"])):
+        own = [100 * point["experts"][index]["oa"] for point in checkpoints]
+        panel.plot(epochs, own, "x-", linewidth=0.8, label=f"expert {index}")
+    merged = [100 * point["merged"]["oa"] for point in checkpoints]
+    panel.plot(epochs, merged, "ks-", markersize=4, label="mean of the experts (merged)")
+    panel.set(xlabel="epoch", ylabel="OA, %", title="Single experts and their mean")
+
+
+def _draw_gap(panel: Axes, checkpoints: list[dict[str, Any]]) -> None:
+    """Draw what the mean gains over its experts against their divergence, and the square that curvature makes of it."""
+    measured = [(_mean_divergence(point), point["gap"]) for point in checkpoints]
+    points = [(divergence, gap) for divergence, gap in measured if divergence > 0 and gap > 0]
+    panel.set(xlabel="divergence", ylabel="gap of loss, nats", title="Mean loss of the experts less that of their mean")
+    if not points:  # nothing that a logarithm could show
+        panel.plot(*zip(*measured), "o", label="checkpoints")
+        return
+    panel.loglog(*zip(*points), "o", label="checkpoints")
+    ratios = sorted(gap / divergence**2 for divergence, gap in points)
+    middle = ratios[len(ratios) // 2]
+    ends = [min(points)[0], max(points)[0]]
+    panel.loglog(ends, [middle * end**2 for end in ends], "--", label=f"{middle:.3g} x divergence squared")
+
+
+def _draw_contraction(panel: Axes, epochs: list[dict[str, float]]) -> None:
+    panel.plot([row["epoch"] for row in epochs], [row["contraction"] for row in epochs], "o-", markersize=3)
+    panel.set(xlabel="epoch", ylabel="1 - b K / (K - 1)", title="Contraction by EWA after each update")
+
+
+def _draw_lines(panel: Axes, checkpoints: list[dict[str, Any]]) -> None:
+    """Draw each checkpoint's highest line between two experts, as excess over its ends."""
+    for point in checkpoints:
+        line = max(point["barriers"], key=lambda candidate: candidate["height"])
+        first, last = line["losses"][0], line["losses"][-1]
+        excess = [loss - first - t * (last - first) for t, loss in zip(line["positions"], line["losses"])]
+        label = f"epoch {point['epoch']}, experts {line['experts'][0]} and {line['experts'][1]}"
+        panel.plot(line["positions"], excess, "o-", markersize=3, label=label)
+    panel.axhline(0, color="black", linewidth=0.6)
+    panel.set(xlabel="position between the experts", ylabel="excess of loss, nats", title="Lines between two experts")
+
+
+def _draw_path(panel: Axes, lines: list[dict[str, Any]]) -> None:
+    for line in lines:
+        label = f"epoch {line['epochs'][0]} to {line['epochs'][1]}: barrier {line['height']:.3f}"
+        panel.plot(line["positions"], line["losses"], "o-", markersize=3, label=label)
+    if not lines:
+        panel.text(0.5, 0.5, "one checkpoint only\n(train.keep_every)", ha="center", transform=panel.transAxes)
+    panel.set(xlabel="position between the checkpoints", ylabel="loss, nats", title="Lines between merged models")
+
+
+def _mean_divergence(point: dict[str, Any]) -> float:
+    return sum(point["divergence"].values()) / len(point["divergence"])
+
+
+def study_figure(summary: dict[str, Any]) -> Figure:
+    """Plot each comparison's mean difference in OA, percentage points, with its intervals and single seeds.
+
+    The thick line is the 95 % paired t interval, the thin one beside it the bootstrap interval; grey dots are seeds.
+    With `along` the comparisons stand at the values of that config key, otherwise below each other. Comparisons
+    without a finished pair are left out.
 
     Args:
-        figure: any.
-        path: ends in one of `SUFFIXES`; an existing file is replaced.
-        dpi: pixels of an inch in a PNG.
-
-    Raises:
-        InputError: another suffix.
-
-    Example:
-        >>> save_figure(throughput_figure({"dense": 100.0}), "bars.png")  # doctest: +SKIP
+        summary: as `s2d3d.studies.summary.summarize` returns it.
     """
-    path = Path(path)
-    kind = path.suffix.lower()
-    if kind not in SUFFIXES:
-        raise InputError(f"{path}: a plot is a PNG, SVG or PDF; give it a name that ends in {', '.join(SUFFIXES)}")
-    content = io.BytesIO()
-    _take_names_literally(figure)
-    figure.savefig(content, format=kind[1:], dpi=dpi)
-    write_bytes(path, content.getvalue())
-    return path
-
-
-def figure_svg(figure: Figure) -> str:
-    """Return a figure as an SVG element whose text stays text and which names no other file: for a page.
-
-    Example:
-        >>> figure_svg(throughput_figure({"dense": 100.0}))[:4]
-        '<svg'
-    """
-    content = io.StringIO()
-    _take_names_literally(figure)
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "s2d3d"}):  # the same figure, the same bytes
-        figure.savefig(content, format="svg", metadata=nothing)
-    text = content.getvalue()
-    return text[text.index("<svg") :]  # without the head, which names a document type on the web
-
-
-def _take_names_literally(figure: Figure) -> None:
-    """Let `$` in the name of a run or class be a `$`, and no formula; the powers of logarithmic axes stay formulas."""
-    axes = [axis for panel in figure.axes for axis in (panel.xaxis, panel.yaxis) if axis.get_scale() == "log"]
-    powers = {label for axis in axes for label in axis.get_ticklabels(which="both")}
-    for text in figure.findobj(Text):
-        if isinstance(text, Text) and text not in powers:
-            text.set_parse_math(False)
-
-
-def _panels(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, list(figure.subplots(rows, columns, squeeze=False, **options).flat)
-
-
-def _finish(figure: Figure, *, legends: Sequence[Axes] | None = None) -> Figure:
-    """Add grids, and a legend to each panel that has something to tell apart; hide panels without a line."""
-    for panel in figure.axes:
-        panel.grid(alpha=0.3)
-        if panel.get_legend_handles_labels()[0] and (legends is None or panel in legends):
-            panel.legend(fontsize=8)
-        elif not panel.lines and panel.get_visible():
-            panel.text(0.5, 0.5, "not measured", ha="center", color="#66727f", transform=panel.transAxes)
+    items = [item for item in summary["comparisons"] if item["n"]]
+    places = {row["name"]: row["along"] for row in summary["rows"]}
+    numeric = all(isinstance(places[item["name"]], (int, float)) for item in items)
+    along = summary["along"] if items and numeric else None
+    size = (7.0, 4.5) if along else (7.5, 1.6 + 0.42 * max(1, len(items)))
+    figure = Figure(figsize=size, layout="constrained")
+    panel = figure.subplots()
+    if not items:
+        panel.text(0.5, 0.5, "no finished pair yet", ha="center", va="center", transform=panel.transAxes)
+        panel.set_axis_off()
+    elif along:
+        _draw_along(panel, items, places, along)
+    else:
+        _draw_comparisons(panel, items)
+    panel.set_title(f"{summary['study']}: {summary['split']}, {len(summary['seeds'])} seeds planned", fontsize=10)
     return figure
 
 
-def _style(index: int) -> dict[str, Any]:
-    return {"color": COLORS[index % len(COLORS)], "linestyle": "-" if index < len(COLORS) else "--"}
+def _draw_comparisons(panel: Axes, items: list[dict[str, Any]]) -> None:
+    for place, item in enumerate(reversed(items)):
+        seeds = [100 * value for value in item["differences"].values()]
+        panel.plot(seeds, [place - 0.22] * len(seeds), ".", color="0.6", markersize=5)
+        if item["t_low"] is not None:
+            panel.plot([100 * item["t_low"], 100 * item["t_high"]], [place] * 2, color="C0", linewidth=3, alpha=0.6)
+            low, high = 100 * item["bootstrap_low"], 100 * item["bootstrap_high"]
+            panel.plot([low, high], [place + 0.18] * 2, color="C1", linewidth=1.2)
+        panel.plot(100 * item["mean"], place, "o", color="C0")
+    labels = [f"{item['name']} - {item['reference']} (n={item['n']})" for item in reversed(items)]
+    panel.set_yticks(range(len(items)), labels)
+    panel.set_ylim(-0.6, len(items) - 0.4)
+    panel.axvline(0, color="0.3", linewidth=0.8)
+    panel.grid(axis="x", alpha=0.3)
+    panel.set_xlabel("difference in OA, points (thick: 95 % paired t, thin: bootstrap, grey: seeds)")
 
 
-def _series(log: Log, column: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the epochs that have a value of a column, and the values."""
-    pairs = [(_number(row.get("epoch")), _number(row.get(column))) for row in log]
-    pairs = [pair for pair in pairs if all(map(math.isfinite, pair))]
-    return np.array([epoch for epoch, _ in pairs]), np.array([value for _, value in pairs])
-
-
-def _draw(panel: Axes, log: Log, column: str, factor: float, **style: Any) -> None:
-    epochs, values = _series(log, column)
-    if len(epochs):
-        panel.plot(epochs, factor * values, **{"linewidth": 1.5, **style})
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
+def _draw_along(panel: Axes, items: list[dict[str, Any]], places: dict[str, float], along: str) -> None:
+    """Draw the comparisons at the key's values, evenly spaced; those at one value stand side by side."""
+    values = sorted({places[item["name"]] for item in items})
+    for place, value in enumerate(values):
+        here = [item for item in items if places[item["name"]] == value]
+        for index, item in enumerate(here):
+            x = place + 0.25 * (index - (len(here) - 1) / 2)
+            seeds = [100 * difference for difference in item["differences"].values()]
+            panel.plot([x - 0.06] * len(seeds), seeds, ".", color="0.6", markersize=5)
+            if item["t_low"] is not None:
+                panel.plot([x] * 2, [100 * item["t_low"], 100 * item["t_high"]], color="C0", linewidth=3, alpha=0.6)
+                low, high = 100 * item["bootstrap_low"], 100 * item["bootstrap_high"]
+                panel.plot([x + 0.05] * 2, [low, high], color="C1", linewidth=1.2)
+            panel.plot(x, 100 * item["mean"], "o", color="C0")
+            note = f"{item['name']} - {item['reference']} (n={item['n']})"
+            panel.annotate(note, (x, 100 * item["mean"]), (10, 4), textcoords="offset points", fontsize=7)
+    panel.axhline(0, color="0.3", linewidth=0.8)
+    panel.grid(axis="y", alpha=0.3)
+    panel.set_xticks(range(len(values)), [f"{value:g}" for value in values])
+    panel.set_xlim(-0.4, len(values) - 0.2)
+    panel.set(xlabel=along, ylabel="difference in OA, points\n(thick: 95 % paired t, thin: bootstrap, grey: seeds)")
 
 
 def _check_any(logs: Mapping[str, Log], what: str, column: str) -> None:
-    if not any(len(_series(log, column)[0]) for log in logs.values()):
+    if not any(len(series(log, column)[0]) for log in logs.values()):
         raise InputError(f"no {what} with a column '{column}' to plot")

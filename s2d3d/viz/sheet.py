@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ..atomic import write_bytes
 from ..errors import InputError
 from .clouds import Clouds, height_colors, render_clouds, show_window
 from .grid import check_counts, draw_grid
@@ -210,17 +212,6 @@ def embed_json(content: Any) -> str:
     return json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
-def escape(text: object) -> str:
-    """Return text as it must be written in HTML.
-
-    Example:
-        >>> escape("a < b")
-        'a &lt; b'
-    """
-    table = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;"}
-    return "".join(table.get(letter, letter) for letter in str(text))
-
-
 def fill_template(name: str, **parts: str) -> str:
     """Return a page of this folder with each `{{part}}` replaced; the parts themselves are not looked into."""
     pieces = resources.files(__package__).joinpath(name).read_text(encoding="utf-8").split("{{")
@@ -229,17 +220,6 @@ def fill_template(name: str, **parts: str) -> str:
         key, rest = piece.split("}}", 1)
         text += [parts[key], rest]
     return "".join(text)
-
-
-def write_bytes(path: str | os.PathLike, content: bytes) -> None:
-    """Write a file atomically."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _cloud(sheet: CloudSheet, index: int) -> tuple[NDArray, NDArray, NDArray]:

@@ -164,7 +164,7 @@ def test_other_results_are_refused_in_one_line(benchmark, monkeypatch):
         (["layer", "--device", "tpu"], "device 'tpu' is unknown"),
         (["all", "--output", "x.json"], "x.json: is the name of the numbers; name the page"),
         (["report", "nothing.json", "--output", "x.md"], "nothing.json: no such file; results are made by"),
-        (["report", "pyproject.toml", "--output", "/tmp/x.md"], "pyproject.toml: not results of tools/benchmark.py"),
+        (["report", "pyproject.toml", "--output", "/tmp/x.md"], "pyproject.toml: not a JSON file"),
     ],
 )
 def test_bad_arguments(benchmark, arguments, message, monkeypatch, repository):

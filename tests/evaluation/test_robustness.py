@@ -1,7 +1,5 @@
 """The mean corruption error in closed form on hand-made results, and what makes two results incomparable."""
 
-import json
-
 import pytest
 
 from s2d3d.datasets.corruptions import CORRUPTIONS, SEVERITIES
@@ -9,8 +7,6 @@ from s2d3d.errors import InputError
 from s2d3d.evaluation.robustness import (
     add_corruption_errors,
     corruption_errors,
-    find_reference,
-    read_robustness,
     robustness_table,
 )
 
@@ -66,38 +62,3 @@ def test_table_shows_every_accuracy_its_mean_and_the_ce():
     assert lines[9] == "mean OA over 35 corrupted sets 70.00 %"
     assert lines[10].startswith("mCE 0.6000 relative to twin.json")
     assert "no reference" in robustness_table(own).splitlines()[-1]
-
-
-def test_dense_twin_is_the_folder_beside(tmp_path):
-    twin = tmp_path / "modelnet_dense_small" / "robustness.json"
-    for checkpoint in ("modelnet_s2d_small/merged.pt", "modelnet_s2d_small/checkpoints/last.pt"):
-        assert find_reference(tmp_path / checkpoint) is None
-    twin.parent.mkdir()
-    twin.write_text("{}")
-    for checkpoint in ("modelnet_s2d_small/merged.pt", "modelnet_s2d_small/checkpoints/last.pt"):
-        assert find_reference(tmp_path / checkpoint) == twin
-    for checkpoint in ("modelnet_s2d/merged.pt", "modelnet_dense_small/merged.pt", "other/merged.pt"):
-        assert find_reference(tmp_path / checkpoint) is None
-
-
-def test_reading_gives_back_what_was_written_and_refuses_the_rest(tmp_path):
-    path = tmp_path / "r.json"
-    path.write_text(json.dumps(measured(0.5)))
-    assert read_robustness(path) == measured(0.5)
-    with pytest.raises(InputError, match=r"none.json: no such file; make it with .*--corruption all"):
-        read_robustness(tmp_path / "none.json")
-    bad = {"five": measured(0.5), "range": measured(0.5), "text": measured(0.5)}
-    bad["five"]["corruptions"]["rotate"]["oa"] = [0.5] * 4
-    bad["range"]["corruptions"]["rotate"]["oa"] = [0.5, 0.5, 0.5, 0.5, 50.0]
-    bad["text"]["corruptions"]["rotate"]["oa"] = "0.5"
-    for content in bad.values():
-        path.write_text(json.dumps(content))
-        with pytest.raises(InputError, match=r"corruptions\.rotate\.oa is not 5 accuracies"):
-            read_robustness(path)
-    for text in ("[]", "{}", '{"corruptions": []}', '{"oa": 0.9}'):
-        path.write_text(text)
-        with pytest.raises(InputError, match="--corruption all"):
-            read_robustness(path)
-    path.write_text("{")
-    with pytest.raises(InputError, match="not a JSON file"):
-        read_robustness(path)

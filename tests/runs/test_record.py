@@ -8,7 +8,7 @@ from s2d3d.config.load import dump_config
 from s2d3d.datasets.corruptions import CORRUPTIONS
 from s2d3d.errors import InputError
 from s2d3d.runs.folder import RunFolder
-from s2d3d.runs.record import FORMS, final_form, read_runs
+from s2d3d.runs.record import FORMS, final_form, find_reference, read_robustness, read_runs
 
 LOG = "epoch,updates,train_loss,val_oa,test_oa\n1,6,2.5,,\n2,12,1.25,,0.5\n3,18,nan,,inf\n"
 
@@ -114,3 +114,46 @@ def test_the_final_form_is_the_one_that_was_saved(metrics, form):
 def test_without_a_saved_form_there_is_none(metrics):
     with pytest.raises(InputError, match="no accuracy of a finished model among"):
         final_form(metrics)
+
+
+def robustness(oa: float) -> dict:
+    """What `tools/evaluate.py --corruption all` writes, with one accuracy everywhere."""
+    return {
+        "num_points": 1024, "num_samples": 100, "votes": 1, "seed": 0, "clean": {"oa": 0.9, "macc": 0.9},
+        "corruptions": {name: {"oa": [oa] * 5, "macc": [oa] * 5} for name in CORRUPTIONS}, "mean_oa": oa,
+    }  # fmt: skip
+
+
+def test_dense_twin_is_the_folder_beside(tmp_path):
+    twin = tmp_path / "modelnet_dense_small" / "robustness.json"
+    for checkpoint in ("modelnet_s2d_small/merged.pt", "modelnet_s2d_small/checkpoints/last.pt"):
+        assert find_reference(tmp_path / checkpoint) is None
+    twin.parent.mkdir()
+    twin.write_text("{}")
+    for checkpoint in ("modelnet_s2d_small/merged.pt", "modelnet_s2d_small/checkpoints/last.pt"):
+        assert find_reference(tmp_path / checkpoint) == twin
+    for checkpoint in ("modelnet_s2d/merged.pt", "modelnet_dense_small/merged.pt", "other/merged.pt"):
+        assert find_reference(tmp_path / checkpoint) is None
+
+
+def test_reading_gives_back_what_was_written_and_refuses_the_rest(tmp_path):
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(robustness(0.5)))
+    assert read_robustness(path) == robustness(0.5)
+    with pytest.raises(InputError, match=r"none.json: no such file; make it with .*--corruption all"):
+        read_robustness(tmp_path / "none.json")
+    bad = {"five": robustness(0.5), "range": robustness(0.5), "text": robustness(0.5)}
+    bad["five"]["corruptions"]["rotate"]["oa"] = [0.5] * 4
+    bad["range"]["corruptions"]["rotate"]["oa"] = [0.5, 0.5, 0.5, 0.5, 50.0]
+    bad["text"]["corruptions"]["rotate"]["oa"] = "0.5"
+    for content in bad.values():
+        path.write_text(json.dumps(content))
+        with pytest.raises(InputError, match=r"corruptions\.rotate\.oa is not 5 accuracies"):
+            read_robustness(path)
+    for text in ("[]", "{}", '{"corruptions": []}', '{"oa": 0.9}'):
+        path.write_text(text)
+        with pytest.raises(InputError, match="--corruption all"):
+            read_robustness(path)
+    path.write_text("{")
+    with pytest.raises(InputError, match="not a JSON file"):
+        read_robustness(path)

@@ -5,8 +5,13 @@ import json
 import pytest
 import torch
 
+from s2d3d import evaluate, load_model
+from s2d3d.atomic import read_json
+from s2d3d.config.data import build_test_loader
+from s2d3d.config.load import load_config, parse_config
 from s2d3d.datasets import create_dataset
 from s2d3d.errors import InputError
+from s2d3d.runs.folder import RunFolder
 from s2d3d.studies.few_shot import (
     FewShotTask,
     draw_classes,
@@ -132,6 +137,32 @@ def test_folds_are_run_once_and_do_not_depend_on_each_other(config, trained, tmp
     again = list(run_folds(elsewhere, TASK, folds=3, output=tmp_path / "other.json"))
     own = ("fold", "classes", "oa", "macc", "loss", "support", "queries")
     assert [[fold[key] for key in own] for fold in again] == [[fold[key] for key in own] for fold in more]
+
+
+def test_a_fold_is_scored_with_the_model_that_it_saved(tiny_config, tmp_path):
+    """BatchNorm behind experts is re-estimated before the model is saved, which changes its accuracy."""
+    mapping = tiny_config("train.epochs=4", "train.batch_size=6", "optim.lr=4e-3", "s2d.share_rate=0.05").to_dict()
+    mapping["output_dir"] = str(tmp_path / "few")
+    mapping["model"] = {
+        "name": "point_transformer_tiny",
+        "channels": [16, 32],
+        "depths": [1, 1],
+        "strides": [4, 4],
+        "num_neighbors": [8, 8],
+    }
+    config = parse_config(mapping, where="test")
+    task = FewShotTask(ways=4, shots=6, queries=3)
+    folds = list(run_folds(config, task, folds=2, output=tmp_path / "f.json"))
+    before = []
+    for fold in folds:
+        folder = RunFolder(fold["run"])
+        own = load_config(folder.config)
+        _, queries = fold_datasets(own, task, seed=config.seed, fold=fold["fold"])
+        loader = build_test_loader(queries, data=own.data, batch_size=64, seed=0)
+        measured = evaluate(load_model(folder.merged), loader, device="cpu", progress=False)
+        assert (fold["oa"], fold["macc"]) == (measured.oa, measured.macc)
+        before.append(read_json(folder.metrics)["merged"]["oa"])
+    assert [fold["oa"] for fold in folds] != before, "the re-estimation must show for this test to say anything"
 
 
 def test_interrupted_fold_goes_on_and_force_starts_anew(config, trained, tmp_path):

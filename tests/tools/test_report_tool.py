@@ -7,6 +7,11 @@ import shutil
 import pytest
 from matplotlib.image import imread
 
+from s2d3d.config.load import parse_config
+from s2d3d.runs.record import read_runs
+from s2d3d.training.trainer import Trainer
+from s2d3d.viz.report import report_figures
+
 NO_CLOUDS = ("--num-mistakes", 0, "--clouds-per-class", 0)
 
 
@@ -30,6 +35,35 @@ def test_the_page_agrees_with_the_run(call, trained, tmp_path):
     page = output.read_text()
     assert f"<td>{100 * merged['oa']:.2f} %</td>" in page and "http" not in page and len(page) < 10_000_000
     assert list(tmp_path.iterdir()) == [output]
+
+
+def test_the_headline_is_that_of_the_saved_model(call, tiny_config, tmp_path):
+    """BatchNorm behind experts is re-estimated before the model is saved, which changes its accuracy."""
+    config = tiny_config("train.epochs=4", "optim.lr=4e-3", "s2d.share_rate=0.05", "eval.every=2").to_dict()
+    config["model"] = {
+        "name": "point_transformer_tiny",
+        "channels": [16, 32],
+        "depths": [1, 1],
+        "strides": [4, 4],
+        "num_neighbors": [8, 8],
+    }
+    trainer = Trainer(parse_config(config, where="test"))
+    merged = trainer.fit()
+    before, kept = trainer.reports["merged"].oa, trainer.reports["recalibrated"].oa
+    assert before != kept, "the re-estimation must show for this test to say anything"
+    evaluated = call("evaluate", "--checkpoint", merged, "--output", tmp_path / "report.json")
+    assert evaluated.code == 0 and json.loads((tmp_path / "report.json").read_text())["oa"] == kept
+    output = tmp_path / "report.html"
+    assert call("report", trainer.folder.root, "--output", output, "--clouds-per-class", 0).code == 0
+    page = output.read_text(encoding="utf-8")
+    for title in ("OA, final model", "evaluated for this report, OA"):
+        assert f"<tr><th>{title}</th><td>{100 * kept:.2f} %</td></tr>" in page
+    assert f"<tr><th>OA, merged or dense</th><td>{100 * before:.2f} %</td></tr>" in page
+    (record,) = read_runs([trainer.folder.root])
+    assert record.final["confusion"] == trainer.reports["recalibrated"].confusion
+    curve = next(axes for axes in report_figures([record])["training"].axes if "final model" in axes.get_title())
+    measured = [[row["epoch"], 100 * row["test_oa"]] for row in record.log if "test_oa" in row]
+    assert curve.lines[0].get_xydata().tolist() == [*measured, [4, 100 * kept]] and len(measured) == 1
 
 
 def test_plots_are_files_and_need_no_model(call, trained, tmp_path):

@@ -9,17 +9,14 @@ from matplotlib.colors import to_hex
 from matplotlib.image import imread
 
 from s2d3d.errors import InputError
-from s2d3d.viz import plots
+from s2d3d.viz.figure import figure_svg, save_figure
 from s2d3d.viz.plots import (
     class_accuracy_figure,
     confusion_figure,
     corruption_figure,
     divergence_figure,
-    figure_svg,
-    save_figure,
     throughput_figure,
     training_curves,
-    training_throughput,
 )
 
 DENSE = [
@@ -128,12 +125,6 @@ def test_bars_are_as_long_as_the_numbers():
     assert [np.ptp(segment[:, 0]) for segment in segments] == [0, 20]
 
 
-def test_training_throughput_is_the_median_of_the_epochs():
-    rows = [{"updates": 10, "seconds": 1.0}, {"updates": 20, "seconds": 100.0}, {"updates": 40, "seconds": 4.0}]
-    assert training_throughput(rows, 8) == 40, "80, 0.8 and 40 clouds a second: one slow epoch does not count"
-    assert training_throughput([{"epoch": 1}], 8) is None
-
-
 @pytest.mark.parametrize(
     ("draw", "message"),
     [
@@ -185,4 +176,4 @@ def test_matplotlibs_settings_are_left_alone():
 
     before = dict(matplotlib.rcParams)
     figure_svg(throughput_figure({"dense": 100.0}))
-    assert dict(matplotlib.rcParams) == before and plots.matplotlib.rcParams["svg.fonttype"] == "path"
+    assert dict(matplotlib.rcParams) == before and matplotlib.rcParams["svg.fonttype"] == "path"

@@ -9,9 +9,17 @@ import pytest
 import torch
 
 from s2d3d.errors import InputError
+from s2d3d.runs.record import RunRecord
 from s2d3d.viz import report as module
-from s2d3d.viz.report import Predictions, ReportRun, build_report, choose_shown
-from s2d3d.viz.report_parts import config_rows, environment_rows, html_table, summary_rows
+from s2d3d.viz.report import (
+    Predictions,
+    build_report,
+    choose_shown,
+    config_rows,
+    environment_rows,
+    html_table,
+    summary_rows,
+)
 
 NAMES = ["box", "mug", "<cup>"]
 CONFIG = {
@@ -70,7 +78,12 @@ def metrics(oa):
 
 def run(name="first", **changes):
     fields = {"config": CONFIG, "environment": {"python": "3.11"}, "log": LOG, "metrics": metrics(0.75)}
-    return ReportRun(name, **{**fields, "predictions": predictions(), **changes})
+    return RunRecord(name, **{**fields, **changes})
+
+
+def report_of(*runs, said=None, **options):
+    """Make the page of runs, all with the same predictions where `said` has no others."""
+    return build_report(runs, {run.name: predictions() for run in runs} | (said or {}), **options)
 
 
 def data_of(page):
@@ -107,7 +120,7 @@ def test_right_and_wrong_clouds_share_the_room():
 
 
 def test_the_page_holds_what_the_model_said(no_plots):
-    (entry,) = data_of(build_report([run()], num_mistakes=2, clouds_per_class=1))["runs"]
+    (entry,) = data_of(report_of(run(), num_mistakes=2, clouds_per_class=1))["runs"]
     counts = torch.zeros(3, 3, dtype=torch.int64)
     for label, guess in zip(LABELS, GUESSES):
         counts[label, guess] += 1
@@ -119,7 +132,7 @@ def test_the_page_holds_what_the_model_said(no_plots):
 
 def test_clouds_come_through_to_a_thirty_thousandth(no_plots):
     given = predictions(points=256)
-    page = build_report([run(predictions=given)], points_per_cloud=100)
+    page = report_of(run(), said={"first": given}, points_per_cloud=100)
     points = data_of(page)["points"]
     assert len(points) == 12
     for index in range(12):
@@ -138,8 +151,8 @@ def test_clouds_come_through_to_a_thirty_thousandth(no_plots):
 
 def test_runs_of_one_set_share_its_clouds(no_plots):
     other = predictions(torch.tensor([1] * 12))
-    shared = data_of(build_report([run(), run("second", predictions=other)]))
-    apart = data_of(build_report([run(), run("second", predictions=predictions(source="another"))]))
+    shared = data_of(report_of(run(), run("second"), said={"second": other}))
+    apart = data_of(report_of(run(), run("second"), said={"second": predictions(source="another")}))
     assert len(shared["points"]) == 12 and len(apart["points"]) == 24
 
 
@@ -148,15 +161,15 @@ def test_runs_of_one_set_share_its_clouds(no_plots):
 
 def test_summary_has_a_column_for_each_run():
     dense = {**CONFIG, "s2d": {**CONFIG["s2d"], "kind": "none"}}
-    unfinished = run("second", config=dense, metrics={}, predictions=None, log=LOG[:1])
-    head, rows = summary_rows([run(), unfinished])
+    unfinished = run("second", config=dense, metrics={}, log=LOG[:1])
+    head, rows = summary_rows([run(), unfinished], {"first": predictions()})
     table = {title: values for title, *values in rows}
     assert head == ["", "first", "second"]
     assert table["OA, merged or dense"] == table["OA, before merge"] == ["75.00 %", ""]
     assert table["evaluated for this report, OA"] == ["75.00 %", ""], "9 of 12"
     assert table["epochs"] == ["2", "1 of 2"] and table["training time"] == ["2.0 min", ""]
     assert table["parameters in training"] == ["2,000", ""] and table["parameters afterwards"] == ["1,000", ""]
-    assert table["experts"] == ["4 in every 2. FFN, share rate 0.3 linear", "none (dense)"]
+    assert table["experts"] == ["4, in every 2nd FFN, share rate 0.3 linear", "none (dense)"]
     assert "OA, voting" not in table
 
 
@@ -181,14 +194,14 @@ def test_environments_are_marked_where_they_differ():
 def test_plots_are_those_that_there_are_numbers_for():
     names = list(module.report_figures([run()]))
     assert names == ["training", "class_accuracy", "divergence", "throughput"]
-    bare = ReportRun("bare", {"seed": 0}, {}, [{"epoch": 1, "train_loss": 1.0}])
+    bare = RunRecord("bare", {"seed": 0}, [{"epoch": 1, "train_loss": 1.0}])
     robust = {"clean": {"oa": 0.9}, "corruptions": {"jitter": {"oa": [0.5] * 5}}, "mean_oa": 0.5}
     assert list(module.report_figures([bare])) == ["training"]
     assert "corruptions" in module.report_figures([run(robustness=robust)])
 
 
 def test_nothing_outside_is_named():
-    page = build_report([run("http-run"), run("</script><script>alert(1)</script>")])
+    page = report_of(run("http-run"), run("</script><script>alert(1)</script>"))
     assert len(page.encode()) < module.MOST_BYTES
     assert page.count("<script") == page.count("</script>") == 2, "no name of a run opens or ends one"
     decoded = [base64.b64decode(text).decode() for text in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", page)]
@@ -217,7 +230,7 @@ def test_what_cannot_be_reported_is_one_line(runs, options, message):
 def test_a_report_does_not_grow_beyond_its_limit(monkeypatch, no_plots):
     monkeypatch.setattr(module, "MOST_BYTES", 20_000)
     with pytest.raises(InputError, match=r"the report gets 0\.\d MB, more than the 0 MB .*fewer clouds"):
-        build_report([run()])
+        report_of(run())
 
 
 # In a browser
@@ -233,9 +246,9 @@ PICTURE = "document.querySelector('#class-clouds canvas').toDataURL()"
 
 
 def test_a_click_on_a_class_shows_its_clouds(browser, tmp_path):
-    second = run("second", predictions=predictions(torch.tensor([1] * 12)))
+    said = {"second": predictions(torch.tensor([1] * 12))}
     path = tmp_path / "report.html"
-    path.write_text(build_report([run(), second], num_mistakes=2), encoding="utf-8")
+    path.write_text(report_of(run(), run("second"), said=said, num_mistakes=2), encoding="utf-8")
     browser.open(path)
     assert browser.evaluate("document.title") == "first, second"
     assert browser.evaluate("document.querySelectorAll('#confusion tbody tr').length") == 3
@@ -268,14 +281,14 @@ def test_a_click_on_a_class_shows_its_clouds(browser, tmp_path):
 
 def test_a_report_without_clouds_says_so(browser, tmp_path, no_plots):
     path = tmp_path / "report.html"
-    path.write_text(build_report([run(predictions=None)]), encoding="utf-8")
+    path.write_text(build_report([run()]), encoding="utf-8")
     browser.open(path)
     assert browser.evaluate("document.getElementById('score').textContent") == "9 of 12 clouds recognised, 75.00 %"
     browser.click("#confusion button[data-true='1']")
     assert (
         browser.evaluate("document.getElementById('class-text').textContent") == "The report was made without clouds."
     )
-    path.write_text(build_report([run(predictions=None, metrics={})]), encoding="utf-8")
+    path.write_text(build_report([run(metrics={})]), encoding="utf-8")
     browser.open(path)
     assert browser.evaluate("document.getElementById('explorer').hidden")
     assert browser.errors == []

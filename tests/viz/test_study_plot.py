@@ -2,7 +2,7 @@
 
 import pytest
 
-from s2d3d.viz.study_plot import study_figure
+from s2d3d.viz.plots import study_figure
 
 
 def comparison(name, differences, half):
