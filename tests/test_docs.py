@@ -1,13 +1,19 @@
-"""What the pages show is run as it stands: the extension guide, the notebook, the configuration reference, the site."""
+"""What the pages show is run as it stands: code, commands, links, figures, the notebook, the reference, the site."""
 
+import argparse
+import contextlib
+import importlib.util
+import io
 import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 import numpy as np
 import pytest
+import torch
 import yaml
 from nbclient import NotebookClient
 
@@ -16,10 +22,156 @@ from s2d3d import Trainer, datasets, load_config, load_model, models
 from s2d3d.config.reference import config_reference
 from s2d3d.config.schema import Config
 
+REPOSITORY = Path(__file__).parent.parent
+PAGES = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "data/README.md")]
+PAGES += sorted(REPOSITORY.glob("docs/**/*.md"))
+CLOSED = "configs/studies/beyond.yaml"
+"""A study whose options are gone from the package; its page and records stay."""
+
+
+def python_blocks(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+
+
+def output_of(block: str, page: str) -> list[str]:
+    """Run a block of a page and return the lines that it prints."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(compile(block, page, "exec"), {"__name__": page})
+    return said.getvalue().splitlines()
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as the site and code hosts build them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    plain = [re.sub(r"[^\w\- ]", "", re.sub(r"\]\([^)]*\)", "", heading)).strip().lower() for heading in headings]
+    return {re.sub(r" ", "-", heading) for heading in plain}
+
 
 @pytest.fixture
 def blocks(repository):
-    return re.findall(r"```python\n(.*?)```", (repository / "docs" / "extend.md").read_text(), flags=re.DOTALL)
+    return python_blocks(repository / "docs" / "extend.md")
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(REPOSITORY).as_posix()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:|mailto:)([^)\s]+)\)", page.read_text()):
+        path, _, anchor = target.partition("#")
+        there = (page.parent / path).resolve() if path else page
+        assert there.exists(), target
+        assert not anchor or anchor in anchors(there), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_name_tools_configs_and_targets_that_exist(page, repository):
+    text = page.read_text()
+    targets = set(re.findall(r"^([a-z-]+):", (repository / "Makefile").read_text(), flags=re.MULTILINE))
+    for tool in re.findall(r"\b(tools/\w+\.py|examples/\w+\.(?:py|ipynb)|tests/[\w/]+\.py)\b", text):
+        assert (repository / tool).is_file() or "NAME" in tool, tool
+    for config in re.findall(r"\b(configs/(?:studies/)?\w+\.yaml)\b", text):
+        assert (repository / config).is_file() or "NAME" in config or config == CLOSED, config
+    for target in re.findall(r"(?:^ {4}|`)make ([a-z-]+)", text, flags=re.MULTILINE):
+        assert target in targets, target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_flags_of_tools_exist(page, repository):
+    """Each flag in a code line or table row that begins with a tool is one of that tool."""
+    for name, rest in re.findall(r"tools/([a-z_]+)\.py((?:[^`\n]|\\\n)*)", page.read_text().replace("\\|", " ")):
+        flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", rest.split(" #")[0]))
+        assert flags <= flags_of(repository, name), f"tools/{name}.py {sorted(flags)}"
+
+
+def flags_of(repository, name, cache={}):  # noqa: B006
+    """Return all flags of a tool and of its sub-commands."""
+    if name not in cache:
+        spec = importlib.util.spec_from_file_location(f"docs_{name}", repository / "tools" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        waiting, found = [module.build_parser()], set()
+        while waiting:
+            for action in waiting.pop()._actions:
+                found |= {option for option in action.option_strings if option.startswith("--")}
+                if isinstance(action, argparse._SubParsersAction):
+                    waiting += action.choices.values()
+        cache[name] = found
+    return cache[name]
+
+
+def test_the_readme_is_short_and_shows_the_result_on_its_first_screen(repository):
+    lines = (repository / "README.md").read_text().splitlines()
+    assert len(lines) <= 90 and max(map(len, lines)) <= 140
+    first = "\n".join(lines[:35])
+    for needed in (
+        "W_i <- (1 - b) W_i + b * mean_{j != i} W_j",
+        "no gain",
+        "Segmentation and detection are not",
+        ".svg",
+    ):
+        assert needed in first
+
+
+def test_the_lines_of_the_readme_train_and_merge(repository):
+    (block,) = python_blocks(repository / "README.md")
+    model = s2d3d.create_model("point_bert_tiny", num_classes=3, head_dropout=0.0)
+    keys = list(model.state_dict())
+    optimizers = []
+
+    def step(points, labels):
+        if not optimizers:
+            optimizers.append(torch.optim.AdamW(model.parameters(), lr=1e-3))
+        torch.nn.functional.cross_entropy(model(points), labels).backward()
+        optimizers[0].step()
+
+    loader = [(torch.rand(4, 256, 3), torch.tensor([0, 1, 2, 0])) for _ in range(2)]
+    names = {"model": model, "loader": loader, "total_steps": len(loader), "step": step}
+    assert "    ...  # forward, backward, optimizer.step()\n" in block
+    exec(block.replace("    ...  #", "    step(points, labels)  #"), names)
+    assert optimizers[0].state and s2d3d.is_sparse(model)
+    assert list(names["model"].state_dict()) == keys and not s2d3d.is_sparse(names["model"])
+    s2d3d.create_model("point_bert_tiny", num_classes=3).load_state_dict(names["model"].state_dict(), strict=True)
+
+
+def test_figures_of_the_results_page_follow_from_the_records(repository, monkeypatch):
+    monkeypatch.chdir(repository)
+    page = (repository / "docs" / "results.md").read_text()
+    pairs, count = (output_of(block, "docs/results.md") for block in python_blocks(repository / "docs" / "results.md"))
+    rows = {
+        "headline": "| [headline](results/headline.md)",
+        "scarce": "| [scarce](results/scarce.md)",
+        "all_layers": "| [all_layers](results/all_layers.md)",
+        "scarce without pair 209": "| scarce without pair 209",
+        "together": "| **the three studies together**",
+    }
+    found = dict(line.split(": ", 1) for line in pairs if not line.startswith(" "))
+    assert found.keys() == rows.keys()
+    for name, line in found.items():
+        number, mean, low, high, p = re.fullmatch(r"n (\d+), (\S+) \[(\S+), (\S+)\], p (\S+)", line).groups()
+        (row,) = (row for row in page.split("\n## ")[0].splitlines() if row.startswith(rows[name]))
+        cells = [cell.strip(" *") for cell in row.split("|")[2:-1]]
+        assert cells == [number, mean, f"[{low}, {high}]", p], name
+    training, test = pairs[-2:]
+    for name, line in (("training loss, last epoch", training), ("test loss", test)):
+        mean, low, high, higher = re.fullmatch(r"  (\S+) \[(\S+), (\S+)\], higher in (\d+)", line).groups()
+        assert f"| {name} | 27 | {mean} | [{low}, {high}] | {higher} |" in page
+    assert count == ["27 comparisons", "['every_1'] above zero", "['s2d_25'] below zero"]
+    readme = (repository / "README.md").read_text()
+    assert re.search(r"\| 27 \| -0\.18 \| \[-0\.41, \+0\.05\] \|", readme) and "24 of 27 pairs" in readme
+    assert "together: n 27, -0.18 [-0.41, +0.05], p 0.004" in pairs and training.endswith("higher in 24")
+
+
+def test_the_simulated_step_of_the_mean_is_that_of_the_page(repository):
+    (block,) = python_blocks(repository / "docs" / "why.md")
+    simulated = [list(map(float, line.split())) for line in output_of(block, "docs/why.md")]
+    shown = re.findall(
+        r"^\| ([\d.]+) \| (0\.\d\d) \|$", (repository / "docs" / "why.md").read_text(), flags=re.MULTILINE
+    )
+    assert [list(map(float, row)) for row in shown] == [[signal, pytest.approx(x, abs=0.02)] for signal, x in simulated]
 
 
 def test_a_backbone_and_a_data_set_of_one_s_own_train(blocks, tiny_config, tmp_path, monkeypatch):
