@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib
 import importlib.util
 import io
 import json
@@ -103,6 +104,14 @@ def flags_of(repository, name, cache={}):  # noqa: B006
     return cache[name]
 
 
+def test_the_api_page_names_what_is_there(repository):
+    names = re.findall(r"^::: (\S+)$", (repository / "docs" / "api.md").read_text(), flags=re.MULTILINE)
+    assert len(names) > 20
+    for name in names:
+        module, _, item = name.rpartition(".")
+        assert getattr(importlib.import_module(module), item).__doc__, name
+
+
 def test_the_readme_is_short_and_shows_the_result_on_its_first_screen(repository):
     lines = (repository / "README.md").read_text().splitlines()
     assert len(lines) <= 90 and max(map(len, lines)) <= 140
@@ -168,9 +177,8 @@ def test_figures_of_the_results_page_follow_from_the_records(repository, monkeyp
 def test_the_simulated_step_of_the_mean_is_that_of_the_page(repository):
     (block,) = python_blocks(repository / "docs" / "why.md")
     simulated = [list(map(float, line.split())) for line in output_of(block, "docs/why.md")]
-    shown = re.findall(
-        r"^\| ([\d.]+) \| (0\.\d\d) \|$", (repository / "docs" / "why.md").read_text(), flags=re.MULTILINE
-    )
+    text = (repository / "docs" / "why.md").read_text()
+    shown = re.findall(r"^\| ([\d.]+) \| (0\.\d\d) \|$", text, flags=re.MULTILINE)
     assert [list(map(float, row)) for row in shown] == [[signal, pytest.approx(x, abs=0.02)] for signal, x in simulated]
 
 
