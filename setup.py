@@ -38,7 +38,6 @@ setup(
         "pyyaml>=6",
         "numpy>=1.24",
         "pydantic>=2.6",
-        "torchmetrics>=1.3",
         "tqdm>=4.64",
         "matplotlib>=3.7",
         "safetensors>=0.4",

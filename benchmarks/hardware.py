@@ -1,6 +1,5 @@
 """What a measurement was made on: processor, threads, allocator, versions; what its units attain."""
 
-import importlib.metadata
 import os
 import platform
 import time
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from s2d3d.errors import InputError
-from s2d3d.machine import environment
+from s2d3d.machine import environment, installed_version
 
 from .interleave import make_timer
 
@@ -36,7 +35,7 @@ def hardware(device: torch.device, num_threads: int) -> dict[str, object]:
     del described["command"]  # it names folders of this machine
     installed = described["packages"]
     assert isinstance(installed, dict)
-    described["packages"] = installed | {name: version(name) for name in PACKAGES}
+    described["packages"] = installed | {name: installed_version(name) for name in PACKAGES}
     chosen = {key: value for key, value in os.environ.items() if key.startswith("MALLOC_") or key == "LD_PRELOAD"}
     return {
         **described,
@@ -54,14 +53,6 @@ def hardware(device: torch.device, num_threads: int) -> dict[str, object]:
             else "glibc malloc that keeps large blocks (mallopt, `keep_large_allocations`)",
         },
     }
-
-
-def version(package: str) -> str | None:
-    """Return the version of an installed package, None where it is not."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def cpu_flags() -> list[str]:

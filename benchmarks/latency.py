@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from s2d3d.export.check import TOLERANCE
 from s2d3d.export.write import FORMATS, Exported, export_model, load_exported
+from s2d3d.machine import installed_version
 from s2d3d.models import create_model, fold_batchnorm
 
-from .hardware import version
 from .interleave import Comparison, Contestant, Task, interleave, local, make_timer
 from .section import Settings, new_section
 from .tables import comparison_table, hardware_lines
@@ -127,7 +127,7 @@ def latency_page(
     """
     settings = Settings(torch.device("cpu"), torch.get_num_threads(), rounds=rounds)
     section = new_section("latency", "Latency", settings)
-    section.hardware["packages"] = {name: version(name) for name in PACKAGES}
+    section.hardware["packages"] = {name: installed_version(name) for name in PACKAGES}
     forms = model_forms(model, exported, payload, points.shape[1])
     tables = [comparison_table(one) for one in measure_latency(forms, without_ties(forms, points), rounds=rounds)]
     return "\n\n".join([f"# Latency of {payload['model']['name']}", *tables, "\n".join(hardware_lines(section))])

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from s2d3d.markdown import markdown_table
+
 from .interleave import Comparison
 from .section import Section, Series
 
@@ -19,15 +21,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         | a     |  1.0 |
         | bcdef | 12.0 |
     """
-    widths = [max(3, *(len(row[column]) for row in [head, *rows])) for column in range(len(head))]
-    right = [column > 0 and all(_is_number(row[column]) for row in rows) for column in range(len(head))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(cells, widths, right)]
-        return f"| {' | '.join(padded)} |"
-
-    rule = [("-" * (w - 1) + ":") if r else "-" * w for w, r in zip(widths, right)]
-    return "\n".join([line(head), line(rule), *map(line, rows)])
+    right = [column for column in range(1, len(head)) if all(_is_number(row[column]) for row in rows)]
+    return markdown_table(head, rows, right=right, padded=True)
 
 
 def comparison_table(comparison: Comparison) -> str:

@@ -37,6 +37,17 @@ def quoted(text: str, limit: int = 100) -> str:
     return f"'{shown}'" if len(shown) <= limit else f"'{shown[:limit]}...'"
 
 
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """Return the first line of an error's text, to stand inside of a message; of an error without text its type.
+
+    Example:
+        >>> first_line(RuntimeError("no such operator.\\n  at node 3"))
+        'no such operator'
+    """
+    lines = str(error).strip().splitlines()
+    return printable(lines[0][:limit].rstrip(".:")) if lines else type(error).__name__
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return "; did you mean '...'?" for the nearest known word, or an empty string."""
     near = difflib.get_close_matches(word, list(known), n=1)

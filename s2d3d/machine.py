@@ -1,24 +1,24 @@
-"""The machine a run lives on: device, processes, threads, memory allocator, random state, versions."""
+"""The machine a run lives on: device, processes, threads, memory allocator, versions."""
 
 import contextlib
 import ctypes
 import importlib.metadata
+import multiprocessing
 import os
 import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from .errors import InputError, TrainingError
-from .random_state import rng_state
 from .version import __version__
 
 DEVICE_NAMES = re.compile(r"auto|cpu|cuda(:\d+)?", re.ASCII)
@@ -141,16 +141,23 @@ def keep_large_allocations() -> None:
     libc.mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
-def gather_states(runtime: Runtime, sums: torch.Tensor) -> tuple[list[Any], list[torch.Tensor]]:
-    """Return every rank's random state, as of `rng_state`, and every rank's `sums`, a tensor of the same shape."""
-    own = rng_state(runtime.device)
-    if not runtime.is_distributed:
-        return [own], [sums]
-    states: list[Any] = [None] * runtime.world_size
-    dist.all_gather_object(states, own)
-    all_sums = [torch.zeros_like(sums) for _ in states]
-    dist.all_gather(all_sums, sums)
-    return states, all_sums
+def watch_parent(act: Callable[[], object]) -> None:
+    """Call `act` in a thread once the process that started this one has ended, however it ended.
+
+    A process of `multiprocessing` waits for its parent itself. Any other one waits for the end of its stdin: a pipe
+    that the parent holds open while it lives.
+    """
+
+    def wait() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+        else:
+            while os.read(0, 1024):
+                pass
+        act()
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def environment() -> dict[str, object]:
@@ -171,11 +178,12 @@ def environment() -> dict[str, object]:
 
 def package_versions() -> dict[str, str | None]:
     """Return the versions of the packages that matter for a result; None: not installed."""
-    packages = ("torch", "torch-scatter", "timm", "numpy", "h5py", "open3d", "torchmetrics", "pydantic")
-    return {name: _version(name) for name in packages}
+    packages = ("torch", "torch-scatter", "timm", "numpy", "h5py", "open3d", "pydantic")
+    return {name: installed_version(name) for name in packages}
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """Return the version of an installed package, None where it is not."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

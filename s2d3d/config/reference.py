@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
+from ..markdown import markdown_table
 from ..models import list_models, model_kwargs
 from .schema import Config, Section
 
@@ -25,17 +26,18 @@ def config_reference() -> str:
         "Unknown keys, wrong types and values out of range are all reported at once, before data is touched. "
         "This page is made from the schema by `make docs`.",
     ]
-    parts += ["## Top level", _table(_rows(Config, ""))]
+    head = ["key", "default", "meaning"]
+    parts += ["## Top level", markdown_table(head, _rows(Config, ""))]
     for prefix, section in _sections(Config, ""):
         title = (section.__doc__ or "").strip().splitlines()[0]
-        parts += [f"## {prefix}", title, _table(_rows(section, f"{prefix}."))]
+        parts += [f"## {prefix}", title, markdown_table(head, _rows(section, f"{prefix}."))]
     parts += [
         "## Keywords of the models",
         "They stand in the section `model`, beside `name`. Defaults:",
     ]
     for name in list_models(task="classify"):
-        rows = [(f"| `model.{key}` | `{_shown(value)}` |") for key, value in model_kwargs(name).items()]
-        parts += [f"### {name}", "\n".join(["| key | default |", "|---|---|", *rows])]
+        rows = [[f"`model.{key}`", f"`{_shown(value)}`"] for key, value in model_kwargs(name).items()]
+        parts += [f"### {name}", markdown_table(head[:2], rows)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -47,18 +49,14 @@ def _sections(model: type[Section], prefix: str) -> Iterator[tuple[str, type[Sec
             yield from _sections(section, f"{prefix}{name}.")
 
 
-def _rows(model: type[Section], prefix: str) -> list[tuple[str, str]]:
-    """Return key, and default and meaning, of the keys that are no sections themselves."""
+def _rows(model: type[Section], prefix: str) -> list[list[str]]:
+    """Return key, default and meaning of the keys that are no sections themselves."""
     rows = []
     for name, field in model.model_fields.items():
         if _section_of(field) is None:
             default = "required" if field.is_required() else f"`{_shown(field.default)}`"
-            rows.append((f"`{prefix}{name}`", f"{default} | {_cell(field.description or '')}"))
+            rows.append([f"`{prefix}{name}`", default, field.description or ""])
     return rows
-
-
-def _table(rows: list[tuple[str, str]]) -> str:
-    return "\n".join(["| key | default | meaning |", "|---|---|---|", *(f"| {key} | {rest} |" for key, rest in rows)])
 
 
 def _section_of(field: FieldInfo) -> type[Section] | None:
@@ -69,7 +67,3 @@ def _section_of(field: FieldInfo) -> type[Section] | None:
 
 def _shown(value: Any) -> str:
     return json.dumps(list(value) if isinstance(value, tuple) else value)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")

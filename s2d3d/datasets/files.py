@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InputError, did_you_mean
+from ..errors import InputError, did_you_mean, first_line
 from .h5 import check_up_axis
 from .mesh import read_off, sample_mesh
 from .prefix import farthest_prefix
@@ -143,9 +143,8 @@ def _read_with_open3d(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     try:
         import open3d
     except (ImportError, OSError) as error:  # OSError: a system library of it is missing
-        reason = str(error).splitlines()[0]
         raise InputError(
-            f"{path}: is read by Open3D, which cannot be imported ({reason}): pip install open3d"
+            f"{path}: is read by Open3D, which cannot be imported ({first_line(error)}): pip install open3d"
         ) from error
     with _silent_stderr(), open3d.utility.VerbosityContextManager(open3d.utility.VerbosityLevel.Error):
         if path.suffix.lower() == ".ply":

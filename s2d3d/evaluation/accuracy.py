@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ..datasets import PointCloudDataset
 from ..errors import InputError
+from ..models.mode import eval_mode
 
 
 @dataclass(frozen=True)
@@ -101,16 +102,12 @@ def evaluate(
     if votes > 1 and vote_pass is None:
         kind = type(loader).__name__
         raise InputError(f"votes is {votes}, but a {kind} cannot repeat a pass with other points; use BatchLoader")
-    was_training = model.training
-    model.eval()
-    try:
-        passes = []
+    passes = []
+    with eval_mode(model):
         for vote in range(votes):
             batches = vote_pass(vote) if vote and vote_pass else loader
             title = "evaluate" if votes == 1 else f"vote {vote + 1}/{votes}"
             passes.append(list(_logits(model, batches, torch.device(device), title, progress)))
-    finally:
-        model.train(was_training)
     ranks = getattr(loader, "world_size", 1)
     if not passes[0] and ranks == 1:
         raise InputError("the loader yields no batch to evaluate")
@@ -149,12 +146,8 @@ def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> Ten
         >>> confusion_matrix(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), 2).tolist()
         [[1, 1], [0, 1]]
     """
-    # Here and not above: its import takes as long as that of torch, and most commands start without need of it.
-    from torchmetrics.functional.classification import multiclass_confusion_matrix
-
-    # It refuses a single class.
-    counts = multiclass_confusion_matrix(predicted, labels, num_classes=max(2, num_classes))
-    return counts[:num_classes, :num_classes]
+    pairs = labels * num_classes + predicted
+    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
 def _check_outputs(logits: Tensor, labels: Tensor, num_classes: int) -> None:
@@ -241,13 +234,9 @@ def class_probabilities(
         [1.0, 1.0, 1.0]
     """
     indices = torch.arange(len(dataset)) if indices is None else indices
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         batches = tqdm(indices.split(batch_size), desc="classify", leave=False, disable=None if progress else True)
         outputs = [model(dataset.batch(part, augment=False)[0].to(device)).float().cpu() for part in batches]
-    finally:
-        model.train(was_training)
     logits = torch.cat(outputs)
     bad = int((~torch.isfinite(logits).all(1)).sum())
     if bad:

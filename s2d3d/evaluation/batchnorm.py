@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..config.load import Config
 from ..errors import InputError
 from ..models import create_model
+from ..models.mode import eval_mode
 from ..s2d import MoFConfig, convert_to_mof_
 
 
@@ -55,18 +56,18 @@ def recalibrate_batchnorm_(
     norms = [m for m in chosen if m.track_running_stats]
     if not norms:
         return 0
-    was_training, momenta = model.training, [m.momentum for m in norms]
+    momenta = [m.momentum for m in norms]
     before = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
     batches = 0
-    model.eval()
     try:
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # cumulative average
-            norm.train()
-        for points, _ in loader:
-            model(points.to(device))
-            batches += 1
+        with eval_mode(model):
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # cumulative average
+                norm.train()
+            for points, _ in loader:
+                model(points.to(device))
+                batches += 1
         if not batches:
             raise InputError("the loader yields no batch to re-estimate BatchNorm statistics from")
     except BaseException:
@@ -76,7 +77,6 @@ def recalibrate_batchnorm_(
     finally:
         for norm, momentum in zip(norms, momenta):
             norm.momentum = momentum
-        model.train(was_training)
     return len(norms)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from ..datasets import BatchLoader, PointCloudDataset
 from ..datasets.corruptions import CORRUPTIONS, SEVERITIES, CorruptedDataset, corrupted_size
 from ..errors import InputError
+from ..models.mode import eval_mode
 from .accuracy import ClassificationReport, evaluate
 
 SEED = 0
@@ -160,13 +161,11 @@ def robustness_table(result: dict[str, Any]) -> str:
 def _check_smallest(model: nn.Module, dataset: PointCloudDataset, device: torch.device | str) -> None:
     """Let the model refuse too few points now, not after half an hour."""
     smallest = min(corrupted_size(dataset.num_points, name, SEVERITIES[-1]) for name in CORRUPTIONS)
-    was_training = model.training
     try:
-        model.eval()(dataset.sample(torch.tensor([0]))[0][:, :smallest].to(device))
+        with eval_mode(model):
+            model(dataset.sample(torch.tensor([0]))[0][:, :smallest].to(device))
     except ValueError as error:
         raise InputError(f"corruptions leave {smallest} of {dataset.num_points} points: {error}") from None
-    finally:
-        model.train(was_training)
 
 
 def _error(measured: dict[str, Any]) -> float:

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from ..atomic import replacing
-from ..errors import InputError, did_you_mean
+from ..errors import InputError, did_you_mean, first_line
 from ..models import PointTransformer, fold_batchnorm
+from ..models.mode import eval_mode
 from ..models.point_transformer import TransitionDown
 from ..s2d import is_sparse
 from ..version import __version__
@@ -200,12 +201,8 @@ def export_error(model: nn.Module, exported: Exported, points: Tensor) -> Tensor
         exported: the file.
         points: (B, N, C) float32.
     """
-    was_training = model.training
-    try:
-        with torch.no_grad():
-            expected = model.eval()(points)
-    finally:
-        model.train(was_training)
+    with torch.no_grad(), eval_mode(model):
+        expected = model(points)
     return (expected - exported(points)).abs().amax(1)
 
 
@@ -259,7 +256,7 @@ def _read_onnx(path: Path, threads: int | None) -> tuple[Any, dict[str, Any]]:
     try:
         session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except _unreadable(runtime) as error:
-        raise InputError(f"{path}: not an ONNX file that this ONNX Runtime reads ({_first_line(error)})") from error
+        raise InputError(f"{path}: not an ONNX file that this ONNX Runtime reads ({first_line(error)})") from error
     metadata = {key: _plain(text) for key, text in session.get_modelmeta().custom_metadata_map.items()}
     return (lambda points: torch.from_numpy(session.run(["logits"], {"points": _rows(points)})[0])), metadata
 
@@ -275,7 +272,7 @@ def _read_torchscript(path: Path, threads: int | None) -> tuple[Any, dict[str, A
     try:
         module = torch.jit.load(path, map_location="cpu", _extra_files=extra)
     except RuntimeError as error:
-        raise InputError(f"{path}: not a TorchScript file ({_first_line(error)})") from error
+        raise InputError(f"{path}: not a TorchScript file ({first_line(error)})") from error
     return module, json.loads(extra[_EXTRA] or "{}")
 
 
@@ -284,7 +281,7 @@ def _read_torch_export(path: Path, threads: int | None) -> tuple[Any, dict[str, 
     try:
         program = torch.export.load(str(path), extra_files=extra)
     except (RuntimeError, ValueError, OSError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: not a program that torch.export.save wrote ({_first_line(error)})") from error
+        raise InputError(f"{path}: not a program that torch.export.save wrote ({first_line(error)})") from error
     return program.module(), json.loads(extra[_EXTRA] or "{}")
 
 
@@ -326,7 +323,3 @@ def _plain(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         return text
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

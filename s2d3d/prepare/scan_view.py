@@ -10,7 +10,7 @@ import numpy as np
 from numpy.random import Generator
 
 from ..datasets.scanobjectnn import BACKGROUND
-from ..errors import InputError
+from ..errors import InputError, first_line
 
 OBJECT = 1
 """Mask value of the object's points."""
@@ -206,8 +206,9 @@ def import_open3d():
     try:
         import open3d
     except (ImportError, OSError) as error:  # OSError: a system library of it is missing
-        reason = str(error).splitlines()[0]
-        raise InputError(f"scanning needs Open3D, which cannot be imported ({reason}): pip install open3d") from error
+        raise InputError(
+            f"scanning needs Open3D, which cannot be imported ({first_line(error)}): pip install open3d"
+        ) from error
     return open3d
 
 

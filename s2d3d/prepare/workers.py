@@ -3,7 +3,6 @@
 import contextlib
 import multiprocessing
 import os
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -11,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from ..errors import InputError
+from ..machine import watch_parent
 
 CHUNK = 8
 """Items that a worker is sent at once."""
@@ -57,11 +57,4 @@ def _start_worker(start: Callable[..., None] | None, arguments: tuple) -> None:
     if start is not None:
         start(*arguments)
     # A process that is killed cannot stop its workers, and they would wait for work forever.
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    watch_parent(lambda: os._exit(1))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..atomic import replacing
-from ..errors import InputError, UnreadableError, printable, quoted
+from ..errors import InputError, UnreadableError, first_line, printable, quoted
 from ..machine import package_versions
 from ..models import create_model
 from ..s2d import MoFConfig, convert_to_mof_, is_sparse, merge_experts
@@ -167,7 +167,7 @@ def build_model(payload: dict[str, Any], *, where: str, merge: bool = False) -> 
         with torch.device("meta"):  # a description of terabytes must not cost any before it is compared
             plan = build()
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise InputError(f"{where}: the checkpoint's model description is unusable ({_first_line(error)})") from error
+        raise InputError(f"{where}: the checkpoint's model description is unusable ({first_line(error)})") from error
     check_weights(plan, payload["state_dict"], where=where)
     model = build()
     load_weights_(model, payload["state_dict"], where=where)
@@ -184,7 +184,7 @@ def load_weights_(model: nn.Module, state_dict: dict[str, torch.Tensor], *, wher
     try:
         model.load_state_dict(state_dict)
     except (RuntimeError, TypeError) as error:  # sparse, quantised or complex tensors
-        raise InputError(f"{where}: does not fit the model: {_first_line(error)}") from error
+        raise InputError(f"{where}: does not fit the model: {first_line(error)}") from error
 
 
 def check_weights(model: nn.Module, state_dict: dict[str, torch.Tensor], *, where: str) -> None:
@@ -268,11 +268,6 @@ def _from_version_1(payload: dict[str, Any]) -> dict[str, Any]:
 
 _MIGRATIONS = {1: _from_version_1}
 """Version -> what translates its content to the next."""
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return printable(lines[0].rstrip(".:")) if lines else type(error).__name__
 
 
 SUFFIX = ".safetensors"

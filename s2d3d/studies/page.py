@@ -7,6 +7,7 @@ from typing import Any
 from ..atomic import write_json, write_text
 from ..config.io import show
 from ..errors import InputError
+from ..markdown import markdown_table
 from .plan import load_study
 from .record import read_records
 from .summary import summarize
@@ -204,12 +205,6 @@ def _p_value(p: float | None) -> str:
 def difference(item: Mapping[str, Any]) -> tuple[str, str]:
     """Return the mean of a comparison and its t interval, in points; "empty" and "-" where there is none."""
     return _points(item["mean"]), _interval(item, "t")
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def summarize_folder(folder: str | Path, results: str | Path, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:

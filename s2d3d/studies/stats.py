@@ -62,10 +62,9 @@ def paired_t(differences: Sequence[float], level: float = LEVEL) -> PairedT:
     std = statistics.stdev(differences)
     if max(differences) - min(differences) < ROUNDING:
         return PairedT(n, mean, std, None, None, None)
-    error = std / math.sqrt(n)
-    half = float(stats.t.ppf((1 + level) / 2, n - 1)) * error
-    p = float(2 * stats.t.sf(abs(mean) / error, n - 1))
-    return PairedT(n, mean, std, mean - half, mean + half, p)
+    test = stats.ttest_1samp(differences, 0)
+    low, high = test.confidence_interval(level)
+    return PairedT(n, mean, std, float(low), float(high), float(test.pvalue))
 
 
 def detectable_difference(std: float, n: int) -> float:

@@ -5,11 +5,11 @@ import logging
 import os
 import signal
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..machine import watch_parent
 from ..runs.folder import RunFolder, find_checkpoint
 from ..training.signals import StoppedBySignal
 from ..training.trainer import Trainer
@@ -21,7 +21,7 @@ def main() -> int:
     """Run what stdin names; the exit code is 0, 1 for a failure (its last line says why), or that of a signal."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     task = json.loads(sys.stdin.readline())
-    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    watch_parent(lambda: os.kill(os.getpid(), signal.SIGTERM))  # which saves and ends the run
     try:
         run_cell(*cell_from_dict(task))
     except StoppedBySignal as stop:
@@ -32,17 +32,6 @@ def main() -> int:
         logging.error(f"error: {' '.join(str(error).split()) or type(error).__name__}")
         return 1
     return 0
-
-
-def _stop_with_parent() -> None:
-    """Wait for the end of stdin, which the parent holds open while it lives; then stop this run, which saves."""
-    while os.read(0, 1024):
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
 
 
 def run_cell(cell: Cell, results: str | Path) -> Path:
@@ -81,3 +70,7 @@ class CellTask:
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -19,7 +19,7 @@ from ..datasets import BatchLoader, PointCloudDataset
 from ..errors import InputError, TrainingError
 from ..evaluation.accuracy import ClassificationReport, evaluate
 from ..evaluation.batchnorm import norms_behind_experts, recalibrate_batchnorm_
-from ..machine import environment, gather_states, package_versions, start_runtime, stop_runtime, watching_peers
+from ..machine import environment, package_versions, start_runtime, stop_runtime, watching_peers
 from ..random_state import seed_all, set_rng_state
 from ..runs.checkpoint import load_weights_, model_payload, save_checkpoint
 from ..runs.folder import RunFolder
@@ -30,6 +30,7 @@ from ..s2d import balance_loss, merge_experts
 from .loggers import RunLoggers, check_loggers, open_loggers
 from .parts import TrainingParts
 from .signals import SignalWatch, StoppedBySignal
+from .state import gather_states
 from .update import BALANCE, CORRECT, DROPPED, LOSS, NORM, SAMPLES, FiniteWatch, accumulate_gradient, nonfinite_message
 
 logger = logging.getLogger(__name__)

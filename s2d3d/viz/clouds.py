@@ -21,7 +21,7 @@ from matplotlib import colormaps
 from matplotlib.colors import to_rgb
 from numpy.typing import ArrayLike, NDArray
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from .grid import INK, check_counts, columns_for
 
 if TYPE_CHECKING:
@@ -355,10 +355,10 @@ def _open3d() -> ModuleType:
     try:
         import open3d
     except ModuleNotFoundError as error:
-        raise InputError(f"pictures need open3d ({_first_line(error)}); install it: pip install open3d") from error
+        raise InputError(f"pictures need open3d ({first_line(error)}); install it: pip install open3d") from error
     except (ImportError, OSError) as error:
         raise InputError(
-            f"open3d cannot be loaded ({_first_line(error)}); "
+            f"open3d cannot be loaded ({first_line(error)}); "
             f"install its system libraries: sudo apt-get install {SYSTEM_PACKAGES}"
         ) from error
     return open3d
@@ -410,8 +410,3 @@ def _captured_output() -> Iterator[io.StringIO]:
         if os.name == "posix":
             restore.callback(ctypes.CDLL(None).fflush, None)  # what C still holds back belongs into the sink
         yield restore.enter_context(contextlib.redirect_stdout(io.StringIO()))
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

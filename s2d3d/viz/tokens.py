@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, did_you_mean
 from ..models import PointBERT, PointTransformer
+from ..models.mode import eval_mode
 from ..ops.points import farthest_point_sample, gather_points
 from ..s2d.dispatch import Partition
 from ..s2d.mof import ExpertLayer, Plan
@@ -68,10 +69,8 @@ def trace_experts(
         raise InputError(f"no expert layer '{layer}'{did_you_mean(layer, layers)} (there are: {', '.join(layers)})")
     name = layer or next(iter(layers))
     devices = [points.device] if points.is_cuda else []
-    modes = {module: module.training for module in model.modules()}
     traced = []
-    try:
-        model.eval()
+    with eval_mode(model):
         for expert_layer in layers.values():
             expert_layer.train()
         with torch.no_grad(), torch.random.fork_rng(devices), _positions(model, name) as places:
@@ -83,11 +82,6 @@ def trace_experts(
                 positions = places(points).cpu()
                 skipped = experts.shape[1] - positions.shape[1]  # the class token comes first
                 traced.append(TokenExperts(name, experts[:, skipped:], positions, layers[name].num_experts))
-    finally:
-        for expert_layer in layers.values():
-            expert_layer.train(modes[expert_layer])  # the FFN that it computes with as well, which is no child of it
-        for module, mode in modes.items():
-            module.training = mode
     return traced
 
 

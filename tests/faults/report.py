@@ -5,6 +5,8 @@ import re
 import sys
 from pathlib import Path
 
+from s2d3d.markdown import markdown_table
+
 REPOSITORY = Path(__file__).parents[2]
 NOTES, PAGE = REPOSITORY / "docs" / "results" / "faults.json", REPOSITORY / "docs" / "reliability.md"
 BEGIN, END = "<!-- faults: begin, written by tests/faults/report.py -->", "<!-- faults: end -->"
@@ -39,19 +41,19 @@ KINDS = {
 
 def table(notes: dict[str, dict]) -> str:
     """Return the table as Markdown; a kind without notes has not been run."""
-    lines = ["| fault or input | cases | outcome | failures | date | test |", "|---|---:|---|---:|---|---|"]
+    rows = []
     for kind, (file, test) in KINDS.items():
         name = f"`tests/faults/test_{file}.py::{test}`"
         if kind not in notes:
-            lines.append(f"| {kind} | {NOT_RUN} | {NOT_RUN} | {NOT_RUN} | {NOT_RUN} | {name} |")
+            rows.append([kind, *[NOT_RUN] * 4, name])
             continue
         note = notes[kind]
         outcomes = ", ".join(
             text.replace("_", " ") if count == 1 and " " in text else f"{count} {text.replace('_', ' ')}"
             for text, count in note["outcomes"].items()
         )
-        lines.append(f"| {kind} | {note['cases']} | {outcomes} | {len(note['failures'])} | {note['date']} | {name} |")
-    return "\n".join(lines)
+        rows.append([kind, str(note["cases"]), outcomes, str(len(note["failures"])), note["date"], name])
+    return markdown_table(["fault or input", "cases", "outcome", "failures", "date", "test"], rows, right=(1, 3))
 
 
 def with_table(page: str, notes: dict[str, dict]) -> str:

@@ -18,7 +18,6 @@ from s2d3d.runs.folder import RunFolder
 PROGRAM = """
 import json, os, runpy, signal, sys, traceback
 import s2d3d, torch
-import torchmetrics.functional.classification  # imported by the first evaluation: once, and not in every run
 torch.set_num_threads(1)
 
 def die_at(point):

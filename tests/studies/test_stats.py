@@ -29,11 +29,18 @@ def test_interval_of_hand_data_with_the_quantile_of_the_tables():
 
 @pytest.mark.parametrize("level", [0.8, 0.95, 0.99])
 @pytest.mark.parametrize("differences", [HAND, [0.1, -0.3], [-2.0, -1.5, -1.75, -2.5, 0.0, -1.0]])
-def test_interval_and_p_are_those_of_scipy(differences, level):
-    oracle = stats.ttest_1samp(differences, 0)
-    ours, theirs = paired_t(differences, level), oracle.confidence_interval(level)
-    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), rel=1e-9)
-    assert ours.p == pytest.approx(oracle.pvalue, rel=1e-9)
+def test_interval_and_p_are_those_of_the_t_distribution(differences, level):
+    n, mean = len(differences), sum(differences) / len(differences)
+    error = math.sqrt(sum((value - mean) ** 2 for value in differences) / (n - 1) / n)
+    half = stats.t.ppf((1 + level) / 2, n - 1) * error
+    result = paired_t(differences, level)
+    assert (result.low, result.high) == pytest.approx((mean - half, mean + half), rel=1e-9)
+    assert result.p == pytest.approx(2 * stats.t.sf(abs(mean) / error, n - 1), rel=1e-9)
+
+
+def test_two_pairs_have_the_p_value_of_the_cauchy_distribution():
+    """One degree of freedom: t = 0.6 / 0.2 = 3, and P(|T| > t) = 1 - 2 / pi arctan(t)."""
+    assert paired_t([0.4, 0.8]).p == pytest.approx(1 - 2 / math.pi * math.atan(3), rel=1e-9)
 
 
 def test_a_single_pair_has_a_mean_and_nothing_else():
