@@ -43,8 +43,10 @@ setup(
         "safetensors>=0.4",
         "plotly>=5.18",
         "scipy>=1.10",
+        "pandas>=2.1",
     ],
     extras_require={
+        "mesh": ["trimesh>=4"],
         "slurm": ["submitit>=1.5"],
         "tensorboard": ["tensorboard>=2.14"],
         "wandb": ["wandb>=0.17"],
@@ -57,6 +59,8 @@ setup(
         "test": [
             "pytest>=8",
             "hypothesis>=6.100",
+            "plyfile>=1.1",
+            "trimesh>=4",
             "ruff>=0.6",
             "mypy>=1.10",
             "types-PyYAML",

@@ -1,43 +1,65 @@
 """Files that people have: clouds and meshes in the usual formats, as the clouds that a model takes."""
 
-import contextlib
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InputError, did_you_mean, first_line
+from ..errors import InputError, did_you_mean
 from .h5 import check_up_axis
-from .mesh import read_off, sample_mesh
+from .mesh import read_glb, read_obj, read_off, read_stl, sample_mesh
+from .pcd import read_las, read_pcd
+from .ply import read_ply
+from .precision import check_extent, is_single
 from .prefix import farthest_prefix
+from .tables import read_array, read_text_table
 from .transforms import normalize_unit_sphere, turn_up_axis
 
-TABLES = (".npy", ".txt", ".xyz")
-SUFFIXES = (".ply", ".pcd", ".off", ".obj", *TABLES)
+log = logging.getLogger(__name__)
+
+_TEXTS = (".txt", ".xyz", ".csv", ".pts")
+_CLOUDS: dict[str, Callable[[Path], np.ndarray]] = {
+    ".pcd": read_pcd,
+    ".npy": read_array,
+    ".npz": read_array,
+    ".las": read_las,
+    **dict.fromkeys(_TEXTS, read_text_table),
+}
+_MESHES: dict[str, Callable[[Path], tuple[np.ndarray, np.ndarray | None]]] = {
+    ".ply": read_ply,
+    ".off": lambda path: read_off(path, faces_required=False),
+    ".obj": read_obj,
+    ".stl": read_stl,
+    ".glb": read_glb,
+}
+SUFFIXES = (".ply", ".pcd", ".off", ".obj", ".stl", ".glb", ".las", ".npy", ".npz", *_TEXTS)
 """Of the files that `read_points` reads."""
 
 
-def read_points(path: str | os.PathLike, num_points: int, *, seed: int = 0) -> np.ndarray:
+def read_points(path: str | os.PathLike, num_points: int, *, seed: int = 0, allow_missing: bool = True) -> np.ndarray:
     """Read the points of a file; of a mesh as many as asked for, drawn evenly from its surface.
 
-    `.npy` is an array (N, 3 or more); `.txt` and `.xyz` are rows of numbers, separated by blanks or commas, of which
-    the first three count; `.off` and `.obj` are meshes; `.ply` and `.pcd` are what they hold, and are read by
-    Open3D. Polygons become fans of triangles.
+    `.npy` and `.npz` hold arrays, see `read_array`; `.txt`, `.xyz`, `.csv` and `.pts` rows of numbers, see
+    `read_text_table`; `.pcd` and `.las` are clouds; `.ply`, `.off`, `.obj`, `.stl` and `.glb` are meshes, or clouds
+    where they have no faces. Polygons become fans of triangles.
 
     Args:
         path: the file.
         num_points: points of a mesh, at least 1; a cloud keeps its own.
         seed: of the points drawn; the same seed gives the same points.
+        allow_missing: leave out the points of a cloud that are NaN or infinite, as depth cameras write them where they
+            see nothing, and log how many; False refuses them.
 
     Returns:
         (N, 3) float64, as in the file: neither turned nor normalised.
 
     Raises:
-        InputError: no such file, an unknown kind, unreadable content, no point, no surface, or a number that is not
-            finite; Open3D is needed and missing.
+        InputError: no such file, an unknown kind, unreadable content, no point, no surface, no extent, or a number that
+            is not finite and not allowed to be missing; a package is needed and missing.
 
     Example:
         >>> import tempfile
@@ -52,25 +74,30 @@ def read_points(path: str | os.PathLike, num_points: int, *, seed: int = 0) -> n
         near = did_you_mean(suffix, SUFFIXES) if suffix else ""
         raise InputError(f"{path}: unknown kind of file{near} (known: {', '.join(SUFFIXES)})")
     if not path.is_file():
-        raise InputError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}; name a file with points")
-    if suffix in TABLES:
-        points, faces = _read_table(path), None
-    elif suffix == ".off":
-        points, faces = read_off(path)
-    elif suffix == ".obj":
-        points, faces = _read_obj(path)
-    else:
-        points, faces = _read_with_open3d(path)
+        state = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "no such file"
+        raise InputError(f"{path}: {state}; name a file with points")
+    points, faces = (_CLOUDS[suffix](path), None) if suffix in _CLOUDS else _MESHES[suffix](path)
     if not len(points):
         raise InputError(f"{path}: holds no points, or is not a {suffix} file")
-    if not np.isfinite(points).all():
-        row = int(np.argmin(np.isfinite(points).all(1)))
-        raise InputError(f"{path}: point {row} is not three finite numbers; remove it")
-    return points if faces is None else sample_mesh(points, faces, num_points, np.random.default_rng(seed), str(path))
+    if faces is not None and len(faces):
+        used = points[np.unique(faces)]
+        if np.isfinite(used).all():
+            check_extent(used, str(path))
+        return sample_mesh(points, faces, num_points, np.random.default_rng(seed), str(path))
+    points = _finite_points(path, points, allow_missing)
+    check_extent(points, str(path))
+    return points
 
 
 def read_cloud(
-    path: str | os.PathLike, num_points: int, *, up_axis: str = "z", normalize: bool = True, seed: int = 0
+    path: str | os.PathLike,
+    num_points: int,
+    *,
+    up_axis: str = "z",
+    normalize: bool = True,
+    seed: int = 0,
+    least: int | None = None,
+    allow_missing: bool = True,
 ) -> Tensor:
     """Read a file as the cloud that a model sees in its evaluation.
 
@@ -83,85 +110,46 @@ def read_cloud(
         up_axis: vertical axis of the file, "y" or "z".
         normalize: as the model was trained, `data.normalize`.
         seed: of the points drawn from a mesh.
+        least: take a file with fewer points as it is, down to this number, and log it; default `num_points`.
+        allow_missing: see `read_points`.
 
     Returns:
-        (num_points, 3) float32.
+        (num_points, 3) float32; fewer where `least` allows it.
 
     Raises:
-        InputError: as `read_points`; fewer points than `num_points`; another axis.
+        InputError: as `read_points`; fewer points than allowed; another axis; not normalised and so far from the origin
+            that float32 cannot hold the shape.
     """
     check_up_axis(up_axis)
     if num_points < 1:
         raise InputError(f"num_points is {num_points}, must be at least 1")
-    stored = torch.from_numpy(read_points(path, num_points, seed=seed)).float()
-    if len(stored) < num_points:
-        raise InputError(f"{path}: {len(stored)} points are fewer than the {num_points} that the model takes")
-    cloud = turn_up_axis(stored, up_axis)[None]
+    points = read_points(path, num_points, seed=seed, allow_missing=allow_missing)
+    least = num_points if least is None else min(least, num_points)
+    if len(points) < least:
+        takes = "that the model takes" if least == num_points else "that the model needs"
+        raise InputError(f"{path}: {len(points)} points are fewer than the {least} {takes}")
+    if len(points) < num_points:
+        log.warning("%s: holds %d points, the model takes %d; all are used", path, len(points), num_points)
+    if normalize and not is_single(points):
+        points = points - points.mean(axis=0)
+    elif not normalize:
+        check_extent(points.astype(np.float32).astype(np.float64), f"{path}: not normalised")
+    cloud = turn_up_axis(torch.from_numpy(np.ascontiguousarray(points, dtype=np.float32)), up_axis)[None]
     cloud = normalize_unit_sphere(cloud) if normalize else cloud
-    chosen = farthest_prefix(cloud, num_points)[0].long() if len(stored) > num_points else slice(None)
+    chosen = farthest_prefix(cloud, num_points)[0].long() if len(points) > num_points else slice(None)
     return cloud[0][chosen].contiguous()
 
 
-def _read_table(path: Path) -> np.ndarray:
-    try:
-        if path.suffix.lower() == ".npy":
-            table = np.load(path, allow_pickle=False).astype(np.float64)
-        else:
-            lines = path.read_text(encoding="utf-8").replace(",", " ").splitlines()
-            rows = [line.split()[:3] for line in (line.partition("#")[0] for line in lines) if line.strip()]
-            table = np.array(rows, dtype=np.float64) if rows else np.empty((0, 3))
-    except (ValueError, TypeError, OSError, EOFError) as error:  # TypeError: fields with names
-        reason = " ".join(str(error).split())[:120]
-        raise InputError(f"{path}: cannot be read as a table of points ({reason})") from error
-    if table.ndim != 2 or table.shape[1] < 3:
-        raise InputError(f"{path}: holds numbers of shape {table.shape}, must be (N, 3) or more columns")
-    return table[:, :3]
-
-
-def _read_obj(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Read vertices and faces of a Wavefront file; Open3D passes over meshes whose faces are not triangles."""
-    vertices, faces = [], []
-    try:
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            word, *rest = line.partition("#")[0].split() or [""]
-            if word == "v":
-                vertices.append([float(value) for value in rest[:3]])
-            elif word == "f":  # corners such as 3, 3/1/2 or -1, which counts from the last vertex so far
-                numbers = [int(corner.partition("/")[0]) for corner in rest]
-                corners = [number - 1 if number > 0 else len(vertices) + number for number in numbers]
-                faces += [(corners[0], *corners[i : i + 2]) for i in range(1, len(corners) - 1)]
-        points = np.array(vertices, dtype=np.float64).reshape(len(vertices), 3)
-    except (ValueError, IndexError) as error:
-        raise InputError(f"{path}: not an OBJ file ({error})") from error
-    indices = np.array(faces, dtype=np.int64).reshape(len(faces), 3)
-    if len(indices) and not 0 <= indices.min() <= indices.max() < len(points):
-        raise InputError(f"{path}: a face names a vertex outside the {len(points)} of the file")
-    return points, indices if len(indices) else None
-
-
-def _read_with_open3d(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    try:
-        import open3d
-    except (ImportError, OSError) as error:  # OSError: a system library of it is missing
-        raise InputError(
-            f"{path}: is read by Open3D, which cannot be imported ({first_line(error)}): pip install open3d"
-        ) from error
-    with _silent_stderr(), open3d.utility.VerbosityContextManager(open3d.utility.VerbosityLevel.Error):
-        if path.suffix.lower() == ".ply":
-            mesh = open3d.io.read_triangle_mesh(path)
-            if len(mesh.triangles):
-                return np.asarray(mesh.vertices), np.asarray(mesh.triangles, dtype=np.int64)
-        return np.asarray(open3d.io.read_point_cloud(path).points), None
-
-
-@contextlib.contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """Keep quiet what libraries below Open3D write past Python: the caller words the error."""
-    kept, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(sink, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(sink)
+def _finite_points(path: Path, points: np.ndarray, allow_missing: bool) -> np.ndarray:
+    """Leave out points that are not three finite numbers, or refuse them."""
+    if np.isfinite(points.sum(axis=0)).all():
+        return points
+    finite = np.isfinite(points).all(axis=1)
+    missing = len(points) - int(np.count_nonzero(finite))
+    if missing and not allow_missing:
+        raise InputError(f"{path}: point {int(finite.argmin())} is not three finite numbers; remove it")
+    if missing == len(points):
+        raise InputError(f"{path}: none of its {missing} points is three finite numbers")
+    if missing:
+        log.warning("%s: %d of %d points are not finite and left out", path, missing, len(points))
+    return points[finite]

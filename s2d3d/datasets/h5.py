@@ -89,7 +89,8 @@ def read_h5(
     """Read and check one file: `data` (n, P, 3) float, `label` (n,) or (n, 1) whole numbers.
 
     Optional: `name` (n,), `normal` (n, P, 3), `mask` (n, P), attribute `up_axis`. Other keys are ignored. Links to
-    other places and raw data outside the file are refused; float64 coordinates become float32.
+    other places and raw data outside the file are refused; float64 coordinates become float32, clouds far from the
+    origin after they were moved to it.
 
     Args:
         path: the file.

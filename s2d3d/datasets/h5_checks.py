@@ -6,6 +6,7 @@ import h5py
 import numpy as np
 
 from ..errors import InputError
+from .precision import MAX_COORDINATE, has_lost_shape, is_single, to_single
 
 MAX_BYTES = 64 * 2**30
 """Largest dataset that is read: a declared shape above it is a broken or hostile file."""
@@ -15,9 +16,6 @@ MAX_RATIO = 2000
 
 MAX_SHAPES = 2**27
 """Most shapes of a file: their labels alone take a gigabyte."""
-
-MAX_COORDINATE = 1e18
-"""Largest coordinate: squared distances of larger ones overflow float32."""
 
 READ_BYTES = 8 * 2**20
 """What is read at once from a file that does not say itself in which pieces it is stored."""
@@ -98,9 +96,10 @@ def rows_per_read(path: Path, item: h5py.Dataset) -> int:
 
 
 def load_points(path: Path, item: h5py.Dataset, start: int, stop: int) -> np.ndarray:
-    """Read clouds `start` to `stop`, and check that they are finite."""
+    """Read clouds `start` to `stop`, and check that they are finite; float64 becomes float32, see `to_single`."""
+    wide = item.dtype.itemsize > 4
     with np.errstate(over="ignore"):
-        points = item[start:stop].astype(kept_dtype(item), copy=False)
+        points = item[start:stop].astype(np.float64 if wide else kept_dtype(item), copy=False)
     # The sum over a shape is not finite if any coordinate is not: cheaper than a mask as large as the data.
     with np.errstate(invalid="ignore"):
         finite = np.isfinite(points.sum(axis=(1, 2), dtype=np.float64))
@@ -110,7 +109,35 @@ def load_points(path: Path, item: h5py.Dataset, start: int, stop: int) -> np.nda
     if points.dtype != np.float16 and max(points.max(), -points.min()) > MAX_COORDINATE:
         sample = start + int(np.abs(points).max(axis=(1, 2)).argmax())
         raise InputError(f"{path}: dataset 'data' holds coordinates above {MAX_COORDINATE:g} in sample {sample}; {SEE}")
+    if wide:
+        check_shapes(path, points, start)
+        points = to_single(points)
     return points
+
+
+def check_shapes(path: Path, points: np.ndarray, start: int = 0) -> None:
+    """Refuse clouds without extent, and those so far from the origin that their numbers cannot hold a shape.
+
+    Args:
+        path: the file, for the message.
+        points: (n, P, 3) float16, float32 or float64.
+        start: number of the first in the file.
+
+    Raises:
+        InputError: names the first such cloud.
+    """
+    low, high = points.min(axis=1), points.max(axis=1)
+    for index in np.flatnonzero(has_lost_shape(low, high, np.float16 if points.dtype == np.float16 else np.float32)):
+        extent = float((high[index] - low[index]).max())
+        where = f"{path}: sample {start + int(index)} of dataset 'data'"
+        if extent == 0:
+            raise InputError(f"{where}: all its points are equal, a cloud without extent; remove it")
+        if points.dtype.itemsize < 8 or has_lost_shape(low[index], high[index], np.float64) or is_single(points[index]):
+            distance = float(np.abs(points[index]).max())
+            raise InputError(
+                f"{where} spans {extent:.3g} at a distance of {distance:.3g} from the origin, a few steps of the "
+                "numbers it is stored in, so its shape is lost; move it to the origin before storing it"
+            )
 
 
 def read_label(path: Path, file: h5py.File, count: int, num_classes: int | None, max_bytes: int) -> np.ndarray:

@@ -1,21 +1,38 @@
-"""Triangle meshes in the OFF format, as ModelNet is distributed."""
+"""Meshes: OFF and OBJ as streams of tokens, STL and GLB, and points drawn from their surfaces."""
 
+import io
+import json
 import os
+import re
+import struct
 from pathlib import Path
 
 import numpy as np
 from numpy.random import Generator
 
-from ..errors import InputError
+from ..errors import InputError, quoted
+from .text import number, parse_lines, read_bytes
+
+_OFF = re.compile(rb"\s*((ST)?(C)?(N)?(4)?(n)?OFF)(\s+BINARY)?", re.IGNORECASE)
+_STL_FACET = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
+_STL_VERTEX = re.compile(rb"\bvertex\s+(\S+)\s+(\S+)\s+(\S+)", re.IGNORECASE)
+_GLB_ERRORS = (
+    ValueError, LookupError, TypeError, AttributeError, ArithmeticError, OSError, RuntimeError, AssertionError,
+    struct.error,
+)  # fmt: skip
+"""What trimesh raises on a damaged file: it depends on the part that is damaged."""
 
 
-def read_off(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
-    """Read a mesh. Polygons become fans of triangles; colours and comments are passed over.
+def read_off(path: str | os.PathLike, *, faces_required: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """Read a mesh. Polygons become fans of triangles; colours, normals and comments are passed over.
 
-    Some files of ModelNet have the counts on the line of the keyword, `OFF490 518 0`: they are read too.
+    The keyword may be any of OFF, COFF, NOFF, STOFF and their combinations, in small letters, or missing. Some files of
+    ModelNet have the counts on the line of the keyword, `OFF490 518 0`. Vertices and faces stand one a line, with what
+    the writer added, or anywhere in a stream of numbers without additions.
 
     Args:
         path: the file.
+        faces_required: refuse vertices without faces, which are a cloud.
 
     Returns:
         (V, 3) float64 vertices, (F, 3) int64 triangles.
@@ -30,52 +47,266 @@ def read_off(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8", errors="strict")
+        data = read_bytes(path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.reason if isinstance(error, UnicodeDecodeError) else error.strerror
-        raise InputError(f"{path}: not an OFF file ({reason})") from None
-    lines = [line for line in (line.partition("#")[0].strip() for line in text.splitlines()) if line]
-    if not lines or not lines[0].startswith("OFF"):
-        raise InputError(f"{path}: not an OFF file, its first word must be OFF")
-    counts = lines[0][3:].split()
-    first = 1 if counts else 2
-    counts = counts or (lines[1].split() if len(lines) > 1 else [])
-    try:
-        num_vertices, num_faces = int(counts[0]), int(counts[1])
-        if num_vertices < 3 or num_faces < 1:
-            raise InputError(f"{path}: {num_vertices} vertices and {num_faces} faces are no mesh")
-        if len(lines) < first + num_vertices + num_faces:
-            raise InputError(
-                f"{path}: is cut short: {len(lines) - first} lines follow, "
-                f"{num_vertices} vertices and {num_faces} faces are announced"
-            )
-        split = first + num_vertices
-        vertices = np.array([line.split()[:3] for line in lines[first:split]], dtype=np.float64)
-        faces = _triangles([line.split() for line in lines[split : split + num_faces]])
-    except (ValueError, IndexError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: not an OFF file ({error})") from None
-    if vertices.shape != (num_vertices, 3) or not np.isfinite(vertices).all():
+    except OSError as error:
+        raise InputError(f"{path}: not an OFF file ({error.strerror})") from None
+    head = _OFF.match(data)
+    if head is None and not re.match(rb"\s*(#[^\n]*\n\s*)*[\d]", data):
+        without = re.sub(rb"#[^\n]*", b"", data[:10_000])
+        if not _OFF.match(without):
+            raise InputError(f"{path}: not an OFF file, its first word must be OFF")
+    if b"#" in data:
+        data = re.sub(rb"#[^\n]*", b"", data)
+        head = _OFF.match(data)
+    if head is not None and (head[5] or head[6] or head[7]):
+        kind = "binary" if head[7] else "of four or n dimensions"
+        raise InputError(f"{path}: an OFF file that is {kind}, which is not read; write it as text in three dimensions")
+    num_vertices, num_faces, start = _off_counts(path, data, head.end() if head else 0)
+    if num_vertices < 0 or num_faces < 0 or (faces_required and (num_vertices < 3 or num_faces < 1)):
+        raise InputError(f"{path}: {num_vertices} vertices and {num_faces} faces are no mesh")
+    line = data.count(b"\n", 0, start) + 1
+    parts = list(parse_lines(data, start, line=line, where=f"{path}: not an OFF file"))
+    flat, counts, numbers = (np.concatenate([part[i] for part in parts] or [np.empty(0)]) for i in range(3))
+    width = 3 + 4 * bool(head and head[3]) + 3 * bool(head and head[4]) + 2 * bool(head and head[2])
+    found = _off_lines(flat, counts.astype(np.int64), num_vertices, num_faces)
+    if isinstance(found, int):
+        stream = _off_stream(flat, width, num_vertices, num_faces)
+        if stream is None and head is None:
+            raise InputError(f"{path}: not an OFF file, its first word must be OFF, and its numbers fit no mesh")
+        if stream is None:
+            raise _off_error(path, flat, counts.astype(np.int64), numbers, num_vertices, num_faces, found)
+        found = stream
+    vertices, corners, lengths = found
+    if faces_required and not np.isfinite(vertices).all():
         raise InputError(f"{path}: a vertex is not three finite numbers")
-    if faces.min() < 0 or faces.max() >= num_vertices:
-        raise InputError(f"{path}: a face names a vertex outside the {num_vertices} of the file")
-    return vertices, faces
+    return vertices, fan_triangles(corners, lengths, num_vertices, str(path))
 
 
-def _triangles(rows: list[list[str]]) -> np.ndarray:
-    """Cut faces, each its number of corners and their indices, into (F, 3) triangles."""
-    if all(row[0] == "3" for row in rows):
-        return np.array([row[1:4] for row in rows], dtype=np.int64)
-    triangles = []
-    for row in rows:
-        corners = [int(index) for index in row[1 : int(row[0]) + 1]]
-        if len(corners) != int(row[0]) or len(corners) < 3:
-            raise ValueError(f"face '{' '.join(row)}'")
-        triangles += [(corners[0], *corners[i : i + 2]) for i in range(1, len(corners) - 1)]
-    return np.array(triangles, dtype=np.int64)
+def _off_counts(path: Path, data: bytes, start: int) -> tuple[int, int, int]:
+    """Return the numbers of vertices and faces, and where what follows them begins."""
+    found = re.compile(rb"\s*(\d+)[^\S\n]+(\d+)(?:[^\S\n]+\d+(?=\s|$))?(?=\s|$)").match(data, start)
+    if found is None:
+        found = re.compile(rb"\s*(\d+)\s+(\d+)\s+\d+(?=\s|$)").match(data, start)
+    if found is None:
+        shown = quoted(data[start : start + 60].strip().partition(b"\n")[0].decode("latin-1"), 40)
+        raise InputError(f"{path}: not an OFF file, {shown} is not its numbers of vertices, faces and edges")
+    return int(found[1][:18]), int(found[2][:18]), found.end()
+
+
+def _off_lines(
+    flat: np.ndarray, counts: np.ndarray, num_vertices: int, num_faces: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | int:
+    """Return vertices, corners and their counts where each has its line; else the place of the first wrong line."""
+    if len(counts) < num_vertices + num_faces:
+        return len(counts)
+    starts = np.cumsum(counts) - counts
+    short = counts[:num_vertices] < 3
+    if short.any():
+        return int(short.argmax())
+    vertices = flat[starts[:num_vertices, None] + np.arange(3)]
+    first = starts[num_vertices : num_vertices + num_faces]
+    there = counts[num_vertices : num_vertices + num_faces] - 1
+    lengths = flat[first]
+    bad = ~((lengths >= 3) & (lengths <= there) & (lengths == np.floor(lengths)))
+    if bad.any():
+        return num_vertices + int(bad.argmax())
+    if len(counts) > num_vertices + num_faces:
+        return num_vertices + num_faces
+    lengths = lengths.astype(np.int64)
+    return vertices, flat[_spans(first + 1, lengths)], lengths
+
+
+def _off_stream(
+    flat: np.ndarray, width: int, num_vertices: int, num_faces: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Return vertices, corners and their counts of a stream without additions that holds nothing more; else None."""
+    at = num_vertices * width
+    if at + 4 * num_faces > len(flat):
+        return None
+    lengths, starts = np.empty(num_faces, np.int64), np.empty(num_faces, np.int64)
+    for face in range(num_faces):
+        if at >= len(flat) or not 3 <= flat[at] <= len(flat) or flat[at] != int(flat[at]):
+            return None
+        lengths[face], starts[face] = int(flat[at]), at + 1
+        at += 1 + int(flat[at])
+    if at != len(flat):
+        return None
+    return flat[: num_vertices * width].reshape(-1, width)[:, :3], flat[_spans(starts, lengths)], lengths
+
+
+def _off_error(
+    path: Path, flat: np.ndarray, counts: np.ndarray, numbers: np.ndarray, num_vertices: int, num_faces: int, place: int
+) -> InputError:
+    if len(counts) < num_vertices + num_faces:
+        announced = f"{num_vertices} vertices and {num_faces} faces are announced"
+        return InputError(f"{path}: is cut short: {len(counts)} lines follow, {announced}")
+    start = int(counts[:place].sum())
+    shown = quoted(" ".join(f"{value:.9g}" for value in flat[start : start + counts[place]]), 60)
+    if place >= num_vertices + num_faces:
+        what = f"{len(counts) - place} lines more than {num_vertices} vertices and {num_faces} faces take"
+        return InputError(f"{path}: not an OFF file: line {int(numbers[place])} begins {what}")
+    what = "vertex" if place < num_vertices else "face"
+    return InputError(f"{path}: not an OFF file: line {int(numbers[place])} is no {what}: {what} {shown}")
+
+
+def read_obj(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """Read vertices and faces of a Wavefront file; a backslash at the end continues a line.
+
+    Returns:
+        (V, 3) float64 vertices; (F, 3) int64 triangles, None without faces. Polygons become fans.
+
+    Raises:
+        InputError: a line that is no vertex or face, or a face beyond the vertices; the message names the line.
+    """
+    vertices: list[float] = []
+    corners: list[int] = []
+    lengths: list[int] = []
+    pending = b""
+    for line, text in enumerate(read_bytes(path).split(b"\n"), 1):
+        text = pending + text.partition(b"#")[0].strip()
+        pending = b""
+        if text.endswith(b"\\"):
+            pending = text[:-1] + b" "
+            continue
+        word, *rest = text.split() or [b""]
+        if word == b"v":
+            values = [number(field) for field in rest[:3]]
+            if len(values) != 3 or None in values:
+                raise InputError(f"{path}: not an OBJ file: line {line} is no vertex: {_shown(text)}")
+            vertices += values  # type: ignore[arg-type]
+        elif word == b"f":  # corners such as 3, 3/1/2 or -1, which counts from the last vertex so far
+            try:
+                found = [int(corner.partition(b"/")[0]) for corner in rest]
+            except ValueError:
+                found = []
+            so_far = len(vertices) // 3
+            if len(found) < 3 or 0 in found:
+                raise InputError(f"{path}: not an OBJ file: line {line} is no face: {_shown(text)}")
+            if min(found) < -so_far:
+                raise InputError(f"{path}: line {line}: a face names a vertex outside the {so_far} so far")
+            corners += [corner - 1 if corner > 0 else so_far + corner for corner in found]
+            lengths.append(len(found))
+    points = np.array(vertices, dtype=np.float64).reshape(-1, 3)
+    if not lengths:
+        return points, None
+    return points, fan_triangles(np.array(corners, dtype=object), np.array(lengths), len(points), str(path))
+
+
+def _shown(text: bytes) -> str:
+    return quoted(text.decode("latin-1"), 60)
+
+
+def read_stl(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Read an STL file, binary or text: corners as (3 F, 3) float64 vertices, (F, 3) int64 triangles.
+
+    Raises:
+        InputError: not such a file, or cut short.
+    """
+    data = path.read_bytes()
+    announced = int.from_bytes(data[80:84], "little")
+    if len(data) >= 84 and 84 + 50 * announced == len(data):
+        vertices = np.frombuffer(data, _STL_FACET, announced, 84)["corners"].reshape(-1, 3).astype(np.float64)
+    elif data[:5].lower() == b"solid":
+        facets, ends = (len(re.findall(rb"\b" + word + rb"\b", data)) for word in (b"facet", b"endfacet"))
+        fields = [match.groups() for match in _STL_VERTEX.finditer(data)]
+        if b"endsolid" not in data or not facets == ends == len(fields) / 3:
+            raise InputError(f"{path}: is cut short: {facets} facets begin, {len(fields)} corners are there")
+        values = [number(field) for row in fields for field in row]
+        if None in values:
+            line = data.count(b"\n", 0, data.find(b" ".join(fields[values.index(None) // 3]))) + 1
+            raise InputError(f"{path}: line {line}: a corner is not three numbers")
+        vertices = np.array(values, dtype=np.float64).reshape(-1, 3)
+    elif len(data) >= 84:
+        raise InputError(
+            f"{path}: is no STL file or cut short: {announced} facets take {84 + 50 * announced} bytes, "
+            f"{len(data)} are there"
+        )
+    else:
+        raise InputError(f"{path}: is no STL file, or cut short")
+    return vertices, np.arange(len(vertices)).reshape(-1, 3)
+
+
+def read_glb(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """Read a binary glTF file with trimesh: its meshes in their places, or its points.
+
+    Returns:
+        (V, 3) float64 vertices; (F, 3) int64 triangles, None without faces.
+
+    Raises:
+        InputError: damaged, cut short, parts in other files, or trimesh is missing.
+    """
+    data = path.read_bytes()
+    magic, version, length = struct.unpack_from("<4sII", data) if len(data) >= 20 else (b"", 0, 0)
+    if magic != b"glTF" or version != 2 or length != len(data):
+        raise InputError(f"{path}: is no GLB file of version 2, or cut short")
+    try:
+        tree = json.loads(data[20 : 20 + int.from_bytes(data[12:16], "little")])
+        sizes = [item["count"] for item in tree.get("accessors", [])]
+        foreign = [item for item in tree.get("buffers", []) if "uri" in item]
+        if not all(isinstance(size, int) and 0 <= size <= len(data) for size in sizes) or foreign:
+            raise ValueError
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise InputError(f"{path}: is damaged, or keeps parts in other files; export it again as one GLB") from None
+    try:
+        import trimesh
+    except ImportError as error:
+        raise InputError(f"{path}: GLB files are read by trimesh, which is missing: pip install trimesh") from error
+    try:
+        scene = trimesh.load(io.BytesIO(data), file_type="glb", force="scene", process=False, skip_materials=True)
+        parts = scene.dump()  # type: ignore[attr-defined]  # a scene, as forced
+        meshes = [(np.asarray(part.vertices, np.float64), getattr(part, "faces", None)) for part in parts]
+    except _GLB_ERRORS as error:
+        raise InputError(f"{path}: is damaged: trimesh cannot read it; export it again") from error
+    meshes = [(vertices, faces) for vertices, faces in meshes if len(vertices)]
+    vertices = np.concatenate([vertices for vertices, _ in meshes] or [np.empty((0, 3))])
+    starts = np.cumsum([0, *(len(vertices) for vertices, _ in meshes)])
+    faces = [np.asarray(faces) + start for (_, faces), start in zip(meshes, starts) if faces is not None]
+    if not faces:
+        return vertices, None
+    corners = np.concatenate(faces)
+    return vertices, fan_triangles(corners.ravel(), np.full(len(corners), 3), len(vertices), str(path))
+
+
+def fan_triangles(corners: np.ndarray, counts: np.ndarray, num_vertices: int, where: str) -> np.ndarray:
+    """Cut polygons into fans of triangles.
+
+    Args:
+        corners: (C,) indices of vertices, polygon after polygon.
+        counts: (F,) corners of each polygon.
+        num_vertices: indices must lie in [0, num_vertices).
+        where: file, for the message.
+
+    Returns:
+        (T, 3) int64, in the order of the polygons.
+
+    Raises:
+        InputError: a polygon with fewer than three corners, or an index out of range.
+
+    Example:
+        >>> fan_triangles(np.array([0, 1, 2, 3]), np.array([4]), 4, "a.off").tolist()
+        [[0, 1, 2], [0, 2, 3]]
+    """
+    if not len(counts):
+        return np.empty((0, 3), np.int64)
+    if counts.min() < 3:
+        raise InputError(f"{where}: face {int(counts.argmin())} has {int(counts.min())} corners, must have 3 or more")
+    wrong = ~((corners >= 0) & (corners < num_vertices))
+    indices = np.where(wrong, 0, corners).astype(np.int64)
+    wrong = wrong.astype(bool) | (indices != corners)
+    if wrong.any():
+        face = int(np.searchsorted(np.cumsum(counts), int(wrong.argmax()), side="right"))
+        raise InputError(f"{where}: a face names a vertex outside the {num_vertices} of the file (face {face})")
+    starts = np.repeat(np.cumsum(counts) - counts, counts - 2)
+    seconds = _spans(np.cumsum(counts) - counts + 1, counts - 2)
+    return np.stack([indices[starts], indices[seconds], indices[seconds + 1]], axis=1)
+
+
+def _spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return the places `starts[i]`, ..., `starts[i] + lengths[i] - 1`, one span after the other."""
+    ends = np.cumsum(lengths)
+    return np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(starts - ends + lengths, lengths)
 
 
 def sample_by_area(triangles: np.ndarray, count: int, rng: Generator) -> np.ndarray:
@@ -102,9 +333,12 @@ def sample_mesh(
         where: file, for the message.
 
     Raises:
-        InputError: all triangles have area 0.
+        InputError: a corner is not finite, or all triangles have area 0.
     """
     corners = vertices[faces]
+    if not np.isfinite(corners).all():
+        vertex = int(faces.ravel()[np.isfinite(corners).all(axis=2).ravel().argmin()])
+        raise InputError(f"{where}: vertex {vertex} of a face is not three finite numbers; correct it")
     if not np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1).any():
         raise InputError(f"{where}: all triangles have area 0")
     return sample_by_area(corners, num_points, rng)

@@ -15,6 +15,7 @@ import torch
 from ..errors import InputError, did_you_mean, quoted
 from .base import PointCloudDataset, choose_shapes
 from .h5 import SEE, CloudFile, CloudLayout, check_up_axis, read_h5
+from .h5_checks import check_shapes
 from .prefix import cache_folders
 from .stream import MEMORY_BUDGET_GB, StreamedClouds, exceeds_budget, open_clouds, shape_names
 from .transforms import Transform, turn_up_axis
@@ -108,6 +109,7 @@ def _read_clouds(root: Path, split: str, up_axis: str | None) -> tuple[torch.Ten
         stored_points = file.points.shape[1]
         if points and stored_points != points[0].shape[1]:
             raise InputError(f"{path}: {stored_points} points a shape, the files before it {points[0].shape[1]}; {SEE}")
+        check_shapes(path, file.points)
         points.append(turn_up_axis(torch.from_numpy(file.points), up_axis or stored_up_axis(file)))
         labels.append(file.label)
         names += shape_names(path, file)

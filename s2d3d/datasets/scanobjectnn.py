@@ -19,6 +19,7 @@ import torch
 from ..errors import InputError, did_you_mean
 from .base import TRAIN, PointCloudDataset, choose_shapes
 from .h5 import SEE, CloudFile, CloudLayout, check_up_axis, read_h5
+from .h5_checks import check_shapes
 from .modelnet40 import SPLITS, read_class_names
 from .prefix import cache_folders
 from .stream import MEMORY_BUDGET_GB, StreamedClouds, exceeds_budget, open_clouds
@@ -119,6 +120,7 @@ def load_scanobjectnn(
         file = clouds.layouts[0]
     else:
         file = read_h5(path, num_classes=len(class_names))
+        check_shapes(path, file.points)
         all_labels = torch.from_numpy(file.label)
     kept, labels, class_names = choose_shapes(
         all_labels, class_names, split=split, classes=classes, fraction=fraction, seed=seed

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..ops.points import farthest_point_sample, gather_points
 from .h5 import SEE, CloudFile, CloudLayout, inspect_h5, points_bytes, read_mask_rows, read_rows
+from .h5_checks import check_shapes
 from .transforms import normalize_stored, turn_up_axis
 
 MEMORY_BUDGET_GB = 4.0
@@ -159,8 +160,10 @@ class StreamedClouds:
         layout, up_axis = self.layouts[file], self._up_axes[file]
 
         def load() -> Tensor:
-            points = torch.from_numpy(read_rows(layout, *self._bounds(layout, number)))
-            return turn_up_axis(points, up_axis).to(self.dtype)
+            start, stop = self._bounds(layout, number)
+            points = read_rows(layout, start, stop)
+            check_shapes(layout.path, points, start)
+            return turn_up_axis(torch.from_numpy(points), up_axis).to(self.dtype)
 
         return self._cache.get(("points", file, number), load)
 

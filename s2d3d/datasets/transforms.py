@@ -12,6 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..errors import InputError
+from .precision import FAR_RADII
 
 Transform = Callable[[Tensor, Generator], Tensor]
 
@@ -46,14 +47,21 @@ def normalize_unit_sphere(points: Tensor) -> Tensor:
     """Move the mean of each cloud to the origin and scale its farthest point to distance 1.
 
     Args:
-        points: (B, N, 3); computed in float32, returned in the dtype it came in. A cloud of equal points becomes zeros.
+        points: (B, N, 3), returned in the dtype it came in. Computed in float32; a cloud that is far from the origin,
+            see `FAR_RADII`, is centred in float64 first. A cloud of equal points becomes zeros.
 
     Example:
         >>> normalize_unit_sphere(torch.tensor([[[0., 0, 0], [4, 0, 0]]])).tolist()
         [[[-1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]]
     """
     center, radius = unit_sphere_frame(points)
-    return ((points.float() - center) / radius).to(points.dtype)
+    normalized = ((points.float() - center) / radius).to(points.dtype)
+    far = (center.norm(dim=-1, keepdim=True) > FAR_RADII * radius).flatten()
+    if far.any():
+        moved = points[far].double()
+        moved = (moved - moved.mean(dim=1, keepdim=True)).float()
+        normalized[far] = normalize_unit_sphere(moved).to(points.dtype)
+    return normalized
 
 
 def unit_sphere_frame(points: Tensor) -> tuple[Tensor, Tensor]:

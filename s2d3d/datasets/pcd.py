@@ -1,0 +1,174 @@
+"""PCD files of the Point Cloud Library, and LAS files of laser scanners: points alone.
+
+Sources: "The PCD (Point Cloud Data) file format", documentation of PCL; ASPRS, "LAS Specification", 1.2 and 1.4; the
+compression is that of Lehmann's liblzf.
+"""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import InputError, quoted
+from .text import parse_rows
+
+KINDS = {"I": "i", "U": "u", "F": "f"}
+MAX_EXPANSION = 100
+"""Above the largest ratio that LZF reaches: 264 bytes from 3."""
+MAX_HEADER = 2**16
+
+
+def read_pcd(path: Path) -> np.ndarray:
+    """Read the points of a file: ascii, binary or binary_compressed; fields other than x, y and z are passed over.
+
+    Returns:
+        (N, 3) float64.
+
+    Raises:
+        InputError: not such a file, cut short, or its header contradicts itself or what follows.
+        OSError: it cannot be read.
+    """
+    data = path.read_bytes()
+    header, start, line = _pcd_header(path, data)
+    try:
+        names = [name.lower() for name in header["FIELDS"]]
+        sizes = [int(value) for value in header["SIZE"]]
+        counts = [int(value) for value in header.get("COUNT", ["1"] * len(names))]
+        kinds = [np.dtype(f"<{KINDS[kind.upper()]}{size}") for kind, size in zip(header["TYPE"], sizes, strict=True)]
+        width, height = (int(header[key][0]) if key in header else None for key in ("WIDTH", "HEIGHT"))
+        (form,) = header["DATA"]
+        points = int(header["POINTS"][0]) if "POINTS" in header else None
+        if not len(names) == len(sizes) == len(counts) or min(counts) < 0:
+            raise ValueError
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise InputError(f"{path}: not a PCD file, or its header is damaged") from error
+    if any(names.count(axis) != 1 or counts[names.index(axis)] != 1 for axis in "xyz"):
+        raise InputError(f"{path}: its fields are {quoted(' '.join(names), 60)}; x, y and z are needed")
+    area = None if width is None else width * (1 if height is None else height)
+    if points is None:
+        points = area
+    if points is None or points < 0 or area not in (None, points):
+        raise InputError(f"{path}: announces {points} points and {width} x {height}; is its header damaged?")
+    places = np.cumsum([0, *counts])
+    axes = [names.index(axis) for axis in "xyz"]
+    if form == "ascii":
+        room = data.count(b"\n", start) + 1
+        if points > room:
+            raise InputError(f"{path}: is cut short: {points} points are announced, {room} lines follow the header")
+        keep = [int(places[axis]) for axis in axes]
+        found = parse_rows(data, int(places[-1]), keep, start=start, line=line, where=str(path))
+        if len(found) != points:
+            state = "is cut short" if len(found) < points else "is damaged"
+            raise InputError(f"{path}: {state}: {points} points are announced, {len(found)} rows follow the header")
+        return found
+    fields = [(f"f{place}", kind, (count,)) for place, (kind, count) in enumerate(zip(kinds, counts))]
+    record = np.dtype(fields)
+    wanted = points * record.itemsize
+    if form == "binary":
+        _check_length(path, wanted, data[start:] if len(data) - start < wanted + 64 else None, len(data) - start)
+        table = np.frombuffer(data, record, points, start)
+        columns = [table[f"f{axis}"][:, 0] for axis in axes]
+    elif form == "binary_compressed":
+        packed, unpacked = struct.unpack_from("<II", data, start) if len(data) >= start + 8 else (0, -1)
+        if unpacked != wanted or packed > len(data) - start - 8 or unpacked > MAX_EXPANSION * packed:
+            raise InputError(
+                f"{path}: is cut short or damaged: {points} points take {wanted} bytes, {unpacked} are announced, "
+                f"packed in {packed} of {max(0, len(data) - start - 8)} bytes"
+            )
+        flat = unpack_lzf(data[start + 8 : start + 8 + packed], wanted)
+        if flat is None:
+            raise InputError(f"{path}: is damaged: its points cannot be unpacked")
+        offsets = [points * record.fields[f"f{axis}"][1] for axis in axes]  # type: ignore[index]
+        columns = [np.frombuffer(flat, kinds[axis], points, offset) for axis, offset in zip(axes, offsets)]
+    else:
+        raise InputError(f"{path}: its data are {quoted(form, 30)}, must be ascii, binary or binary_compressed")
+    return np.stack([column.astype(np.float64) for column in columns]).T
+
+
+def _pcd_header(path: Path, data: bytes) -> tuple[dict[str, list[str]], int, int]:
+    """Return the words of each line of the header, where the points begin, and the number of that line."""
+    header: dict[str, list[str]] = {}
+    start, line = 0, 1
+    while start < min(len(data), MAX_HEADER):
+        end = data.find(b"\n", start) + 1 or len(data)
+        word, *rest = data[start:end].decode("latin-1").partition("#")[0].split() or [""]
+        start, line = end, line + 1
+        if word and word.upper() in header:
+            raise InputError(f"{path}: line {line - 1}: a second {quoted(word, 20)} in its header; is it damaged?")
+        if word:
+            header[word.upper()] = rest
+        if word.upper() == "DATA":
+            return header, start, line
+    raise InputError(f"{path}: holds no points, or is not a .pcd file: its header has no DATA")
+
+
+def _check_length(path: Path, wanted: int, content: bytes | None, there: int) -> None:
+    if there < wanted:
+        raise InputError(f"{path}: is cut short: its points take {wanted} bytes, {there} follow the header")
+    if content is None or content[wanted:].strip(b"\0\r\n "):
+        raise InputError(f"{path}: holds {there - wanted} bytes more than its header announces; is it damaged?")
+
+
+def unpack_lzf(packed: bytes, size: int) -> bytes | None:
+    """Unpack what liblzf packed into exactly `size` bytes; None if it is damaged.
+
+    Example:
+        >>> unpack_lzf(bytes([1, 97, 98, 0x60, 1]), 7)
+        b'abababa'
+    """
+    found, at = bytearray(), 0
+    while at < len(packed):
+        control = packed[at]
+        at += 1
+        if control < 32:  # so many bytes and one as they are
+            found += packed[at : at + control + 1]
+            at += control + 1
+            if at > len(packed):
+                return None
+            continue
+        length = control >> 5
+        if length == 7:
+            if at >= len(packed):
+                return None
+            length += packed[at]
+            at += 1
+        if at >= len(packed):
+            return None
+        distance = ((control & 31) << 8 | packed[at]) + 1
+        at += 1
+        length += 2
+        if distance > len(found) or len(found) + length > size:
+            return None
+        piece = bytes(found[-distance:])
+        found += (piece * (length // distance + 1))[:length]
+    return bytes(found) if len(found) == size else None
+
+
+def read_las(path: Path) -> np.ndarray:
+    """Read the points of an uncompressed LAS file, in its units: whole numbers times scale plus offset.
+
+    Returns:
+        (N, 3) float64.
+
+    Raises:
+        InputError: not such a file, compressed (LAZ), cut short, or its header is damaged.
+        OSError: it cannot be read.
+    """
+    data = path.read_bytes()
+    if data[:4] != b"LASF" or len(data) < 227:
+        raise InputError(f"{path}: is no LAS file, or cut short in its header")
+    header, start, form, length, count = struct.unpack_from("<H", data, 94)[0], *struct.unpack_from("<I4xBHI", data, 96)
+    if (data[24], data[25]) >= (1, 4) and header >= 375 and len(data) >= 375:
+        count = struct.unpack_from("<Q", data, 247)[0] or count
+    if form & 0xC0:
+        raise InputError(f"{path}: is compressed (LAZ), which is not read; unpack it to LAS")
+    steps = np.frombuffer(data, "<f8", 6, 131)
+    if length < 20 or start < header or not np.isfinite(steps).all() or not steps[:3].all():
+        raise InputError(f"{path}: its header is damaged")
+    if start + count * length > len(data):
+        raise InputError(
+            f"{path}: is cut short: {count} points take {count * length} bytes, {max(0, len(data) - start)} are there"
+        )
+    record = np.dtype({"names": ["p"], "formats": [("<i4", 3)], "offsets": [0], "itemsize": length})
+    whole = np.frombuffer(data, record, count, start)["p"]
+    return np.stack([whole[:, axis] * steps[axis] + steps[3 + axis] for axis in range(3)]).T

@@ -1,0 +1,278 @@
+"""Tables of points: text of any common layout, and NumPy's files."""
+
+import logging
+import math
+import re
+import tokenize
+import zipfile
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from ..errors import InputError, quoted
+from .text import COMMENTS, number, parse_rows, read_bytes, split_fields
+
+log = logging.getLogger(__name__)
+
+SAMPLE = 50
+"""Rows from which the layout of a table is told."""
+MAX_EXPANSION = 100
+"""Largest ratio of an array to its compressed bytes, above `SMALL`."""
+SMALL = 2**28
+
+_NUMERIC = re.compile(rb'[\s\d+\-.,;eEnaifNAIF"]*\d[\s\d+\-.,;eEnaifNAIF"]*|[\s,;"]*[-+]?(?:nan|inf)\b.*', re.I)
+_DECIMAL = re.compile(rb"[-+]?\d*,\d+(?:[eE][-+]?\d+)?|[-+]?\d+(?:[eE][-+]?\d+)?")
+_ZIP = b"PK\x03\x04"
+_PREFERRED = ("points", "xyz", "pos", "data")
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a text file holds its points: what stands between the numbers, and where the first row begins."""
+
+    separator: bytes | None
+    decimal_comma: bool
+    columns: int
+    axes: tuple[int, int, int]
+    start: int
+    line: int
+    count: int | None
+
+
+def read_text_table(path: Path) -> np.ndarray:
+    """Read rows of three or more numbers, of which x, y and z are taken.
+
+    Numbers stand between blanks, commas, semicolons or tabs, one of these in the whole file; with blanks, semicolons or
+    tabs, commas may be decimal. A header names the columns (`x y z`, `//X Y Z R G B`); without one the first three
+    count. A line with the number of points may stand in front. Comments begin with `#`, `//` or `%`.
+
+    Returns:
+        (N, 3) float64.
+
+    Raises:
+        InputError: it is no such table; the message names the line.
+    """
+    data = read_bytes(path)
+    layout = _find_layout(path, data)
+    points = parse_rows(
+        data, layout.columns, layout.axes, start=layout.start, separator=layout.separator,
+        decimal_comma=layout.decimal_comma, line=layout.line, where=f"{path}: cannot be read as a table",
+    )  # fmt: skip
+    if layout.count is not None and layout.count != len(points):
+        raise InputError(f"{path}: announces {layout.count} points and holds {len(points)}; is it cut short?")
+    _refuse_transposed(path, (len(points), layout.columns))
+    return points
+
+
+def read_array(path: Path) -> np.ndarray:
+    """Read the points of a `.npy` or `.npz` file, told apart by their content.
+
+    Arrays are (N, 3 or more), maps (H, W, 3), or records with fields x, y and z. Of several arrays in an archive the
+    one called points, xyz, pos or data is read, or the only one of such a shape.
+
+    Returns:
+        (N, 3) float64.
+
+    Raises:
+        InputError: damaged, cut short, of another shape or type.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(len(_ZIP))
+        file.seek(0)
+        if head.startswith(_ZIP):
+            return _read_archive(path, file)
+        return _to_points(path, _read_npy(f"{path}", file, size))
+
+
+def _read_npy(where: str, file: BinaryIO, size: int) -> np.ndarray:
+    """Read one array after comparing what its header announces with what is there."""
+    shape, order, dtype = _npy_header(where, file)
+    if dtype.hasobject:
+        raise InputError(f"{where}: holds Python objects, which are not read; save an array of numbers")
+    wanted, left = math.prod(shape) * dtype.itemsize, size - file.tell()
+    if min(shape, default=0) < 0 or wanted != left:
+        state = "is cut short" if wanted > left else "is damaged"
+        raise InputError(f"{where}: {state}: shape {shape} of {dtype} takes {wanted} bytes, {left} are there")
+    content = file.read(wanted)
+    if len(content) != wanted:
+        raise InputError(f"{where}: is cut short: {len(content)} of {wanted} bytes are there")
+    array = np.frombuffer(content, dtype) if wanted else np.empty(0, dtype)
+    return array.reshape(shape, order="F" if order else "C")
+
+
+def _npy_header(where: str, file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    try:
+        version = np.lib.format.read_magic(file)
+        if version == (3, 0):  # as (2, 0), with names of fields in UTF-8
+            version = (2, 0)
+        return _HEADERS[version](file)
+    except (ValueError, SyntaxError, TypeError, KeyError, EOFError, RecursionError, tokenize.TokenError) as error:
+        raise InputError(f"{where}: cannot be read as a table: not a NumPy file, or its header is damaged") from error
+
+
+def _read_archive(path: Path, file: BinaryIO) -> np.ndarray:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            found: dict[str, zipfile.ZipInfo] = {}
+            for info in archive.infolist():
+                if info.filename.endswith(".npy"):
+                    found[info.filename.removesuffix(".npy")] = info
+            if not found:
+                raise InputError(f"{path}: an archive without arrays; save the points with numpy.savez")
+            info = found[_choose(path, archive, found)]
+            if info.file_size > max(SMALL, MAX_EXPANSION * info.compress_size):
+                raise InputError(f"{path}: {quoted(info.filename)} unpacks to {info.file_size} bytes; is it broken?")
+            with archive.open(info) as member:
+                return _to_points(path, _read_npy(str(path), member, info.file_size))  # type: ignore[arg-type]
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError, zipfile.zlib.error) as error:  # type: ignore[attr-defined]
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        raise InputError(f"{path}: a damaged archive; save the points again with numpy.savez") from error
+
+
+def _choose(path: Path, archive: zipfile.ZipFile, found: dict[str, zipfile.ZipInfo]) -> str:
+    for name in (*_PREFERRED, *found):
+        if name in found and (name in _PREFERRED or len(found) == 1):
+            return name
+    fitting = []
+    for name, info in found.items():
+        with archive.open(info) as member:
+            shape, _, dtype = _npy_header(str(path), member)  # type: ignore[arg-type]
+        if len(shape) >= 2 and shape[-1] >= 3 and dtype.kind in "fiu":
+            fitting.append(name)
+    if len(fitting) == 1:
+        return fitting[0]
+    listed = ", ".join(quoted(name, 30) for name in islice(found, 10))
+    raise InputError(f"{path}: which of its arrays holds the points? ({listed}); call it 'points'")
+
+
+def _to_points(path: Path, array: np.ndarray) -> np.ndarray:
+    if array.dtype.names is not None:
+        names = [name.lower() for name in array.dtype.names]
+        if any(names.count(axis) != 1 for axis in "xyz"):
+            listed = ", ".join(quoted(name, 20) for name in islice(array.dtype.names, 10))
+            raise InputError(f"{path}: holds records of {listed}; fields x, y and z are needed")
+        fields = [array[array.dtype.names[names.index(axis)]] for axis in "xyz"]
+        if any(field.dtype.kind not in "fiu" or field.ndim != 1 for field in fields):
+            raise InputError(f"{path}: its fields x, y and z must be numbers, one a record")
+        return np.stack([field.astype(np.float64) for field in fields]).T
+    if array.dtype.kind not in "fiu":
+        raise InputError(f"{path}: holds values of type {array.dtype}, must be numbers")
+    if array.ndim >= 2:
+        _refuse_transposed(path, array.shape)
+    if array.ndim == 3 and array.shape[2] >= 3:
+        log.info("%s: a map of %d x %d points", path, *array.shape[:2])
+        array = array.reshape(-1, array.shape[2])
+    if array.ndim != 2 or array.shape[1] < 3:
+        raise InputError(f"{path}: holds numbers of shape {array.shape}, must be (N, 3) or more columns")
+    return np.stack([array[:, axis].astype(np.float64) for axis in range(3)]).T
+
+
+def _refuse_transposed(path: Path, shape: tuple[int, ...]) -> None:
+    wide = len(shape) == 2 and shape[0] < 10 and shape[1] > 100
+    if wide or (shape[0] == 3 and shape[-1] != 3 and math.prod(shape[1:]) > 3):
+        raise InputError(
+            f"{path}: holds numbers of shape {shape}; are points its columns? Transpose it: a row is a point"
+        )
+
+
+def _find_layout(path: Path, data: bytes) -> _Layout:
+    lines = _sample(data)
+    rows = [text for _, _, text in lines if _NUMERIC.fullmatch(text)]
+    rows = [text for text in rows if not text.strip().isdigit()] or rows
+    if not lines:
+        raise InputError(f"{path}: holds no points, or is not a {path.suffix.lower()} file")
+    if not rows:
+        raise _no_number(path, lines[0])
+    separator, decimal_comma = _find_separator(path, rows)
+    names, count = _comment_names(data), None
+    named_in = 0
+    for line, start, text in lines:
+        fields = split_fields(text.replace(b",", b".") if decimal_comma else text, separator)
+        values = [number(field) for field in fields]
+        if len(fields) == 1 and fields[0].isdigit() and count is None:
+            count = int(fields[0])
+        elif all(value is None for value in values) and any(fields) and not named_in:
+            names, named_in = _words(text), line
+        else:
+            axes = _find_axes(path, names, len(fields), named_in)
+            if len(fields) < 3:
+                raise InputError(f"{path}: line {line} holds {len(fields)} numbers, must be 3 or more: x, y, z")
+            return _Layout(separator, decimal_comma, len(fields), axes, start, line, count)
+    raise InputError(f"{path}: holds no points, its lines are a header and a count at most")
+
+
+def _sample(data: bytes) -> list[tuple[int, int, bytes]]:
+    """Return the first lines that are neither blank nor comments: number, place and text of each."""
+    found: list[tuple[int, int, bytes]] = []
+    start = line = 0
+    while start < len(data) and len(found) < SAMPLE:
+        line += 1
+        end = data.find(b"\n", start) + 1 or len(data)
+        text = data[start:end].partition(b"#")[0].strip()
+        if text and not text.startswith(COMMENTS):
+            found.append((line, start, text))
+        start = end
+    return found
+
+
+def _find_separator(path: Path, rows: list[bytes]) -> tuple[bytes | None, bool]:
+    """Tell what separates the numbers of some rows, and whether commas are decimal."""
+    for separator in (b";", b"\t"):
+        if all(separator in row for row in rows):
+            fields = [field for row in rows for field in split_fields(row, separator)]
+            if any(b" " in field for field in fields):  # tabs among blanks
+                continue
+            return separator, any(b"," in field for field in fields)
+    if not any(b"," in row for row in rows):
+        return None, False
+    words = [row.split() for row in rows]
+    if all(len(row) >= 3 and all(_DECIMAL.fullmatch(word) for word in row) for row in words):
+        return None, True
+    fields = [field for row in rows for field in split_fields(row, b",")]
+    if all(re.fullmatch(rb"[-+]?\d*", field) for field in fields) and any(
+        re.fullmatch(rb"-0|[-+]?0\d+", field) for field in fields
+    ):
+        raise InputError(f"{path}: commas stand between its numbers and within them; write decimal points")
+    return b",", False
+
+
+def _comment_names(data: bytes) -> list[str] | None:
+    """Return the words of a comment in front of the table that names x, y and z."""
+    for line in data[:4096].split(b"\n"):
+        text = line.strip()
+        if text and not text.startswith(COMMENTS):
+            return None
+        words = _words(text)
+        if {"x", "y", "z"} <= set(words):
+            return words
+    return None
+
+
+def _words(text: bytes) -> list[str]:
+    words = re.split(r'[\s,;"]+', text.decode("latin-1").strip().lstrip("#/%").strip(' \t"'))
+    return [word.lower() for word in words if word]
+
+
+def _find_axes(path: Path, names: list[str] | None, columns: int, line: int) -> tuple[int, int, int]:
+    """Return which columns are x, y and z, by their names where there are any."""
+    unclear = names is None or any(names.count(axis) != 1 for axis in "xyz")
+    if names is None or (not line and (unclear or len(names) != columns)):
+        return (0, 1, 2)
+    if unclear:
+        shown = quoted(" ".join(names), 60)
+        raise InputError(f"{path}: line {line}: {shown} is neither numbers nor a header with x, y and z; correct it")
+    if len(names) != columns:
+        raise InputError(f"{path}: line {line} names {len(names)} columns, the rows have {columns}; correct it")
+    return names.index("x"), names.index("y"), names.index("z")
+
+
+def _no_number(path: Path, first: tuple[int, int, bytes]) -> InputError:
+    line, _, text = first
+    word = quoted((text.split() or [text])[0].decode("latin-1"), 40)
+    return InputError(f"{path}: cannot be read as a table: line {line}: {word} is not a number")

@@ -1,0 +1,205 @@
+"""Numbers in text: lines of them become arrays, and a line that is no row of numbers is named."""
+
+from array import array
+from collections.abc import Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import InputError, quoted
+
+CHUNK = 4 * 2**20
+"""Bytes parsed at once."""
+FAST_BYTES = 2**18
+"""Blocks from this size on are given to pandas, whose import takes as long as parsing a smaller one."""
+COMMENTS = (b"#", b"//", b"%")
+
+_UTF8 = b"\xef\xbb\xbf"
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a text file with lines that end in a line feed, without its byte-order mark; UTF-16 becomes UTF-8.
+
+    Raises:
+        InputError: it holds binary data.
+        OSError: it cannot be read.
+    """
+    data = path.read_bytes()
+    if data.startswith(_UTF16):
+        try:
+            data = data.decode("utf-16").encode()
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: not a text file ({error.reason})") from None
+    data = data.removeprefix(_UTF8)
+    if b"\0" in data[:4096]:
+        raise InputError(f"{path}: not a text file, it holds binary data")
+    return data.replace(b"\r", b"\n") if b"\r" in data and b"\n" not in data else data
+
+
+def split_fields(line: bytes, separator: bytes | None) -> list[bytes]:
+    """Split a line into its fields, without comment, quotes and blanks; one separator at the end is passed over.
+
+    Example:
+        >>> split_fields(b"1, 2,,3, # four", b",")
+        [b'1', b'2', b'', b'3']
+    """
+    line = line.partition(b"#")[0].strip()
+    if not line or line.startswith(COMMENTS):
+        return []
+    if separator is None:
+        return line.split()
+    fields = [field.strip(b' \t"') for field in line.split(separator)]
+    return fields[:-1] if not fields[-1] and len(fields) > 1 else fields
+
+
+def number(field: bytes) -> float | None:
+    """Return the number that a field is, None if it is none.
+
+    Example:
+        >>> number(b"-1.5e3"), number(b"1_0"), number(b"x")
+        (-1500.0, None, None)
+    """
+    try:
+        return None if b"_" in field else float(field)
+    except ValueError:
+        return None
+
+
+def parse_lines(
+    data: bytes,
+    start: int = 0,
+    stop: int | None = None,
+    *,
+    separator: bytes | None = None,
+    decimal_comma: bool = False,
+    line: int = 1,
+    where: str,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Parse lines of numbers, some megabytes at a time; blank lines and comments are passed over.
+
+    Args:
+        data: the text.
+        start: where the first line begins.
+        stop: where the last line ends; default the end.
+        separator: between numbers; None is any run of blanks.
+        decimal_comma: commas are decimal points.
+        line: number of the first line, for messages.
+        where: the file, for messages.
+
+    Yields:
+        The numbers of some lines, (n,) float64; how many there are in each line, (rows,); the numbers of the lines.
+
+    Raises:
+        InputError: an empty field, or one that is no number; the message names its line.
+    """
+    stop = len(data) if stop is None else stop
+    while start < stop:
+        end = stop if stop - start <= CHUNK else data.rfind(b"\n", start, start + CHUNK) + 1
+        if not end:  # a line longer than a chunk
+            end = data.find(b"\n", start, stop) + 1 or stop
+        block = data[start:end]
+        table = _parse_regular(block, separator, decimal_comma) if len(block) >= FAST_BYTES else None
+        breaks = block.count(b"\n")
+        if table is not None and len(table) == breaks + (not block.endswith(b"\n")):
+            rows, columns = table.shape
+            yield table.ravel(), np.full(rows, columns), np.arange(line, line + rows)
+        else:
+            yield _parse_each(block, separator, decimal_comma, line, where)
+        start, line = end, line + breaks
+
+
+def parse_rows(
+    data: bytes,
+    columns: int,
+    keep: Sequence[int] | None = None,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    separator: bytes | None = None,
+    decimal_comma: bool = False,
+    line: int = 1,
+    where: str,
+) -> np.ndarray:
+    """Parse lines that all hold the same count of numbers; see `parse_lines`.
+
+    Args:
+        data: the text.
+        columns: numbers of each line.
+        keep: the columns to return, in this order; default all.
+        start: as for `parse_lines`, like the rest.
+
+    Returns:
+        (rows, len(keep)) float64, each column contiguous.
+
+    Raises:
+        InputError: a line with more or fewer numbers, and whatever `parse_lines` refuses.
+
+    Example:
+        >>> parse_rows(b"1 2 3\\n4 5 6\\n", 3, (2, 0), where="a.xyz").tolist()
+        [[3.0, 1.0], [6.0, 4.0]]
+    """
+    keep = range(columns) if keep is None else keep
+    room = data.count(b"\n", start, len(data) if stop is None else stop) + 1
+    found, filled = np.empty((len(keep), room)), 0
+    options = dict(separator=separator, decimal_comma=decimal_comma, line=line, where=where)
+    for flat, counts, numbers in parse_lines(data, start, stop, **options):  # type: ignore[arg-type]
+        wrong = counts != columns
+        if wrong.any():
+            first = int(wrong.argmax())
+            raise InputError(
+                f"{where}: line {numbers[first]} holds {counts[first]} numbers, must be {columns} as in the others"
+            )
+        table = flat.reshape(-1, columns)
+        for row, column in enumerate(keep):
+            found[row, filled : filled + len(table)] = table[:, column]
+        filled += len(table)
+    return found[:, :filled].T
+
+
+def _parse_regular(block: bytes, separator: bytes | None, decimal_comma: bool) -> np.ndarray | None:
+    """Parse a block of equal rows with the reader of pandas, four times as fast; None if it is not such a block."""
+    if b"r" in block or b"R" in block or b'"' in block:  # true and True are numbers to pandas
+        return None
+    try:
+        from pandas import read_csv
+    except ImportError:
+        return None
+    block = block.replace(b",", b".") if decimal_comma else block
+    irregular = any(mark in block for mark in (b"\t", b"  ", b" \n", b"\n ")) or block.startswith(b" ")
+    blanks = r"\s+" if irregular else " "
+    try:
+        # Not filtered: an empty field is an error, not NaN. Numbers are rounded exactly, as `float` does.
+        table = read_csv(
+            BytesIO(block), sep=separator.decode() if separator else blanks, header=None, dtype=np.float64,
+            na_filter=False, engine="c", quoting=3,
+        )  # fmt: skip
+    except (ValueError, OverflowError):  # ParserError and UnicodeDecodeError are among them
+        return None
+    return table.to_numpy()
+
+
+def _parse_each(
+    block: bytes, separator: bytes | None, decimal_comma: bool, line: int, where: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    flat, counts, numbers = array("d"), array("q"), array("q")
+    for at, text in enumerate(block.split(b"\n"), line):
+        fields = split_fields(text.replace(b",", b".") if decimal_comma else text, separator)
+        if not fields:
+            continue
+        try:
+            if b"_" in text:
+                raise ValueError
+            flat.extend(map(float, fields))
+        except ValueError:
+            place = next(i for i, field in enumerate(fields) if number(field) is None)
+            if not fields[place]:
+                raise InputError(
+                    f"{where}: line {at}: field {place + 1} is empty; fill it in or remove the line"
+                ) from None
+            shown = quoted(fields[place].decode("latin-1"), 40)
+            raise InputError(f"{where}: line {at}: {shown} is not a number") from None
+        counts.append(len(fields))
+        numbers.append(at)
+    return tuple(np.array(part) for part in (flat, counts, numbers))  # type: ignore[return-value]
