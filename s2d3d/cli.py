@@ -66,8 +66,17 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 
 def add_files(parser: argparse.ArgumentParser, what: str) -> None:
     """Add `--files`, which takes the place of the data set, and `--up-axis` of these files."""
-    parser.add_argument("--files", nargs="+", metavar="PATH", help=f"{what}: .ply .pcd .off .obj .xyz .npy .txt")
+    parser.add_argument("--files", nargs="+", metavar="PATH", help=f"{what}; `predict --help` names the kinds")
     parser.add_argument("--up-axis", choices=("y", "z"), help="vertical of the --files; default: z")
+    add_refuse_missing(parser)
+
+
+def add_refuse_missing(parser: argparse.ArgumentParser) -> None:
+    """Add `--refuse-missing`, which ends at a file with points that are not finite."""
+    parser.add_argument(
+        "--refuse-missing", action="store_true",
+        help="refuse files with points that are NaN or infinite; default: leave these points out and say how many",
+    )  # fmt: skip
 
 
 def check_overrides(overrides: Sequence[str], sections: Sequence[str]) -> None:

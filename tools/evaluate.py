@@ -12,7 +12,7 @@ from s2d3d.config.data import build_dataset, build_test_loader, check_classes
 from s2d3d.config.load import Config, parse_config
 from s2d3d.datasets import PointCloudDataset
 from s2d3d.datasets.corruptions import CorruptedDataset, parse_corruption
-from s2d3d.datasets.file_set import find_files, folder_labels, load_files
+from s2d3d.datasets.file_set import find_files, folder_labels, folder_name, load_files
 from s2d3d.errors import InputError
 from s2d3d.evaluation.robustness import (
     SEED,
@@ -100,13 +100,13 @@ def read_dataset(arguments: argparse.Namespace, config: Config, class_names: Seq
     if labels is None:
         other = next(file for file in files if folder_labels([file], class_names) is None)
         raise InputError(
-            f"{other}: its folder '{other.resolve().parent.name}' is none of the {len(class_names)} classes of "
+            f"{other}: its folder '{folder_name(other)}' is none of the {len(class_names)} classes of "
             f"{arguments.checkpoint}; name folders after classes, or classify without labels: tools/predict.py"
         )
     data = config.data
     return load_files(
         files, class_names, labels, num_points=data.num_points, up_axis=arguments.up_axis or "z",
-        normalize=bool(data.normalize), seed=config.seed,
+        normalize=bool(data.normalize), seed=config.seed, allow_missing=not arguments.refuse_missing,
     )  # fmt: skip
 
 

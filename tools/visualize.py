@@ -195,7 +195,7 @@ def read_dataset(
     labels = folder_labels(files, class_names)
     dataset = load_files(
         files, class_names or ["file"], labels, num_points=data.num_points, up_axis=arguments.up_axis or "z",
-        normalize=bool(data.normalize), seed=arguments.seed,
+        normalize=bool(data.normalize), seed=arguments.seed, allow_missing=not arguments.refuse_missing,
     )  # fmt: skip
     return dataset, labels is not None
 

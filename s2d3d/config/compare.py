@@ -6,7 +6,7 @@ A list names keys, such as "train.device", and whole sections, such as "log".
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-FOLDERS = ("output_dir", "data.root", "data.cache_dir")
+FOLDERS = ("output_dir", "data.root", "data.cache_dir", "data.allow_links")
 """Where files lie on the machine that computes."""
 SAME_RESULT = (
     *FOLDERS, "data.memory_budget_gb", "train.device", "train.num_threads", "train.compile", "train.compile_mode",

@@ -72,6 +72,9 @@ class DataConfig(Section):
         None,
         description="Folder for derived files; null: beside the dataset, in the user's cache if that is read-only.",
     )
+    allow_links: Bool = Field(
+        False, description="Follow links that lead out of the dataset's folder, as in trees of git-annex or DVC."
+    )
     memory_budget_gb: Float = Field(
         4.0,
         gt=0,

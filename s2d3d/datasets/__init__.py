@@ -81,6 +81,7 @@ def create_dataset(
     fraction: float = 1.0,
     seed: int = 0,
     cache_dir: str | os.PathLike | None = None,
+    allow_links: bool = False,
     memory_budget_gb: float = MEMORY_BUDGET_GB,
     variant: str | None = None,
     background: bool | None = None,
@@ -101,6 +102,7 @@ def create_dataset(
         seed: chooses that share.
         cache_dir: where farthest-point prefixes are kept, when fewer points are asked for than are stored; by
             default beside the set, or in the user's cache folder when the set is read-only.
+        allow_links: follow links that lead out of the folder; otherwise they are refused.
         memory_budget_gb: 10^9 bytes, above 0. The points of a split that take more are not read into memory at once:
             they stay in their files and are read batch by batch, through a cache of this size. Samples are the same.
         variant: of scanobjectnn alone, see `load_scanobjectnn`.
@@ -116,9 +118,9 @@ def create_dataset(
     if name not in _DATASETS:
         known = ", ".join(list_datasets())
         raise InputError(f"unknown data set '{name}'{did_you_mean(name, _DATASETS)} (known: {known})")
-    own = {"normalize": normalize, "variant": variant, "background": background}
+    own = {"normalize": normalize, "allow_links": allow_links or None, "variant": variant, "background": background}
     own = {key: value for key, value in own.items() if value is not None}
-    foreign = [key for key in own if key != "normalize" and name != "scanobjectnn"]
+    foreign = [key for key in ("variant", "background") if key in own and name != "scanobjectnn"]
     if foreign:
         raise InputError(f"data set '{name}' has no {foreign[0]}; only scanobjectnn has")
     return _DATASETS[name](

@@ -1,7 +1,7 @@
 """Single files as a data set: clouds and meshes of any origin, whose folders may be named after their classes."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -14,20 +14,43 @@ from .files import SUFFIXES, read_cloud
 def find_files(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
     """Return the files named, and of each folder named all that `read_points` reads, in the order of their paths.
 
+    Links to files and folders are followed and keep their own names. A link to nothing is returned too, so that reading
+    it says so.
+
     Raises:
-        InputError: a folder without such a file.
+        InputError: a folder without such a file, or one that cannot be read.
     """
     found: list[Path] = []
     for path in map(Path, paths):
-        inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        inside = sorted(_inside(path, frozenset())) if path.is_dir() else []
         if path.is_dir() and not inside:
             raise InputError(f"{path}: holds no file of {', '.join(SUFFIXES)}")
-        found += inside if path.is_dir() else [path]
+        found += inside or [path]
     return found
+
+
+def _inside(folder: Path, above: frozenset[str]) -> Iterator[Path]:
+    """Yield the files below a folder; a link to a folder that it lies in is not entered."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be read ({error.strerror}); change its permissions or leave it out"
+        ) from None
+    for path in (folder / name for name in names):
+        if path.is_dir():
+            yield from _inside(path, above | {real})
+        elif path.suffix.lower() in SUFFIXES:
+            yield path
 
 
 def folder_labels(files: Sequence[Path], class_names: Sequence[str]) -> list[int] | None:
     """Return the class of each file, which the name of its folder tells; None if one is in another folder.
+
+    It is the folder of the path as given: of a link, the one that the link lies in.
 
     Example:
         >>> folder_labels([Path("test/mug/1.off"), Path("box/a.ply")], ["box", "mug"])
@@ -35,9 +58,19 @@ def folder_labels(files: Sequence[Path], class_names: Sequence[str]) -> list[int
         >>> folder_labels([Path("mug/1.off"), Path("Downloads/a.ply")], ["box", "mug"])
     """
     numbers = {name: label for label, name in enumerate(class_names)}
-    labels = [numbers.get(file.resolve().parent.name) for file in files]
+    labels = [numbers.get(folder_name(file)) for file in files]
     known = [label for label in labels if label is not None]
     return known if len(known) == len(labels) else None
+
+
+def folder_name(file: Path) -> str:
+    """Return the name of the folder that a file lies in, links not followed.
+
+    Example:
+        >>> folder_name(Path("mug/1.off"))
+        'mug'
+    """
+    return Path(os.path.abspath(file)).parent.name
 
 
 def load_files(
@@ -49,6 +82,7 @@ def load_files(
     up_axis: str = "z",
     normalize: bool = True,
     seed: int = 0,
+    allow_missing: bool = True,
 ) -> PointCloudDataset:
     """Read files as a test split, each cloud as `read_cloud` gives it.
 
@@ -60,6 +94,7 @@ def load_files(
         up_axis: vertical axis of the files, "y" or "z".
         normalize: as the model was trained, `data.normalize`.
         seed: of the points drawn from meshes.
+        allow_missing: see `read_points`.
 
     Raises:
         InputError: a file that cannot be read, or has fewer points.
@@ -71,7 +106,8 @@ def load_files(
         >>> load_files([path], ["box", "mug"], [1], num_points=4).batch(torch.tensor([0]))[0].shape
         torch.Size([1, 4, 3])
     """
-    clouds = [read_cloud(file, num_points, up_axis=up_axis, normalize=normalize, seed=seed) for file in files]
+    options = dict(up_axis=up_axis, normalize=normalize, seed=seed, allow_missing=allow_missing)
+    clouds = [read_cloud(file, num_points, **options) for file in files]  # type: ignore[arg-type]
     dataset = PointCloudDataset(
         torch.stack(clouds), torch.tensor(labels or [0] * len(files)), class_names, names=[file.name for file in files],
         split="test", num_points=num_points, normalize=False, source="files",

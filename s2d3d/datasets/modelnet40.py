@@ -16,6 +16,7 @@ from ..errors import InputError, did_you_mean, quoted
 from .base import PointCloudDataset, choose_shapes
 from .h5 import SEE, CloudFile, CloudLayout, check_up_axis, read_h5
 from .h5_checks import check_shapes
+from .links import check_inside
 from .prefix import cache_folders
 from .stream import MEMORY_BUDGET_GB, StreamedClouds, exceeds_budget, open_clouds, shape_names
 from .transforms import Transform, turn_up_axis
@@ -36,6 +37,7 @@ def load_modelnet40(
     fraction: float = 1.0,
     seed: int = 0,
     cache_dir: str | os.PathLike | None = None,
+    allow_links: bool = False,
     memory_budget_gb: float = MEMORY_BUDGET_GB,
     prepare: str = "put ModelNet40 there (see data/README.md) or run: " + PREPARE,
 ) -> PointCloudDataset:
@@ -52,6 +54,7 @@ def load_modelnet40(
         fraction: share of the training shapes of each class to keep, in (0, 1]; the test split is kept whole.
         seed: chooses that share.
         cache_dir: where farthest-point prefixes are kept; default beside the set.
+        allow_links: follow links that lead out of the folder.
         memory_budget_gb: 10^9 bytes; a split whose points take more stays in its files, see `StreamedClouds`.
         prepare: what a missing folder's message advises; the folder is appended.
 
@@ -70,8 +73,8 @@ def load_modelnet40(
         check_up_axis(up_axis)
     if not root.is_dir():
         raise InputError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}; {prepare} {root}")
-    class_names = read_class_names(root)
-    files = list_files(root, split)
+    class_names = read_class_names(root, allow_links=allow_links)
+    files = list_files(root, split, allow_links=allow_links)
     stored: torch.Tensor | StreamedClouds
     if exceeds_budget(files, memory_budget_gb):
         stored, all_labels, names = open_clouds(
@@ -81,7 +84,7 @@ def load_modelnet40(
             budget_gb=memory_budget_gb,
         )
     else:
-        stored, all_labels, names = _read_clouds(root, split, up_axis)
+        stored, all_labels, names = _read_clouds(files, len(class_names), up_axis)
     kept, all_labels, class_names = choose_shapes(
         all_labels, class_names, split=split, classes=classes, fraction=fraction, seed=seed
     )
@@ -101,11 +104,14 @@ def load_modelnet40(
     )
 
 
-def _read_clouds(root: Path, split: str, up_axis: str | None) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+def _read_clouds(
+    files: Sequence[Path], num_classes: int, up_axis: str | None
+) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """Read all files of a split: points (n, P, 3) z up, labels (n,), names."""
     points: list[torch.Tensor] = []
     labels, names = [], []
-    for path, file in read_split(root, split, extras=False):
+    for path in files:
+        file = read_h5(path, num_classes=num_classes, extras=False)
         stored_points = file.points.shape[1]
         if points and stored_points != points[0].shape[1]:
             raise InputError(f"{path}: {stored_points} points a shape, the files before it {points[0].shape[1]}; {SEE}")
@@ -116,13 +122,13 @@ def _read_clouds(root: Path, split: str, up_axis: str | None) -> tuple[torch.Ten
     return torch.cat(points), torch.from_numpy(np.concatenate(labels)), names
 
 
-def read_class_names(root: Path) -> list[str]:
+def read_class_names(root: Path, *, allow_links: bool = False) -> list[str]:
     """Read `shape_names.txt`; its lines are the classes, in the order of their labels.
 
     Raises:
-        InputError: it is missing, empty, or names a class twice.
+        InputError: it is missing, empty, names a class twice, or is a link out of the folder and these are not allowed.
     """
-    path = root / "shape_names.txt"
+    path = check_inside(root / "shape_names.txt", root, allow_links=allow_links)
     names = _read_lines(path)
     for index, name in enumerate(names):
         if name in names[:index]:
@@ -130,27 +136,30 @@ def read_class_names(root: Path) -> list[str]:
     return names
 
 
-def read_split(root: Path, split: str, *, extras: bool = True) -> Iterator[tuple[Path, CloudFile]]:
+def read_split(
+    root: Path, split: str, *, extras: bool = True, allow_links: bool = False
+) -> Iterator[tuple[Path, CloudFile]]:
     """Read the files of a split one by one, in the order of its list, each checked.
 
     Raises:
         InputError: the list or a file is missing or wrong, or lies outside the folder.
     """
-    num_classes = len(read_class_names(root))
-    for path in list_files(root, split):
+    num_classes = len(read_class_names(root, allow_links=allow_links))
+    for path in list_files(root, split, allow_links=allow_links):
         yield path, read_h5(path, num_classes=num_classes, extras=extras)
 
 
-def list_files(root: Path, split: str) -> list[Path]:
+def list_files(root: Path, split: str, *, allow_links: bool = False) -> list[Path]:
     """Find the files that `{split}_files.txt` lists.
 
     Public lists hold paths such as `data/modelnet40_ply_hdf5_2048/ply_data_train0.h5`, written for another working
     directory: the file of that name in `root` is taken and, only if there is none, that path below `root`.
 
     Raises:
-        InputError: no list, a file that is not there, is listed twice, or is not inside `root`.
+        InputError: no list, a file that is not there, is listed twice, or lies outside `root`: behind a link only with
+            `allow_links`.
     """
-    list_path = root / f"{split}_files.txt"
+    list_path = check_inside(root / f"{split}_files.txt", root, allow_links=allow_links)
     files: list[Path] = []
     for entry in _read_lines(list_path):
         relative = PurePosixPath(entry.replace("\\", "/"))
@@ -160,8 +169,7 @@ def list_files(root: Path, split: str) -> list[Path]:
         path = next((candidate for candidate in candidates if _is_file(candidate)), None)
         if path is None:
             raise InputError(f"{list_path}: {quoted(entry)} is not in {root}; {SEE}")
-        if not path.resolve().is_relative_to(root.resolve()):
-            raise InputError(f"{list_path}: {quoted(entry)} is a link out of the folder; copy the file into {root}")
+        check_inside(path, root, allow_links=allow_links)
         if path in files:
             raise InputError(f"{list_path}: {quoted(entry)} is listed twice; {SEE}")
         files.append(path)
@@ -190,7 +198,7 @@ def _read_lines(path: Path) -> list[str]:
     if not path.is_file():
         raise InputError(f"{path}: no such file; {SEE}")
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not a text file ({error.reason}); {SEE}") from error
     lines = [line for line in lines if line]

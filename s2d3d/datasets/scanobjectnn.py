@@ -20,6 +20,7 @@ from ..errors import InputError, did_you_mean
 from .base import TRAIN, PointCloudDataset, choose_shapes
 from .h5 import SEE, CloudFile, CloudLayout, check_up_axis, read_h5
 from .h5_checks import check_shapes
+from .links import check_inside
 from .modelnet40 import SPLITS, read_class_names
 from .prefix import cache_folders
 from .stream import MEMORY_BUDGET_GB, StreamedClouds, exceeds_budget, open_clouds
@@ -76,6 +77,7 @@ def load_scanobjectnn(
     fraction: float = 1.0,
     seed: int = 0,
     cache_dir: str | os.PathLike | None = None,
+    allow_links: bool = False,
     memory_budget_gb: float = MEMORY_BUDGET_GB,
 ) -> PointCloudDataset:
     """Read one split of one variant; the mask of its points is the data set's `mask`.
@@ -93,6 +95,7 @@ def load_scanobjectnn(
         fraction: share of the training shapes of each class to keep, in (0, 1]; the test split is kept whole.
         seed: chooses that share.
         cache_dir: where farthest-point prefixes are kept; default beside the set.
+        allow_links: follow links that lead out of the folder.
         memory_budget_gb: 10^9 bytes; a split whose points take more stays in its file, see `StreamedClouds`.
 
     Raises:
@@ -107,8 +110,9 @@ def load_scanobjectnn(
         raise InputError(f"unknown split '{split}'{did_you_mean(split, SPLITS)} (known: {', '.join(SPLITS)})")
     if up_axis is not None:
         check_up_axis(up_axis)
-    path = find_file(root, split, variant, background)
-    class_names = read_class_names(root) if (root / "shape_names.txt").is_file() else CLASS_NAMES
+    path = check_inside(find_file(root, split, variant, background), root, allow_links=allow_links)
+    named = (root / "shape_names.txt").is_file()
+    class_names = read_class_names(root, allow_links=allow_links) if named else CLASS_NAMES
     file: CloudFile | CloudLayout
     if exceeds_budget([path], memory_budget_gb):
         clouds, all_labels, _ = open_clouds(

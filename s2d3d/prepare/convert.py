@@ -223,7 +223,7 @@ def _text_source(folder: Path, name: str) -> Source:
     def lines(path: Path) -> list[str]:
         if not path.is_file():
             raise InputError(f"{path}: no such file; unpack the archive again")
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
 
     classes = lines(folder / f"{name}_shape_names.txt")
     shapes: dict[str, list[tuple[str, str, int]]] = {}

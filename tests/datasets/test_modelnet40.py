@@ -1,5 +1,6 @@
 import os
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -132,6 +133,63 @@ def test_links_out_of_the_folder_are_refused_and_links_inside_are_not(modelnet_f
     os.rename(root / "ply_data_train1.h5", root / "ply_data_test7.h5")
     with pytest.raises(InputError, match="is a link out of the folder"):
         load(other, "test")
+    assert len(load(other, "test", allow_links=True)) == 6
+
+
+@pytest.mark.parametrize("name", ["shape_names.txt", "train_files.txt", "ply_data_train0.h5"])
+def test_a_tree_of_links_is_read_where_the_user_says_so(modelnet_folder, tmp_path, name):
+    root, store = modelnet_folder(), tmp_path / "store"
+    expected = load(root)
+    store.mkdir()
+    os.rename(root / name, store / "8f3a")
+    (root / name).symlink_to(store / "8f3a")
+    with pytest.raises(InputError, match=rf"{name}: is a link out of the folder; copy .* or set data.allow_links=true"):
+        load(root)
+    found = load(root, allow_links=True)
+    assert torch.equal(found.points, expected.points) and found.class_names == expected.class_names
+
+
+def test_lists_may_begin_with_a_byte_order_mark(modelnet_folder):
+    root = modelnet_folder()
+    expected = load(root)
+    for name in ("shape_names.txt", "train_files.txt"):
+        (root / name).write_bytes(b"\xef\xbb\xbf" + (root / name).read_bytes())
+    found = load(root)
+    assert torch.equal(found.points, expected.points) and found.class_names == expected.class_names
+
+
+def test_coordinates_far_from_the_origin_keep_their_shape(modelnet_folder):
+    """UTM coordinates in float64: the set is the same as without the offset; float32 cannot hold it."""
+    root = modelnet_folder()
+    expected = load(root, normalize=True)
+    offset = np.array([691_000.25, 5_334_000.5, 520.125])
+    far = {}
+    for path in sorted(root.glob("*.h5")):
+        with h5py.File(path, "r+") as file:
+            far[path] = file["data"][()].astype(np.float64) + offset
+            del file["data"]
+            file["data"] = far[path]
+    found = load(root, normalize=True)
+    assert found.points.dtype == torch.float32
+    assert (found.points - expected.points.float()).abs().max() < 2e-6
+    streamed = load(root, normalize=True, memory_budget_gb=1e-6)
+    assert torch.equal(streamed.points, found.points)
+    for path, points in far.items():
+        with h5py.File(path, "r+") as file:
+            del file["data"]
+            file["data"] = points.astype(np.float32)
+    with pytest.raises(InputError, match=r"sample 0 of dataset 'data' spans .* its shape is lost"):
+        load(root, normalize=True)
+    with pytest.raises(InputError, match=r"sample 0 of dataset 'data' spans .* its shape is lost"):
+        load(root, normalize=True, memory_budget_gb=1e-6).batch(torch.arange(2))
+
+
+def test_a_cloud_without_extent_is_refused(modelnet_folder):
+    root = modelnet_folder()
+    with h5py.File(root / "ply_data_train1.h5", "r+") as file:
+        file["data"][2] = 0.5
+    with pytest.raises(InputError, match=r"train1\.h5: sample 2 of dataset 'data': all its points are equal"):
+        load(root)
 
 
 def test_a_missing_root_names_the_folder_and_the_command(tmp_path):

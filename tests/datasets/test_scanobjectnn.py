@@ -267,3 +267,13 @@ def test_twins_differ_only_in_s2d_and_output_dir(repository, pair):
     assert sparse == dense
     config = load_config(paths[0])
     assert config.data.name == "scanobjectnn" and config.data.normalize is False and config.data.augment.rotate is True
+
+
+def test_links_out_of_the_folder_follow_the_rule_of_every_reader(public_root, tmp_path):
+    expected = load(public_root, num_points=24)
+    path = public_root / "main_split" / "test_objectdataset_augmentedrot_scale75.h5"
+    path.rename(tmp_path / "9c1b")
+    path.symlink_to(tmp_path / "9c1b")
+    with pytest.raises(InputError, match="is a link out of the folder"):
+        load(public_root, num_points=24)
+    assert torch.equal(load(public_root, num_points=24, allow_links=True).points, expected.points)

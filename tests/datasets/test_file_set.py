@@ -1,0 +1,53 @@
+"""Files and folders of files: which are found, and which class each has."""
+
+import numpy as np
+import pytest
+
+from s2d3d.datasets.file_set import find_files, folder_labels
+from s2d3d.errors import InputError
+
+
+def touch(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, np.eye(3))
+    return path
+
+
+def test_labels_come_from_the_path_as_given(tmp_path):
+    """A relabelled tree of links: the store has other folders, which say nothing."""
+    stored = [touch(tmp_path / "store" / "chair" / f"{number}.npy") for number in range(3)]
+    tree = tmp_path / "tree"
+    for name, target in zip(("table", "table", "lamp"), stored):
+        (tree / name).mkdir(parents=True, exist_ok=True)
+        (tree / name / target.name).symlink_to(target)
+    (tree / "sofa").symlink_to(tmp_path / "store" / "chair", target_is_directory=True)
+    files = find_files([tree])
+    assert [str(file.relative_to(tree)) for file in files] == [
+        "lamp/2.npy", "sofa/0.npy", "sofa/1.npy", "sofa/2.npy", "table/0.npy", "table/1.npy"
+    ]  # fmt: skip
+    assert folder_labels(files, ["chair", "lamp", "sofa", "table"]) == [1, 2, 2, 2, 3, 3]
+
+
+def test_a_relative_path_has_the_folder_it_is_called_from(tmp_path, monkeypatch):
+    touch(tmp_path / "mug" / "1.npy")
+    monkeypatch.chdir(tmp_path / "mug")
+    assert folder_labels(find_files(["1.npy"]), ["box", "mug"]) == [1]
+
+
+def test_links_in_a_circle_end(tmp_path):
+    touch(tmp_path / "a" / "1.npy")
+    (tmp_path / "a" / "b").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "a" / "itself").symlink_to("itself")
+    assert [file.name for file in find_files([tmp_path])] == ["1.npy"]
+
+
+def test_a_link_to_nothing_is_not_passed_over(tmp_path):
+    touch(tmp_path / "a.npy")
+    (tmp_path / "b.npy").symlink_to(tmp_path / "gone.npy")
+    assert [file.name for file in find_files([tmp_path])] == ["a.npy", "b.npy"]
+
+
+def test_a_folder_without_files_is_named(tmp_path):
+    (tmp_path / "notes.md").touch()
+    with pytest.raises(InputError, match=r"holds no file of \.ply, "):
+        find_files([tmp_path])
