@@ -7,7 +7,6 @@ import inspect
 import io
 import json
 import logging
-import math
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -21,9 +20,8 @@ from torch import Tensor, nn
 
 from ..atomic import replacing
 from ..errors import InputError, did_you_mean, first_line
-from ..models import PointTransformer, fold_batchnorm
+from ..models import fold_batchnorm
 from ..models.mode import eval_mode
-from ..models.point_transformer import TransitionDown
 from ..s2d import is_sparse
 from ..version import __version__
 
@@ -84,7 +82,7 @@ def export_model(
     network = fold_batchnorm(copy.deepcopy(model).cpu().float().eval()).requires_grad_(False)
     example, classes = example_clouds(network, num_points, in_channels)
     least = fewest_points(network)
-    free_points = num_points >= least and not (format == "torchscript" and isinstance(network, PointTransformer))
+    free_points = num_points >= least and not (format == "torchscript" and _keeps_a_share(network))
     described = {
         "s2d3d_version": __version__,
         "num_classes": classes,
@@ -121,10 +119,7 @@ def example_clouds(model: nn.Module, num_points: int, in_channels: int = 3) -> t
 
 
 def fewest_points(network: nn.Module) -> int:
-    """Return how many points a cloud must have for a program of a free number of points.
-
-    Point-BERT and Point-MAE need as many as they select. A Point Transformer thins clouds stage by stage; two points
-    must be left in the last, because exporters treat dimensions of one element as a case of its own.
+    """Return how many points a cloud must have for a program of a free number of points; see the models' own method.
 
     Example:
         >>> from s2d3d import create_model
@@ -133,10 +128,13 @@ def fewest_points(network: nn.Module) -> int:
         >>> fewest_points(create_model("point_transformer_small", num_classes=4))  # one in 64 is left
         128
     """
-    if isinstance(network, PointTransformer):
-        kept = math.prod(module.stride for module in network.modules() if isinstance(module, TransitionDown))
-        return max(network.min_points, 2 * kept)
-    return max((getattr(network, name, 1) for name in ("num_group", "group_size")), default=1)
+    least = getattr(network, "fewest_points", None)
+    return 1 if least is None else least()
+
+
+def _keeps_a_share(network: nn.Module) -> bool:
+    """Tell whether the number of points that a model selects follows from that of the cloud, as N // 4 does."""
+    return getattr(network, "keeps_a_share", False)
 
 
 class Exported:
@@ -217,7 +215,7 @@ def _program(network: nn.Module, example: Tensor, least: int | None) -> torch.ex
     # N // 4 <= N and the like are true, and beyond what the exporter proves: it states them in the program instead.
     return torch.export.export(
         network, (example,), dynamic_shapes=(dimensions,), strict=False,
-        prefer_deferred_runtime_asserts_over_guards=isinstance(network, PointTransformer),
+        prefer_deferred_runtime_asserts_over_guards=_keeps_a_share(network),
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ State-dict keys and shapes are those of the published classifiers, so that their
 import torch
 from torch import Tensor, nn
 
-from ..ops.points import group_points
+from ..ops.points import farthest_point_sample, gather_points, group_points, nearest_neighbours
 from .layers import GroupEncoder, TransformerEncoder, max_over_group
 
 VARIANTS = ("bert", "mae")
@@ -121,6 +121,27 @@ class PointBERT(nn.Module):
     def coordinate_weights(self) -> dict[str, tuple[int, ...]]:
         """Names of the weights that read x, y, z, and the columns at which each of these triples begins."""
         return {"encoder.first_conv.0.weight": (0,), "pos_embed.0.weight": (0,)}
+
+    @torch.jit.ignore
+    def find_groups(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the groups that become tokens: the indices of their points (B, G, S) and their centres (B, G, 3)."""
+        xyz = points[..., :3]
+        centers = self.token_positions(points)
+        return nearest_neighbours(centers, xyz, self.group_size), centers
+
+    @torch.jit.ignore
+    def token_positions(self, points: Tensor, layer: str = "") -> Tensor:
+        """Return where the tokens of a layer lie in clouds (B, N, C): the centres of the groups (B, G, 3).
+
+        The class token, which comes first, has no place.
+        """
+        xyz = points[..., :3]
+        return gather_points(xyz, farthest_point_sample(xyz, self.num_group, skip_origin=self.fps_skip_origin))
+
+    @torch.jit.ignore
+    def fewest_points(self) -> int:
+        """Return how many points a cloud needs in an exported program that takes any number of points."""
+        return max(self.num_group, self.group_size)
 
     def forward_features(self, points: Tensor) -> Tensor:
         """Map points (B, N, C) to normalised tokens (B, 1 + num_group, trans_dim), the class token first.

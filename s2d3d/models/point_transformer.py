@@ -4,6 +4,7 @@ State-dict keys and shapes are those of the public classifiers (encoder of S3DIS
 head); the FFN, which they lack, adds `norm` and `mlp` to each block.
 """
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -39,7 +40,12 @@ class PointTransformer(nn.Module):
     The public classifier is `depths=(0, 1, 2, 4, 1), mlp_ratio=0`: 8 attention blocks, 3,262,776 parameters with 40
     classes and 3 channels (its code counts the transition as a block of its stage: 1, 2, 3, 5, 2). The
     default has these numbers of blocks beside the transitions, as the published segmentation encoder, and FFNs.
+
+    Attributes:
+        keeps_a_share: it selects a share of the points of a cloud, not a fixed number of them.
     """
+
+    keeps_a_share = True
 
     def __init__(
         self,
@@ -112,6 +118,28 @@ class PointTransformer(nn.Module):
             elif isinstance(module, VectorAttention):
                 columns[f"{name}.linear_p.0.weight"] = (0,)
         return columns
+
+    @torch.jit.ignore
+    def token_positions(self, points: Tensor, layer: str) -> Tensor:
+        """Return where the tokens of a layer, such as "enc2.1.mlp", lie in clouds (B, N, C): (B, M, 3).
+
+        They are the points that the stage of the layer keeps.
+        """
+        xyz, last = points[..., :3], int(layer.partition(".")[0].removeprefix("enc"))
+        for index in range(1, last + 1):
+            down = self.get_submodule(f"enc{index}.0")
+            assert isinstance(down, TransitionDown)
+            xyz = down.keep_points(xyz)
+        return xyz
+
+    @torch.jit.ignore
+    def fewest_points(self) -> int:
+        """Return how many points a cloud needs in an exported program that takes any number of points.
+
+        Two points must be left in the last stage, because exporters treat a dimension of one element as a special case.
+        """
+        strides = (module.stride for module in self.modules() if isinstance(module, TransitionDown))
+        return max(self.min_points, 2 * math.prod(strides))
 
     def forward_features(self, points: Tensor) -> Tensor:
         """Map points (B, N, C) to the features (B, M, C') of the points of the last stage.
@@ -195,12 +223,18 @@ class TransitionDown(nn.Module):
         self.linear = nn.Linear(in_channels + (3 if stride > 1 else 0), channels, bias=False)
         self.bn = nn.BatchNorm1d(channels)
 
+    def keep_points(self, xyz: Tensor) -> Tensor:
+        """Return the farthest points (B, M, 3) of xyz (B, N, 3), M = max(1, N // stride); all with stride 1."""
+        if self.stride == 1:
+            return xyz
+        return gather_points(xyz, farthest_point_sample(xyz, max(1, xyz.shape[1] // self.stride)))
+
     def forward(self, xyz: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map coordinates (B, N, 3) and features (B, N, C) to (B, M, 3) and (B, M, C'), M = max(1, N // stride)."""
         if self.stride == 1:
             features = self.bn(_narrow_linear(x.flatten(0, 1), self.linear.weight, self.linear.bias))
             return xyz, F.relu(features, inplace=True).view(*x.shape[:2], -1)
-        centers = gather_points(xyz, farthest_point_sample(xyz, max(1, xyz.shape[1] // self.stride)))
+        centers = self.keep_points(xyz)
         neighbourhood = find_neighbours(centers, xyz, self.num_neighbors)
         weight = self.linear.weight
         of_points, bias = F.linear(x.flatten(0, 1), weight[:, 3:]), self.linear.bias

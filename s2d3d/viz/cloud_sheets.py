@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from ..datasets.corruptions import CORRUPTIONS, check_corruption, corrupt
 from ..errors import InputError
-from ..models import PointBERT
-from ..ops.points import farthest_point_sample, gather_points, nearest_neighbours
 from .sheet import CloudSheet
 from .tokens import TokenExperts
 
@@ -94,12 +92,12 @@ def prediction_caption(probabilities: Tensor, class_names: Sequence[str], label:
 
 
 def patches_sheet(model: nn.Module, points: Tensor, captions: Sequence[str], title: str) -> CloudSheet:
-    """Show the groups that Point-BERT cuts clouds into: a colour for each, its centre large, other points grey.
+    """Show the groups that a model cuts clouds into: a colour for each, its centre large, other points grey.
 
     Groups overlap; a point of several has the colour of the one whose centre is nearest.
 
     Args:
-        model: a `PointBERT`; its weights do not matter.
+        model: see `group_of_points`; its weights do not matter.
         points: (n, N, 3), z up.
         captions: one for each cloud; how the points are shared is added.
         title: of the sheet.
@@ -113,10 +111,8 @@ def patches_sheet(model: nn.Module, points: Tensor, captions: Sequence[str], tit
         >>> len(patches_sheet(model, torch.rand(1, 64, 3), ["noise"], "groups").clouds[0])
         68
     """
-    if not isinstance(model, PointBERT):
-        raise InputError(f"{type(model).__name__} has no groups to draw; patches need a Point-BERT or Point-MAE model")
     group, centers = group_of_points(model, points)
-    palette = group_colors(model.num_group)
+    palette = group_colors(centers.shape[1])
     clouds, colors, scales, texts = [], [], [], []
     for cloud, own, middle, caption in zip(points, group.numpy(), centers, captions):
         clouds.append(torch.cat([cloud, middle]))
@@ -127,19 +123,24 @@ def patches_sheet(model: nn.Module, points: Tensor, captions: Sequence[str], tit
     return CloudSheet(clouds, texts, title, colors, scales)
 
 
-def group_of_points(model: PointBERT, points: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the groups of a Point-BERT as indices.
+def group_of_points(model: nn.Module, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the groups of a model that cuts clouds into groups.
 
     Args:
-        model: whose `num_group` groups of `group_size` points are meant.
+        model: has a method `find_groups(points)`, as `PointBERT` has.
         points: (B, N, 3).
 
     Returns:
         (B, N) int64: the group of each point, of several the one with the nearest centre, -1 for none; and the
-        centres (B, num_group, 3).
+        centres (B, G, 3).
+
+    Raises:
+        InputError: a model without groups.
     """
-    centers = gather_points(points, farthest_point_sample(points, model.num_group, skip_origin=model.fps_skip_origin))
-    members = nearest_neighbours(centers, points, model.group_size)  # (B, G, S)
+    find_groups = getattr(model, "find_groups", None)
+    if find_groups is None:
+        raise InputError(f"{type(model).__name__} has no groups to draw; patches need a Point-BERT or Point-MAE model")
+    members, centers = find_groups(points)  # (B, G, S)
     distance = _distances(centers, points)  # (B, G, N)
     outside = torch.ones_like(distance, dtype=torch.bool).scatter_(2, members, False)
     nearest = distance.masked_fill(outside, torch.inf).min(1)

@@ -1,16 +1,14 @@
 """Which expert each token of a cloud goes to, and where in space the token lies."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, did_you_mean
-from ..models import PointBERT, PointTransformer
 from ..models.mode import eval_mode
-from ..ops.points import farthest_point_sample, gather_points
 from ..s2d.dispatch import Partition
 from ..s2d.mof import ExpertLayer, Plan
 
@@ -41,7 +39,7 @@ def trace_experts(
     evaluation mode and no weight or statistic changes. The model's modes and the random state are restored.
 
     Args:
-        model: a `PointBERT` or `PointTransformer` with expert layers.
+        model: with expert layers and a method `token_positions(points, layer)`, such as `PointBERT` has.
         points: (B, N, 3), on the model's device.
         layer: name of an expert layer; default: the first.
         passes: how often, at least 1; each draws its own partition.
@@ -51,7 +49,7 @@ def trace_experts(
         One entry for each pass, on the CPU.
 
     Raises:
-        InputError: no expert layer, not that one, or a model of another kind.
+        InputError: no expert layer, not that one, or a model that does not know where its tokens lie.
 
     Example:
         >>> from s2d3d import MoFConfig, convert_to_mof_, create_model
@@ -69,20 +67,19 @@ def trace_experts(
         raise InputError(f"no expert layer '{layer}'{did_you_mean(layer, layers)} (there are: {', '.join(layers)})")
     name = layer or next(iter(layers))
     devices = [points.device] if points.is_cuda else []
-    traced = []
+    experts = []
     with eval_mode(model):
         for expert_layer in layers.values():
             expert_layer.train()
-        with torch.no_grad(), torch.random.fork_rng(devices), _positions(model, name) as places:
+        with torch.no_grad(), torch.random.fork_rng(devices):
             torch.manual_seed(seed)
             for _ in range(passes):
                 with _plans(layers[name]) as plans:
                     model(points)
-                experts = token_experts(plans[0]).view(plans[0].shape)
-                positions = places(points).cpu()
-                skipped = experts.shape[1] - positions.shape[1]  # the class token comes first
-                traced.append(TokenExperts(name, experts[:, skipped:], positions, layers[name].num_experts))
-    return traced
+                experts.append(token_experts(plans[0]).view(plans[0].shape))
+    positions = _token_positions(model, points, name)
+    skipped = experts[0].shape[1] - positions.shape[1]  # the class token comes first
+    return [TokenExperts(name, of_pass[:, skipped:], positions, layers[name].num_experts) for of_pass in experts]
 
 
 def token_experts(plan: Plan) -> Tensor:
@@ -123,25 +120,11 @@ def _plans(layer: ExpertLayer) -> Iterator[list[Plan]]:
         del layer.dispatch
 
 
-@contextlib.contextmanager
-def _positions(model: nn.Module, layer: str) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Yield a function that gives the places (B, T, 3) of a layer's tokens after the clouds went through the model."""
-    if isinstance(model, PointBERT):
-
-        def centers(points: Tensor) -> Tensor:
-            xyz = points[..., :3]
-            return gather_points(xyz, farthest_point_sample(xyz, model.num_group, skip_origin=model.fps_skip_origin))
-
-        yield centers
-    elif isinstance(model, PointTransformer):
-        seen: list[Tensor] = []
-        stage = model.get_submodule(layer.partition(".")[0])
-        handle = stage.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
-        try:
-            yield lambda points: seen[-1]
-        finally:
-            handle.remove()
-    else:
+def _token_positions(model: nn.Module, points: Tensor, layer: str) -> Tensor:
+    """Return the places (B, T, 3) of a layer's tokens, on the CPU."""
+    positions = getattr(model, "token_positions", None)
+    if positions is None:
         raise InputError(
-            f"{type(model).__name__}: where its tokens lie is not known; PointBERT or PointTransformer can"
+            f"{type(model).__name__}: where its tokens lie is not known; give the model a method token_positions"
         )
+    return positions(points, layer).cpu()

@@ -81,8 +81,12 @@ def test_tokens_of_point_transformer_are_the_points_of_the_stage():
     points = torch.rand(3, 256, 3)
     for name in (names[0], names[-1]):
         answers = mark_experts(model.get_submodule(name))
+        kept = []
+        stage = model.get_submodule(name.partition(".")[0])
+        handle = stage.register_forward_hook(lambda module, inputs, output, kept=kept: kept.append(output[0]))
         (traced,) = trace_experts(model, points, layer=name)
-        assert torch.equal(traced.experts, answers[0])
+        handle.remove()
+        assert torch.equal(traced.experts, answers[0]) and torch.equal(traced.positions, kept[0])
         assert traced.positions.shape == (*traced.experts.shape, 3)
         distance = (traced.positions[:, :, None] - points[:, None]).norm(dim=3)
         assert (distance.min(2).values == 0).all() and traced.experts.shape[1] < 256
