@@ -25,8 +25,7 @@ def build_dataset(data: DataConfig, split: str, *, seed: int) -> PointCloudDatas
         cache_dir=data.cache_dir,
         allow_links=data.allow_links,
         memory_budget_gb=data.memory_budget_gb,
-        variant=data.variant,
-        background=data.background,
+        **data.kwargs,
     )
 
 

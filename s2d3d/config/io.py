@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import yaml
 import yaml.reader
 from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticCustomError
 
 from ..errors import InputError, did_you_mean
 
@@ -147,10 +148,21 @@ def override_name(override: str) -> str:
     return f"override {show(override)}"
 
 
-def schema_problems(error: ValidationError, schema: type[BaseModel]) -> list[Problem]:
+def raise_problems(problems: list[Problem]) -> None:
+    """Report several problems of a section at once, from inside a validator; `schema_problems` words them."""
+    if problems:
+        raise PydanticCustomError("problems", "several problems", {"problems": problems})
+
+
+def schema_problems(
+    error: ValidationError, schema: type[BaseModel], whole: type[BaseModel] | None = None
+) -> list[Problem]:
     """Word what pydantic found: values by what they must be, unknown keys with the nearest valid one.
 
-    A validator reports several problems of its own by a custom error of type "problems" whose context holds them.
+    Args:
+        error: of a mapping that is not as `schema` says.
+        schema: of the mapping.
+        whole: where the right place of an unknown key may be as well, if the mapping is a section; default `schema`.
     """
     problems = []
     for item in error.errors(include_url=False):
@@ -160,7 +172,7 @@ def schema_problems(error: ValidationError, schema: type[BaseModel]) -> list[Pro
         elif kind == "missing":
             problems.append(Problem(loc, "required key is missing"))
         elif kind == "extra_forbidden":
-            problems.append(Problem(loc, _unknown_key(schema, loc)))
+            problems.append(Problem(loc, _unknown_key(schema, loc, whole or schema)))
         elif kind == "value_error":
             problems.append(Problem(loc, one_line(context["error"])))
         elif kind == "invalid_key":
@@ -303,12 +315,12 @@ def _yaml_error(error: yaml.YAMLError, text: str) -> tuple[int, str]:
     return line, f"not valid YAML: character U+{ord(text[error.position]):04X}"
 
 
-def _unknown_key(schema: type[BaseModel], loc: Loc) -> str:
+def _unknown_key(schema: type[BaseModel], loc: Loc, whole: type[BaseModel]) -> str:
     key = str(loc[-1])
     section = _schema_at(schema, loc[:-1])
     hint = did_you_mean(key, section.model_fields)
     if not hint:
-        elsewhere = [path for path in _paths(schema) if path.split(".")[-1] == key]
+        elsewhere = [path for path in _paths(whole) if path.split(".")[-1] == key]
         hint = f"; did you mean '{elsewhere[0]}'?" if len(elsewhere) == 1 else ""
     return f"unknown key{hint or '; valid keys: ' + ', '.join(section.model_fields)}"
 

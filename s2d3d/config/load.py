@@ -22,6 +22,8 @@ _RETIRED: dict[Loc, tuple[TypeAdapter[Any], object]] = {
 }
 """Keys whose options went because they did not help: their type, and the value at which a run is as it is without."""
 _LAST_WITH_THEM = "6eb7082"
+_KEYS_OF_ALL_DATA_SETS = ("variant", "background")
+"""Keys of one data set's reader that stood in the section `data` of every config: null where the reader lacks them."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -120,6 +122,7 @@ _Dumper.add_representer(
 
 def _validate(mapping: dict, where: str, origins: Mapping[Loc, str], lines: list[str]) -> Config:
     problems = _drop_retired(mapping)
+    _drop_idle(mapping)
     try:
         config = Config.model_validate(mapping)
     except ValidationError as error:
@@ -148,3 +151,15 @@ def _drop_retired(mapping: dict) -> list[Problem]:
         text = f"was removed, for it did not help (docs/results.md), got {show(value)}; remove the key, or use commit"
         problems.append(Problem((section, key), f"{text} {_LAST_WITH_THEM} of s2d3d"))
     return problems
+
+
+def _drop_idle(mapping: dict) -> None:
+    """Take the keys of another data set out of the section `data`, in place, where they are null."""
+    from ..datasets import dataset_reader, list_datasets
+
+    data = mapping.get("data")
+    if not isinstance(data, dict) or data.get("name") not in list_datasets():
+        return
+    for key in _KEYS_OF_ALL_DATA_SETS:
+        if key in data and data[key] is None and key not in dataset_reader(data["name"]).keywords():
+            del data[key]

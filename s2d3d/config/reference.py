@@ -1,6 +1,8 @@
 """The configuration reference, made from the schema, so that it cannot be out of date."""
 
+import inspect
 import json
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -8,13 +10,14 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
+from ..datasets import dataset_reader, list_datasets
 from ..markdown import markdown_table
 from ..models import list_models, model_kwargs
 from .schema import Config, Section
 
 
 def config_reference() -> str:
-    """Return every key of a config as Markdown: a table for each section, and one for the keywords of each model.
+    """Return every key of a config as Markdown: a table for each section, data set with keywords, and model.
 
     Example:
         >>> "| `optim.lr` |" in config_reference()
@@ -31,6 +34,18 @@ def config_reference() -> str:
     for prefix, section in _sections(Config, ""):
         title = (section.__doc__ or "").strip().splitlines()[0]
         parts += [f"## {prefix}", title, markdown_table(head, _rows(section, f"{prefix}."))]
+    parts += [
+        "## Keywords of the data sets",
+        "They stand in the section `data`, beside `name`. A data set that is not listed here has none.",
+    ]
+    for name in list_datasets():
+        reader = dataset_reader(name)
+        meanings = _arguments(inspect.getdoc(reader.read) or "")
+        own = [
+            [f"`data.{key}`", f"`{_shown(parameter.default)}`", " ".join(meanings.get(key, "").split())]
+            for key, parameter in reader.keywords().items()
+        ]
+        parts += [f"### {name}", markdown_table(head, own)] if own else []
     parts += [
         "## Keywords of the models",
         "They stand in the section `model`, beside `name`. Defaults:",
@@ -63,6 +78,12 @@ def _section_of(field: FieldInfo) -> type[Section] | None:
     kind = field.annotation
     options = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
     return next((option for option in options if isinstance(option, type) and issubclass(option, Section)), None)
+
+
+def _arguments(docstring: str) -> dict[str, str]:
+    """Return by name what the section `Args` of a docstring says of an argument, as a sentence."""
+    found = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", docstring.partition("Args:\n")[2].partition("\n\n")[0], re.M)
+    return {name: (text[:1].upper() + text[1:]).replace("None", "null") for name, text in found}
 
 
 def _shown(value: Any) -> str:

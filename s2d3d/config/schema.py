@@ -4,13 +4,12 @@ The section names and keys are the constructor keywords of what they configure. 
 trainer and the tools read it and pass plain arguments on.
 """
 
-import types
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from .io import Problem, one_line, schema_problems
+from .io import Problem, one_line, raise_problems
+from .keywords import keyword_fields, resolve_keywords
 from .types import (
     Bool,
     ClassNames,
@@ -23,7 +22,6 @@ from .types import (
     Names,
     OptimizerName,
     PathStr,
-    Plain,
     Str,
 )
 
@@ -37,6 +35,15 @@ class Section(BaseModel):
     """A group of keys: frozen, without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class NamedSection(Section, extra="allow"):
+    """A section that names something, with the keyword arguments of what it names beside its own keys."""
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """All keyword arguments of what the section names, none of the section's own keys."""
+        return dict(self.model_extra or {})
 
 
 class AugmentConfig(Section):
@@ -53,8 +60,8 @@ class AugmentConfig(Section):
     dropout: Float = Field(0.0, ge=0, lt=1, description="Largest fraction of points to drop, in [0, 1); 0: none.")
 
 
-class DataConfig(Section):
-    """Which clouds a run trains on and evaluates."""
+class DataConfig(NamedSection):
+    """Which clouds a run trains on and evaluates, and any keyword argument of the data set's reader beside it."""
 
     name: DatasetName = Field(description="Name of the dataset.")
     root: PathStr = Field(description="Folder that holds the dataset, relative to the working directory.")
@@ -81,28 +88,45 @@ class DataConfig(Section):
         description="Largest split read into memory, 10^9 bytes; a larger one is read batch by batch, with a cache "
         "of this size.",
     )
-    variant: Literal["OBJ_BG", "OBJ_ONLY", "PB_T25", "PB_T25_R", "PB_T50_R", "PB_T50_RS"] | None = Field(
-        None, description="Variant of scanobjectnn; null: PB_T50_RS. Null for every other dataset."
-    )
-    background: Bool | None = Field(
-        None, description="Background points of scanobjectnn; null: as its variant says. Null for every other dataset."
-    )
     augment: AugmentConfig = Field(AugmentConfig(), description="Random changes of a training cloud.")
 
-    @model_validator(mode="after")
-    def _check_variant(self) -> "DataConfig":
-        problems = []
-        if self.name != "scanobjectnn":
-            given = [key for key in ("variant", "background") if getattr(self, key) is not None]
-            text = f"only scanobjectnn has one, '{self.name}' has not; remove it or set it to null"
-            problems = [Problem((key,), text) for key in given]
-        elif self.variant == "OBJ_ONLY" and self.background:
-            problems = [Problem(("background",), "OBJ_ONLY is without background; with it the variant is OBJ_BG")]
-        raise_problems(problems)
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve(cls, data: object) -> object:
+        from ..datasets import dataset_reader, datasets_with, list_datasets
+
+        if not isinstance(data, dict):
+            return data
+        name = data.get("name")
+        if name not in list_datasets():
+            resolved, problems = resolve_keywords(cls, data, None, Config)
+            raise_problems(problems)
+            return resolved
+        reader = dataset_reader(name)
+        parameters = reader.keywords()
+        fields = keyword_fields(
+            {key: parameter.default for key, parameter in parameters.items()},
+            {key: parameter.annotation for key, parameter in parameters.items()},
+        )
+        others = {key: datasets_with(key) for key in data if key not in fields and key not in cls.model_fields}
+        problems = [
+            Problem(
+                (key,),
+                f"only {' and '.join(names)} {'has' if len(names) == 1 else 'have'} one, '{name}' has not; remove it",
+            )
+            for key, names in others.items()
+            if names
+        ]
+        given = {key: value for key, value in data.items() if not others.get(key)}
+        resolved, found = resolve_keywords(cls, given, fields, Config)
+        if not found:
+            wrong = reader.problems({key: resolved[key] for key in fields})
+            problems += [Problem((key,), text) for key, text in wrong.items()]
+        raise_problems(problems + found)
+        return resolved
 
 
-class ModelConfig(Section, extra="allow"):
+class ModelConfig(NamedSection):
     """Which backbone is trained: its name, and any keyword argument of its constructor beside it."""
 
     name: ModelName = Field(description="Name of the model.")
@@ -113,35 +137,23 @@ class ModelConfig(Section, extra="allow"):
         "z", description="Axis that pointed up when `pretrained` was trained: 'z' for ours, 'y' for published ones."
     )
 
-    @property
-    def kwargs(self) -> dict[str, Any]:
-        """All keyword arguments for `create_model` beside the name, `num_classes` and `in_channels`."""
-        return dict(self.model_extra or {})
-
     @model_validator(mode="before")
     @classmethod
     def _resolve(cls, data: object) -> object:
         from ..models import list_models, model_kwargs
 
-        if not isinstance(data, dict) or data.get("name") not in list_models(task="classify"):
+        if not isinstance(data, dict):
             return data
-        name = data["name"]
-        defaults = {key: default for key, default in model_kwargs(name).items() if _is_settable(default)}
-        fields: dict[str, Any] = {key: (_type_of(default), default) for key, default in defaults.items()}
-        own: dict[str, Any] = {
-            key: (field.annotation, field) for key, field in cls.model_fields.items() if key != "name"
-        }
-        schema = create_model(name, __base__=Section, **own, **fields)
-        given = {key: value for key, value in data.items() if key not in ("name", *_FROM_DATA)}
+        name = data.get("name")
+        fields = keyword_fields(model_kwargs(name)) if name in list_models(task="classify") else None
+        given = {key: value for key, value in data.items() if key not in _FROM_DATA}
         problems = [Problem((key,), "comes from the data, remove it") for key in _FROM_DATA if key in data]
-        try:
-            resolved = dict(schema.model_validate(given))
-        except ValidationError as error:
-            problems += schema_problems(error, schema)
+        resolved, found = resolve_keywords(cls, given, fields, Config)
+        problems += found
         if not problems:
-            problems = _build_problems(name, {key: value for key, value in resolved.items() if key in defaults})
+            problems = _build_problems(resolved["name"], {key: resolved[key] for key in fields or {}})
         raise_problems(problems)
-        return {"name": name, **resolved}
+        return resolved
 
 
 class S2DConfig(Section):
@@ -338,23 +350,6 @@ class Config(Section):
             problems += [Problem(("s2d",), problem.text) for problem in refused]
         raise_problems(problems)
         return self
-
-
-def raise_problems(problems: list[Problem]) -> None:
-    """Report several problems of a section at once, from inside a validator; `schema_problems` words them."""
-    if problems:
-        raise PydanticCustomError("problems", "several problems", {"problems": problems})
-
-
-def _is_settable(default: object) -> bool:
-    return default is None or isinstance(default, (bool, int, float, str, tuple, list))
-
-
-def _type_of(default: Any) -> Any:
-    """Return the type that a config value must have, given the default of a keyword argument."""
-    if isinstance(default, (tuple, list)):
-        return types.GenericAlias(tuple, (_type_of(default[0]) if default else Plain, ...))
-    return {bool: Bool, int: Int, float: Float, str: Str}.get(type(default), Plain)
 
 
 def _build_problems(model: str, kwargs: dict[str, Any], s2d: S2DConfig | None = None) -> list[Problem]:

@@ -1,34 +1,74 @@
 """Data sets: a name and a folder in, clouds (N, 3) z up and labels out."""
 
+import inspect
 import os
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from ..errors import InputError, did_you_mean
 from .base import PointCloudDataset, same_data, split_train_validation
 from .loader import BatchLoader
-from .modelnet40 import load_modelnet40
-from .scanobjectnn import load_scanobjectnn
+from .modelnet40 import load_modelnet40, load_shapes
+from .scanobjectnn import check_keywords, load_scanobjectnn
 from .stream import MEMORY_BUDGET_GB
 from .transforms import Transform, build_augmentation
 
 __all__ = [
     "BatchLoader",
     "PointCloudDataset",
+    "Reader",
     "build_augmentation",
     "create_dataset",
+    "dataset_reader",
+    "datasets_with",
     "list_datasets",
     "register_dataset",
     "same_data",
     "split_train_validation",
 ]
 
-_DATASETS: dict[str, Callable[..., PointCloudDataset]] = {
-    "modelnet40": load_modelnet40,
-    "scanobjectnn": load_scanobjectnn,
-    "shapes": partial(load_modelnet40, prepare="make it with: python tools/prepare_data.py shapes --output"),
+
+@dataclass(frozen=True)
+class Reader:
+    """How a data set is read.
+
+    Attributes:
+        read: takes (root, split) and the keywords of `create_dataset`; further ones are its own.
+        check: takes its own keywords and returns by keyword what is wrong with their values, without reading files.
+    """
+
+    read: Callable[..., PointCloudDataset]
+    check: Callable[..., Mapping[str, str]] | None = None
+
+    def keywords(self) -> dict[str, inspect.Parameter]:
+        """Return the keywords of its own: those that `create_dataset` has not.
+
+        Example:
+            >>> list(dataset_reader("scanobjectnn").keywords())
+            ['variant', 'background']
+        """
+        try:
+            signature = inspect.signature(self.read, eval_str=True)
+        except (NameError, AttributeError, SyntaxError, TypeError):  # an annotation of what only type checkers see
+            signature = inspect.signature(self.read)
+        parameters = signature.parameters.values()
+        shared = inspect.signature(create_dataset).parameters
+        positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        own = [*positional[2:], *(p for p in parameters if p.kind is p.KEYWORD_ONLY)]
+        return {p.name: p for p in own if p.name not in shared and not p.name.startswith("_")}
+
+    def problems(self, values: Mapping[str, Any]) -> dict[str, str]:
+        """Return by keyword what `check` finds wrong with values of its own keywords; the others have their default."""
+        defaults = {key: parameter.default for key, parameter in self.keywords().items()}
+        return dict(self.check(**{**defaults, **values})) if self.check else {}
+
+
+_DATASETS: dict[str, Reader] = {
+    "modelnet40": Reader(load_modelnet40),
+    "scanobjectnn": Reader(load_scanobjectnn, check_keywords),
+    "shapes": Reader(load_shapes),
 }
-"""A reader takes (root, split) and the keywords of `create_dataset`."""
 
 
 def list_datasets() -> list[str]:
@@ -41,31 +81,64 @@ def list_datasets() -> list[str]:
     return sorted(_DATASETS)
 
 
-def register_dataset(name: str, read: Callable[..., PointCloudDataset]) -> None:
+def dataset_reader(name: str) -> Reader:
+    """Return how a data set is read.
+
+    Raises:
+        InputError: unknown name.
+    """
+    if name not in _DATASETS:
+        known = ", ".join(list_datasets())
+        raise InputError(f"unknown data set '{name}'{did_you_mean(name, _DATASETS)} (known: {known})")
+    return _DATASETS[name]
+
+
+def datasets_with(keyword: str) -> list[str]:
+    """List the data sets whose reader has a keyword of this name.
+
+    Example:
+        >>> datasets_with("variant")
+        ['scanobjectnn']
+    """
+    return [name for name in list_datasets() if keyword in _DATASETS[name].keywords()]
+
+
+def register_dataset(
+    name: str,
+    read: Callable[..., PointCloudDataset],
+    check: Callable[..., Mapping[str, str]] | None = None,
+) -> None:
     """Make a data set of your own known to `create_dataset` and configs, in this process.
 
     Args:
         name: new, for `create_dataset` and `data.name`.
         read: called as `read(root, split, **keywords)` with the keywords of `create_dataset`: takes what it needs, and
-            `**_` for the others. Its points are z up.
+            `**_` for the others. Further keywords with defaults are its own: each is a config key under `data`, whose
+            type is that of its annotation or else of its default. Its points are z up.
+        check: called with its own keywords when a config is read; returns by keyword what is wrong with a value. For
+            ranges and for values that do not go together; types are checked before.
 
     Raises:
-        InputError: the name is taken.
+        InputError: the name is taken, or a keyword of its own has no default.
 
     Example:
         >>> import torch
-        >>> def read(root, split, *, num_points, transform=None, **_):
-        ...     points, labels = torch.rand(4, 64, 3), torch.tensor([0, 1, 0, 1])
+        >>> def read(root, split, *, num_points, transform=None, copies=2, **_):
+        ...     points, labels = torch.rand(2 * copies, 64, 3), torch.tensor([0, 1] * copies)
         ...     options = dict(split=split, num_points=num_points, transform=transform)
         ...     return PointCloudDataset(points, labels, ["a", "b"], **options)
         >>> register_dataset("noise", read)
-        >>> len(create_dataset("noise", "anywhere", "train", num_points=32))
-        4
+        >>> len(create_dataset("noise", "anywhere", "train", num_points=32, copies=3))
+        6
         >>> del _DATASETS["noise"]
     """
     if name in _DATASETS:
         raise InputError(f"data set '{name}' is there already; choose another name")
-    _DATASETS[name] = read
+    reader = Reader(read, check)
+    for key, parameter in reader.keywords().items():
+        if parameter.default is parameter.empty:
+            raise InputError(f"data set '{name}': keyword '{key}' of its reader has no default; give it one")
+    _DATASETS[name] = reader
 
 
 def create_dataset(
@@ -83,8 +156,7 @@ def create_dataset(
     cache_dir: str | os.PathLike | None = None,
     allow_links: bool = False,
     memory_budget_gb: float = MEMORY_BUDGET_GB,
-    variant: str | None = None,
-    background: bool | None = None,
+    **own: Any,
 ) -> PointCloudDataset:
     """Read one split of a data set; its points are turned z up.
 
@@ -105,25 +177,29 @@ def create_dataset(
         allow_links: follow links that lead out of the folder; otherwise they are refused.
         memory_budget_gb: 10^9 bytes, above 0. The points of a split that take more are not read into memory at once:
             they stay in their files and are read batch by batch, through a cache of this size. Samples are the same.
-        variant: of scanobjectnn alone, see `load_scanobjectnn`.
-        background: of scanobjectnn alone, likewise.
+        **own: keywords that this data set alone has, such as `variant` of `load_scanobjectnn`.
 
     Raises:
-        InputError: an unknown name, a missing or wrong file, a value out of range.
+        InputError: an unknown name or keyword, a missing or wrong file, a value out of range.
 
     Example:
         >>> test = create_dataset("modelnet40", "data/modelnet40", "test")  # doctest: +SKIP
         >>> points, label = test[0]  # doctest: +SKIP
     """
-    if name not in _DATASETS:
-        known = ", ".join(list_datasets())
-        raise InputError(f"unknown data set '{name}'{did_you_mean(name, _DATASETS)} (known: {known})")
-    own = {"normalize": normalize, "allow_links": allow_links or None, "variant": variant, "background": background}
-    own = {key: value for key, value in own.items() if value is not None}
-    foreign = [key for key in ("variant", "background") if key in own and name != "scanobjectnn"]
-    if foreign:
-        raise InputError(f"data set '{name}' has no {foreign[0]}; only scanobjectnn has")
-    return _DATASETS[name](
+    reader = dataset_reader(name)
+    known = reader.keywords()
+    for key in own:
+        if key not in known:
+            others = datasets_with(key)
+            hint = f"; only {', '.join(others)} {'has' if len(others) == 1 else 'have'}"
+            raise InputError(f"data set '{name}' has no {key}{hint if others else did_you_mean(key, known)}")
+    for key, text in reader.problems(own).items():
+        raise InputError(f"{key}: {text}")
+    if normalize is not None:
+        own["normalize"] = normalize
+    if allow_links:
+        own["allow_links"] = True
+    return reader.read(
         root,
         split,
         num_points=num_points,

@@ -8,6 +8,7 @@ ply_data_train0.h5, ...             data (n, P, 3), label (n,) or (n, 1), option
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from .transforms import Transform, turn_up_axis
 
 SPLITS = ("train", "test")
 PREPARE = "python tools/prepare_data.py modelnet40 --from DIR --output"
+PREPARE_SHAPES = "python tools/prepare_data.py shapes --output"
 
 
 def load_modelnet40(
@@ -39,7 +41,6 @@ def load_modelnet40(
     cache_dir: str | os.PathLike | None = None,
     allow_links: bool = False,
     memory_budget_gb: float = MEMORY_BUDGET_GB,
-    prepare: str = "put ModelNet40 there (see data/README.md) or run: " + PREPARE,
 ) -> PointCloudDataset:
     """Read one split of a folder in ModelNet layout.
 
@@ -56,7 +57,6 @@ def load_modelnet40(
         cache_dir: where farthest-point prefixes are kept; default beside the set.
         allow_links: follow links that lead out of the folder.
         memory_budget_gb: 10^9 bytes; a split whose points take more stays in its files, see `StreamedClouds`.
-        prepare: what a missing folder's message advises; the folder is appended.
 
     Raises:
         InputError: the folder or a file in it is missing or wrong; an argument is out of range.
@@ -71,8 +71,7 @@ def load_modelnet40(
         raise InputError(f"unknown split '{split}'{did_you_mean(split, SPLITS)} (known: {', '.join(SPLITS)})")
     if up_axis is not None:
         check_up_axis(up_axis)
-    if not root.is_dir():
-        raise InputError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}; {prepare} {root}")
+    _check_folder(root, f"put ModelNet40 there (see data/README.md) or run: {PREPARE}")
     class_names = read_class_names(root, allow_links=allow_links)
     files = list_files(root, split, allow_links=allow_links)
     stored: torch.Tensor | StreamedClouds
@@ -102,6 +101,24 @@ def load_modelnet40(
         cache_dirs=cache_folders(root, cache_dir),
         source=str(root),
     )
+
+
+def load_shapes(root: str | os.PathLike, split: str, **keywords: Any) -> PointCloudDataset:
+    """Read one split of the synthetic shapes, which lie in the same layout; keywords as for `load_modelnet40`.
+
+    Raises:
+        InputError: as `load_modelnet40`; a missing folder's message names the command that makes the shapes.
+
+    Example:
+        >>> train = load_shapes("data/shapes", "train", num_points=512)  # doctest: +SKIP
+    """
+    _check_folder(Path(root), f"make it with: {PREPARE_SHAPES}")
+    return load_modelnet40(root, split, **keywords)
+
+
+def _check_folder(root: Path, advice: str) -> None:
+    if not root.is_dir():
+        raise InputError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}; {advice} {root}")
 
 
 def _read_clouds(

@@ -13,6 +13,7 @@ Real-World Data", ICCV.
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -48,7 +49,9 @@ CLASS_NAMES = (
 BACKGROUND = -1
 """Mask value of a point that is not the object's."""
 
+Variant = Literal["OBJ_BG", "OBJ_ONLY", "PB_T25", "PB_T25_R", "PB_T50_R", "PB_T50_RS"]
 OBJECT_ONLY = "OBJ_ONLY"
+HARDEST = "PB_T50_RS"
 VARIANTS = {
     "OBJ_BG": "",
     OBJECT_ONLY: "",
@@ -67,7 +70,7 @@ def load_scanobjectnn(
     root: str | os.PathLike,
     split: str,
     *,
-    variant: str = "PB_T50_RS",
+    variant: Variant | None = None,
     background: bool | None = None,
     num_points: int = 1024,
     transform: Transform | None = None,
@@ -85,8 +88,8 @@ def load_scanobjectnn(
     Args:
         root: the folder that holds `main_split`, called `h5_files` in the public archive.
         split: "train" or "test".
-        variant: one of `VARIANTS`.
-        background: True reads `main_split`, False `main_split_nobg`; default True, for OBJ_ONLY False.
+        variant: OBJ_BG, OBJ_ONLY, PB_T25, PB_T25_R, PB_T50_R or PB_T50_RS; None: PB_T50_RS, the hardest.
+        background: whether to read `main_split`, with background, or `main_split_nobg`; None: as the variant says.
         num_points: points of a sample; see `PointCloudDataset`.
         transform: augmentation.
         up_axis: the vertical of the stored points; default the file's attribute, without one "y". They are turned z up.
@@ -110,7 +113,7 @@ def load_scanobjectnn(
         raise InputError(f"unknown split '{split}'{did_you_mean(split, SPLITS)} (known: {', '.join(SPLITS)})")
     if up_axis is not None:
         check_up_axis(up_axis)
-    path = check_inside(find_file(root, split, variant, background), root, allow_links=allow_links)
+    path = check_inside(find_file(root, split, variant or HARDEST, background), root, allow_links=allow_links)
     named = (root / "shape_names.txt").is_file()
     class_names = read_class_names(root, allow_links=allow_links) if named else CLASS_NAMES
     file: CloudFile | CloudLayout
@@ -153,16 +156,28 @@ def load_scanobjectnn(
     )
 
 
+def check_keywords(variant: str | None = None, background: bool | None = None) -> dict[str, str]:
+    """Return by keyword what is wrong between the two.
+
+    Example:
+        >>> check_keywords("OBJ_ONLY", True)
+        {'background': 'OBJ_ONLY is without background; with it the variant is OBJ_BG'}
+    """
+    if variant == OBJECT_ONLY and background:
+        return {"background": "OBJ_ONLY is without background; with it the variant is OBJ_BG"}
+    return {}
+
+
 def find_file(root: Path, split: str, variant: str, background: bool | None = None) -> Path:
     """Return the file of a split and variant.
 
     Raises:
-        InputError: an unknown variant, OBJ_ONLY with a background, or the file is not there.
+        InputError: an unknown variant, one that does not go with `background`, or the file is not there.
     """
     if variant not in VARIANTS:
         raise InputError(f"unknown variant '{variant}'{did_you_mean(variant, VARIANTS)} (known: {', '.join(VARIANTS)})")
-    if variant == OBJECT_ONLY and background:
-        raise InputError("variant 'OBJ_ONLY' is without background; with it the variant is 'OBJ_BG'")
+    for key, text in check_keywords(variant, background).items():
+        raise InputError(f"{key}: {text}")
     if background is None:
         background = variant != OBJECT_ONLY
     if not root.is_dir():

@@ -9,9 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ..config.compare import SET_BY_STUDY, WHERE_AND_HOW_FAST, differences, flatten, is_named
-from ..config.io import Problem, read_yaml, schema_problems, show
+from ..config.io import Problem, raise_problems, read_yaml, schema_problems, show
 from ..config.load import Config, load_config, load_layered_config
-from ..config.schema import raise_problems
 from ..config.types import Int, Name, PathStr, Str, check_plain
 from ..errors import InputError, did_you_mean
 from .cell import Cell

@@ -1,0 +1,91 @@
+"""Keyword arguments as config keys: those of what a section names, such as a model, beside the section's own keys."""
+
+import inspect
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from ..errors import did_you_mean
+from .io import Problem, schema_problems
+from .types import Bool, Float, Int, Plain, Str
+
+Fields = Mapping[str, tuple[Any, Any]]
+"""By keyword, the type that a config value must have, and the default."""
+
+_TYPES = {bool: Bool, int: Int, float: Float, str: Str}
+
+
+def keyword_fields(defaults: Mapping[str, Any], annotations: Mapping[str, Any] | None = None) -> Fields:
+    """Return the keywords that a config can set, with their types: by annotation or else by default.
+
+    Args:
+        defaults: by keyword. One whose default no config can hold, such as a function, is left out.
+        annotations: by keyword; those of other types than config values are as if they were not there.
+
+    Example:
+        >>> list(keyword_fields({"depth": 4, "norm": print}))
+        ['depth']
+    """
+    fields = {}
+    for key, default in defaults.items():
+        kind = _declared((annotations or {}).get(key, inspect.Parameter.empty))
+        if default is None or isinstance(default, (bool, int, float, str, tuple, list)):
+            fields[key] = (_of_default(default) if kind is None else kind | None if default is None else kind, default)
+    return fields
+
+
+def resolve_keywords(
+    section: type[BaseModel], values: dict[str, Any], fields: Fields | None, whole: type[BaseModel]
+) -> tuple[dict[str, Any], list[Problem]]:
+    """Validate a section together with the keywords of what it names, and fill in their defaults.
+
+    Args:
+        section: with the keys that every such section has, `name` among them.
+        values: as given.
+        fields: of the keywords; None: what the section names is not known, so neither are its keywords.
+        whole: schema of the config, where the right place of a key that is unknown here may be.
+
+    Returns:
+        The section's keys and the keywords, and what is wrong.
+    """
+    own = {key: (field.annotation, field) for key, field in section.model_fields.items()}
+    taken = [key for key in fields or {} if key in own]
+    if taken:
+        text = f"has a keyword '{taken[0]}', which is a key of every such section; rename the keyword"
+        return {}, [Problem(("name",), text)]
+    extra: Literal["allow", "forbid"] = "allow" if fields is None else "forbid"
+    both: dict[str, Any] = {**own, **(fields or {})}
+    schema = create_model(section.__name__, __config__=ConfigDict(extra=extra), **both)
+    resolved, problems = {}, []
+    try:
+        resolved = dict(schema.model_validate(values))
+    except ValidationError as error:
+        problems = schema_problems(error, schema, whole)
+    if fields is None:
+        hints = {key: did_you_mean(key, own) for key in values if isinstance(key, str) and key not in own}
+        problems += [Problem((key,), f"unknown key{hint}") for key, hint in hints.items() if hint]
+    return resolved, problems
+
+
+def _of_default(default: Any) -> Any:
+    if isinstance(default, (tuple, list)):
+        return types.GenericAlias(tuple, (_of_default(default[0]) if default else Plain, ...))
+    return _TYPES.get(type(default), Plain)
+
+
+def _declared(annotation: Any) -> Any:
+    """Return the type of config values for an annotation of plain types; None for any other."""
+    if isinstance(annotation, type):
+        return _TYPES.get(annotation)
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return annotation
+    if origin in (Union, types.UnionType):
+        kinds = [_declared(argument) for argument in arguments if argument is not types.NoneType]
+        return kinds[0] | None if len(kinds) == 1 and kinds[0] is not None else None
+    if origin in (tuple, list, Sequence) and arguments[1:] in ((), (...,)):
+        item = _declared(arguments[0])
+        return None if item is None else types.GenericAlias(tuple, (item, ...))
+    return None
