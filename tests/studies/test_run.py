@@ -214,6 +214,7 @@ def test_a_record_from_before_a_key_existed_counts_with_its_default(write_study,
     path = record_path(results, study.cells[0])
     record = json.loads(path.read_text())
     del record["config"]["s2d"]["stop_fraction"], record["config"]["eval"]["votes"]
+    record["config"]["data"] |= {"variant": None, "background": None}  # which every data set had
     path.write_text(json.dumps(record))
     assert missing_cells(study, results) == []
 
@@ -224,6 +225,7 @@ def test_the_same_run_of_another_study_is_taken_over(write_study, results, tmp_p
     path = record_path(results, first.cells[0])
     record = json.loads(path.read_text())
     del record["config"]["s2d"]["stop_fraction"]  # as one of before there was this key
+    record["config"]["data"] |= {"variant": None, "background": None}  # which every data set had
     path.write_text(json.dumps(record))
     arms = {"twin": {"s2d.kind": "none"}, "three": {"s2d.num_experts": 3}}
     other = load_study(
