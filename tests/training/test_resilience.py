@@ -18,7 +18,7 @@ from s2d3d.prepare.shapes import write_shapes
 from s2d3d.runs.folder import RunFolder
 from s2d3d.training import trainer as trainer_module
 
-V1 = Path(__file__).parent / "fixtures" / "checkpoint_v1.pt"
+V1 = Path(__file__).parents[1] / "runs" / "fixtures" / "checkpoint_v1.pt"
 """Written by format version 1: update 2 of 6 of the run that `v1_config` describes."""
 
 
