@@ -94,7 +94,7 @@ def convert_to_mof_(model: nn.Module, config: MoFConfig = MoFConfig(), filter_fn
             another, or shares a parameter with another module.
         TypeError: a match neither is nor holds an FFN that can become experts, or holds several.
 
-    Source: Sparse-to-Dense Training, IEEE TCSVT 2025 (doi 10.1109/TCSVT.2025.3586550).
+    Source: abstract of Sparse-to-Dense Training, IEEE TCSVT 2025 (doi 10.1109/TCSVT.2025.3586550).
 
     Example:
         >>> import timm

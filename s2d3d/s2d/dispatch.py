@@ -52,7 +52,7 @@ def random_partition(num_tokens: int, num_experts: int, device: torch.device | s
     Raises:
         ValueError: fewer tokens than experts.
 
-    Source: Sparse-to-Dense Training, IEEE TCSVT 2025, section on Random Uniform Partition.
+    Source: abstract of Sparse-to-Dense Training, IEEE TCSVT 2025.
     """
     _check_counts(num_tokens, num_experts)
     if torch.compiler.is_compiling():

@@ -38,7 +38,8 @@ def apply_ewa_(model: nn.Module, share_rate: float | Tensor) -> int:
         ValueError: `share_rate` outside [0, 1] or a tensor of other than 0 dimensions, no expert layer in the model, or
             experts sharded one from another.
 
-    Source: arXiv 2308.06093, equation of the EWA update; Sparse-to-Dense Training, IEEE TCSVT 2025.
+    Source: abstracts of Sparse-to-Dense Training, IEEE TCSVT 2025, and arXiv 2308.06093. The formula is from memory of
+        the latter, not checked against its text.
 
     Example:
         >>> from timm.layers import Mlp

@@ -22,8 +22,8 @@ class TopKMoE(ExpertLayer):
     all choices that fell on expert i and P_i its mean gate over the tokens: 1 when balanced, K when all choose one
     expert and are sure of it. `dropped_fraction` holds the share of choices that found no free slot.
 
-    Source: Shazeer et al. 2017, arXiv 1701.06538; GShard, arXiv 2006.16668; Switch Transformer, arXiv 2101.03961,
-    equations 4 to 6 (the loss, there with top_k = 1).
+    Source: Shazeer et al. 2017, arXiv 1701.06538; GShard, arXiv 2006.16668; Switch Transformer, arXiv 2101.03961
+    (the loss, there with top_k = 1).
 
     Example:
         >>> import timm

@@ -16,7 +16,7 @@ from s2d3d.s2d.ewa import max_share_rate
 
 
 def formula(stacked: torch.Tensor, share_rate: float) -> torch.Tensor:
-    """The update as the paper writes it, expert by expert: `(1 - b) W_i + b * mean_{j != i} W_j`."""
+    """The update as it is defined, expert by expert: `(1 - b) W_i + b * mean_{j != i} W_j`."""
     experts = []
     for i in range(len(stacked)):
         others = [stacked[j] for j in range(len(stacked)) if j != i]
