@@ -176,8 +176,8 @@ class RUPMoF(ExpertLayer):
     group i passes expert i. In evaluation every token passes the mean of the experts, which is the dense FFN
     that `averaged_expert` returns and `merge_experts` leaves behind. Both cost the FLOPs of one FFN.
 
-    Source: abstracts of Sparse-to-Dense Training, IEEE TCSVT 2025 (doi 10.1109/TCSVT.2025.3586550), and arXiv 2308.06093.
-    Details are from memory of the latter, not checked against its text.
+    Source: abstracts of Sparse-to-Dense Training, IEEE TCSVT 2025 (doi 10.1109/TCSVT.2025.3586550), and of arXiv
+        2308.06093. Details are from memory of the latter, not checked against its text.
 
     Example:
         >>> import timm
