@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -61,6 +62,22 @@ def replacing(path: str | os.PathLike, *, previous: str | os.PathLike | None = N
     finally:
         with contextlib.suppress(OSError):  # a disk that failed may fail again; the first error counts
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a lock on a folder; wait for another process that holds it.
+
+    The lock leaves no file behind and ends with the process, however that ends. A file system without such locks (some
+    network ones) gives none. Do not ask twice for the lock of one folder: a process would wait for itself.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -9,13 +9,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from s2d3d.atomic import locked
 from s2d3d.cli import add_overrides, run_tool
 from s2d3d.errors import InputError
 from s2d3d.studies.jobs import Launcher, Outcome, ProcessLauncher, SubmititLauncher
 from s2d3d.studies.page import report_lines, summarize_folder, write_overview, write_report
 from s2d3d.studies.plan import load_study
-from s2d3d.studies.record import read_records
-from s2d3d.studies.run import missing_cells, run_study
+from s2d3d.studies.run import missing_cells, publish_records, run_study
+from s2d3d.studies.store import read_records
 from s2d3d.studies.summary import summarize
 
 
@@ -92,12 +93,16 @@ def run(arguments: argparse.Namespace) -> int:
     from s2d3d.viz.figure import save_figure
     from s2d3d.viz.plots import study_figure
 
-    summary = summarize(study, read_records(arguments.results, study.cells))
+    publish_records(study, arguments.results)
     given = "".join(f" {shlex.quote(override)}" for override in study.overrides)
     command = f"python tools/study.py configs/studies/{Path(study.path).name}{given}"
-    written = write_report(summary, arguments.results, command)
-    figure = Path(arguments.results) / f"{study.config.name}.png"
-    save_figure(study_figure(summary), figure)
+    results = Path(arguments.results)
+    results.mkdir(parents=True, exist_ok=True)
+    figure = results / f"{study.config.name}.png"
+    with locked(results):  # two that end at once: the page of the later one has the records of both
+        summary = summarize(study, read_records(results, study.cells))
+        written = write_report(summary, results, command)
+        save_figure(study_figure(summary), figure)
     print("\n".join(report_lines(summary)))
     print(f"written to {', '.join(str(path) for path in (*written, figure))}")
     if outcome.failed:

@@ -2,7 +2,6 @@
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..config.load import Config, parse_config
@@ -41,17 +40,16 @@ def single_threaded(cell: Cell) -> Cell:
 _PLAIN = ("study", "arm", "seed", "changes", "data_folder")
 
 
-def cell_to_dict(cell: Cell, results: str | Path) -> dict[str, Any]:
-    """Return a run and where its record goes, in types that JSON knows."""
-    plain = {name: getattr(cell, name) for name in _PLAIN}
-    return {**plain, "config": cell.config.to_dict(), "results": str(results)}
+def cell_to_dict(cell: Cell) -> dict[str, Any]:
+    """Return a run in types that JSON knows."""
+    return {**{name: getattr(cell, name) for name in _PLAIN}, "config": cell.config.to_dict()}
 
 
-def cell_from_dict(plain: dict[str, Any]) -> tuple[Cell, str]:
+def cell_from_dict(plain: dict[str, Any]) -> Cell:
     """Return what `cell_to_dict` was given.
 
     Raises:
         InputError: the config is not valid.
     """
     config = parse_config(plain["config"], where=f"{plain['study']}/{plain['arm']}/seed{plain['seed']}")
-    return Cell(config=config, **{name: plain[name] for name in _PLAIN}), plain["results"]
+    return Cell(config=config, **{name: plain[name] for name in _PLAIN})

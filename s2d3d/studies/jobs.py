@@ -58,11 +58,11 @@ class Job(Protocol):
 class Launcher(Protocol):
     """Starts runs beside this process."""
 
-    def start(self, cell: Cell, results: str | Path) -> Job:
-        """Start a run that writes its record below `results`."""
+    def start(self, cell: Cell) -> Job:
+        """Start a run."""
 
 
-def run_concurrently(cells: Sequence[Cell], launcher: Launcher, results: str | Path, limit: int) -> Outcome:
+def run_concurrently(cells: Sequence[Cell], launcher: Launcher, limit: int) -> Outcome:
     """Run `cells`, at most `limit` at a time; on SIGTERM or Ctrl-C stop all, wait for them to save, and return.
 
     A second Ctrl-C does not wait.
@@ -70,7 +70,6 @@ def run_concurrently(cells: Sequence[Cell], launcher: Launcher, results: str | P
     Args:
         cells: in the order to start them.
         launcher: starts a run.
-        results: folder of the records.
         limit: at least 1.
     """
     outcome, waiting, running = Outcome(), list(cells), list[tuple[Cell, Job]]()
@@ -80,7 +79,7 @@ def run_concurrently(cells: Sequence[Cell], launcher: Launcher, results: str | P
             while waiting and len(running) < limit and not signals.signum:
                 cell = waiting.pop(0)
                 logger.info(f"start {cell}, {len(waiting)} more wait")
-                running.append((cell, launcher.start(cell, results)))
+                running.append((cell, launcher.start(cell)))
             if signals.signum and not stopped:
                 stopped = True
                 logger.info(f"stopping {len(running)} runs; the same command continues them")
@@ -116,7 +115,7 @@ class ProcessLauncher:
         self.shares = [cores[slot * share : (slot + 1) * share] for slot in range(jobs)]
         self.jobs: list[_ProcessJob | None] = [None] * jobs
 
-    def start(self, cell: Cell, results: str | Path) -> "_ProcessJob":
+    def start(self, cell: Cell) -> "_ProcessJob":
         """See `Launcher`."""
         slot = next(slot for slot, job in enumerate(self.jobs) if job is None or job.poll() is not None)
         folder = Path(cell.config.output_dir)
@@ -132,7 +131,7 @@ class ProcessLauncher:
                 [sys.executable, "-m", WORKER], stdin=subprocess.PIPE, stdout=output, stderr=output, env=environment,
                 start_new_session=True,  # Ctrl-C reaches this process alone, which then stops its runs once
             )  # fmt: skip
-        request = json.dumps(cell_to_dict(single_threaded(cell), results))
+        request = json.dumps(cell_to_dict(single_threaded(cell)))
         assert process.stdin is not None  # a pipe, as asked for above
         with contextlib.suppress(BrokenPipeError):  # a worker that died at once: its exit code says so
             process.stdin.write(request.encode() + b"\n")
@@ -197,11 +196,11 @@ class SubmititLauncher:
         except (NameError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"--submitit {cluster}: {' '.join(str(error).split())}") from None
 
-    def start(self, cell: Cell, results: str | Path) -> "_SubmittedJob":
+    def start(self, cell: Cell) -> "_SubmittedJob":
         """See `Launcher`."""
         from .worker import CellTask
 
-        return _SubmittedJob(self.executor.submit(CellTask(cell_to_dict(cell, results))))
+        return _SubmittedJob(self.executor.submit(CellTask(cell_to_dict(cell))))
 
 
 class _SubmittedJob:

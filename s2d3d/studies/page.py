@@ -9,7 +9,7 @@ from ..config.io import show
 from ..errors import InputError
 from ..markdown import markdown_table
 from .plan import load_study
-from .record import read_records
+from .store import read_records
 from .summary import summarize
 
 LOSSES = {"scored": "on the shapes that are scored", "training": "training, last epoch"}

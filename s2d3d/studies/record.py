@@ -1,20 +1,19 @@
-"""What a finished run leaves in docs/results: a small JSON, enough to recompute every table without data or models."""
+"""The record of a finished run: enough to recompute every table of its study without data, models or run folder."""
 
-import csv
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..atomic import write_text
+from ..atomic import read_json
 from ..config.compare import FOLDERS, SAME_RESULT, differences, flatten
 from ..config.load import parse_config
 from ..errors import InputError
 from ..runs.folder import RunFolder
+from ..runs.log import read_log
+from ..runs.record import FORMS
 from .cell import Cell
-from .plan import FORMS
 
 CURVE = ("train_loss", "train_oa", "val_oa", "share_rate", "divergence", "grad_norm")
 """Columns of log.csv that a record keeps, epoch by epoch."""
@@ -24,28 +23,27 @@ _KEYS = {
 }  # fmt: skip
 
 
-def record_path(results: str | Path, cell: Cell) -> Path:
-    """Return where the record of a run lies: RESULTS/STUDY/ARM/seedN.json."""
-    return Path(results) / cell.study / cell.arm / f"seed{cell.seed}.json"
-
-
-def write_record(results: str | Path, cell: Cell) -> Path:
-    """Write the record of a run from its folder, which holds its metrics.json; return where.
+def record_of_run(cell: Cell) -> dict[str, Any] | None:
+    """Make the record of a run from its folder; None: the run has not finished.
 
     Raises:
         InputError: the run is of another config, or its folder cannot be read.
     """
     folder = RunFolder(cell.config.output_dir)
+    if not folder.metrics.is_file():
+        return None
     check_folder(cell)
-    metrics = _read_json(folder.metrics)
+    metrics = _read(folder.metrics)
     if any(key not in metrics for key in ("split", "shapes")):
         raise InputError(f"{folder.metrics}: does not say what was scored; remove the run folder and run again")
     config = cell.config.to_dict()
     for key in FOLDERS:
         section, _, name = key.rpartition(".")
         del (config[section] if section else config)[name]
-    environment = _read_json(folder.environment)
-    record = {
+    environment = _read(folder.environment)
+    log = read_log(folder.log)
+    curve = {key: [row.get(key) for row in log] for key in CURVE}
+    return {
         "study": cell.study,
         "arm": cell.arm,
         "seed": cell.seed,
@@ -62,92 +60,73 @@ def write_record(results: str | Path, cell: Cell) -> Path:
             key: environment.get(key)
             for key in ("time", "s2d3d", "git_commit", "python", "packages", "processor", "num_threads", "gpus")
         },
-        "curve": _curve(folder.log),
+        "curve": {key: values for key, values in curve.items() if any(value is not None for value in values)},
     }
-    return _write(results, cell, record)
 
 
-def read_record(path: str | Path) -> dict[str, Any]:
-    """Read a record.
+def check_record(record: Mapping[str, Any]) -> None:
+    """Check that a record is whole.
 
     Raises:
-        InputError: it is damaged, or no record.
+        InputError: it is damaged, or no record; the message is to be put behind its place.
     """
-    record = _read_json(Path(path))
     wrong = [key for key, kind in _KEYS.items() if not isinstance(record.get(key), kind)]
     if not wrong and not record["curve"].get("train_loss"):
         wrong = ["curve"]
     results = {} if wrong else record["results"]
     if wrong or not results or not all(_is_result(result) for result in results.values()):
         what = f"its {', '.join(wrong)} is missing or wrong" if wrong else "its results do not add up"
-        raise InputError(f"{path}: no record of a run, {what}; remove it, the study writes it again")
-    return record
+        raise InputError(f"no record of a run, {what}")
 
 
-def read_records(results: str | Path, cells: Iterable[Cell]) -> dict[tuple[str, int], dict[str, Any]]:
-    """Read the records that are there by (arm, seed), and check that they are of these runs.
+def changed_since(record: Mapping[str, Any], cell: Cell, where: str) -> str:
+    """Return the first difference that matters between a record and the run that it shall be of; empty: there is none.
 
     Raises:
-        InputError: a record is damaged or of another config; one line for each.
+        InputError: the config of the record is not valid; the message begins with `where`.
     """
-    records, lines = {}, []
-    for cell in cells:
-        path = record_path(results, cell)
-        if not path.exists():
-            continue
-        try:
-            record = read_record(path)
-            changed = _changed(record["config"], cell, path)
-            if not _same_data(record, cell):
-                changed = f"data.root=.../{record['data_folder']}, the study says .../{cell.data_folder}"
-            if changed:
-                raise InputError(f"{path}: is of a run with {changed}; name the study anew, or remove this file")
-            records[cell.arm, cell.seed] = record
-        except InputError as error:
-            lines.append(str(error))
-    if lines:
-        raise InputError("\n".join(lines))
-    return records
+    if not _same_data(record, cell):
+        return f"data.root=.../{record['data_folder']}, the study says .../{cell.data_folder}"
+    return _changed(record["config"], cell, where)
 
 
-def borrow_record(results: str | Path, cell: Cell, *, write: bool = True) -> Path | None:
-    """Write the record of a run that another study, or another arm, has made already; None: there is no such run.
+def find_same_run(cell: Cell, records: Iterable[tuple[str, Mapping[str, Any]]]) -> tuple[str, dict[str, Any]] | None:
+    """Return where the record of a run with the same config is, and that record in the name of `cell`.
 
-    It is one whose config is the same in everything that matters, seed included; its record says where it is from.
+    The configs are the same in everything that matters, seed included. The record says in `same_run_as` where it is
+    from. None: there is no such run.
 
     Args:
-        results: folder of the records.
         cell: the run that needs a record.
-        write: otherwise nothing is written, and the path is that of the other record.
+        records: of other studies or arms, each with its place.
     """
-    for path in sorted(Path(results).glob(f"*/*/seed{cell.seed}.json")):
-        try:
-            record = read_record(path)
-            if not _is_same(record, cell, path):
-                continue
-        except InputError:  # not ours to judge here: its own study says what is wrong with it
+    for where, record in records:
+        if record["seed"] != cell.seed:
             continue
-        if not write:
-            return path
+        try:
+            if not _is_same(record, cell, where):
+                continue
+        except InputError:  # its own study says what is wrong with it
+            continue
         source = record.get("same_run_as", f"{record['study']}/{record['arm']}/seed{record['seed']}")
         names = {"study": cell.study, "arm": cell.arm, "seed": cell.seed, "same_run_as": source}
-        return _write(results, cell, {**record, **names, "changes": cell.changes})
+        return where, {**record, **names, "changes": cell.changes}
     return None
 
 
-def _is_same(record: Mapping[str, Any], cell: Cell, path: Path) -> bool:
+def _is_same(record: Mapping[str, Any], cell: Cell, where: str) -> bool:
     """Tell whether a record is of this run; raises as `_changed` does."""
     ours, theirs = flatten(cell.config.to_dict()), flatten(record["config"])
     both = ours.keys() & theirs.keys()
     # What both have, first: `_changed` parses a config that lacks a key, or has one that is gone, and takes its time.
     shared = ({key: ours[key] for key in both}, {key: theirs[key] for key in both})
-    if differences(shared[0], shared[1], SAME_RESULT) or not _same_data(record, cell):
+    if differences(*shared, SAME_RESULT) or not _same_data(record, cell):
         return False
-    return not _changed(record["config"], cell, path)
+    return not _changed(record["config"], cell, where)
 
 
 def _same_data(record: Mapping[str, Any], cell: Cell) -> bool:
-    """Tell whether a record is of the data that a run names; records of before this was noted are of any."""
+    """Tell whether a record is of the data that a run names; older records do not say and match any."""
     return record.get("data_folder", cell.data_folder) == cell.data_folder
 
 
@@ -164,12 +143,12 @@ def check_folder(cell: Cell) -> None:
         stored = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, yaml.YAMLError):
         raise InputError(f"{folder.config}: cannot be read; remove the run folder and run again") from None
-    changed = _changed(stored, cell, folder.config)
+    changed = _changed(stored, cell, str(folder.config))
     if changed:
         raise InputError(f"{folder.root}: holds a run with {changed}; name the study anew, or remove this folder")
 
 
-def _changed(stored: object, cell: Cell, path: Path) -> str:
+def _changed(stored: object, cell: Cell, where: str) -> str:
     """Word the first difference that matters between a stored config and that of a run; empty where there is none."""
     ours = cell.config.to_dict()
     if isinstance(stored, Mapping):
@@ -179,26 +158,11 @@ def _changed(stored: object, cell: Cell, path: Path) -> str:
         if not differences(ours, theirs, SAME_RESULT):
             return ""
         # Parsed, so that a key that came after the run has its default on both sides.
-        stored = parse_config(theirs, where=str(path)).to_dict()
+        stored = parse_config(theirs, where=where).to_dict()
         for key, (own, other) in differences(ours, stored, SAME_RESULT).items():
             return f"{key}={other!r}, the study says {own!r}"
         return ""
-    raise InputError(f"{path}: holds no config; remove it and run again")
-
-
-def _write(results: str | Path, cell: Cell, record: Mapping[str, Any]) -> Path:
-    path = record_path(results, cell)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (f" {json.dumps(key)}: {json.dumps(value, separators=(',', ':'))}" for key, value in record.items())
-    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
-    return path
-
-
-def _curve(log: Path) -> dict[str, list[float | None]]:
-    with open(log, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    columns = {key: [float(row[key]) if row.get(key) else None for row in rows] for key in CURVE}
-    return {key: values for key, values in columns.items() if any(value is not None for value in values)}
+    raise InputError(f"{where}: holds no config; remove it and run again")
 
 
 def _is_result(result: object) -> bool:
@@ -212,13 +176,5 @@ def _is_result(result: object) -> bool:
     return isinstance(oa, (int, float)) and abs(correct.count("1") / len(correct) - oa) < 1e-9
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; remove the run folder and run again") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not a JSON file ({error}); remove it, the study writes it again") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: holds no record; remove it, the study writes it again")
-    return content
+def _read(path: Path) -> dict[str, Any]:
+    return read_json(path, advice="remove the run folder and run again")

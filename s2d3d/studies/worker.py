@@ -14,7 +14,6 @@ from ..runs.folder import RunFolder, find_checkpoint
 from ..training.signals import StoppedBySignal
 from ..training.trainer import Trainer
 from .cell import Cell, cell_from_dict
-from .record import write_record
 
 
 def main() -> int:
@@ -23,7 +22,7 @@ def main() -> int:
     task = json.loads(sys.stdin.readline())
     watch_parent(lambda: os.kill(os.getpid(), signal.SIGTERM))  # which saves and ends the run
     try:
-        run_cell(*cell_from_dict(task))
+        run_cell(cell_from_dict(task))
     except StoppedBySignal as stop:
         logging.info(stop)
         return stop.exit_code
@@ -34,8 +33,8 @@ def main() -> int:
     return 0
 
 
-def run_cell(cell: Cell, results: str | Path) -> Path:
-    """Train one run to its end, from its last checkpoint where there is one; write its record and return where.
+def run_cell(cell: Cell) -> Path:
+    """Train one run to its end, from its last checkpoint where there is one; return its folder.
 
     Raises:
         InputError: whatever is wrong with data, config or the run folder.
@@ -50,7 +49,7 @@ def run_cell(cell: Cell, results: str | Path) -> Path:
         except InputError:  # nothing there, or a run that ended before its first checkpoint
             resume = None
         Trainer(cell.config, force=resume is None).fit(resume=resume)
-    return write_record(results, cell)
+    return folder.root
 
 
 class CellTask:
@@ -61,9 +60,9 @@ class CellTask:
         self.plain = plain
 
     def __call__(self) -> str:
-        """Run it; return the path of its record."""
+        """Run it; return the path of its folder."""
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        return str(run_cell(*cell_from_dict(self.plain)))
+        return str(run_cell(cell_from_dict(self.plain)))
 
     def checkpoint(self) -> Any:
         """Tell submitit how to go on after a preemption: the same run again, which resumes."""

@@ -13,8 +13,8 @@ from s2d3d.studies import jobs as study_jobs
 from s2d3d.studies.cell import cell_from_dict, cell_to_dict, single_threaded
 from s2d3d.studies.jobs import ProcessLauncher, SubmititLauncher, run_concurrently
 from s2d3d.studies.plan import load_study
-from s2d3d.studies.record import read_records
 from s2d3d.studies.run import run_study
+from s2d3d.studies.store import read_records
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ class MadeUp:
         self.polls, self.reasons, self.on_poll = polls, dict(reasons), on_poll
         self.started, self.running, self.most, self.stopped = [], set(), 0, []
 
-    def start(self, cell, results):
+    def start(self, cell):
         launcher, name = self, str(cell)
         self.started.append(name)
         self.running.add(name)
@@ -61,14 +61,14 @@ class MadeUp:
 @pytest.mark.parametrize("limit", [1, 2, 4, 100])
 def test_all_runs_are_started_in_order_and_no_more_at_a_time(cells, limit):
     launcher = MadeUp()
-    outcome = run_concurrently(cells, launcher, "results", limit)
+    outcome = run_concurrently(cells, launcher, limit)
     assert launcher.started == [str(cell) for cell in cells] and launcher.most == min(limit, len(cells))
     assert sorted(map(str, outcome.finished)) == sorted(launcher.started)
     assert (outcome.exit_code, outcome.failed) == (0, {})
 
 
 def test_a_run_that_fails_leaves_the_others_alone(cells):
-    outcome = run_concurrently(cells, MadeUp(reasons={"s2d/seed0": "no memory"}), "results", 2)
+    outcome = run_concurrently(cells, MadeUp(reasons={"s2d/seed0": "no memory"}), 2)
     assert outcome.failed == {"s2d/seed0": "no memory"} and outcome.exit_code == 1
     assert len(outcome.finished) == len(cells) - 1
 
@@ -83,7 +83,7 @@ def test_a_signal_stops_what_runs_once_waits_for_it_and_starts_nothing_more(cell
             signal.raise_signal(signum)
 
     launcher = MadeUp(polls=50, on_poll=strike)
-    outcome = run_concurrently(cells, launcher, "results", 2)
+    outcome = run_concurrently(cells, launcher, 2)
     assert launcher.started == launcher.stopped == [str(cell) for cell in cells[:2]]
     assert not launcher.running, "it waited"
     assert outcome.exit_code == 128 + signum and outcome.failed == {}, "stopped is not failed"
@@ -92,8 +92,8 @@ def test_a_signal_stops_what_runs_once_waits_for_it_and_starts_nothing_more(cell
 
 def test_a_run_passes_through_json_unchanged(cells):
     for cell in cells:
-        plain = json.loads(json.dumps(cell_to_dict(cell, "some/results")))
-        assert cell_from_dict(plain) == (cell, "some/results")
+        plain = json.loads(json.dumps(cell_to_dict(cell)))
+        assert cell_from_dict(plain) == cell
 
 
 def test_a_run_side_by_side_has_one_thread(cells):
@@ -130,7 +130,7 @@ def test_processes_have_cores_and_one_thread_and_say_why_they_failed(cells, monk
         sorted(core for share in launcher.shares for core in share) == sorted(before)[: jobs * (len(before) // jobs)]
     ), "no core twice"
     chosen = [cell for cell in cells if cell.arm == "dense"]
-    outcome = run_concurrently(chosen, launcher, tmp_path / "results", jobs)
+    outcome = run_concurrently(chosen, launcher, jobs)
     assert os.sched_getaffinity(0) == before
     assert [str(cell) for cell in outcome.finished] == ["dense/seed0"] and outcome.exit_code == 1
     log = tmp_path / "runs" / "dense" / "seed1.log"
@@ -169,7 +169,7 @@ def test_submitit_tells_a_failure_and_how_to_go_on(write_study, tmp_path):
     assert outcome.exit_code == 1
     reason = outcome.failed["dense/seed0"]
     assert reason.startswith("s2d3d.errors.InputError: nowhere: no such folder; make it with") and "(log: " in reason
-    task = CellTask(cell_to_dict(study.cells[0], tmp_path))
+    task = CellTask(cell_to_dict(study.cells[0]))
     again = task.checkpoint()
     assert isinstance(again, submitit.helpers.DelayedSubmission) and again.function is task
 

@@ -3,10 +3,8 @@
 import json
 import shutil
 import signal
-import statistics
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -15,18 +13,10 @@ from s2d3d.config.data import build_dataset
 from s2d3d.datasets import split_train_validation
 from s2d3d.errors import InputError
 from s2d3d.machine import start_runtime
-from s2d3d.studies.page import report_lines, report_text
+from s2d3d.studies.page import report_text
 from s2d3d.studies.plan import load_study
-from s2d3d.studies.record import read_records, record_path
-from s2d3d.studies.run import missing_cells, run_study
-from s2d3d.studies.stats import (
-    bonferroni_level,
-    correctness,
-    detectable_difference,
-    hierarchical_bootstrap,
-    holm,
-    paired_t,
-)
+from s2d3d.studies.run import missing_cells, publish_records, run_study
+from s2d3d.studies.store import read_records, records_path
 from s2d3d.studies.summary import summarize
 from s2d3d.training import trainer as trainer_module
 
@@ -55,6 +45,26 @@ def fits(monkeypatch):
 @pytest.fixture
 def results(tmp_path):
     return tmp_path / "results"
+
+
+def change_record(results, cell, edit):
+    """Rewrite the line of a run in its study's file; `edit` changes the record, or returns None for no line."""
+    path = records_path(results, cell.study)
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    kept = [record for record in records if (record["arm"], record["seed"]) != (cell.arm, cell.seed) or edit(record)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+
+
+def older(*keys):
+    """Return an edit for `change_record`: keys such as ("s2d", "stop_fraction") go, those that all data sets had come."""
+
+    def edit(record):
+        for section, key in keys:
+            del record["config"][section][key]
+        record["config"]["data"] |= {"variant": None, "background": None}
+        return True
+
+    return edit
 
 
 def summary_of(path, results):
@@ -166,12 +176,16 @@ def test_an_interrupted_run_goes_on_where_it_was(write_study, results, tmp_path,
 def test_a_run_that_ended_without_its_record_gets_it_without_training(write_study, results, fits):
     study = load_study(write_study(seeds=[0]))
     run_study(study, results=results)
-    before = [record_path(results, cell).read_bytes() for cell in study.cells]
-    record_path(results, study.cells[1]).unlink()
-    assert missing_cells(study, results, write=False) == [] and not record_path(results, study.cells[1]).exists()
+    path = records_path(results, "tiny")
+    before = path.read_bytes()
+    first = before.splitlines(keepends=True)[0]
+    path.write_bytes(first)
+    assert missing_cells(study, results, write=False) == [] and path.read_bytes() == first
     run_study(study, results=results)
-    assert len(fits) == 2
-    assert [record_path(results, cell).read_bytes() for cell in study.cells] == before
+    assert len(fits) == 2 and path.read_bytes() == before
+    path.unlink()
+    publish_records(study, results)
+    assert path.read_bytes() == before
 
 
 def test_a_run_that_fails_is_reported_and_the_others_go_on(write_study, results, caplog):
@@ -188,12 +202,12 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(write_study, results,
 def test_a_changed_config_of_a_finished_run_is_refused_in_one_line(write_study, results, fits):
     run_study(load_study(write_study(seeds=[0])), results=results)
     changed = load_study(write_study(seeds=[0], arms={"dense": {"s2d.kind": "none"}, "s2d": {"s2d.share_rate": 0.1}}))
-    record = record_path(results, changed.cells[1])
+    path = records_path(results, "tiny")
     with pytest.raises(InputError) as caught:
         run_study(changed, results=results)
-    advice = "name the study anew, or remove this file"
-    assert str(caught.value) == f"{record}: is of a run with s2d.share_rate=0.3, the study says 0.1; {advice}"
-    record.unlink()  # the run folder alone says it as well
+    advice = "name the study anew, or remove this line"
+    assert str(caught.value) == f"{path}: line 2: is of a run with s2d.share_rate=0.3, the study says 0.1; {advice}"
+    change_record(results, changed.cells[1], lambda record: None)  # the run folder alone says it as well
     with pytest.raises(InputError, match=r"s2d/seed0: holds a run with s2d\.share_rate=0\.3, the study says 0\.1; "):
         run_study(changed, results=results)
     assert len(fits) == 2
@@ -211,28 +225,20 @@ def test_where_and_how_fast_it_computes_may_change(write_study, results, tmp_pat
 def test_a_record_from_before_a_key_existed_counts_with_its_default(write_study, results):
     study = load_study(write_study(seeds=[0]))
     run_study(study, results=results)
-    path = record_path(results, study.cells[0])
-    record = json.loads(path.read_text())
-    del record["config"]["s2d"]["stop_fraction"], record["config"]["eval"]["votes"]
-    record["config"]["data"] |= {"variant": None, "background": None}  # which every data set had
-    path.write_text(json.dumps(record))
+    change_record(results, study.cells[0], older(("s2d", "stop_fraction"), ("eval", "votes")))
     assert missing_cells(study, results) == []
 
 
 def test_the_same_run_of_another_study_is_taken_over(write_study, results, tmp_path, fits):
     first = load_study(write_study(seeds=[0]))
     run_study(first, results=results)
-    path = record_path(results, first.cells[0])
-    record = json.loads(path.read_text())
-    del record["config"]["s2d"]["stop_fraction"]  # as one of before there was this key
-    record["config"]["data"] |= {"variant": None, "background": None}  # which every data set had
-    path.write_text(json.dumps(record))
+    change_record(results, first.cells[0], older(("s2d", "stop_fraction")))  # as in a record older than this key
     arms = {"twin": {"s2d.kind": "none"}, "three": {"s2d.num_experts": 3}}
     other = load_study(
         write_study(name="other", seeds=[0], arms=arms, reference="twin", output_dir=str(tmp_path / "runs2"))
     )
     assert [str(cell) for cell in missing_cells(other, results, write=False)] == ["three/seed0"]
-    assert not record_path(results, other.cells[0]).exists(), "nothing is written when it is only asked what is missing"
+    assert not records_path(results, "other").exists(), "nothing is written when it is only asked what is missing"
     run_study(other, results=results)
     assert [name for name, _ in fits] == ["dense/seed0", "s2d/seed0", "three/seed0"]
     records = read_records(results, other.cells)
@@ -247,7 +253,9 @@ def test_a_run_of_other_data_is_not_taken_over(write_study, results, tmp_path, s
     run_study(study, results=results)
     assert [name for name, _ in fits] == ["dense/seed0", "elsewhere/seed0"]
     swapped = load_study(write_study(seeds=[0], arms={**arms, "dense": arms["elsewhere"], "elsewhere": arms["dense"]}))
-    with pytest.raises(InputError, match=r"dense/seed0\.json: is of a run with data\.root=\.\.\./\S+, the study says"):
+    with pytest.raises(
+        InputError, match=r"tiny\.jsonl: line 1: is of a run with data\.root=\.\.\./\S+, the study says"
+    ):
         read_records(results, swapped.cells)
 
 
@@ -257,26 +265,6 @@ def test_overrides_stand_on_the_page(write_study, results, tmp_path):
     summary = summarize(study, {})
     assert summary["overrides"] == ["train.epochs=1", "optim.warmup_epochs=0"]
     assert "with `train.epochs=1` in all arms from the command line" in report_text(summary, "command")
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda text: text[:100], "not a JSON file"),
-        (lambda text: text.replace('"split"', '"spilt"'), "no record of a run, its split is missing or wrong"),
-        (lambda text: text.replace('"correct":"', '"correct":"1'), "no record of a run, its results do not add up"),
-        (lambda text: text.replace('"loss":', '"los":'), "no record of a run, its results do not add up"),
-        (lambda text: text.replace('"train_loss":', '"loss":'), "no record of a run, its curve is missing or wrong"),
-    ],
-)
-def test_a_damaged_record_is_named(write_study, results, damage, message):
-    study = load_study(write_study(seeds=[0]))
-    run_study(study, results=results, only=["dense"])
-    path = record_path(results, study.cells[0])
-    path.write_text(damage(path.read_text()))
-    with pytest.raises(InputError) as caught:
-        missing_cells(study, results)
-    assert str(caught.value).startswith(f"{path}: {message}") and "\n" not in str(caught.value)
 
 
 # Protocol
@@ -296,7 +284,7 @@ def test_only_the_named_split_is_scored(write_study, results, monkeypatch, evalu
     run_study(study, results=results, only=["s2d"])
     ending = [split] * 2  # the sparse and the merged model
     assert scored == (["val"] * 2 + ending if evaluate == "validation" else ending), "epochs, then the end"
-    record = json.loads(record_path(results, study.cells[1]).read_text())
+    record = read_records(results, study.cells)["s2d", study.cells[1].seed]
     assert record["split"] == evaluate
     metrics = json.loads(Path(study.cells[1].config.output_dir, "metrics.json").read_text())
     assert metrics["split"] == evaluate and metrics["selection"] == "last epoch"
@@ -311,7 +299,7 @@ def test_marks_in_a_record_are_those_of_the_merged_model_shape_by_shape(write_st
     points, labels = validation.batch(torch.arange(len(validation)))
     with torch.no_grad():
         expected = "".join("01"[hit] for hit in (model(points).argmax(1) == labels).tolist())
-    record = json.loads(record_path(results, study.cells[1]).read_text())
+    record = read_records(results, study.cells)["s2d", study.cells[1].seed]
     assert record["results"]["merged"]["correct"] == expected and len(set(expected)) == 2
     assert record["curve"]["val_oa"][-1] == pytest.approx(record["results"]["merged"]["oa"], abs=1e-5), "last epoch"
 
@@ -319,152 +307,5 @@ def test_marks_in_a_record_are_those_of_the_merged_model_shape_by_shape(write_st
 def test_a_record_names_no_folder_of_this_machine(write_study, results, tmp_path, shapes_root):
     study = load_study(write_study(seeds=[0]))
     run_study(study, results=results, only=["dense"])
-    text = record_path(results, study.cells[0]).read_text()
+    text = records_path(results, "tiny").read_text()
     assert str(tmp_path) not in text and str(shapes_root) not in text
-
-
-# Tables, from records as runs write them, without runs
-
-
-def made_up(study, seed=0):
-    """A record for every run of a study: marks drawn at random, arms of a seed scored on the same shapes."""
-    rng = np.random.default_rng(seed)
-    environment = {
-        "python": "3",
-        "packages": {"torch": "2"},
-        "processor": "a CPU",
-        "num_threads": 1,
-        "git_commit": "c0",
-    }
-    records = {}
-    for cell in study.cells:
-        marks = {form: "".join(rng.choice(["0", "1"], 50, p=[0.3, 0.7])) for form in ("merged", "ema")}
-        results = {
-            form: {"oa": text.count("1") / 50, "macc": text.count("1") / 60, "loss": rng.random(), "correct": text}
-            for form, text in marks.items()
-        }
-        records[cell.arm, cell.seed] = {
-            "shapes": f"those of seed {cell.seed}", "updates": 12, "train_seconds": 10.0 * len(cell.arm) + cell.seed,
-            "parameters": {"training": 1000 * cell.config.s2d.num_experts, "merged": 1000}, "results": results,
-            "environment": environment, "curve": {"train_loss": [2.0, rng.random()]},
-        }  # fmt: skip
-    return records
-
-
-@pytest.fixture
-def three_arms(write_study):
-    arms = {"dense": {"s2d.kind": "none"}, "s2d": {"train.ema_decay": 0.5}, "k2": {"s2d.num_experts": 2}}
-    return load_study(write_study(arms=arms, seeds=[0, 1, 2], forms={"s2d_ema": "s2d.ema"}))
-
-
-def test_the_summary_is_what_the_records_say(three_arms):
-    records = made_up(three_arms)
-    summary = summarize(three_arms, records)
-    rows = {row["name"]: row for row in summary["rows"]}
-    assert list(rows) == ["dense", "s2d", "k2", "s2d_ema"] and rows["s2d_ema"]["form"] == "ema"
-    for name, arm, form in (("dense", "dense", "merged"), ("k2", "k2", "merged"), ("s2d_ema", "s2d", "ema")):
-        oa = [records[arm, seed]["results"][form]["oa"] for seed in (0, 1, 2)]
-        assert rows[name]["oa_mean"] == pytest.approx(statistics.fmean(oa))
-        assert rows[name]["oa_std"] == pytest.approx(statistics.stdev(oa))
-        assert list(rows[name]["oa"].values()) == oa
-        assert rows[name]["train_seconds_mean"] == 10 * len(arm) + 1
-    assert rows["s2d"]["parameters"] == {"training": 4000, "merged": 1000}
-    assert summary["num_comparisons"] == len(summary["comparisons"]) == 3 and summary["empty"] == []
-    for item, p in zip(summary["comparisons"], holm([item["p"] for item in summary["comparisons"]])):
-        arm, form = three_arms.config.row(item["name"])
-        sides = ((arm, form or "merged"), ("dense", "merged"))
-        marks = [
-            [correctness(records[side, seed]["results"][form]["correct"]) for side, form in sides] for seed in (0, 1, 2)
-        ]
-        differences = [ours.mean() - theirs.mean() for ours, theirs in marks]
-        test = paired_t(differences)
-        assert item["n"] == 3 and item["p_holm"] == p
-        assert (item["mean"], item["p"]) == pytest.approx((test.mean, test.p))
-        assert (item["t_low"], item["t_high"]) == pytest.approx((test.low, test.high))
-        wide = paired_t(differences, bonferroni_level(3))
-        assert (item["bonferroni_low"], item["bonferroni_high"]) == pytest.approx((wide.low, wide.high))
-        bounds = hierarchical_bootstrap([ours - theirs for ours, theirs in marks], crossed=False)
-        assert (item["bootstrap_low"], item["bootstrap_high"]) == bounds
-        assert item["equal_updates"] is True
-        assert item["detectable"] == pytest.approx(detectable_difference(test.std, 3))
-        losses = [[records[side, seed]["results"][form]["loss"] for side, form in sides] for seed in (0, 1, 2)]
-        last = [[records[side, seed]["curve"]["train_loss"][1] for side, _ in sides] for seed in (0, 1, 2)]
-        for key, pairs in (("scored", losses), ("training", last)):
-            test = paired_t([ours - theirs for ours, theirs in pairs])
-            assert item["losses"][key] == {"mean": test.mean, "t_low": test.low, "t_high": test.high}
-
-
-def test_shapes_of_a_test_split_are_drawn_once_for_all_seeds(write_study):
-    study = load_study(write_study(evaluate="test", common={"data.val_fraction": 0}))
-    records = {key: {**record, "shapes": "all"} for key, record in made_up(study).items()}
-    summary = summarize(study, records)
-    parts = []
-    for seed in (0, 1):
-        ours, theirs = (records[arm, seed]["results"]["merged"]["correct"] for arm in ("s2d", "dense"))
-        parts.append(correctness(ours) - correctness(theirs))
-    (item,) = summary["comparisons"]
-    assert (item["bootstrap_low"], item["bootstrap_high"]) == hierarchical_bootstrap(parts, crossed=True)
-    assert "shapes are drawn once for all seeds of a resample" in report_text(summary, "command")
-
-
-def test_the_page_states_every_number_and_what_was_corrected(three_arms):
-    summary = summarize(three_arms, made_up(three_arms))
-    text = report_text(summary, "python tools/study.py configs/studies/tiny.yaml")
-    table, losses = (
-        {line.split(" | ")[0].removeprefix("| "): line for line in part.splitlines() if line.startswith("| ")}
-        for part in text.split("## Paired differences in loss")
-    )
-    for row in summary["rows"]:
-        line = next(value for key, value in table.items() if key.split(" ")[0] == row["name"] and " - " not in key)
-        assert f"{100 * row['oa_mean']:.2f} +- {100 * row['oa_std']:.2f}" in line
-        assert all(f"| {100 * value:.2f} |" in line for value in row["oa"].values())
-        assert f"{row['parameters']['training']:,} / 1,000" in line
-    for item in summary["comparisons"]:
-        line = table[f"{item['name']} - {item['reference']}"]
-        assert f"| {100 * item['mean']:+.2f} | [{100 * item['t_low']:+.2f}, {100 * item['t_high']:+.2f}] |" in line
-        assert f"[{100 * item['bonferroni_low']:+.2f}, {100 * item['bonferroni_high']:+.2f}]" in line
-        assert f"| {100 * item['detectable']:.2f} |" in line
-        line = losses[f"{item['name']} - {item['reference']}"]
-        for loss in item["losses"].values():
-            assert f"| {loss['mean']:+.4f} [{loss['t_low']:+.4f}, {loss['t_high']:+.4f}] |" in line
-    assert "3 comparison(s)" in text and "Holm" in text and "10,000 resamples" in text
-    assert "None: every arm has all its seeds." in text
-    assert "(50 shapes), the test split was left alone" in text and "last epoch" in text
-    assert any(line.startswith("s2d - dense") and "(n = 3)" in line for line in report_lines(summary))
-
-
-def test_empty_cells_are_listed_and_still_count_in_the_correction(three_arms):
-    records = made_up(three_arms)
-    for seed in (0, 2):
-        del records["k2", seed]
-    summary = summarize(three_arms, records)
-    assert summary["empty"] == [["k2", 0], ["k2", 2]]
-    by_name = {item["name"]: item for item in summary["comparisons"]}
-    assert by_name["k2"]["n"] == 1 and by_name["k2"]["p"] is None and by_name["k2"]["mean"] is not None
-    smallest = min(by_name["s2d"]["p"], by_name["s2d_ema"]["p"])
-    assert min(by_name["s2d"]["p_holm"], by_name["s2d_ema"]["p_holm"]) == pytest.approx(min(1, 3 * smallest))
-    assert by_name["k2"]["losses"]["scored"]["t_low"] is None and by_name["k2"]["detectable"] is None
-    text = report_text(summary, "command")
-    assert "\n- k2: seed 0, 2\n" in text and "| empty |" in text
-
-
-def test_arms_that_were_not_scored_on_the_same_shapes_are_not_compared(three_arms):
-    records = made_up(three_arms)
-    records["k2", 1]["shapes"] = "others"
-    with pytest.raises(InputError, match="'k2' and 'dense' were not scored on the same shapes with seed 1"):
-        summarize(three_arms, records)
-
-
-def test_a_form_that_runs_do_not_have_is_named(three_arms):
-    records = made_up(three_arms)
-    del records["s2d", 2]["results"]["ema"]
-    with pytest.raises(InputError, match=r"forms\.s2d_ema: runs of 's2d' have no form 'ema', they have merged"):
-        summarize(three_arms, records)
-
-
-def test_another_number_of_updates_is_said(three_arms):
-    records = made_up(three_arms)
-    records["k2", 1]["updates"] = 13
-    summary = summarize(three_arms, records)
-    assert [item["equal_updates"] for item in summary["comparisons"]] == [True, False, True]
-    assert "k2 - dense (other number of updates)" in report_text(summary, "command")

@@ -10,9 +10,9 @@ import time
 
 import pytest
 from PIL import Image
-from s2d3d.studies.overview import BEGIN, END
 
 from s2d3d import load_checkpoint
+from s2d3d.studies.page import BEGIN, END
 
 EPOCHS = 40
 """Of runs that are stopped: some seconds, so that the signal comes before their end."""
@@ -140,9 +140,9 @@ def test_a_process_stops_with_its_study_and_goes_on_with_it(call, write_study, r
     assert "stopping 1 runs; the same command continues them" in stopped.err
     assert "stopped by SIGTERM" in run.with_name("seed0.log").read_text()
     assert 0 < load_checkpoint(run / "checkpoints" / "last.pt")["progress"]["epoch"] < EPOCHS
-    assert not list(results.glob("tiny/*/*.json")) and "- s2d: seed 0" in (results / "tiny.md").read_text()
+    assert not (results / "tiny.jsonl").exists() and "- s2d: seed 0" in (results / "tiny.md").read_text()
     result = call("study", path, "--results", results, "--only", "s2d")
     assert result.code == 0 and "run 1 of 1: s2d/seed0" in result.err and f"epoch {EPOCHS}/{EPOCHS}" in result.err
     assert "epoch 1/" not in result.err, "it went on"
-    (record,) = results.glob("tiny/*/*.json")
-    assert len(json.loads(record.read_text())["curve"]["val_oa"]) == EPOCHS
+    (record,) = (results / "tiny.jsonl").read_text().splitlines()
+    assert len(json.loads(record)["curve"]["val_oa"]) == EPOCHS

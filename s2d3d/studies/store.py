@@ -1,0 +1,160 @@
+"""The records of a study: RESULTS/NAME.jsonl, one line for each finished run, sorted by arm and seed.
+
+Older records lie in a file each, RESULTS/NAME/ARM/seedN.json. They are read as well, and join the others when these are
+published.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..atomic import locked, read_json, write_text
+from ..errors import InputError
+from .cell import Cell
+from .record import changed_since, check_record
+
+Key = tuple[str, int]
+"""Arm and seed."""
+Record = Mapping[str, Any]
+
+
+@dataclass
+class _Published:
+    """What a study's file holds: its records with the numbers of their lines, and what is wrong with others."""
+
+    path: Path
+    records: dict[Key, Record] = field(default_factory=dict)
+    lines: dict[Key, int] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def place(self, key: Key) -> str:
+        return f"{self.path}: line {self.lines[key]}"
+
+
+def records_path(results: str | Path, study: str) -> Path:
+    """Return where the records of a study lie: RESULTS/NAME.jsonl."""
+    return Path(results) / f"{study}.jsonl"
+
+
+def read_records(results: str | Path, cells: Iterable[Cell]) -> dict[Key, Record]:
+    """Read the records that are there by (arm, seed), and check that they are of these runs.
+
+    Args:
+        results: folder of the records.
+        cells: runs of one or several studies.
+
+    Raises:
+        InputError: a record is damaged or of another config; one line for each.
+    """
+    records, lines = {}, []
+    files: dict[str, _Published] = {}
+    for cell in cells:
+        if cell.study not in files:
+            files[cell.study] = _read_file(records_path(results, cell.study))
+            lines += files[cell.study].problems
+        published, key = files[cell.study], (cell.arm, cell.seed)
+        try:
+            if key in published.records:
+                record, where, what = published.records[key], published.place(key), "line"
+            elif (path := _own_file(results, cell)).is_file():
+                record, where, what = _read_own_file(path), str(path), "file"
+            else:
+                continue
+            changed = changed_since(record, cell, where)
+            if changed:
+                raise InputError(f"{where}: is of a run with {changed}; name the study anew, or remove this {what}")
+            records[key] = record
+        except InputError as error:
+            lines.append(str(error))
+    if lines:
+        raise InputError("\n".join(lines))
+    return records
+
+
+def all_records(results: str | Path) -> Iterator[tuple[str, Record]]:
+    """Yield each whole record of all studies with its place; those that are damaged are left to their own study."""
+    for path in sorted(Path(results).glob("*.jsonl")):
+        published = _read_file(path)
+        for key, record in published.records.items():
+            yield published.place(key), record
+    for path in sorted(Path(results).glob("*/*/seed*.json")):
+        try:
+            record = _read_own_file(path)
+        except InputError:
+            continue
+        yield str(path), record
+
+
+def publish(results: str | Path, study: str, records: Mapping[Key, Record]) -> None:
+    """Add records to the file of a study; those of (arm, seed) that it holds already stay as they are.
+
+    Several processes may publish at once: each waits for the others, and none loses a record of another's.
+
+    Raises:
+        InputError: the file is damaged; nothing is written.
+    """
+    path = records_path(results, study)
+    if not records:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.parent):
+        published = _read_file(path)
+        if published.problems:
+            raise InputError("\n".join(published.problems))
+        merged = {**records, **published.records}
+        if len(merged) > len(published.records):
+            lines = (json.dumps(merged[key], separators=(",", ":")) for key in sorted(merged))
+            write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def _read_file(path: Path) -> _Published:
+    published = _Published(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return published
+    except UnicodeDecodeError as error:
+        published.problems.append(
+            f"{path}: not a text file ({error}); restore it, or remove it and run the study again"
+        )
+        return published
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = _parse(line)
+            key = (record["arm"], record["seed"])
+            if key in published.records:
+                raise InputError(f"a second record of {key[0]}/seed{key[1]}, after line {published.lines[key]}")
+        except InputError as error:
+            published.problems.append(f"{path}: line {number}: {error}; remove this line, the study writes it again")
+        else:
+            published.records[key], published.lines[key] = record, number
+    return published
+
+
+def _parse(line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"not JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise InputError("holds no JSON object")
+    check_record(record)
+    return record
+
+
+def _own_file(results: str | Path, cell: Cell) -> Path:
+    return Path(results) / cell.study / cell.arm / f"seed{cell.seed}.json"
+
+
+def _read_own_file(path: Path) -> dict[str, Any]:
+    advice = "remove it, the study writes it again"
+    record = read_json(path, advice=advice)
+    try:
+        check_record(record)
+    except InputError as error:
+        raise InputError(f"{path}: {error}; {advice}") from None
+    return record
