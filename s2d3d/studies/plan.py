@@ -121,7 +121,7 @@ class StudyConfig(BaseModel):
         return [(row, self.reference) for row in (*self.arms, *self.forms) if row != self.reference]
 
     def row(self, name: str) -> tuple[str, str | None]:
-        """Return the arm of a row of the tables, and the form of its models; None: merged, or routed where they are."""
+        """Return the arm of a row of the tables, and the form of its models; None: the one that the run saved."""
         if name in self.arms:
             return name, None
         arm, _, form = self.forms[name].rpartition(".")

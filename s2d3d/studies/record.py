@@ -12,7 +12,7 @@ from ..config.load import parse_config
 from ..errors import InputError
 from ..runs.folder import RunFolder
 from ..runs.log import read_log
-from ..runs.record import FORMS
+from ..runs.record import FORMS, final_form
 from .cell import Cell
 
 CURVE = ("train_loss", "train_oa", "val_oa", "share_rate", "divergence", "grad_norm")
@@ -51,6 +51,7 @@ def record_of_run(cell: Cell) -> dict[str, Any] | None:
         "config": config,
         "data_folder": cell.data_folder,
         **{key: metrics[key] for key in ("split", "shapes", "epochs", "updates", "train_seconds", "parameters")},
+        "kept": final_form(metrics),
         "results": {
             form: {key: metrics[form][key] for key in ("oa", "macc", "loss", "num_samples", "correct")}
             for form in FORMS
@@ -64,6 +65,11 @@ def record_of_run(cell: Cell) -> dict[str, Any] | None:
     }
 
 
+def kept_form(record: Mapping[str, Any]) -> str:
+    """Return the form of the model that a run saved; see `final_form`. Older records do not say it themselves."""
+    return final_form({**record["results"], "kept": record.get("kept")})
+
+
 def check_record(record: Mapping[str, Any]) -> None:
     """Check that a record is whole.
 
@@ -73,6 +79,8 @@ def check_record(record: Mapping[str, Any]) -> None:
     wrong = [key for key, kind in _KEYS.items() if not isinstance(record.get(key), kind)]
     if not wrong and not record["curve"].get("train_loss"):
         wrong = ["curve"]
+    if not wrong and record.get("kept", "") not in ("", *record["results"]):
+        wrong = ["kept"]
     results = {} if wrong else record["results"]
     if wrong or not results or not all(_is_result(result) for result in results.values()):
         what = f"its {', '.join(wrong)} is missing or wrong" if wrong else "its results do not add up"

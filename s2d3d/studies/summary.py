@@ -7,6 +7,7 @@ from typing import Any
 from ..config.compare import FOLDERS, flatten
 from ..errors import InputError
 from .plan import Study
+from .record import kept_form
 from .stats import (
     BOOTSTRAP_SEED,
     LEVEL,
@@ -149,7 +150,7 @@ def _paired(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float |
 
 
 def _form(record: Mapping[str, Any], form: str | None) -> str:
-    return form or ("routed" if "routed" in record["results"] else "merged")
+    return form or kept_form(record)
 
 
 def _mean(values: Sequence[float]) -> float | None:

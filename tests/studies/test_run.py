@@ -56,7 +56,7 @@ def change_record(results, cell, edit):
 
 
 def older(*keys):
-    """Return an edit for `change_record`: keys such as ("s2d", "stop_fraction") go, those that all data sets had come."""
+    """Return an edit for `change_record`: keys such as ("s2d", "stop_fraction") go, two that all data sets had come."""
 
     def edit(record):
         for section, key in keys:
@@ -302,6 +302,28 @@ def test_marks_in_a_record_are_those_of_the_merged_model_shape_by_shape(write_st
     record = read_records(results, study.cells)["s2d", study.cells[1].seed]
     assert record["results"]["merged"]["correct"] == expected and len(set(expected)) == 2
     assert record["curve"]["val_oa"][-1] == pytest.approx(record["results"]["merged"]["oa"], abs=1e-5), "last epoch"
+
+
+def test_a_row_is_the_model_that_the_run_saved(write_study, results, shapes_root):
+    """Behind the experts of a Point Transformer stands BatchNorm, whose statistics are re-estimated once merged."""
+    sizes = {"name": "point_transformer_tiny", "channels": [16, 32], "depths": [0, 2], "strides": [1, 4]}
+    model = sizes | {"num_neighbors": [4, 4], "mlp_ratio": 2.0}
+    study = load_study(write_study(seeds=[0], common={"model": model, "s2d.every": 1}))
+    run_study(study, results=results, only=["s2d"])
+    records = read_records(results, study.cells)
+    record = records["s2d", 0]
+    assert record["kept"] == "recalibrated"
+    assert record["results"]["recalibrated"]["correct"] != record["results"]["merged"]["correct"]
+    _, validation = split_train_validation(build_dataset(study.cells[1].config.data, "train", seed=0), 0.25, 0)
+    points, labels = validation.batch(torch.arange(len(validation)))
+    saved = load_model(f"{study.cells[1].config.output_dir}/merged.pt")
+    with torch.no_grad():
+        expected = (saved(points).argmax(1) == labels).double().mean().item()
+    merged = record["results"]["merged"]["oa"]
+    row = summarize(study, records)["rows"][1]
+    assert (row["form"], row["oa"]["0"]) == ("recalibrated", pytest.approx(expected)) and expected != merged
+    old = {key: value for key, value in record.items() if key != "kept"}  # as records were before they said it
+    assert summarize(study, {("s2d", 0): old})["rows"][1] == row
 
 
 def test_a_record_names_no_folder_of_this_machine(write_study, results, tmp_path, shapes_root):

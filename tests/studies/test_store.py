@@ -18,7 +18,7 @@ def record_of(cell, **changes):
     record = {
         "study": cell.study, "arm": cell.arm, "seed": cell.seed, "changes": cell.changes, "config": config,
         "data_folder": cell.data_folder, "split": "validation", "shapes": "00", "epochs": 2, "updates": 4,
-        "train_seconds": 1.5, "parameters": {"training": 2, "merged": 1},
+        "train_seconds": 1.5, "parameters": {"training": 2, "merged": 1}, "kept": "merged",
         "results": {"merged": {"oa": 0.5, "macc": 0.25, "loss": 0.7 / 3, "num_samples": 2, "correct": "01"}},
         "environment": {"git_commit": "c0"}, "curve": {"train_loss": [2.0, 0.1], "val_oa": [None, 0.5]},
     }  # fmt: skip
@@ -81,6 +81,7 @@ DAMAGES = [
     (lambda text: text.replace('"split"', '"spilt"'), "no record of a run, its split is missing or wrong"),
     (lambda text: text.replace('"correct":"', '"correct":"1'), "no record of a run, its results do not add up"),
     (lambda text: text.replace('"loss":', '"los":'), "no record of a run, its results do not add up"),
+    (lambda text: text.replace('"kept":"merged"', '"kept":"ema"'), "no record of a run, its kept is missing or wrong"),
     (lambda text: text.replace('"train_loss":', '"loss":'), "no record of a run, its curve is missing or wrong"),
 ]
 
