@@ -1,4 +1,4 @@
-"""The way to the config of a run: from a YAML file, overrides or a checkpoint. Its schema is in `config_schema`."""
+"""Loading the config of a run from a YAML file, overrides or a checkpoint. Its schema is in `schema.py`."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -20,10 +20,10 @@ _RETIRED: dict[Loc, tuple[TypeAdapter[Any], object]] = {
     ("s2d", "average_moments"): (TypeAdapter(Bool), False),
     ("s2d", "rise_fraction"): (TypeAdapter(Float), 1.0),
 }
-"""Keys whose options went because they did not help: their type, and the value at which a run is as it is without."""
+"""Keys of options that were removed because they did not help: their type, and the value that had no effect."""
 _LAST_WITH_THEM = "6eb7082"
 _KEYS_OF_ALL_DATA_SETS = ("variant", "background")
-"""Keys of one data set's reader that stood in the section `data` of every config: null where the reader lacks them."""
+"""Keys of one data set that older versions wrote into the section `data` of every config; null for all others."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -136,7 +136,7 @@ def _validate(mapping: dict, where: str, origins: Mapping[Loc, str], lines: list
 
 
 def _drop_retired(mapping: dict) -> list[Problem]:
-    """Take the keys that are gone out of a config, in place; return those whose value asked for something."""
+    """Remove the keys that are gone from a config, in place; return those whose value had an effect."""
     problems = []
     for (section, key), (kind, idle) in _RETIRED.items():
         keys = mapping.get(section)
@@ -154,7 +154,7 @@ def _drop_retired(mapping: dict) -> list[Problem]:
 
 
 def _drop_idle(mapping: dict) -> None:
-    """Take the keys of another data set out of the section `data`, in place, where they are null."""
+    """Remove keys of another data set from the section `data`, in place, where they are null."""
     from ..datasets import dataset_reader, list_datasets
 
     data = mapping.get("data")

@@ -201,7 +201,7 @@ class S2DConfig(Section):
     )
 
     def mof(self) -> "MoFConfig":
-        """Return what `convert_to_mof_` needs; for kind 'none' that of the sparse twin."""
+        """Return what `convert_to_mof_` needs; for kind 'none' what its sparse counterpart needs."""
         from ..s2d import MoFConfig
 
         return MoFConfig(
