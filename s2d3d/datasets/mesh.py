@@ -211,8 +211,11 @@ def read_stl(path: Path) -> tuple[np.ndarray, np.ndarray]:
     elif data[:5].lower() == b"solid":
         facets, ends = (len(re.findall(rb"\b" + word + rb"\b", data)) for word in (b"facet", b"endfacet"))
         fields = [match.groups() for match in _STL_VERTEX.finditer(data)]
-        if b"endsolid" not in data or not facets == ends == len(fields) / 3:
-            raise InputError(f"{path}: is cut short: {facets} facets begin, {len(fields)} corners are there")
+        before, _, rest = data.rpartition(b"endsolid")
+        if not before or not facets == ends == len(fields) / 3 or rest.partition(b"\n")[2].strip():
+            raise InputError(
+                f"{path}: is cut short or damaged: {facets} facets begin, {ends} end, {len(fields)} corners are there"
+            )
         values = [number(field) for row in fields for field in row]
         if None in values:
             line = data.count(b"\n", 0, data.find(b" ".join(fields[values.index(None) // 3]))) + 1

@@ -65,7 +65,7 @@ def read_pcd(path: Path) -> np.ndarray:
     record = np.dtype(fields)
     wanted = points * record.itemsize
     if form == "binary":
-        _check_length(path, wanted, data[start:] if len(data) - start < wanted + 64 else None, len(data) - start)
+        _check_length(path, wanted, data, start)
         table = np.frombuffer(data, record, points, start)
         columns = [table[f"f{axis}"][:, 0] for axis in axes]
     elif form == "binary_compressed":
@@ -75,6 +75,7 @@ def read_pcd(path: Path) -> np.ndarray:
                 f"{path}: is cut short or damaged: {points} points take {wanted} bytes, {unpacked} are announced, "
                 f"packed in {packed} of {max(0, len(data) - start - 8)} bytes"
             )
+        _check_length(path, packed + 8, data, start)
         flat = unpack_lzf(data[start + 8 : start + 8 + packed], wanted)
         if flat is None:
             raise InputError(f"{path}: is damaged: its points cannot be unpacked")
@@ -102,10 +103,11 @@ def _pcd_header(path: Path, data: bytes) -> tuple[dict[str, list[str]], int, int
     raise InputError(f"{path}: holds no points, or is not a .pcd file: its header has no DATA")
 
 
-def _check_length(path: Path, wanted: int, content: bytes | None, there: int) -> None:
+def _check_length(path: Path, wanted: int, data: bytes, start: int) -> None:
+    there = len(data) - start
     if there < wanted:
         raise InputError(f"{path}: is cut short: its points take {wanted} bytes, {there} follow the header")
-    if content is None or content[wanted:].strip(b"\0\r\n "):
+    if data[start + wanted :].strip(b"\0\r\n "):
         raise InputError(f"{path}: holds {there - wanted} bytes more than its header announces; is it damaged?")
 
 

@@ -123,7 +123,7 @@ def _read_archive(path: Path, file: BinaryIO) -> np.ndarray:
                 if info.filename.endswith(".npy"):
                     found[info.filename.removesuffix(".npy")] = info
             if not found:
-                raise InputError(f"{path}: an archive without arrays; save the points with numpy.savez")
+                raise InputError(f"{path}: is an archive without arrays; save the points in it")
             info = found[_choose(path, archive, found)]
             if info.file_size > max(SMALL, MAX_EXPANSION * info.compress_size):
                 raise InputError(f"{path}: {quoted(info.filename)} unpacks to {info.file_size} bytes; is it broken?")
@@ -132,7 +132,7 @@ def _read_archive(path: Path, file: BinaryIO) -> np.ndarray:
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError, zipfile.zlib.error) as error:  # type: ignore[attr-defined]
         if isinstance(error, OSError) and error.filename is not None:
             raise
-        raise InputError(f"{path}: a damaged archive; save the points again with numpy.savez") from error
+        raise InputError(f"{path}: is a damaged archive; save the points again") from error
 
 
 def _choose(path: Path, archive: zipfile.ZipFile, found: dict[str, zipfile.ZipInfo]) -> str:
