@@ -21,6 +21,8 @@ demo: $(VENV)/.s2d3d data/shapes/train_files.txt
 	$(RUN) tools/train.py configs/demo.yaml $(if $(wildcard runs/demo/checkpoints/last.pt),--resume runs/demo)
 	@$(RUN) tools/visualize.py --checkpoint runs/demo/merged.pt --output runs/demo/predictions.png --force \
 		|| echo "no picture this time, for the reason above; training and evaluation do not need it"
+	@echo "next, one page with curves, confusion matrix and mistakes:"
+	@echo "    $(RUN) tools/report.py runs/demo --output runs/demo/report.html"
 
 test: $(VENV)/.s2d3d $(VENV)/.browser
 	$(RUN) -m pytest

@@ -76,6 +76,7 @@ def tiny_config(shapes_root, tmp_path, repository):
                 "model.group_size=8",
                 "model.encoder_dims=16",
                 "model.encoder_width=8",
+                "s2d.share_rate=0.3",
                 "optim.warmup_epochs=1",
                 "train.epochs=2",
                 "train.batch_size=16",

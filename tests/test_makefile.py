@@ -1,11 +1,14 @@
 """The rules of the environment: a disk that is too full is named, and a browser is had where that is possible."""
 
 import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from s2d3d import load_config
 
 SKIPPED = "tests that open pages in a browser are skipped; for them: sudo apt-get install chromium-headless-shell"
 BEGINS = "installing a browser for the tests that open pages"
@@ -91,6 +94,17 @@ def test_otherwise_torch_is_installed(make, tmp_path, df):
     process = make(".torch", df=df, python=f'echo "$@" >> {log}')
     assert process.returncode == 0 and (tmp_path / "venv" / ".torch").exists(), process.stderr
     assert log.read_text().split()[-2:] == ["torch", "torchvision"]
+
+
+def test_the_demo_ends_with_the_command_of_the_next_step(repository, tool):
+    process = subprocess.run(
+        [shutil.which("make"), "-n", "VENV=venv", "demo"], cwd=repository, capture_output=True, text=True, timeout=60
+    )
+    command = shlex.split(process.stdout.splitlines()[-1].removeprefix("echo ").strip('" '))
+    assert process.returncode == 0 and command[:2] == ["venv/bin/python", "tools/report.py"]
+    arguments = tool("report").build_parser().parse_args(command[2:])
+    (trained,) = [line.split()[2] for line in process.stdout.splitlines() if "tools/train.py" in line]
+    assert arguments.runs == [load_config(repository / trained).output_dir] and arguments.output.endswith(".html")
 
 
 def test_the_names_are_those_that_the_tests_look_for(repository):

@@ -14,6 +14,10 @@ from ..datasets import PointCloudDataset
 from ..errors import InputError
 from ..models.mode import eval_mode
 
+MATRIX_CLASSES = 16
+"""Up to so many classes a confusion matrix is read as text at a glance."""
+TOP_CONFUSIONS = 10
+
 
 @dataclass(frozen=True)
 class ClassificationReport:
@@ -56,6 +60,36 @@ class ClassificationReport:
             fraction = self.per_class[name]
             accuracy = "-" if fraction is None else f"{100 * fraction:.1f} %"
             lines.append(f"{name:<{width}}  {sum(row):>7}  {row[index]:>7}  {accuracy:>8}  {mistake}".rstrip())
+        return "\n".join(lines)
+
+    def confusions(self) -> str:
+        """Return the confusion counts as text: the matrix of few classes, the most frequent confusions of many.
+
+        Example:
+            >>> report = ClassificationReport(
+            ...     oa=0.75, macc=0.5, loss=1.0, per_class={"box": 0.75, "mug": None}, confusion=[[3, 1], [0, 0]],
+            ...     class_names=["box", "mug"], num_samples=4)
+            >>> print(report.confusions())
+            confusion counts, rows: true class, columns: predicted class
+                              1    2
+              1 box           3    1
+              2 mug           .    .
+        """
+        names = self.class_names
+        if len(names) <= MATRIX_CLASSES:
+            width = max(10, *(len(name) for name in names))
+            cell = max(5, len(str(self.num_samples)) + 1)
+            head = "".join(f"{number:>{cell}}" for number in range(1, len(names) + 1))
+            lines = ["confusion counts, rows: true class, columns: predicted class", f"{'':>{width + 4}}{head}"]
+            for number, (name, row) in enumerate(zip(names, self.confusion), 1):
+                lines.append(f"{number:>3} {name:<{width}}" + "".join(f"{count or '.':>{cell}}" for count in row))
+            return "\n".join(lines)
+        counts = enumerate(self.confusion)
+        pairs = [(n, i, j) for i, row in counts for j, n in enumerate(row) if n and i != j]
+        pairs.sort(key=lambda pair: -pair[0])
+        lines = [f"most frequent confusions ({min(len(pairs), TOP_CONFUSIONS)} of {len(pairs)})"]
+        for count, true, predicted in pairs[:TOP_CONFUSIONS]:
+            lines.append(f"{count:>5} of {sum(self.confusion[true])} {names[true]} taken for {names[predicted]}")
         return "\n".join(lines)
 
     def summary(self) -> str:

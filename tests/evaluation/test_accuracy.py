@@ -86,6 +86,36 @@ def test_table_and_summary():
     assert report.summary() == "OA 40.00 %, mAcc 41.67 % (5 samples)"
 
 
+def test_confusions_of_few_classes_are_the_matrix():
+    report = evaluate(Table(), batches(SAID, TRUE), device="cpu", class_names=["bowl", "cup", "vase"], progress=False)
+    head, numbers, *rows = report.confusions().splitlines()
+    assert head == "confusion counts, rows: true class, columns: predicted class" and numbers.split() == ["1", "2", "3"]
+    assert [row.split() for row in rows] == [
+        ["1", "bowl", "1", "1", "."], ["2", "cup", "1", "1", "1"], ["3", "vase", ".", ".", "."],
+    ]  # fmt: skip
+    assert len({len(line) for line in (numbers, *rows)}) == 1, "columns stand below each other"
+
+
+def test_confusions_of_many_classes_are_the_most_frequent():
+    names = [f"class_{index}" for index in range(30)]
+    labels = [0] * 6 + [1] * 3 + list(range(2, 16))
+    said = [5, 5, 5, 0, 0, 7] + [0, 0, 1] + [16] * 14
+    report = evaluate(
+        Table(), batches(torch.eye(30)[said].tolist(), labels), device="cpu", class_names=names, progress=False
+    )
+    lines = report.confusions().splitlines()
+    assert lines[0] == "most frequent confusions (10 of 17)" and len(lines) == 11
+    assert [line.split() for line in lines[1:4]] == [
+        ["3", "of", "6", "class_0", "taken", "for", "class_5"],
+        ["2", "of", "3", "class_1", "taken", "for", "class_0"],
+        ["1", "of", "6", "class_0", "taken", "for", "class_7"],
+    ]
+    right = evaluate(
+        Table(), batches(torch.eye(30).tolist(), list(range(30))), device="cpu", class_names=names, progress=False
+    )
+    assert right.confusions() == "most frequent confusions (0 of 0)"
+
+
 def test_table_of_one_class():
     report = evaluate(Table(), batches([[1.0]], [0]), device="cpu", progress=False)
     assert report.table().splitlines()[1].split() == ["0", "1", "1", "100.0", "%"] and report.oa == 1
