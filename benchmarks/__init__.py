@@ -1,10 +1,12 @@
 """Measurements of speed and memory: contestants in turn, their results checked equal, ratios round by round."""
 
 import importlib
+from typing import TYPE_CHECKING
 
-from .section import Section, Settings
+if TYPE_CHECKING:
+    from .section import Section, Settings
 
-__all__ = ["SECTIONS", "Section", "Settings", "measure_section"]
+__all__ = ["SECTIONS", "measure_section"]
 
 SECTIONS = {
     "layer": "one layer: RUP-MoF, the dense FFN, mixtures of experts; EWA; AdamW",
@@ -18,7 +20,7 @@ SECTIONS = {
 """What can be measured, in the order of the page."""
 
 
-def measure_section(name: str, settings: Settings) -> Section:
+def measure_section(name: str, settings: "Settings") -> "Section":
     """Measure one section.
 
     Args:
@@ -30,6 +32,7 @@ def measure_section(name: str, settings: Settings) -> Section:
 
     Example:
         >>> import torch
+        >>> from benchmarks.section import Settings
         >>> section = measure_section("layer", Settings(torch.device("cpu"), num_threads=2))  # doctest: +SKIP
         >>> section.comparisons[0].base  # doctest: +SKIP
         'dense FFN'

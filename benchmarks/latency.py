@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from s2d3d.export import FORMATS
 from s2d3d.export.check import TOLERANCE
-from s2d3d.export.write import FORMATS, Exported, export_model, load_exported
+from s2d3d.export.write import export_model, load_exported
 from s2d3d.machine import installed_version
 from s2d3d.models import create_model, fold_batchnorm
 
@@ -68,12 +69,11 @@ def measure_latency(
     return results
 
 
-def model_forms(model: nn.Module, exported: Exported, payload: dict[str, Any], num_points: int) -> dict[str, Form]:
+def model_forms(model: nn.Module, payload: dict[str, Any], num_points: int) -> dict[str, Form]:
     """Return the dense architecture, the model, and its exports of all formats, all with the same weights.
 
     Args:
         model: of the checkpoint, merged or dense, in eval mode.
-        exported: one of its files; the other formats are written to a temporary folder.
         payload: of the checkpoint.
         num_points: of a cloud.
 
@@ -93,14 +93,11 @@ def model_forms(model: nn.Module, exported: Exported, payload: dict[str, Any], n
     forms: dict[str, Form] = {DENSE: dense(), AGAIN: dense(), MERGED: model, FOLDED: fold_batchnorm(model)}
     with tempfile.TemporaryDirectory() as folder:
         for name, suffix in FORMATS.items():
-            file = exported
-            if exported.path.suffix != suffix:
-                path = export_model(
-                    model, Path(folder, f"model{suffix}"), format=name, num_points=num_points,
-                    in_channels=described["in_channels"],
-                )  # fmt: skip
-                file = load_exported(path, threads=torch.get_num_threads())
-            forms[TITLES[name]] = file
+            path = export_model(
+                model, Path(folder, f"model{suffix}"), format=name, num_points=num_points,
+                in_channels=described["in_channels"],
+            )  # fmt: skip
+            forms[TITLES[name]] = load_exported(path, threads=torch.get_num_threads())
     return forms
 
 
@@ -115,9 +112,7 @@ def without_ties(forms: dict[str, Form], points: Tensor) -> Tensor:
     return points[agree] if 8 * int(agree.sum()) >= 7 * len(points) else points
 
 
-def latency_page(
-    model: nn.Module, exported: Exported, payload: dict[str, Any], points: Tensor, *, rounds: int = 20
-) -> str:
+def latency_page(model: nn.Module, payload: dict[str, Any], points: Tensor, *, rounds: int = 20) -> str:
     """Return the tables of a checkpoint as Markdown, with the machine they were measured on.
 
     Arguments as for `model_forms` and `measure_latency`.
@@ -128,7 +123,7 @@ def latency_page(
     settings = Settings(torch.device("cpu"), torch.get_num_threads(), rounds=rounds)
     section = new_section("latency", "Latency", settings)
     section.hardware["packages"] = {name: installed_version(name) for name in PACKAGES}
-    forms = model_forms(model, exported, payload, points.shape[1])
+    forms = model_forms(model, payload, points.shape[1])
     tables = [comparison_table(one) for one in measure_latency(forms, without_ties(forms, points), rounds=rounds)]
     return "\n\n".join([f"# Latency of {payload['model']['name']}", *tables, "\n".join(hardware_lines(section))])
 

@@ -1,15 +1,30 @@
 """s2d3d: Sparse-to-Dense training of 3D point-cloud transformers."""
 
-from .config.load import Config, load_config
-from .datasets import create_dataset, register_dataset
-from .evaluation.accuracy import ClassificationReport, evaluate
-from .evaluation.batchnorm import recalibrate_batchnorm_
-from .export.write import export_model
-from .models import create_model, fold_batchnorm, list_models, load_pretrained_, register_model
-from .runs.checkpoint import load_checkpoint, load_model, save_checkpoint
-from .s2d import EWA, MoFConfig, RUPMoF, TopKMoE, apply_ewa_, balance_loss, convert_to_mof_, is_sparse, merge_experts
-from .training.trainer import Trainer
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .config.load import Config, load_config
+    from .datasets import create_dataset, register_dataset
+    from .evaluation.accuracy import ClassificationReport, evaluate
+    from .evaluation.batchnorm import recalibrate_batchnorm_
+    from .export.write import export_model
+    from .models import create_model, fold_batchnorm, list_models, load_pretrained_, register_model
+    from .runs.checkpoint import load_checkpoint, load_model, save_checkpoint
+    from .s2d import (
+        EWA,
+        MoFConfig,
+        RUPMoF,
+        TopKMoE,
+        apply_ewa_,
+        balance_loss,
+        convert_to_mof_,
+        is_sparse,
+        merge_experts,
+    )
+    from .training.trainer import Trainer
 
 __all__ = [
     "EWA",
@@ -40,3 +55,36 @@ __all__ = [
     "register_model",
     "save_checkpoint",
 ]
+
+_HOMES = {
+    "config.load": ("Config", "load_config"),
+    "datasets": ("create_dataset", "register_dataset"),
+    "evaluation.accuracy": ("ClassificationReport", "evaluate"),
+    "evaluation.batchnorm": ("recalibrate_batchnorm_",),
+    "export.write": ("export_model",),
+    "models": ("create_model", "fold_batchnorm", "list_models", "load_pretrained_", "register_model"),
+    "runs.checkpoint": ("load_checkpoint", "load_model", "save_checkpoint"),
+    "s2d": (
+        "EWA", "MoFConfig", "RUPMoF", "TopKMoE", "apply_ewa_", "balance_loss", "convert_to_mof_", "is_sparse",
+        "merge_experts",
+    ),
+    "training.trainer": ("Trainer",),
+}  # fmt: skip
+"""Public names by the module that defines them, which is imported when one of them is asked for first."""
+_MODULES = {name: module for module, names in _HOMES.items() for name in names}
+_ROOMS = {module.partition(".")[0] for module in _HOMES}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name, or a room such as `s2d3d.models`, at its first use: torch and timm take seconds."""
+    if name in _MODULES:
+        value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    if name in _ROOMS:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,8 @@
-"""What the command lines in tools/ have in common: one way to fail, and the flags that mean the same everywhere."""
+"""What the command lines in tools/ have in common: one way to fail, and the flags that mean the same everywhere.
+
+A tool imports at its top what it needs to read and check its arguments. The rest is imported in `run`, when the
+arguments are right: torch and the models take seconds to import, which neither `--help` nor a wrong path should cost.
+"""
 
 import argparse
 import contextlib
@@ -11,11 +15,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from .atomic import check_parent
-from .config.io import override_name
-from .config.load import Config
 from .errors import InputError, TrainingError, printable
 
 Body = Callable[[argparse.Namespace], "int | None"]
+CLOUD_FILES = ".ply .pcd .off .obj .stl .glb .las .npy .npz .txt .xyz .csv .pts"
+"""Kinds of files that the tools read, for their help; the same as `datasets.files.SUFFIXES`."""
 
 
 def run_tool(parser: argparse.ArgumentParser, body: Body, argv: Sequence[str] | None) -> int:
@@ -30,7 +34,7 @@ def run_tool(parser: argparse.ArgumentParser, body: Body, argv: Sequence[str] | 
         argv: arguments without the program's name; None takes those of the process.
     """
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    _shorten_errors(parser)
+    shorten_errors(parser)
     try:
         arguments = _parse(parser, argv)
     except SystemExit as error:  # argparse leaves the process; in-process callers want the code
@@ -89,6 +93,11 @@ def check_overrides(overrides: Sequence[str], sections: Sequence[str]) -> None:
     Raises:
         InputError: an override of another section; one line for each.
     """
+    if not overrides:
+        return
+    from .config.io import override_name
+    from .config.schema import Config
+
     known = ", ".join(section if section == "seed" else f"{section}.*" for section in sections)
     unused = Config.model_fields.keys() - set(sections)
     lines = [
@@ -125,13 +134,7 @@ def refuse_existing(path: str | Path, force: bool, *, sources: Sequence[str | Pa
     return path
 
 
-def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse with flags and overrides in any order, which plain argparse refuses and sub-commands rule out."""
-    has_commands = any(action.nargs == argparse.PARSER for action in parser._actions)
-    return parser.parse_args(argv) if has_commands else parser.parse_intermixed_args(argv)
-
-
-def _shorten_errors(parser: argparse.ArgumentParser) -> None:
+def shorten_errors(parser: argparse.ArgumentParser) -> None:
     """Let wrong arguments end in one line, as all other mistakes do, instead of the usage and a line."""
 
     def error(message: str) -> NoReturn:
@@ -141,7 +144,13 @@ def _shorten_errors(parser: argparse.ArgumentParser) -> None:
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for command in action.choices.values():
-                _shorten_errors(command)
+                shorten_errors(command)
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse with flags and overrides in any order, which plain argparse refuses and sub-commands rule out."""
+    has_commands = any(action.nargs == argparse.PARSER for action in parser._actions)
+    return parser.parse_args(argv) if has_commands else parser.parse_intermixed_args(argv)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+from .cli import shorten_errors
+from .errors import did_you_mean
 from .version import __version__
 
 COMMANDS = {
@@ -49,15 +51,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"s2d3d {__version__}")
     parser.add_argument("--copy-configs", metavar="DIR", help="copy the shipped configs into a new folder, and end")
-    parser.add_argument("command", nargs="?", choices=COMMANDS, metavar="COMMAND", help="one of those below")
+    parser.add_argument("command", nargs="?", metavar="COMMAND", help="one of those below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command; see s2d3d COMMAND --help")
     given = list(sys.argv[1:] if argv is None else argv)
-    if given and given[0] in COMMANDS:  # argparse would take the command's own flags for those of this parser
-        return load_tool(given[0].replace("-", "_")).main(given[1:])
+    shorten_errors(parser)
     try:
+        if given and given[0] in COMMANDS:  # argparse would take the command's own flags for those of this parser
+            name = given[0].replace("-", "_")
+            if not tool_file(name).is_file():
+                parser.exit(1, f"error: {given[0]}: needs a clone of the repository; there: python tools/{name}.py\n")
+            return load_tool(name).main(given[1:])
         asked = parser.parse_args(given)
+        if asked.command is not None and asked.command not in COMMANDS:
+            parser.error(f"no command '{asked.command}'{did_you_mean(asked.command, COMMANDS)}")
         if asked.copy_configs is None:
-            parser.error("a command is missing; see s2d3d --help")
+            parser.error("a command is missing")
         copy_configs(asked.copy_configs, parser)
     except SystemExit as stop:
         return int(stop.code or 0)
@@ -73,12 +81,23 @@ def copy_configs(folder: str, parser: argparse.ArgumentParser) -> None:
         parser.exit(1, f"error: {folder}: {error.strerror}; name a folder that does not exist yet\n")
 
 
+def tool_file(name: str) -> Path:
+    """Return where a tool is: in the wheel, which ships all but the benchmarks, or in the repository around it."""
+    packaged = HERE / "tools"
+    return (packaged if packaged.is_dir() else HERE.parent / "tools") / f"{name}.py"
+
+
 def load_tool(name: str) -> ModuleType:
-    """Import a tool: from the wheel, which holds them as `s2d3d.tools`, or from the repository around this file."""
-    if (HERE / "tools" / f"{name}.py").is_file():
+    """Import a tool, which the wheel holds as a module of `s2d3d.tools`."""
+    path = tool_file(name)
+    if path.is_relative_to(HERE):
         return importlib.import_module(f"{__package__}.tools.{name}")
-    spec = importlib.util.spec_from_file_location(f"s2d3d_tools_{name}", HERE.parent / "tools" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"s2d3d_tools_{name}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -23,9 +23,14 @@ def test_version_help_and_mistakes(capsys, tmp_path):
     assert capsys.readouterr().out == f"s2d3d {__version__}\n"
     assert main(["--help"]) == 0
     assert "prepare-data" in capsys.readouterr().out
-    for argv, word in (([], "a command is missing"), (["trian"], "invalid choice"), (["--cofnig"], "unrecognized")):
+    for argv, word in (
+        ([], "a command is missing"),
+        (["trian"], "no command 'trian'; did you mean 'train'?"),
+        (["--cofnig"], "unrecognized"),
+    ):
         assert main(argv) == 2
-        assert word in capsys.readouterr().err
+        line = capsys.readouterr().err
+        assert word in line and line.startswith("error: ") and line.count("\n") == 1
     assert main(["merge", "--checkpoint", str(tmp_path / "no.pt"), "--output", str(tmp_path / "m.pt")]) == 1
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}/no.pt: no such checkpoint")
 

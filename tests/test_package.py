@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -20,6 +21,7 @@ FOLDERS = sorted(path.name for path in PACKAGE.iterdir() if path.is_dir() and (p
 def test_importing_is_silent_and_leaves_heavy_packages_alone(tmp_path):
     program = (
         "import sys, json; before = set(sys.modules); import s2d3d; import s2d3d.viz\n"
+        "for name in s2d3d.__all__: getattr(s2d3d, name)\n"
         "with open(sys.argv[1], 'w') as file: json.dump(sorted(sys.modules.keys() - before), file)"
     )
     process = subprocess.run(
@@ -43,7 +45,8 @@ def test_promised_names_are_there():
         "load_model", "recalibrate_batchnorm_",
     }  # fmt: skip
     assert promised <= set(s2d3d.__all__)
-    public = {name for name in vars(s2d3d) if not name.startswith("_") and not inspect.ismodule(getattr(s2d3d, name))}
+    names = {name: getattr(s2d3d, name) for name in dir(s2d3d) if not name.startswith("_")}
+    public = {name for name, item in names.items() if not inspect.ismodule(item) and item not in (TYPE_CHECKING, Any)}
     assert public == set(s2d3d.__all__) - {"__version__"}
 
 
@@ -113,9 +116,9 @@ def rooms(names: set[str]) -> set[str]:
 
 
 FLOORS = {
-    "cli": 9, "console": 9, "studies": 8, "training": 7, "viz": 7, "runs": 6, "evaluation": 5, "config": 4,
-    "prepare": 4, "export": 4, "models": 3, "datasets": 3, "ops": 2, "s2d": 2, "unpickle": 1, "random_state": 0,
-    "machine": 1, "atomic": 1, "markdown": 0, "errors": 0, "version": 0,
+    "__main__": 10, "console": 9, "cli": 8, "studies": 8, "training": 7, "viz": 7, "runs": 6, "evaluation": 5,
+    "config": 4, "prepare": 4, "export": 4, "models": 3, "datasets": 3, "ops": 2, "s2d": 2, "unpickle": 1,
+    "random_state": 0, "machine": 1, "atomic": 1, "markdown": 0, "errors": 0, "version": 0,
 }  # fmt: skip
 """An arrow runs to a lower floor, or stays in its room. `__init__` hands names on, from all of them."""
 

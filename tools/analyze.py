@@ -7,10 +7,6 @@ from pathlib import Path
 
 from s2d3d.atomic import write_json
 from s2d3d.cli import add_overrides, refuse_existing, run_tool
-from s2d3d.machine import choose_device, keep_large_allocations
-from s2d3d.runs.analysis import analysis_table, analyze_run
-from s2d3d.viz.figure import save_figure
-from s2d3d.viz.plots import experts_figure
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,6 +24,12 @@ def build_parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.output or arguments.run)
     numbers, picture = (refuse_existing(folder / f"analysis.{kind}", arguments.force) for kind in ("json", "png"))
+
+    from s2d3d.machine import choose_device, keep_large_allocations
+    from s2d3d.runs.analysis import analysis_table, analyze_run
+    from s2d3d.viz.figure import save_figure
+    from s2d3d.viz.plots import experts_figure
+
     keep_large_allocations()
     result = analyze_run(
         arguments.run,

@@ -4,11 +4,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from s2d3d import apply_ewa_, load_checkpoint, save_checkpoint
 from s2d3d.cli import refuse_existing, run_tool
 from s2d3d.errors import InputError
-from s2d3d.runs.checkpoint import MODEL_KEYS, build_model, has_router, require_sparse
-from s2d3d.s2d.analysis import expert_divergence
+from s2d3d.runs.folder import require_checkpoint
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -24,6 +22,12 @@ def run(arguments: argparse.Namespace) -> None:
     output = refuse_existing(arguments.output, arguments.force, sources=[arguments.checkpoint])
     if not 0 <= arguments.share_rate <= 1:
         raise InputError(f"--share-rate is {arguments.share_rate}, must be in [0, 1]")
+    require_checkpoint(arguments.checkpoint)
+
+    from s2d3d import apply_ewa_, load_checkpoint, save_checkpoint
+    from s2d3d.runs.checkpoint import MODEL_KEYS, build_model, has_router, require_sparse
+    from s2d3d.s2d.analysis import expert_divergence
+
     payload = load_checkpoint(arguments.checkpoint)
     require_sparse(payload, arguments.checkpoint)
     model = build_model(payload, where=arguments.checkpoint)

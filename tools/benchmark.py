@@ -7,14 +7,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `benchmarks` is part of a clone, not of the package
 
-from benchmarks import SECTIONS, measure_section
-from benchmarks.hardware import num_threads
-from benchmarks.report import is_ours, merge_results, read_results, target_table, write_report, write_results
-from benchmarks.section import Section, Settings
-from benchmarks.tables import hardware_lines, section_text
-from s2d3d.cli import refuse_existing, run_tool
-from s2d3d.errors import InputError
-from s2d3d.machine import choose_device, keep_large_allocations
+from benchmarks import SECTIONS
+from s2d3d.cli import add_overrides, run_tool
+from s2d3d.runs.folder import require_checkpoint
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,6 +26,15 @@ def build_parser() -> argparse.ArgumentParser:
     page = commands.add_parser("report", help="the page from results that exist")
     page.add_argument("inputs", nargs="+", metavar="FILE.json", help="results; of equal sections the later counts")
     _add_page(page)
+    latency = commands.add_parser("latency", help="a trained model: dense, merged, and exported in all formats")
+    latency.add_argument("--checkpoint", required=True, metavar="FILE", help="a dense checkpoint, such as merged.pt")
+    add_overrides(latency)
+    latency.add_argument("--merge", action="store_true", help="merge the experts of a sparse checkpoint first")
+    latency.add_argument("--num-points", type=int, metavar="N", help="points of a cloud; default: data.num_points")
+    latency.add_argument("--clouds", type=int, default=64, metavar="N", help="test clouds to take (default: 64)")
+    latency.add_argument("--rounds", type=int, default=20, metavar="N", help="rounds of every comparison (default: 20)")
+    latency.add_argument("--output", metavar="FILE.md", help="write the tables there as well")
+    latency.add_argument("--force", action="store_true", help="replace the output if it exists")
     return parser
 
 
@@ -51,78 +55,12 @@ def _add_page(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.command == "report":
-        page, numbers = _places(arguments, arguments.inputs)
-        sections = merge_results(read_results(path) for path in arguments.inputs)
-        _write(page, numbers, sections, "report FILE.json ... --output docs/benchmarks.md")
-        return
-    settings = _settings(arguments)
-    keep_large_allocations()
-    if arguments.command == "all":
-        page, numbers = _places(arguments)
-        sections = []
-        for name in SECTIONS:
-            if name == "gpu" and settings.device.type != "cuda":
-                continue
-            sections.append(measure_section(name, settings))
-            print(f"{section_text(sections[-1])}\n", flush=True)
-            write_results(numbers, sections)  # what was measured stays when a later section fails
-        _write(page, numbers, sections, _command(settings))
-        return
-    output = refuse_existing(arguments.output, arguments.force) if arguments.output is not None else None
-    section = measure_section(arguments.command, settings)
-    print("\n".join(hardware_lines(section)), section_text(section), sep="\n\n")
-    if output:
-        write_results(output, [section])
-        print(f"written to {output}")
+    if arguments.command == "latency":
+        require_checkpoint(arguments.checkpoint)
 
+    from benchmarks.command import run_benchmark
 
-def _settings(arguments: argparse.Namespace) -> Settings:
-    if arguments.rounds is not None and arguments.rounds < 1:
-        raise InputError(f"--rounds is {arguments.rounds}, must be at least 1")
-    root = Path(arguments.root) if arguments.root is not None else None
-    if root is not None and not (root / "train_files.txt").is_file():
-        raise InputError(
-            f"{root}: holds no train_files.txt, a data set in ModelNet40 layout is needed; see data/README.md"
-        )
-    return Settings(
-        device=choose_device(arguments.device),
-        num_threads=num_threads(arguments.threads),
-        rounds=arguments.rounds,
-        quick=arguments.quick,
-        root=root,
-        compile=arguments.compile,
-        force_bf16=arguments.bf16,
-        seed=arguments.seed,
-    )
-
-
-def _places(arguments: argparse.Namespace, sources: Sequence[str] = ()) -> tuple[Path, Path]:
-    """Return where page and numbers go; a page of this tool, and the numbers beside it, may be made anew."""
-    page = Path(arguments.output)
-    if page.suffix == ".json":
-        raise InputError(f"{page}: is the name of the numbers; name the page, such as {page.with_suffix('.md')}")
-    force = arguments.force or is_ours(page)
-    numbers = page.with_suffix(".json")
-    page = refuse_existing(page, force, sources=sources)
-    if not any(numbers.exists() and numbers.samefile(source) for source in sources if Path(source).exists()):
-        refuse_existing(numbers, force)
-    return page, numbers
-
-
-def _command(settings: Settings) -> str:
-    """Return the command that makes the page again, without the folders of this machine."""
-    flags: dict[str, object] = {"--root DATA": settings.root, "--quick": settings.quick, "--compile": settings.compile}
-    flags |= {"--bf16": settings.force_bf16, f"--seed {settings.seed}": settings.seed}
-    flags |= {f"--rounds {settings.rounds}": settings.rounds, f"--device {settings.device}": True}
-    chosen = [flag for flag, given in flags.items() if given]
-    return " ".join(["all --output docs/benchmarks.md", *chosen, f"--threads {settings.num_threads}"])
-
-
-def _write(page: Path, numbers: Path, sections: list[Section], command: str) -> None:
-    write_results(numbers, sections)
-    write_report(page, sections, f"python tools/benchmark.py {command}")
-    print(f"{target_table(sections)}\n\nwritten to {page} and {numbers}")
+    run_benchmark(arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,26 +4,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
-from s2d3d import evaluate, load_checkpoint
 from s2d3d.atomic import write_json
 from s2d3d.cli import add_files, add_overrides, check_overrides, refuse_existing, run_tool
-from s2d3d.config.data import build_dataset, build_test_loader, check_classes
-from s2d3d.config.load import Config, parse_config
-from s2d3d.datasets import PointCloudDataset
-from s2d3d.datasets.corruptions import CorruptedDataset, parse_corruption
-from s2d3d.datasets.file_set import find_files, folder_labels, folder_name, load_files
 from s2d3d.errors import InputError
-from s2d3d.evaluation.robustness import (
-    SEED,
-    add_corruption_errors,
-    check_comparable,
-    evaluate_corruptions,
-    robustness_table,
-)
-from s2d3d.machine import choose_device, keep_large_allocations
-from s2d3d.runs.checkpoint import build_model
-from s2d3d.runs.record import find_reference, read_robustness
+from s2d3d.runs.folder import require_checkpoint
+
+if TYPE_CHECKING:
+    from s2d3d import Config
+    from s2d3d.datasets import PointCloudDataset
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,12 +39,28 @@ def run(arguments: argparse.Namespace) -> None:
     check_overrides(arguments.overrides, ("data", "eval", "log", "seed"))
     if any(override.partition("=")[0].strip() == "eval.split" for override in arguments.overrides):
         raise InputError("eval.split: has no effect here, the test split is scored; training scores a validation part")
-    device = choose_device(arguments.device)
-    corruption, everything = None, arguments.corruption == "all"
-    if arguments.corruption and not everything:
-        corruption = parse_corruption(arguments.corruption)
+    everything = arguments.corruption == "all"
     if arguments.reference and not everything:
         raise InputError("--reference: is for --corruption all only")
+    require_checkpoint(arguments.checkpoint)
+
+    from s2d3d import evaluate, load_checkpoint
+    from s2d3d.config.data import build_test_loader
+    from s2d3d.config.load import parse_config
+    from s2d3d.datasets.corruptions import CorruptedDataset, parse_corruption
+    from s2d3d.evaluation.robustness import (
+        SEED,
+        add_corruption_errors,
+        check_comparable,
+        evaluate_corruptions,
+        robustness_table,
+    )
+    from s2d3d.machine import choose_device, keep_large_allocations
+    from s2d3d.runs.checkpoint import build_model
+    from s2d3d.runs.record import find_reference, read_robustness
+
+    device = choose_device(arguments.device)
+    corruption = parse_corruption(arguments.corruption) if arguments.corruption and not everything else None
     reference = arguments.reference
     if everything and not arguments.files and not reference:  # the twin's file is about the test set
         reference = find_reference(arguments.checkpoint)
@@ -87,8 +93,11 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"written to {output}")
 
 
-def read_dataset(arguments: argparse.Namespace, config: Config, class_names: Sequence[str]) -> PointCloudDataset:
+def read_dataset(arguments: argparse.Namespace, config: "Config", class_names: Sequence[str]) -> "PointCloudDataset":
     """Read the test split of the checkpoint's data set, or the files that are named instead."""
+    from s2d3d.config.data import build_dataset, check_classes
+    from s2d3d.datasets.file_set import find_files, folder_labels, folder_name, load_files
+
     if not arguments.files:
         if arguments.up_axis:
             raise InputError("--up-axis: is for --files only; that of a data set is data.up_axis")

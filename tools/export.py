@@ -1,24 +1,15 @@
-"""Write a merged or dense checkpoint as one file for other runtimes, and compare the two."""
+"""Write a merged or dense checkpoint as one file for other runtimes, and compare the two; benchmark.py latency times
+all formats."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-
-from benchmarks.latency import latency_page
-from s2d3d import export_model, load_checkpoint
 from s2d3d.cli import add_overrides, check_overrides, refuse_existing, run_tool
-from s2d3d.config.data import build_dataset, check_classes
-from s2d3d.config.load import Config, parse_config
 from s2d3d.errors import InputError
-from s2d3d.export.check import TOLERANCE, compare_exported
-from s2d3d.export.write import FORMATS, example_clouds, load_exported
-from s2d3d.prepare.shapes import make_shape
-from s2d3d.runs.checkpoint import build_model
+from s2d3d.export import FORMATS
+from s2d3d.runs.folder import require_checkpoint
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,13 +23,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--clouds", type=int, default=64, metavar="N", help="test clouds to compare on (default: %(default)s)"
     )
     parser.add_argument("--merge", action="store_true", help="merge the experts of a sparse checkpoint first")
-    parser.add_argument(
-        "--latency", action="store_true", help="time dense, merged and exported models of all formats, in turn"
-    )
-    parser.add_argument("--page", metavar="FILE.md", help="write the table of --latency there as well")
-    parser.add_argument(
-        "--rounds", type=int, default=20, metavar="N", help="rounds of --latency (default: %(default)s)"
-    )
     parser.add_argument("--force", action="store_true", help="replace the output if it exists")
     return parser
 
@@ -50,16 +34,22 @@ def run(arguments: argparse.Namespace) -> int:
         wanted = FORMATS[chosen] if chosen else ", ".join(kinds)
         raise InputError(f"--output {arguments.output}: the name must end in {wanted}")
     output = refuse_existing(arguments.output, arguments.force, sources=[arguments.checkpoint])
-    for name in ("num_points", "rounds", "clouds"):
+    for name in ("num_points", "clouds"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} is {value}, must be at least 1")
-    page = None
-    if arguments.page is not None:
-        if not arguments.latency:
-            raise InputError("--page: is for --latency only")
-        page = refuse_existing(arguments.page, arguments.force, sources=[arguments.checkpoint, output])
     check_overrides(arguments.overrides, ("data", "seed"))
+    require_checkpoint(arguments.checkpoint)
+
+    import torch
+
+    from s2d3d import export_model, load_checkpoint
+    from s2d3d.config.load import parse_config
+    from s2d3d.export.check import TOLERANCE, compare_exported
+    from s2d3d.export.write import example_clouds, load_exported
+    from s2d3d.runs.checkpoint import build_model
+    from s2d3d.runs.clouds import sample_clouds
+
     payload = load_checkpoint(arguments.checkpoint)
     if payload["s2d"] is not None and not arguments.merge:
         raise InputError(f"{arguments.checkpoint}: has experts, which only training needs; pass --merge to merge them")
@@ -70,7 +60,10 @@ def run(arguments: argparse.Namespace) -> int:
     model = build_model(payload, where=arguments.checkpoint, merge=arguments.merge)
     described, num_points = payload["model"], config.data.num_points
     example_clouds(model, num_points, described["in_channels"])  # before any data is read
-    points, source = test_clouds(config, payload, arguments)
+    points, source = sample_clouds(
+        payload, config, arguments.clouds, where=arguments.checkpoint,
+        required=any(override.startswith("data.root") for override in arguments.overrides),
+    )  # fmt: skip
     metadata = {
         "model": described["name"],
         "class_names": payload["class_names"],
@@ -91,28 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     if wrong:
         print(f"error: {output}: differs from PyTorch by more than {TOLERANCE:g}; do not use it", file=sys.stderr)
         return 1
-    if arguments.latency:
-        text = latency_page(model, exported, payload, points, rounds=arguments.rounds)
-        print(f"\n{text}")
-        if page:
-            page.write_text(f"{text}\n")
-            print(f"written to {page}")
     return 0
-
-
-def test_clouds(config: Config, payload: dict[str, Any], arguments: argparse.Namespace) -> tuple[torch.Tensor, str]:
-    """Return clouds (n, N, C) spread over the test set, and what they are; procedural ones where no set is here."""
-    count, channels, data = arguments.clouds, payload["model"]["in_channels"], config.data
-    named = any(override.startswith("data.root") for override in arguments.overrides)
-    if named or Path(data.root).exists():
-        dataset = build_dataset(data, "test", seed=config.seed)
-        check_classes(dataset, payload["class_names"], arguments.checkpoint)
-        chosen = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long()
-        return dataset.batch(chosen, augment=False)[0], f"test clouds of {data.name}"
-    shapes = np.stack([make_shape(0, "test", index, data.num_points) for index in range(count)])
-    points = torch.from_numpy(shapes).float()
-    more = torch.rand(*points.shape[:2], channels - 3, generator=torch.Generator().manual_seed(0))
-    return torch.cat([points, more], dim=-1), f"procedural clouds ({data.root} is not here; name it by data.root=DIR)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

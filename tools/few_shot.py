@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 from s2d3d import load_config
 from s2d3d.cli import add_overrides, run_tool
-from s2d3d.studies.few_shot import FewShotTask, run_folds, summary_line
-from s2d3d.training.signals import StoppedBySignal
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,6 +29,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.device:
         overrides.append(f"train.device={arguments.device}")
     config = load_config(arguments.config, overrides)
+
+    from s2d3d.studies.few_shot import FewShotTask, run_folds, summary_line
+    from s2d3d.training.signals import StoppedBySignal
+
     task = FewShotTask(arguments.ways, arguments.shots, arguments.queries)
     folds = []
     try:

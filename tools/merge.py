@@ -4,10 +4,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from s2d3d import load_checkpoint, merge_experts, save_checkpoint
 from s2d3d.cli import refuse_existing, run_tool
 from s2d3d.errors import InputError
-from s2d3d.runs.checkpoint import MODEL_KEYS, build_model, require_mergeable, require_sparse
+from s2d3d.runs.folder import require_checkpoint
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -20,6 +19,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     output = refuse_existing(arguments.output, arguments.force, sources=[arguments.checkpoint])
+    require_checkpoint(arguments.checkpoint)
+
+    from s2d3d import load_checkpoint, merge_experts, save_checkpoint
+    from s2d3d.runs.checkpoint import MODEL_KEYS, build_model, require_mergeable, require_sparse
+
     payload = load_checkpoint(arguments.checkpoint)
     require_sparse(payload, arguments.checkpoint)
     require_mergeable(payload, arguments.checkpoint)

@@ -4,23 +4,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-import torch
-from tqdm import tqdm
-
-from s2d3d import load_checkpoint
 from s2d3d.atomic import write_json
-from s2d3d.cli import refuse_existing, run_tool
-from s2d3d.config.load import parse_config
-from s2d3d.datasets.files import SUFFIXES, read_cloud
+from s2d3d.cli import CLOUD_FILES, refuse_existing, run_tool
 from s2d3d.errors import InputError
-from s2d3d.machine import choose_device
-from s2d3d.runs.checkpoint import build_model
+from s2d3d.runs.folder import require_checkpoint
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="predict.py", description=__doc__)
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a checkpoint, sparse or dense")
-    parser.add_argument("files", nargs="+", metavar="FILE", help=f"what to classify: {' '.join(SUFFIXES)}")
+    parser.add_argument("files", nargs="+", metavar="FILE", help=f"what to classify: {CLOUD_FILES}")
     parser.add_argument("--up-axis", choices=("y", "z"), default="z", help="vertical of the files (default: z)")
     parser.add_argument("--seed", type=int, default=0, help="of the points drawn from meshes (default: 0)")
     parser.add_argument("--top", type=int, default=3, metavar="N", help="classes named for each file (default: 3)")
@@ -39,6 +32,17 @@ def run(arguments: argparse.Namespace) -> None:
     for name, least in (("top", 1), ("seed", 0)):
         if getattr(arguments, name) < least:
             raise InputError(f"--{name} is {getattr(arguments, name)}, must be at least {least}")
+    require_checkpoint(arguments.checkpoint)
+
+    import torch
+    from tqdm import tqdm
+
+    from s2d3d import load_checkpoint
+    from s2d3d.config.load import parse_config
+    from s2d3d.datasets.files import read_cloud
+    from s2d3d.machine import choose_device
+    from s2d3d.runs.checkpoint import build_model
+
     device = choose_device(arguments.device)
     payload = load_checkpoint(arguments.checkpoint)
     config = parse_config(payload["config"], where=arguments.checkpoint)

@@ -7,12 +7,9 @@ from pathlib import Path
 
 from s2d3d.cli import run_tool
 from s2d3d.errors import InputError
-from s2d3d.prepare.convert import DEFAULT_POINTS, convert_modelnet
+from s2d3d.prepare import DEFAULT_POINTS
 from s2d3d.prepare.download import ARCHIVES, fetch
-from s2d3d.prepare.folder import MARK, check_output, copy_modelnet40
-from s2d3d.prepare.scan import write_scans
-from s2d3d.prepare.scan_view import PERTURBATIONS
-from s2d3d.prepare.shapes import write_shapes
+from s2d3d.prepare.perturbations import PERTURBATIONS
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -74,6 +71,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def body(args: argparse.Namespace) -> None:
     if args.command == "shapes":
+        from s2d3d.prepare.shapes import write_shapes
+
         counts = write_shapes(
             args.output,
             num_train=args.num_train,
@@ -83,6 +82,8 @@ def body(args: argparse.Namespace) -> None:
             force=args.force,
         )
     elif args.command == "scan":
+        from s2d3d.prepare.scan import write_scans
+
         counts = write_scans(
             args.source,
             args.output,
@@ -103,6 +104,9 @@ def body(args: argparse.Namespace) -> None:
 
 def take_over(args: argparse.Namespace) -> dict[str, int]:
     """Copy or convert a public copy of ModelNet, fetched first where that is asked for."""
+    from s2d3d.prepare.convert import convert_modelnet
+    from s2d3d.prepare.folder import MARK, check_output, copy_modelnet40
+
     output = Path(args.output)
     check_output(output, args.force)
     if args.download:

@@ -6,23 +6,19 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from matplotlib.figure import Figure
-
-from s2d3d import load_checkpoint
 from s2d3d.atomic import check_writable, write_text
 from s2d3d.cli import refuse_existing, run_tool
-from s2d3d.config.data import build_dataset, check_classes
-from s2d3d.config.load import parse_config
 from s2d3d.errors import InputError
-from s2d3d.evaluation.accuracy import class_probabilities
-from s2d3d.machine import choose_device, keep_large_allocations
-from s2d3d.runs.checkpoint import build_model
-from s2d3d.runs.record import RunRecord, read_runs
-from s2d3d.viz.figure import save_figure
-from s2d3d.viz.plots import confusion_figure
-from s2d3d.viz.report import Predictions, build_report, report_figures
+from s2d3d.runs.folder import require_run
+
+if TYPE_CHECKING:
+    import torch
+    from matplotlib.figure import Figure
+
+    from s2d3d.runs.record import RunRecord
+    from s2d3d.viz.report import Predictions
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -55,6 +51,14 @@ def run(arguments: argparse.Namespace) -> None:
         if Path(arguments.output).suffix.lower() not in (".html", ".htm"):
             raise InputError(f"{arguments.output}: the report is an HTML page; give it a name that ends in .html")
         refuse_existing(arguments.output, arguments.force)
+    for folder in folders:
+        require_run(folder)
+
+    from s2d3d.machine import choose_device, keep_large_allocations
+    from s2d3d.runs.record import read_runs
+    from s2d3d.viz.figure import save_figure
+    from s2d3d.viz.report import build_report
+
     records = read_runs(folders)
     plots = plot_files(records, Path(arguments.plots), arguments.force) if arguments.plots is not None else {}
     if arguments.output is not None:
@@ -85,8 +89,15 @@ def split_arguments(items: Sequence[str]) -> tuple[list[str], list[str]]:
     return folders, overrides
 
 
-def classify(record: RunRecord, overrides: Sequence[str], device: torch.device) -> Predictions:
+def classify(record: "RunRecord", overrides: Sequence[str], device: "torch.device") -> "Predictions":
     """Run the model that a run left on its test set, once."""
+    from s2d3d import load_checkpoint
+    from s2d3d.config.data import build_dataset, check_classes
+    from s2d3d.config.load import parse_config
+    from s2d3d.evaluation.accuracy import class_probabilities
+    from s2d3d.runs.checkpoint import build_model
+    from s2d3d.viz.report import Predictions
+
     path = record.checkpoint
     if path is None:
         assert record.folder is not None, "read_runs sets it"
@@ -101,12 +112,15 @@ def classify(record: RunRecord, overrides: Sequence[str], device: torch.device) 
     check_classes(dataset, payload["class_names"], path)
     probabilities = class_probabilities(model, dataset, device=device, batch_size=config.eval.batch_size)
     points = dataset.points[:, : dataset.num_points]
-    source = f"{dataset.source} {config.data.name} {config.data.classes} {config.data.num_points} {config.data.variant}"
+    source = f"{dataset.source} {config.data.name} {config.data.classes} {config.data.num_points} {config.data.kwargs}"
     return Predictions(points, dataset.labels, probabilities, dataset.names, dataset.class_names, source)
 
 
-def plot_files(records: Sequence[RunRecord], folder: Path, force: bool) -> dict[Path, Figure]:
+def plot_files(records: Sequence["RunRecord"], folder: Path, force: bool) -> dict[Path, "Figure"]:
     """Return the figures by the file that each goes to, after checking that they may go there."""
+    from s2d3d.viz.plots import confusion_figure
+    from s2d3d.viz.report import report_figures
+
     figures = report_figures(records)
     for entry in records:
         if entry.final:

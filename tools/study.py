@@ -8,16 +8,15 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from s2d3d.atomic import locked
 from s2d3d.cli import add_overrides, run_tool
 from s2d3d.errors import InputError
-from s2d3d.studies.jobs import Launcher, Outcome, ProcessLauncher, SubmititLauncher
-from s2d3d.studies.page import report_lines, summarize_folder, write_overview, write_report
-from s2d3d.studies.plan import load_study
-from s2d3d.studies.run import missing_cells, publish_records, run_study
-from s2d3d.studies.store import read_records
-from s2d3d.studies.summary import summarize
+from s2d3d.studies.plan import Study, load_study
+
+if TYPE_CHECKING:
+    from s2d3d.studies.jobs import Launcher
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -71,11 +70,22 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.device:
         overrides.append(f"train.device={arguments.device}")
     if arguments.overview:
+        from s2d3d.studies.page import summarize_folder, write_overview
+
         summaries = summarize_folder(arguments.study, arguments.results, overrides)
         write_overview(arguments.overview, summaries)
         print(f"{arguments.overview}: table of {len(summaries)} studies written")
         return 0
-    study = load_study(arguments.study, overrides)
+    return run_one(arguments, load_study(arguments.study, overrides))
+
+
+def run_one(arguments: argparse.Namespace, study: Study) -> int:
+    from s2d3d.studies.jobs import Outcome
+    from s2d3d.studies.page import report_lines, write_report
+    from s2d3d.studies.run import missing_cells, publish_records, run_study
+    from s2d3d.studies.store import read_records
+    from s2d3d.studies.summary import summarize
+
     if arguments.dry_run:
         for cell in missing_cells(study, arguments.results, arguments.only, write=False):
             print(cell)
@@ -89,7 +99,8 @@ def run(arguments: argparse.Namespace) -> int:
             study, results=arguments.results, only=arguments.only, max_runs=arguments.max_runs,
             launcher=_launcher(arguments, study.config.name), jobs=jobs,
         )  # fmt: skip
-    # Imported when it is needed: drawing takes a second to import.
+
+    # Here, where the runs have ended: drawing takes a second to import.
     from s2d3d.viz.figure import save_figure
     from s2d3d.viz.plots import study_figure
 
@@ -110,7 +121,9 @@ def run(arguments: argparse.Namespace) -> int:
     return outcome.exit_code
 
 
-def _launcher(arguments: argparse.Namespace, name: str) -> Launcher | None:
+def _launcher(arguments: argparse.Namespace, name: str) -> "Launcher | None":
+    from s2d3d.studies.jobs import ProcessLauncher, SubmititLauncher
+
     if arguments.submitit:
         return SubmititLauncher(arguments.submitit, f"runs/studies/{name}/submitit", arguments.submitit_option)
     return ProcessLauncher(arguments.jobs) if arguments.jobs is not None and arguments.jobs > 1 else None

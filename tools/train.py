@@ -4,10 +4,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from s2d3d import Trainer, load_config
+from s2d3d import load_config
 from s2d3d.cli import add_overrides, run_tool
 from s2d3d.config.load import dump_config
-from s2d3d.training.signals import StoppedBySignal
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -29,6 +28,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(dump_config(config), end="")
         return 0
+
+    from s2d3d import Trainer
+    from s2d3d.training.signals import StoppedBySignal
+
     trainer = Trainer(config, force=arguments.force)
     try:
         path = trainer.fit(resume=arguments.resume)

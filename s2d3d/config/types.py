@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, Strict
 
-from ..machine import DEVICE_NAMES
 from .io import show, unknown_name
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
@@ -34,6 +33,8 @@ def _check_path(value: str) -> str:
 
 
 def _check_device(value: str) -> str:
+    from ..machine import DEVICE_NAMES
+
     if not DEVICE_NAMES.fullmatch(value):
         raise ValueError(f"must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {show(value)}")
     return value

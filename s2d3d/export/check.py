@@ -91,7 +91,7 @@ def compare_exported(
         >>> import tempfile
         >>> from pathlib import Path
         >>> from s2d3d import create_model, export_model
-        >>> from s2d3d.export import load_exported
+        >>> from s2d3d.export.write import load_exported
         >>> model = create_model("point_bert_tiny", num_classes=3, depth=1, num_group=4).eval()
         >>> path = export_model(model, Path(tempfile.mkdtemp(), "model.pt"), format="torchscript", num_points=64)
         >>> compare_exported(model, load_exported(path), torch.rand(5, 64, 3)).wrong

@@ -24,9 +24,8 @@ from ..models import fold_batchnorm
 from ..models.mode import eval_mode
 from ..s2d import is_sparse
 from ..version import __version__
+from . import FORMATS
 
-FORMATS = {"onnx": ".onnx", "torchscript": ".pt", "torch_export": ".pt2"}
-"""Format -> suffix of its files."""
 INSTALL = "pip install onnx onnxruntime onnxscript"
 MAX_BATCH, MAX_POINTS = 2**16, 2**20
 _EXTRA = "s2d3d.json"

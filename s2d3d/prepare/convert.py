@@ -20,13 +20,13 @@ from ..datasets.mesh import read_off, sample_mesh
 from ..datasets.modelnet40 import SPLITS
 from ..errors import InputError
 from ..random_state import derived_rng
+from . import DEFAULT_POINTS
 from .folder import MARK, check_output
 from .scan_view import unit_sphere
 from .workers import worker_pool
 
 PART = 512
 """Shapes of one HDF5 file, which is what a conversion that was stopped does not do again."""
-DEFAULT_POINTS = 2048
 _TEXT_NAMES = ("modelnet40", "modelnet10")
 
 

@@ -22,11 +22,12 @@ from ..datasets.transforms import turn_up_axis
 from ..errors import InputError, did_you_mean
 from ..random_state import derived_rng
 from ..version import __version__
+from . import DEFAULT_POINTS
 from .folder import MARK, new_folder
-from .scan_view import PERTURBATIONS, View, import_open3d, simulate_view, unit_sphere, upsample
+from .perturbations import PERTURBATIONS
+from .scan_view import View, import_open3d, simulate_view, unit_sphere, upsample
 from .workers import worker_pool
 
-DEFAULT_POINTS = 2048
 MIN_POINTS = 64
 MAX_CLUTTER = 3
 DENSER = 2

@@ -14,6 +14,7 @@ from ..models import create_model
 from ..s2d import MoFConfig, convert_to_mof_, is_sparse, merge_experts
 from ..unpickle import load_data
 from ..version import __version__
+from .folder import require_checkpoint
 
 FORMAT = "s2d3d"
 FORMAT_VERSION = 2
@@ -67,10 +68,8 @@ def load_checkpoint(path: str | Path, *, map_location: torch.device | str = "cpu
         >>> load_checkpoint("runs/demo/merged.pt")["class_names"][:2]  # doctest: +SKIP
         ['box', 'capsule']
     """
-    if Path(path).is_dir():
-        raise InputError(f"{path}: is a folder; name the file, such as {Path(path) / 'merged.pt'}")
-    is_safetensors = Path(path).suffix == SUFFIX and Path(path).is_file()
-    payload = read_safetensors(path) if is_safetensors else load_data(path, map_location=map_location)
+    require_checkpoint(path)
+    payload = read_safetensors(path) if Path(path).suffix == SUFFIX else load_data(path, map_location=map_location)
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         what = "it needs one written by tools/train.py or tools/merge.py"
         raise UnreadableError(f"{path}: not a checkpoint of s2d3d; {what}")

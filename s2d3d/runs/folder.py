@@ -134,6 +134,41 @@ class RunFolder:
         write_text(self.log, text.getvalue())
 
 
+def require_run(path: str | Path) -> None:
+    """Refuse what is no run folder, before anything that reads one is imported.
+
+    Raises:
+        InputError: no such folder, or it holds no config.yaml.
+
+    Example:
+        >>> require_run("no/such")
+        Traceback (most recent call last):
+        s2d3d.errors.InputError: no/such: no such folder; the folder of a run is needed, as tools/train.py makes it
+    """
+    needed = "the folder of a run is needed, as tools/train.py makes it"
+    if not Path(path).is_dir():
+        raise InputError(f"{path}: no such folder; {needed}")
+    if not RunFolder(path).config.is_file():
+        raise InputError(f"{path}: holds no config.yaml; {needed}")
+
+
+def require_checkpoint(path: str | Path) -> None:
+    """Refuse a path at which no checkpoint can be, before torch is imported to read one.
+
+    Raises:
+        InputError: no such file, or a folder.
+
+    Example:
+        >>> require_checkpoint("no/such.pt")
+        Traceback (most recent call last):
+        s2d3d.errors.InputError: no/such.pt: no such checkpoint file
+    """
+    if Path(path).is_dir():
+        raise InputError(f"{path}: is a folder; name the file, such as {Path(path) / 'merged.pt'}")
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such checkpoint file")
+
+
 def find_checkpoint(path: str | Path) -> Path:
     """Return the checkpoint that `path` means: a file, or the last one of a run folder, if that is gone the previous.
 

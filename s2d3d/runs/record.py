@@ -9,7 +9,7 @@ from ..atomic import read_json
 from ..config.load import load_config
 from ..datasets.corruptions import CORRUPTIONS, SEVERITIES
 from ..errors import InputError
-from .folder import RunFolder
+from .folder import RunFolder, require_run
 from .log import read_log
 
 FORMS = ("merged", "routed", "ema", "recalibrated", "voting")
@@ -95,12 +95,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[RunRecord]:
 
 
 def _read(folder: RunFolder, name: str) -> RunRecord:
-    if not folder.root.is_dir():
-        raise InputError(f"{folder.root}: no such folder; the folder of a run is needed, as tools/train.py makes it")
-    if not folder.config.is_file():
-        raise InputError(
-            f"{folder.root}: holds no config.yaml; the folder of a run is needed, as tools/train.py makes it"
-        )
+    require_run(folder.root)
     log = read_log(folder.log) if folder.log.is_file() else []
     if not log:
         raise InputError(f"{folder.log}: holds no epoch; wait for the end of the first one")

@@ -9,7 +9,7 @@ import zipfile
 import pytest
 
 from s2d3d.errors import InputError, UnreadableError
-from s2d3d.prepare.download import Archive, download, fetch, unpack
+from s2d3d.prepare.download import ARCHIVES, Archive, download, fetch, unpack
 
 BODY = bytes(range(256)) * 400
 MD5 = hashlib.md5(BODY, usedforsecurity=False).hexdigest()
@@ -124,7 +124,7 @@ def test_the_tool_fetches_and_copies(server, tmp_path, shapes_root, tool, monkey
         {f"modelnet40_ply_hdf5_2048/{name}": (shapes_root / name).read_bytes() for name in names}
     )
     prepare = tool("prepare_data")
-    monkeypatch.setitem(prepare.ARCHIVES, "modelnet40_ply_hdf5_2048", Archive(f"{server.url}/set.zip"))
+    monkeypatch.setitem(ARCHIVES, "modelnet40_ply_hdf5_2048", Archive(f"{server.url}/set.zip"))
     code = prepare.main(["modelnet40", "--download", "--output", str(tmp_path / "set")])
     assert (code, capsys.readouterr().out) == (0, f"{tmp_path}/set: 96 training and 36 test shapes\n")
     assert (tmp_path / "downloads" / "modelnet40_ply_hdf5_2048.zip").is_file()

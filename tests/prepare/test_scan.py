@@ -13,8 +13,9 @@ from s2d3d.datasets.mesh import sample_by_area
 from s2d3d.datasets.scanobjectnn import BACKGROUND, VARIANTS
 from s2d3d.errors import InputError
 from s2d3d.prepare import scan, scan_view
+from s2d3d.prepare.perturbations import PERTURBATIONS
 from s2d3d.prepare.scan import ScanOptions, ShapeSet, read_shapes, scan_shapes, write_scans
-from s2d3d.prepare.scan_view import OBJECT, PERTURBATIONS, fit_box, perturb, simulate_view, turned, unit_sphere
+from s2d3d.prepare.scan_view import OBJECT, fit_box, perturb, simulate_view, turned, unit_sphere
 
 open3d = pytest.importorskip("open3d")
 

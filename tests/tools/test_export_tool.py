@@ -1,35 +1,26 @@
 """tools/export.py: dense checkpoints become files, sparse ones only when asked to merge."""
 
-import re
-
 import torch
 
-from benchmarks import latency
 from s2d3d import create_dataset, load_model
+from s2d3d.export import write
 from s2d3d.export.write import load_exported
 
 
-def test_merged_and_sparse_checkpoints_give_the_same_file(call, trained, shapes_root, tmp_path, monkeypatch):
-    monkeypatch.setattr(latency, "FORMATS", {"torchscript": ".pt"})  # the others take their time to export
-    results, page = {}, tmp_path / "latency.md"
+def test_merged_and_sparse_checkpoints_give_the_same_file(call, trained, shapes_root, tmp_path):
     for name, source in (("merged", (trained.merged,)), ("sparse", (trained.last, "--merge"))):
         output = tmp_path / f"{name}.pt"
-        timed = ("--latency", "--rounds", 1, "--page", page) if name == "merged" else ()
-        result = call("export", "--checkpoint", *source, "--output", output, "--clouds", 20, *timed)
+        result = call("export", "--checkpoint", *source, "--output", output, "--clouds", 20)
         assert result.code == 0 and "error" not in result.err, result.err
         first, whole, half, *_ = result.out.splitlines()
         assert first.startswith(f"written to {output}: torchscript, ") and first.endswith("free: batch and points")
         for line, count in ((whole, 128), (half, 64)):
             start = f"20 test clouds of shapes, {count} points: largest difference of a logit "
             assert line.startswith(start) and line.endswith("; the same class for 20 of 20"), line
-        results[name] = result.out
-    for name in ("dense", "dense again", "merged", "merged, BatchNorm folded", "TorchScript"):
-        assert len(re.findall(rf"^\| {name} +\|", page.read_text(), flags=re.MULTILINE)) == 2
-    assert page.read_text().strip() in results["merged"] and "| merged" not in results["sparse"]
     dataset = create_dataset("shapes", shapes_root, "test", num_points=128)
     points, _ = dataset.batch(torch.arange(len(dataset)), augment=False)
     expected = load_model(trained.merged)(points)
-    for name in results:
+    for name in ("merged", "sparse"):
         exported = load_exported(tmp_path / f"{name}.pt")
         assert (exported(points) - expected).abs().max() < 1e-4
         assert exported.metadata["class_names"] == dataset.class_names
@@ -50,7 +41,7 @@ def test_without_the_data_set_it_compares_on_procedural_clouds_and_says_so(call,
 
 def test_a_file_that_computes_something_else_is_named(tool, trained, tmp_path, monkeypatch, capsys):
     export = tool("export")
-    right = export.load_exported
+    right = write.load_exported
 
     def wrong(path, threads=None):
         exported = right(path, threads=threads)
@@ -58,7 +49,7 @@ def test_a_file_that_computes_something_else_is_named(tool, trained, tmp_path, m
         exported._run = lambda points: run(points) + 1e-3
         return exported
 
-    monkeypatch.setattr(export, "load_exported", wrong)
+    monkeypatch.setattr(write, "load_exported", wrong)
     output = tmp_path / "a.pt"
     assert export.main(["--checkpoint", str(trained.merged), "--output", str(output), "--clouds", "5"]) == 1
     assert capsys.readouterr().err == f"error: {output}: differs from PyTorch by more than 0.0001; do not use it\n"
@@ -82,6 +73,5 @@ def test_what_it_refuses(refuses, trained, tmp_path):
         == f"{trained.merged}: is what is read; choose another output"
     )
     output = ("--output", tmp_path / "a.pt")
-    assert refuses(*model, *output, "--page", tmp_path / "a.md") == "--page: is for --latency only"
     assert refuses(*model, *output, "--clouds", 0) == "--clouds is 0, must be at least 1"
     assert refuses(*model, *output, "train.epochs=3").startswith("override 'train.epochs=3': has no effect")

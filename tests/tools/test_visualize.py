@@ -14,6 +14,7 @@ from s2d3d.datasets import BatchLoader
 from s2d3d.datasets.corruptions import CorruptedDataset
 from s2d3d.viz.cloud_sheets import point_saliency
 from s2d3d.viz.clouds import BACKGROUND
+from s2d3d.viz.kinds import choose_clouds
 from s2d3d.viz.tokens import trace_experts
 
 
@@ -57,7 +58,7 @@ def sheet_of(visualize):
     def make(*arguments):
         parsed = visualize.build_parser().parse_intermixed_args([str(argument) for argument in arguments])
         visualize.check_flags(parsed)
-        return visualize.make_sheet(parsed)
+        return visualize.make_sheet(parsed, load_config(parsed.config, parsed.overrides) if parsed.config else None)
 
     return make
 
@@ -138,12 +139,12 @@ def test_training_clouds_are_drawn_without_augmentation(sheet_of, shapes_root, r
 
 
 def test_classes_take_turns_and_the_seed_chooses(visualize, test_set):
-    twelve, twenty = (visualize.choose_clouds(test_set, count, 0) for count in (12, 20))
+    twelve, twenty = (choose_clouds(test_set, count, 0) for count in (12, 20))
     assert test_set.labels[twelve].unique().numel() == 12
     assert torch.equal(twenty[:12], twelve), "more clouds are more, not others"
     assert twenty.unique().numel() == 20 and test_set.labels[twenty].bincount().max() == 2
-    assert torch.equal(visualize.choose_clouds(test_set, 20, 0), twenty)
-    assert not torch.equal(visualize.choose_clouds(test_set, 20, 1), twenty)
+    assert torch.equal(choose_clouds(test_set, 20, 0), twenty)
+    assert not torch.equal(choose_clouds(test_set, 20, 1), twenty)
 
 
 def test_experts_are_those_of_the_same_batch_in_several_passes(sheet_of, checkpoint):

@@ -1,0 +1,261 @@
+"""What is drawn of clouds: where they come from, and a sheet of each kind, as `tools/visualize.py` asks for them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..config.data import build_dataset, check_classes
+from ..config.load import Config, parse_config
+from ..datasets import PointCloudDataset
+from ..datasets.file_set import find_files, folder_labels, load_files
+from ..errors import InputError
+from ..evaluation.accuracy import class_probabilities
+from ..evaluation.robustness import SEED
+from ..machine import choose_device
+from ..random_state import derived_generator
+from ..runs.checkpoint import build_model, load_checkpoint, require_sparse
+from .cloud_sheets import (
+    WRONG,
+    corruptions_sheet,
+    experts_sheet,
+    gallery_sheet,
+    patches_sheet,
+    point_saliency,
+    prediction_caption,
+    predictions_sheet,
+    saliency_sheet,
+)
+from .sheet import CloudSheet
+from .tokens import trace_experts
+
+MOST_CLOUDS = 400  # a PNG of about 7000 x 7000 pixels
+NUM_CLOUDS = {"predictions": 12, "patches": 6, "experts": 3, "saliency": 12, "corruptions": 3}
+"""Clouds of a sheet by its kind, where no number is asked for; a gallery has one of each class."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the clouds come from: a data set, the clouds chosen of it, and a model where a checkpoint is given.
+
+    Files may be a data set without labels.
+
+    Attributes:
+        chosen: indices (n,) of the clouds in `dataset`.
+        points: the clouds (n, N, C), z up, on the CPU.
+        labels: their classes (n,).
+        title: names the source on a sheet.
+        from_files: they are files that were named, no data set.
+        labelled: `labels` mean something.
+    """
+
+    config: Config
+    dataset: PointCloudDataset
+    chosen: Tensor
+    points: Tensor
+    labels: Tensor
+    model: nn.Module | None
+    device: torch.device
+    title: str
+    from_files: bool = False
+    labelled: bool = True
+
+    @property
+    def captions(self) -> list[str]:
+        if not self.labelled:
+            return [self.dataset.names[index] for index in self.chosen]
+        return [self.dataset.class_names[label] for label in self.labels]
+
+    def verdict(self, shares: Tensor, row: int) -> tuple[str, bool]:
+        """Caption a cloud with what the model says, shares (num_classes,); and tell whether that is wrong."""
+        names, label = self.dataset.class_names, int(self.labels[row])
+        if self.labelled:
+            return prediction_caption(shares, names, label), int(shares.argmax()) != label
+        confidence, guess = shares.max(0)
+        return f"{self.captions[row]}\n{names[int(guess)]}, {100 * float(confidence):.0f} %", False
+
+    @property
+    def network(self) -> nn.Module:
+        """The model, for what cannot be drawn without one."""
+        assert self.model is not None, "the tool asks for a checkpoint"
+        return self.model
+
+    def probabilities(self) -> Tensor:
+        size = self.config.eval.batch_size
+        return class_probabilities(self.network, self.dataset, device=self.device, indices=self.chosen, batch_size=size)
+
+
+def read_source(
+    kind: str,
+    *,
+    config: Config | None = None,
+    checkpoint: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    files: Sequence[str] = (),
+    up_axis: str | None = None,
+    allow_missing: bool = True,
+    split: str = "test",
+    num_clouds: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+) -> Source:
+    """Read the clouds of a sheet, and the model where a checkpoint is given.
+
+    Args:
+        kind: of the sheet: "gallery" or one of `NUM_CLOUDS`.
+        config: describes the data set; None: that of the checkpoint, with `overrides`.
+        checkpoint: sparse or dense.
+        overrides: `section.key=value`, of the config that the checkpoint holds.
+        files: clouds and meshes, or folders of them, in place of the data set.
+        up_axis: vertical of the files, "y" or "z"; None: z.
+        allow_missing: leave points of files out that are NaN or infinite, instead of refusing these files.
+        split: of the data set, "train" or "test".
+        num_clouds: how many; None: as many as is usual for the kind, all files.
+        seed: of the choice of clouds.
+        device: of the model.
+
+    Raises:
+        InputError: checkpoint, data set or a file cannot be read; their classes differ; so many clouds are not there.
+    """
+    place, model, known = choose_device(device), None, []
+    if checkpoint is not None:
+        payload = load_checkpoint(checkpoint)
+        config = parse_config(payload["config"], where=str(checkpoint), overrides=overrides)
+        if kind == "experts":
+            require_sparse(payload, str(checkpoint))
+        model, known = build_model(payload, where=str(checkpoint)).to(place), payload["class_names"]
+    assert config is not None, "either a config or a checkpoint"
+    if files:
+        dataset, labelled = _read_files(
+            config, files, known, up_axis=up_axis or "z", allow_missing=allow_missing, seed=seed
+        )
+    else:
+        if up_axis:
+            raise InputError("--up-axis: is for --files only; that of a data set is data.up_axis")
+        dataset, labelled = build_dataset(config.data, split, seed=config.seed), True
+        if checkpoint is not None:
+            check_classes(dataset, known, checkpoint)
+    if num_clouds is None and files:
+        num_clouds = min(len(dataset), MOST_CLOUDS)
+    elif num_clouds is None:
+        usual = len(dataset.labels.unique()) if kind == "gallery" else NUM_CLOUDS[kind]
+        num_clouds = min(usual, len(dataset))
+    chosen = choose_clouds(dataset, num_clouds, seed)
+    if files:
+        chosen = chosen.sort().values
+    points, labels = dataset.batch(chosen, augment=False)
+    title = "files" if files else f"{split} split of {config.data.name}"
+    if checkpoint is not None:
+        title += f", {checkpoint}"
+    return Source(config, dataset, chosen, points, labels, model, place, title, bool(files), labelled)
+
+
+def _read_files(
+    config: Config, paths: Sequence[str], class_names: Sequence[str], *, up_axis: str, allow_missing: bool, seed: int
+) -> tuple[PointCloudDataset, bool]:
+    """Read files as a data set; tell whether all of them lie in folders named after classes."""
+    files = find_files(paths)
+    labels = folder_labels(files, class_names)
+    dataset = load_files(
+        files, class_names or ["file"], labels, num_points=config.data.num_points, up_axis=up_axis,
+        normalize=bool(config.data.normalize), seed=seed, allow_missing=allow_missing,
+    )  # fmt: skip
+    return dataset, labels is not None
+
+
+def gallery(source: Source) -> CloudSheet:
+    """Show clouds of every class in the order of the classes; files in theirs."""
+    data, dataset = source.config.data, source.dataset
+    if source.from_files:
+        title = f"{len(source.points)} files, {data.num_points} points each\ncolour shows height"
+        return CloudSheet(source.points, [dataset.names[index] for index in source.chosen], title)
+    title = (
+        f"{data.name}, {dataset.split} split\n"
+        f"{len(source.points)} of {len(dataset)} clouds, {data.num_points} points each; colour shows height"
+    )
+    return gallery_sheet(source.points, source.labels, dataset.class_names, title)
+
+
+def predictions(source: Source) -> tuple[CloudSheet, list[str]]:
+    """Show what the model takes the clouds for, wrong ones first; say it in lines as well."""
+    probabilities, names = source.probabilities(), source.dataset.class_names
+    if not source.labelled:
+        captions = [source.verdict(shares, row)[0] for row, shares in enumerate(probabilities)]
+        title = f"{len(captions)} files\n{source.title}; colour shows height"
+        return CloudSheet(source.points, captions, title), [caption.replace("\n", ": ") for caption in captions]
+    sheet = predictions_sheet(source.points, source.labels, probabilities, names, f"sample of the {source.title}")
+    confidence, guesses = probabilities.max(1)
+    lines = []
+    for index in (guesses != source.labels).nonzero().flatten().tolist():
+        truth, guess = names[source.labels[index]], names[guesses[index]]
+        cloud = source.dataset.names[source.chosen[index]]
+        lines.append(f"{cloud}: {truth} taken for {guess} ({100 * confidence[index]:.0f} %)")
+    return sheet, [*lines, sheet.title.splitlines()[0]]
+
+
+def patches(source: Source) -> CloudSheet:
+    """Show the groups that become tokens."""
+    model = source.network
+    sizes = f"{getattr(model, 'num_group', 0)} groups of {getattr(model, 'group_size', 0)} points"
+    title = f"{sizes}, each one token\n{source.title}; a colour for each group, centres large, grey in none"
+    return patches_sheet(model, source.points, source.captions, title)
+
+
+def experts(source: Source, *, layer: str | None = None, passes: int = 4, seed: int = 0) -> CloudSheet:
+    """Show which expert each token goes to, pass after pass."""
+    traced = trace_experts(
+        source.network, source.points.to(source.device), layer=layer, passes=passes, seed=seed
+    )  # fmt: skip
+    title = (
+        f"{traced[0].num_experts} experts of {traced[0].layer} in {passes} training passes\n"
+        f"{source.title}; a colour for each expert; all clouds of the sheet are one batch"
+    )
+    return experts_sheet(source.points, traced, source.captions, title)
+
+
+def saliency(source: Source) -> CloudSheet:
+    """Show which points the predicted class depends on."""
+    parts = source.points.to(source.device).split(source.config.eval.batch_size)
+    values = torch.cat([point_saliency(source.network, part).cpu() for part in parts])
+    verdicts = [source.verdict(shares, row) for row, shares in enumerate(source.probabilities())]
+    captions = [caption for caption, _ in verdicts]
+    marks = [WRONG if wrong else None for _, wrong in verdicts]
+    title = f"gradient of the predicted class by each point\n{source.title}; dark: none, light: large"
+    return saliency_sheet(source.points, values, captions, title, marks)
+
+
+def corruptions(source: Source, severity: int) -> CloudSheet:
+    """Show clouds as they are and under each corruption, with the model's verdict where there is a model."""
+
+    @torch.no_grad()
+    def classify(cloud: Tensor, row: int) -> tuple[str, bool]:
+        shares = source.network(cloud[None].to(source.device)).float().softmax(1)[0].cpu()
+        caption, wrong = source.verdict(shares, row)
+        return caption.splitlines()[1], not wrong
+
+    return corruptions_sheet(
+        source.points,
+        source.captions,
+        severity,
+        f"corruptions of severity {severity}\n{source.title}; colour shows height",
+        seed=SEED,
+        indices=source.chosen.tolist(),
+        classify=classify if source.model is not None else None,
+    )
+
+
+def choose_clouds(dataset: PointCloudDataset, count: int, seed: int) -> Tensor:
+    """Choose at random, but from the classes in turn, so that few clouds show many classes: (count,) indices."""
+    most = min(MOST_CLOUDS, len(dataset))
+    if not 1 <= count <= most:
+        limit = f"the {most} clouds of split '{dataset.split}'" if most == len(dataset) else f"{most}"
+        raise InputError(f"--num-clouds is {count}, must be between 1 and {limit}")
+    generator = derived_generator(seed, "visualize")
+    shuffled = torch.randperm(len(dataset), generator=generator)
+    turns = torch.empty(len(dataset), dtype=torch.int64)
+    for label in range(dataset.num_classes):
+        members = shuffled[dataset.labels[shuffled] == label]
+        turns[members] = torch.arange(len(members))
+    return shuffled[turns[shuffled].argsort(stable=True)][:count]
