@@ -11,6 +11,9 @@ from typing import Any
 from ..atomic import check_writable, link_or_copy, sweep, write_text
 from ..errors import InputError
 
+FORMS = ("merged", "routed", "ema", "recalibrated", "voting")
+"""Forms of a trained model that a run evaluates, as metrics.json names them."""
+
 
 class RunFolder:
     """Paths and writers of a run folder; every file appears whole or not at all.

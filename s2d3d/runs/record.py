@@ -9,11 +9,8 @@ from ..atomic import read_json
 from ..config.load import load_config
 from ..datasets.corruptions import CORRUPTIONS, SEVERITIES
 from ..errors import InputError
-from .folder import RunFolder, require_run
+from .folder import FORMS, RunFolder, require_run
 from .log import read_log
-
-FORMS = ("merged", "routed", "ema", "recalibrated", "voting")
-"""Forms of a trained model that a run evaluates, as metrics.json names them."""
 
 
 @dataclass(frozen=True)

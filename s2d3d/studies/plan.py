@@ -13,7 +13,7 @@ from ..config.io import Problem, raise_problems, read_yaml, schema_problems, sho
 from ..config.load import Config, load_config, load_layered_config
 from ..config.types import Int, Name, PathStr, Str, check_plain
 from ..errors import InputError, did_you_mean
-from ..runs.record import FORMS
+from ..runs.folder import FORMS
 from .cell import Cell
 
 _ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*", re.ASCII)
