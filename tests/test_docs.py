@@ -175,7 +175,7 @@ def test_figures_of_the_results_page_follow_from_the_records(repository, monkeyp
 
 
 def test_the_simulated_step_of_the_mean_is_that_of_the_page(repository):
-    (block,) = python_blocks(repository / "docs" / "why.md")
+    block = python_blocks(repository / "docs" / "why.md")[0]
     simulated = [list(map(float, line.split())) for line in output_of(block, "docs/why.md")]
     text = (repository / "docs" / "why.md").read_text()
     shown = re.findall(r"^\| ([\d.]+) \| (0\.\d\d) \|$", text, flags=re.MULTILINE)
