@@ -223,7 +223,7 @@ def test_names_that_are_taken_are_refused():
     from s2d3d.errors import InputError
 
     for register, name in ((s2d3d.register_model, "point_bert"), (s2d3d.register_dataset, "modelnet40")):
-        with pytest.raises(InputError, match=f"'{name}' is there already"):
+        with pytest.raises(InputError, match=f"'{name}' exists already"):
             register(name, lambda *_: None)
     with pytest.raises(InputError, match="no parameter 'dept'; did you mean 'depth'"):
         s2d3d.register_model("mine", models.PointBERT, dept=3)

@@ -133,7 +133,7 @@ def register_dataset(
         >>> del _DATASETS["noise"]
     """
     if name in _DATASETS:
-        raise InputError(f"data set '{name}' is there already; choose another name")
+        raise InputError(f"data set '{name}' exists already; choose another name")
     reader = Reader(read, check)
     for key, parameter in reader.keywords().items():
         if parameter.default is parameter.empty:
@@ -177,7 +177,7 @@ def create_dataset(
         allow_links: follow links that lead out of the folder; otherwise they are refused.
         memory_budget_gb: 10^9 bytes, above 0. The points of a split that take more are not read into memory at once:
             they stay in their files and are read batch by batch, through a cache of this size. Samples are the same.
-        **own: keywords that this data set alone has, such as `variant` of `load_scanobjectnn`.
+        **own: keywords that only this data set has, such as `variant` of `load_scanobjectnn`.
 
     Raises:
         InputError: an unknown name or keyword, a missing or wrong file, a value out of range.

@@ -184,7 +184,7 @@ class PointCloudDataset(torch.utils.data.Dataset):
 
         Args:
             indices: (B,) int64 in [0, n).
-            generator: as said.
+            generator: random sampling with it, plain sampling without.
 
         Returns:
             points (B, num_points, 3) float32, contiguous; labels (B,) int64.
@@ -216,11 +216,11 @@ class PointCloudDataset(torch.utils.data.Dataset):
         return mask[:, : self.num_points] if generator is None else mask.gather(1, self._draw(len(mask), generator))
 
     def fingerprint(self) -> "Fingerprint":
-        """Describe the set in plain values, so that another one is told apart; see `same_data`.
+        """Describe the set in plain values, to recognise it later; see `same_data`.
 
         Returns:
             `labels`, a hash of all of them, and `clouds`, a number for each of up to 64 clouds spread over the set:
-            its weighted mean square coordinate, which other processors compute alike but for rounding.
+            its weighted mean square coordinate, which other processors compute equally up to rounding.
         """
         chosen = torch.arange(0, len(self), max(1, len(self) // 64))[:64]
         points = self._storage[self._rows[chosen]][:, : self.num_points].double()
@@ -268,7 +268,7 @@ class Fingerprint(TypedDict):
 
 
 def same_data(first: Fingerprint, second: Fingerprint) -> bool:
-    """Tell whether two `fingerprint()` are of one set; those of sets of unlike size or labels differ in any case."""
+    """Return whether two `fingerprint()` belong to the same set. Sets of other size or labels always differ."""
     if first["labels"] != second["labels"] or len(first["clouds"]) != len(second["clouds"]):
         return False
     return all(math.isclose(one, other, rel_tol=1e-4) for one, other in zip(first["clouds"], second["clouds"]))
@@ -381,7 +381,7 @@ def choose_shapes(
 
 
 def _shuffled_classes(labels: Tensor, seed: int) -> list[Tensor]:
-    """Return the shuffled indices of each class that occurs; a class's order depends on the seed and itself alone."""
+    """Return the shuffled indices of each class that occurs; the order in a class depends on the seed and the class."""
     groups = []
     for label in labels.unique().tolist():
         members = (labels == label).nonzero().flatten()

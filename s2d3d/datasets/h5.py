@@ -58,7 +58,7 @@ class CloudFile:
 
 @dataclass(frozen=True)
 class CloudLayout:
-    """What one HDF5 file holds, but for its points and mask, which `read_rows` and `read_mask_rows` read in parts.
+    """What one HDF5 file holds, except its points and mask, which `read_rows` and `read_mask_rows` read in parts.
 
     Attributes:
         path: the file.
@@ -99,7 +99,7 @@ def read_h5(
         max_bytes: refuse a dataset that declares more than this.
 
     Raises:
-        InputError: whatever is wrong with the file, with its name and the dataset's.
+        InputError: the file is wrong; the message names it and the dataset.
 
     Example:
         >>> write_h5("two.h5", np.ones((2, 8, 3), np.float32), [0, 1], up_axis="z")  # doctest: +SKIP
@@ -126,7 +126,7 @@ def points_bytes(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> int:
     """Return the bytes that the points of a file take once read; they are not read.
 
     Raises:
-        InputError: whatever is wrong with the file's `data`.
+        InputError: the `data` of the file is wrong.
     """
     path = Path(path)
     with _opened(path) as file:
@@ -143,7 +143,7 @@ def inspect_h5(path: str | os.PathLike, *, num_classes: int | None = None, max_b
         max_bytes: likewise.
 
     Raises:
-        InputError: whatever is wrong with the file; stored in pieces too large to be read one by one.
+        InputError: the file is wrong, or its chunks are too large to be read one by one.
 
     Example:
         >>> write_h5("two.h5", np.ones((2, 8, 3), np.float32), [0, 1])  # doctest: +SKIP

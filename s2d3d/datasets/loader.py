@@ -1,4 +1,4 @@
-"""Batches as a function of seed, epoch, step and rank alone, so that a run resumes exactly where it stopped."""
+"""Batches that depend only on seed, epoch, step and rank, so that a run resumes exactly where it stopped."""
 
 import copy
 from collections import deque

@@ -54,7 +54,7 @@ def open_clouds(
         The clouds, their (n,) int64 labels, and n names of shapes.
 
     Raises:
-        InputError: whatever is wrong with a file.
+        InputError: a file is wrong.
     """
     layouts = [inspect_h5(path, num_classes=num_classes) for path in paths]
     for layout in layouts[1:]:

@@ -205,7 +205,7 @@ def build_augmentation(
 
     Args:
         scale: low and high factor, drawn for each axis of each cloud.
-        shift: largest offset, drawn likewise.
+        shift: largest offset, drawn in the same way.
         rotate: any angle about the vertical axis z.
         jitter: deviation of the noise on each coordinate, cut at 5 deviations.
         dropout: largest share of points replaced by the first, in [0, 1).

@@ -121,7 +121,7 @@ def evaluate(
         class_names: default those of `loader.dataset`, else "0", "1", ....
 
     Raises:
-        InputError: an empty loader, `votes` below 1, votes asked of a loader that has none, labels that are no classes
+        InputError: an empty loader, `votes` below 1, votes from a loader without them, labels that are not classes
             of the model, or logits that are not finite.
 
     Example:
@@ -211,7 +211,7 @@ def _all_reduce(counts: Tensor, device: torch.device) -> None:
 
 
 def _gather_in_order(hits: list[str], ranks: int) -> list[str]:
-    """Put together what the ranks have of each global batch; the last one may lack some of them."""
+    """Join the parts that the ranks have of each global batch; the last batch may lack some parts."""
     everyone: list[list[str]] = [[] for _ in range(ranks)]
     dist.all_gather_object(everyone, hits)
     return [part for batch in zip_longest(*everyone, fillvalue="") for part in batch]

@@ -15,7 +15,7 @@ from ..s2d import MoFConfig, convert_to_mof_
 
 
 def batchnorms_behind(model: nn.Module, module_name: str) -> list[_BatchNorm]:
-    """Return the BatchNorm layers registered after a module, which thus may see its output."""
+    """Return the BatchNorm layers registered after a module, which may therefore receive its output."""
     modules = list(model.named_modules())
     start = [name for name, _ in modules].index(module_name)
     return [m for _, m in modules[start + 1 :] if isinstance(m, _BatchNorm)]
@@ -31,8 +31,8 @@ def recalibrate_batchnorm_(
 ) -> int:
     """Re-estimate BatchNorm statistics as plain averages over a loader, in place.
 
-    BatchNorm behind expert layers has seen sparse outputs in training, not those of the merged model. Everything but
-    the BatchNorm layers runs in eval mode. Every batch has the same weight, also one that is not full. Use training
+    BatchNorm behind expert layers accumulated its statistics during sparse training, not from the merged model. All
+    other layers run in eval mode. Every batch has the same weight, also one that is not full. Use training
     data without augmentation.
 
     Args:
@@ -45,7 +45,7 @@ def recalibrate_batchnorm_(
         The number of layers treated; with 0 the loader is not read.
 
     Raises:
-        InputError: an empty loader; the statistics are as before.
+        InputError: an empty loader; the statistics are unchanged.
 
     Example:
         >>> loader = [(torch.rand(4, 3), torch.zeros(4))]
@@ -83,13 +83,13 @@ def recalibrate_batchnorm_(
 def norms_behind_experts(
     model: nn.Module, config: Config, converted: Sequence[str], mof: MoFConfig
 ) -> list[_BatchNorm]:
-    """Return the BatchNorm layers behind the first FFN that is, or in a dense twin would be, an expert layer.
+    """Return the BatchNorm layers behind the first expert layer, or behind the FFN that would be one in a sparse run.
 
     Args:
         model: as `config` describes it, merged.
         config: of the run.
         converted: names of its expert layers; empty for a dense run.
-        mof: which FFNs the sparse twin of a dense run converts.
+        mof: which FFNs the sparse counterpart of a dense run converts.
     """
     converted = converted or names_of_experts(config, mof)
     return batchnorms_behind(model, converted[0]) if converted else []

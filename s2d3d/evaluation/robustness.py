@@ -105,7 +105,7 @@ def corruption_errors(result: dict[str, Any], reference: dict[str, Any]) -> dict
     Raises:
         InputError: see `check_comparable`.
 
-    Source: Ren et al. 2022, arXiv 2202.03377, equations of CE and mCE, where the reference is DGCNN.
+    Source: Ren et al. 2022, arXiv 2202.03377 (CE and mCE, with DGCNN as the reference).
 
     Example:
         >>> def measured(oa):
@@ -119,7 +119,7 @@ def corruption_errors(result: dict[str, Any], reference: dict[str, Any]) -> dict
 
 
 def check_comparable(result: dict[str, Any], reference: dict[str, Any]) -> None:
-    """Check that a reference serves a result, of which only the `COMPARED` values need be known yet.
+    """Check that a reference is comparable with a result. Only the `COMPARED` values of the result are needed.
 
     Raises:
         InputError: the two are not measured on the same clouds, or the reference makes no error under a corruption.
@@ -159,7 +159,7 @@ def robustness_table(result: dict[str, Any]) -> str:
 
 @torch.no_grad()
 def _check_smallest(model: nn.Module, dataset: PointCloudDataset, device: torch.device | str) -> None:
-    """Let the model refuse too few points now, not after half an hour."""
+    """Check the smallest corrupted clouds first, so that too few points are refused at once."""
     smallest = min(corrupted_size(dataset.num_points, name, SEVERITIES[-1]) for name in CORRUPTIONS)
     try:
         with eval_mode(model):

@@ -202,7 +202,7 @@ def register_model(name: str, build: Callable[..., nn.Module], **preset: object)
         **preset: values for `build` that replace its defaults.
 
     Raises:
-        InputError: the name is taken, or `preset` names what `build` does not take.
+        InputError: the name is taken, or `preset` has a key that `build` does not accept.
 
     Example:
         >>> class Flat(nn.Module):
@@ -218,7 +218,7 @@ def register_model(name: str, build: Callable[..., nn.Module], **preset: object)
         >>> del _MODELS["flat_wide"]
     """
     if name in _MODELS:
-        raise InputError(f"model '{name}' is there already; choose another name")
+        raise InputError(f"model '{name}' exists already; choose another name")
     parameters = inspect.signature(build).parameters.values()
     known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
     unknown = [key for key in preset if key not in known]

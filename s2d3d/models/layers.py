@@ -88,7 +88,7 @@ class Block(nn.Module):
 
 
 class TransformerEncoder(nn.Module):
-    """A stack of blocks; the position embedding is added in front of each of them.
+    """A stack of blocks; the position embedding is added before each block.
 
     Source: Yu et al. 2022, Point-BERT.
     """
@@ -115,7 +115,7 @@ class GroupEncoder(nn.Module):
     once per point: the same result with about half the arithmetic of the largest layer. Biases in front of a pooling
     are added behind it, max(x + b) = max(x) + b, and never to the rows: a pass over memory less, forward and backward.
 
-    Source: Yu et al. 2022, Point-BERT, section 3.1; Qi et al. 2017, PointNet.
+    Source: Yu et al. 2022, Point-BERT; Qi et al. 2017, PointNet.
     """
 
     def __init__(self, in_channels: int, encoder_dims: int, encoder_width: int = 128) -> None:

@@ -36,7 +36,7 @@ class Reconstruction(NamedTuple):
 
 
 class MaskedEncoder(nn.Module):
-    """Patch encoder and transformer; the transformer sees the visible groups alone."""
+    """Patch encoder and transformer; only the visible groups enter the transformer."""
 
     def __init__(self, in_channels: int, trans_dim: int, encoder_dims: int, encoder_width: int) -> None:
         """Build all but the blocks, which the owner sets."""
@@ -112,7 +112,7 @@ class PointMAEPretrain(nn.Module):
         """Build the autoencoder; the defaults are those of the published recipe.
 
         Args:
-            in_channels: channels of a point; the first three are its coordinates, which alone are predicted.
+            in_channels: channels of a point; the first three are its coordinates, and only they are predicted.
             trans_dim: width of encoder and decoder.
             encoder_dims: output width of the patch encoder; equals `trans_dim`.
             depth: blocks of the encoder, at most 1000.

@@ -211,7 +211,7 @@ class TransitionDown(nn.Module):
 
     The linear layer reads coordinates relative to the centre and features. Being linear, it is applied to the points
     before they are gathered, W [p_j - p_i, x_j] = W [p_j, x_j] - W [p_i, 0], and not to each of their copies. With
-    stride 1 no point is dropped or gathered, and the layer reads the features alone.
+    stride 1 no point is dropped or gathered, and the layer reads only the features.
     """
 
     foldable_pairs = (("linear", "bn"),)
@@ -259,7 +259,7 @@ class VectorAttention(nn.Module):
 
     Queries, keys and values are made of the N points and then gathered, and BatchNorm sees rows (B N k, C).
 
-    Source: Zhao et al. 2021, Point Transformer, equations 2 to 4.
+    Source: Zhao et al. 2021, Point Transformer.
     """
 
     def __init__(self, channels: int, share_planes: int) -> None:
@@ -403,7 +403,7 @@ def _check_stages(stages: dict[str, Sequence[int]], share_planes: int) -> None:
     if sum(stages["depths"]) > MAX_DEPTH or lengths["channels"] > MAX_STAGES:
         raise ValueError(f"depths holds more than {MAX_DEPTH} blocks, or more than {MAX_STAGES} stages")
     if not any(stages["depths"]):
-        raise ValueError("depths holds zeros alone, must give at least one block")
+        raise ValueError("depths holds only zeros, must give at least one block")
     if share_planes < 1:
         raise ValueError(f"share_planes is {share_planes}, must be at least 1")
     for width in stages["channels"]:

@@ -23,16 +23,16 @@ UP_AXES = ("y", "z")
 
 @dataclass(frozen=True)
 class PretrainedReport:
-    """What became of the tensors of a file and of the model that read it.
+    """Which tensors of a file were loaded into a model, and which were not.
 
     Attributes:
         path: the file.
-        matched: keys of the model that have the file's values now.
-        missing: keys of the model that the file lacks; their values are as before.
+        matched: keys of the model that now have the values of the file.
+        missing: keys of the model that the file lacks; their values are unchanged.
         unexpected: keys of the file, as written there, that the model has no place for.
-        mismatched: keys of the model's last layer, which has another number of classes; their values are as before.
-        turned: the file's weights were turned from y up to z up.
-        published: the file has the layout of the published checkpoints, which were trained y up.
+        mismatched: keys of the model's last layer, which has another number of classes; their values are unchanged.
+        turned: whether the file's weights were turned from y up to z up.
+        published: whether the file has the layout of the published checkpoints, which were trained y up.
     """
 
     path: Path
@@ -64,7 +64,7 @@ class PretrainedReport:
 def load_pretrained_(model: nn.Module, path: str | Path, *, up_axis: str = "z") -> PretrainedReport:
     """Load a published checkpoint, or one of ours, into a dense model, in place.
 
-    Understood are files of Point-BERT and Point-MAE, fine-tuned (`{"base_model": {"module.<key>": ...}, ...}`, with or
+    It reads files of Point-BERT and Point-MAE, fine-tuned (`{"base_model": {"module.<key>": ...}, ...}`, with or
     without `module.`) and pretrained (keys behind `transformer_q.` or `MAE_encoder.`), checkpoints of this package,
     and plain state dicts. Code in a file is never run.
 
@@ -125,7 +125,7 @@ def numpy_scalars() -> list[Callable | tuple[Callable, str]]:
 
 
 def _unwrap(content: object, path: str | Path) -> dict[str, object]:
-    """Return the mapping from keys to weights in a file, without `module.` in front of the keys."""
+    """Return the mapping from keys to weights in a file, without `module.` before the keys."""
     if not isinstance(content, Mapping):
         raise InputError(f"{path}: holds a {type(content).__name__}, a checkpoint is a mapping from names to weights")
     if isinstance(content.get("s2d"), Mapping):
@@ -188,7 +188,7 @@ def _last_layer(model: nn.Module) -> str:
 
 
 def _rows_differ(own: Tensor, theirs: object) -> bool:
-    """Tell whether two tensors differ in the number of their rows alone."""
+    """Return whether two tensors differ only in their number of rows."""
     return isinstance(theirs, Tensor) and own.shape != theirs.shape and own.shape[1:] == theirs.shape[1:]
 
 

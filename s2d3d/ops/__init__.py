@@ -1,4 +1,4 @@
-"""Point operations: what data sets and backbones stand on."""
+"""Point operations, which data sets and backbones use."""
 
 from .points import farthest_point_sample, gather_points, group_points, nearest_neighbours
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 NORMS = ("l2", "l1")
 CACHED_DISTANCES = 2**18
-"""Distances that are at hand at once: 1 MiB of float32, which stays in the cache of a core."""
+"""Distances computed at once: 1 MiB of float32, which stays in the cache of a core."""
 
 
 def chamfer_distance(first: Tensor, second: Tensor, *, norm: str = "l2") -> Tensor:
@@ -13,7 +13,7 @@ def chamfer_distance(first: Tensor, second: Tensor, *, norm: str = "l2") -> Tens
 
     With "l2" it is mean(d^2) of the points of `first` plus mean(d^2) of those of `second`; with "l1" half the sum of
     the two means of d. The nearest points are found from exact differences, without a gradient; the gradient flows
-    through the chosen pairs alone. So memory beyond the inputs is about 1 MiB of distances, or those of one pair of
+    only through the chosen pairs. So memory beyond the inputs is about 1 MiB of distances, or those of one pair of
     clouds, and three numbers for each point.
 
     Args:

@@ -2,7 +2,7 @@
 
 No compiled extension: the same code runs on CPU and GPU, under autograd and `torch.compile`; only farthest point
 sampling has a Triton form for GPUs, used where Triton is installed, and is one operation of a compiled graph.
-Data sets (prefix sampling) and backbones (grouping) both stand on this file, so it lies below them.
+Data sets (prefix sampling) and backbones (grouping) both use this file.
 """
 
 import importlib.util
@@ -77,7 +77,7 @@ def farthest_point_sample(points: Tensor, num_samples: int, *, skip_origin: bool
 
 @torch.library.custom_op("s2d3d::farthest_points", mutates_args=())
 def _farthest_points(points: Tensor, num_samples: int, skip_origin: bool) -> Tensor:
-    """Do the same as one operation of a compiled graph: its loop is not unrolled, and torch 2.11 would get it wrong."""
+    """Do the same as one operation of a compiled graph: torch 2.11 computes the unrolled loop wrongly."""
     return farthest_point_sample(points, num_samples, skip_origin=skip_origin)
 
 
@@ -158,7 +158,7 @@ def group_points(
     Returns:
         groups (B, G, S, C), coordinates relative to the centre; centres (B, G, 3).
 
-    Source: Yu et al. 2022, Point-BERT, section 3.1.
+    Source: Yu et al. 2022, Point-BERT.
     """
     xyz = points[..., :3]
     centers = gather_points(xyz, farthest_point_sample(xyz, num_group, skip_origin=skip_origin))
@@ -170,7 +170,7 @@ def group_points(
 
 
 def is_exporting() -> bool:
-    """Tell whether this code is being exported, and not compiled: torch 2.11 says the former of both.
+    """Return whether this code is being exported, and not compiled: torch 2.11 reports both as exporting.
 
     `torch.export` with `strict=True` traces as compiling does, and is taken for it.
     """

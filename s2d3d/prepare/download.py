@@ -122,7 +122,7 @@ def unpack(archive: str | os.PathLike, folder: str | os.PathLike) -> Path:
 
 
 def fetch(name: str, folder: str | os.PathLike, *, archives: dict[str, Archive] | None = None) -> Path:
-    """Fetch and unpack one of `ARCHIVES`; what is there already is not done again.
+    """Fetch and unpack one of `ARCHIVES`; finished steps are not repeated.
 
     Args:
         name: of the archive.

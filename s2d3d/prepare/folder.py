@@ -18,14 +18,14 @@ MARK = "shape_names.txt"
 
 @contextmanager
 def new_folder(output: Path, *, force: bool = False) -> Iterator[Path]:
-    """Give a temporary folder beside `output`, which takes its place when the body ends without an error.
+    """Yield a temporary folder beside `output`; it becomes `output` if the body ends without an error.
 
     Args:
         output: must not exist, or be an empty folder.
-        force: replace a folder that holds a data set. Any other folder is left alone.
+        force: replace a folder that holds a data set. Any other folder is kept.
 
     Raises:
-        InputError: there is something else in the way.
+        InputError: `output` exists and may not be replaced.
     """
     check_output(output, force)
     try:
@@ -62,7 +62,7 @@ def copy_modelnet40(
         Number of shapes of each split.
 
     Raises:
-        InputError: whatever is wrong with `source`; `output` exists.
+        InputError: `source` is wrong, or `output` exists.
     """
     source, output = Path(source), Path(output)
     if up_axis is not None:

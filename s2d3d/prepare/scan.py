@@ -36,7 +36,7 @@ DENSER = 2
 
 @dataclass(frozen=True)
 class ShapeSet:
-    """The shapes of one split: stored points, or paths of meshes that are sampled when wanted.
+    """The shapes of one split: stored points, or paths of meshes that are sampled on demand.
 
     Attributes:
         split: "train" or "test".
@@ -89,7 +89,7 @@ def write_scans(
     Args:
         source: a folder in ModelNet layout, or of OFF meshes `class/train/*.off`, `class/test/*.off`.
         output: folder to make; it appears whole or not at all.
-        variant: whose boxes to imitate; all but OBJ_ONLY.
+        variant: whose boxes to imitate; any except OBJ_ONLY.
         num_points: points of a scan, object, plane and clutter together; default those stored, 2048 at most.
         views: scans of each shape.
         seed: of everything.
@@ -102,7 +102,7 @@ def write_scans(
         Number of scans of each split.
 
     Raises:
-        InputError: whatever is wrong with `source` or an argument; more points are asked for than are stored, without
+        InputError: `source` or an argument is wrong; more points are asked for than are stored, without
             `upsample`; Open3D is missing; `output` exists.
 
     Example:
@@ -261,7 +261,7 @@ def _points_of_scan(source: Path, shape_sets: list[ShapeSet], num_points: int | 
     stored = [shapes.points.shape[1] for shapes in shape_sets if shapes.points is not None]
     if not stored:
         if upsample:
-            raise InputError(f"{source}: meshes are sampled as densely as is wanted; --upsample is for stored points")
+            raise InputError(f"{source}: meshes can be sampled at any density; --upsample is for stored points")
         return num_points or DEFAULT_POINTS
     if num_points is None:
         num_points = min(DEFAULT_POINTS, *stored)

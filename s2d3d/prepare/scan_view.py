@@ -44,7 +44,7 @@ HIDDEN_RADIUS = 50
 
 @dataclass(frozen=True)
 class View:
-    """A scan, and how it came about.
+    """A scan, and how it was made.
 
     Attributes:
         points: (N, 3) float32, centred, unit sphere, in random order.
@@ -78,7 +78,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Scene:
-    """What the camera looks at, but for the plane.
+    """What the camera looks at, without the plane.
 
     Attributes:
         solid: (n, 3) points of the object, then of the clutter.
@@ -116,7 +116,7 @@ def simulate_view(
         InputError: Open3D is missing, or no box holds enough points.
 
     Source: Katz et al. 2007, "Direct Visibility of Point Sets" (hidden-point removal); Nguyen et al. 2012, "Modeling
-    Kinect Sensor Noise" (noise grows with the squared depth); Uy et al. 2019, ScanObjectNN, section 3 (boxes).
+    Kinect Sensor Noise" (noise grows with the squared depth); Uy et al. 2019, ScanObjectNN (boxes).
     """
     heading = rng.uniform(0, 2 * np.pi)
     item = turned(cloud, heading)
@@ -152,7 +152,7 @@ def simulate_view(
 
 
 def visible(points: np.ndarray, camera: np.ndarray, radius: float) -> np.ndarray:
-    """Tell which points a camera sees, by hidden-point removal.
+    """Return which points a camera sees, by hidden-point removal.
 
     Args:
         points: (n, 3).
@@ -175,7 +175,7 @@ def visible(points: np.ndarray, camera: np.ndarray, radius: float) -> np.ndarray
 
 
 def import_open3d():
-    """Import Open3D, which nothing but scanning needs here.
+    """Import Open3D, which only scanning needs here.
 
     Raises:
         InputError: it cannot be imported.

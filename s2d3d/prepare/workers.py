@@ -20,7 +20,7 @@ CHUNK = 8
 def worker_pool(
     workers: int, module: str, *, doing: str, start: Callable[..., None] | None = None, arguments: tuple = ()
 ) -> Iterator[Callable[..., Iterator[Any]]]:
-    """Give a `map` that computes in worker processes and yields in order; with one worker in this process itself.
+    """Yield a `map` that computes in worker processes and returns results in order; with one worker, in this process.
 
     Args:
         workers: processes, at least 1.

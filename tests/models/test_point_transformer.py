@@ -296,7 +296,7 @@ def test_too_few_points(name):
         ({"channels": (32, 64, 128, 256, 500)}, "channels holds 500, must be a multiple of share_planes 8"),
         ({"channels": (32, 64, 128, 256, 0)}, "channels holds 0, must be at least 1"),
         ({"depths": (1, 2, 3, -1, 2)}, "depths holds -1, must be at least 0"),
-        ({"depths": (0, 0, 0, 0, 0)}, "depths holds zeros alone"),
+        ({"depths": (0, 0, 0, 0, 0)}, "depths holds only zeros"),
         ({"strides": (1, 0, 4, 4, 4)}, "strides holds 0, must be at least 1"),
         ({"num_neighbors": (8, 16, 0, 16, 16)}, "num_neighbors holds 0, must be at least 1"),
         ({"share_planes": 0}, "share_planes is 0, must be at least 1"),

@@ -464,7 +464,7 @@ def test_mesh_errors_name_the_file(off_root, tmp_path):
     bad.write_text("OFF\n3 1 0\n0 0 0\n1 0 0\n2 0 0\n3 0 1 2\n")
     with pytest.raises(InputError, match=r"tile_train_0\.off: all triangles have area 0"):
         write_scans(off_root, tmp_path / "scan", num_points=64, workers=1)
-    with pytest.raises(InputError, match="meshes are sampled as densely as is wanted; --upsample is for stored points"):
+    with pytest.raises(InputError, match="meshes can be sampled at any density; --upsample is for stored points"):
         write_scans(off_root, tmp_path / "scan", upsample=True)
     assert not (tmp_path / "scan").exists()
 
