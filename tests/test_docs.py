@@ -112,6 +112,16 @@ def test_the_api_page_names_what_is_there(repository):
         assert getattr(importlib.import_module(module), item).__doc__, name
 
 
+def test_the_architecture_page_shows_every_room(repository):
+    page = (repository / "docs" / "architecture.md").read_text()
+    picture = re.search(r"```text\n(.*?)```", page, flags=re.DOTALL)[1]
+    rooms = {path.parent.name for path in (repository / "s2d3d").glob("*/__init__.py")}
+    assert len(rooms) >= 12
+    for room in rooms:
+        assert re.search(rf"\b{room}/ ", picture) and f"| `{room}/` |" in page, room
+    assert max(map(len, picture.splitlines())) <= 78
+
+
 def test_the_readme_is_short_and_shows_the_result_on_its_first_screen(repository):
     lines = (repository / "README.md").read_text().splitlines()
     assert len(lines) <= 90 and max(map(len, lines)) <= 140
