@@ -24,10 +24,12 @@ if TYPE_CHECKING:
         is_sparse,
         merge_experts,
     )
+    from .training.callbacks import Callback
     from .training.trainer import Trainer
 
 __all__ = [
     "EWA",
+    "Callback",
     "ClassificationReport",
     "Config",
     "MoFConfig",
@@ -68,6 +70,7 @@ _HOMES = {
         "EWA", "MoFConfig", "RUPMoF", "TopKMoE", "apply_ewa_", "balance_loss", "convert_to_mof_", "is_sparse",
         "merge_experts",
     ),
+    "training.callbacks": ("Callback",),
     "training.trainer": ("Trainer",),
 }  # fmt: skip
 """Public names by the module that defines them, which is imported when one of them is asked for first."""

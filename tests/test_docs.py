@@ -22,6 +22,7 @@ import s2d3d
 from s2d3d import Trainer, datasets, load_config, load_model, models
 from s2d3d.config.reference import config_reference
 from s2d3d.config.schema import Config
+from s2d3d.s2d.analysis import expert_divergence
 
 REPOSITORY = Path(__file__).parent.parent
 PAGES = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "data/README.md")]
@@ -195,7 +196,7 @@ def test_the_simulated_step_of_the_mean_is_that_of_the_page(repository):
 def test_a_backbone_and_a_data_set_of_one_s_own_train(blocks, tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "_MODELS", dict(models._MODELS))
     monkeypatch.setattr(datasets, "_DATASETS", dict(datasets._DATASETS))
-    backbone, reader, training, command = blocks
+    backbone, reader, training, callback, command = blocks
     for block in (backbone, reader):
         body = [line for line in block.splitlines() if line and not line.startswith(("import ", "from "))]
         assert len(body) <= 20
@@ -215,6 +216,10 @@ def test_a_backbone_and_a_data_set_of_one_s_own_train(blocks, tiny_config, tmp_p
     (tmp_path / "my_config.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.chdir(tmp_path)
     exec(compile(training, "docs/extend.md", "exec"), {"__name__": "extend"})
+    exec(compile(callback, "docs/extend.md", "exec"), {"__name__": "extend"})
+    rows = json.loads(Path("runs/watched/divergence.json").read_text())
+    assert [row.pop("epoch") for row in rows] == [1, 2]
+    assert rows[-1] == expert_divergence(load_model("runs/watched/checkpoints/last.pt"))
     trainer = Trainer(load_config("my_config.yaml"))
     dataset = s2d3d.create_dataset("scans", tmp_path / "scans", "test", num_points=128)
     assert np.ptp(dataset.points[-1, :, 2].numpy()) > 2 * np.ptp(dataset.points[-1, :, 0].numpy()), (

@@ -51,6 +51,14 @@ class Progress:
             raise ValueError("a row of the log lacks a column")
         return cls(**{field.name: state["progress"][field.name] for field in fields(cls)}), history
 
+    def select(self, row: dict[str, Any]) -> bool:
+        """Tell whether the epoch of this row of the log is the best so far, and remember its score if it is."""
+        score = selection_score(row)
+        if self.best is not None and score <= self.best:
+            return False
+        self.best = score
+        return True
+
     def is_best(self, history: list[dict[str, Any]]) -> bool:
         """Tell whether the epoch that has just ended, the last row of the log, is the best one so far."""
         return self.step == 0 and bool(history) and selection_score(history[-1]) == self.best

@@ -1,137 +1,171 @@
-"""What a training consists of, made from a config: loaders, model, optimizer, EWA. The trainer sets it in motion."""
+"""The parts of a training, each made from the config by one function: model, optimizer, schedule, EWA, EMA."""
 
 import logging
+from dataclasses import dataclass
 from typing import cast
 
 import torch
+from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..config.load import Config
-from ..datasets import PointCloudDataset
 from ..errors import InputError
 from ..evaluation.batchnorm import names_of_experts
 from ..machine import Runtime
 from ..models import create_model, load_pretrained_
 from ..random_state import seed_all
-from ..s2d import EWA, TopKMoE, convert_to_mof_
-from .loaders import build_loaders
+from ..s2d import EWA, MoFConfig, TopKMoE, convert_to_mof_
+from .loaders import Loaders
 from .optim import build_optimizer, build_scheduler
 
 logger = logging.getLogger(__name__)
 
 
-class TrainingParts:
-    """Loaders, model, optimizer and EWA of one run, built in this order."""
+@dataclass(frozen=True)
+class ModelParts:
+    """The model of a run, and what is known of its making.
 
-    runtime: Runtime
+    Attributes:
+        model: the model that is trained, with its experts, on the device of the run.
+        network: what is called in training: the model, or its wrapper for several processes or compilation.
+        parallel: the wrapper that averages gradients over ranks, None with one process.
+        mof: which FFNs become experts, and how.
+        converted: names of the expert layers; empty for a dense run.
+        routed: the expert layers that have a router.
+        dense_parameters: number of parameters without additional experts.
+        training_parameters: number of parameters of `model`.
+    """
 
-    def __init__(self, config: Config, datasets: tuple[PointCloudDataset, PointCloudDataset] | None) -> None:
-        """Keep what the parts are made from."""
-        self.config, self.datasets = config, datasets
+    model: nn.Module
+    network: nn.Module
+    parallel: DistributedDataParallel | None
+    mof: MoFConfig
+    converted: list[str]
+    routed: list[TopKMoE]
+    dense_parameters: int
+    training_parameters: int
 
-    def _build_data(self) -> None:
-        loaders = build_loaders(self.config, self.runtime, self.datasets)
-        self.class_names, self.train_loader, self.plain_train_loader = (
-            loaders.class_names, loaders.train, loaders.plain_train,
-        )  # fmt: skip
-        self.test_loader, self.val_loader, self.scored_loader = loaders.test, loaders.val, loaders.scored
-        self.steps_per_epoch = len(self.train_loader)
-        self.total_updates = self.steps_per_epoch * self.config.train.epochs
+    def counts(self) -> dict[str, int]:
+        """Return the numbers of parameters as metrics.json holds them: in training, and of the final model."""
+        final = {"routed": self.training_parameters} if self.routed else {"merged": self.dense_parameters}
+        return {"training": self.training_parameters, **final}
 
-    def _build_model(self, resume: bool = False) -> None:
-        cfg, runtime = self.config, self.runtime
-        # Seeded here: a dense and a sparse run of one seed start from the same dense weights.
-        seed_all(cfg.seed)
-        dense = create_model(cfg.model.name, num_classes=len(self.class_names), **cfg.model.kwargs)
-        self.dense_parameters = sum(p.numel() for p in dense.parameters())
-        if cfg.model.pretrained and not resume:  # before the conversion, so that experts start as copies
-            report = load_pretrained_(dense, cfg.model.pretrained, up_axis=cfg.model.pretrained_up_axis)
-            if runtime.is_main:
-                logger.info(report.summary())
-        self.mof = cfg.s2d.mof()
-        self.converted = convert_to_mof_(dense, self.mof) if cfg.s2d.kind != "none" else []
-        self.routed = [module for module in dense.modules() if isinstance(module, TopKMoE)]
-        self.model = dense.to(runtime.device)
-        self.training_parameters = sum(p.numel() for p in self.model.parameters())
-        self._wrap_model()
 
-    def _wrap_model(self) -> None:
-        cfg, runtime = self.config, self.runtime
-        self.parallel: DistributedDataParallel | None = None
-        if runtime.is_distributed:
-            devices = [runtime.device] if runtime.device.type == "cuda" else None
-            self.parallel = DistributedDataParallel(self.model, device_ids=devices)
-        self.network: nn.Module = self.parallel or self.model
-        if cfg.train.compile:
-            self.network = cast(nn.Module, torch.compile(self.network, mode=cfg.train.compile_mode))
+def build_model(config: Config, runtime: Runtime, class_names: list[str], *, pretrained: bool = True) -> ModelParts:
+    """Create the model, load pretrained weights, convert FFNs to experts, move it to its device and wrap it.
 
-    def _build_optimizer(self) -> None:
-        cfg, optim = self.config, self.config.optim
-        self.optimizer = build_optimizer(
-            self.model,
-            name=optim.name,
-            lr=optim.lr,
-            weight_decay=optim.weight_decay,
-            lr_multiplier=cfg.s2d.lr_multiplier,
-            scaled=self._dense_ffns() if cfg.s2d.kind == "none" and cfg.s2d.lr_multiplier != 1 else None,
-        )
-        self.scheduler = build_scheduler(
-            self.optimizer,
-            schedule=optim.schedule,
-            min_lr=optim.min_lr,
-            warmup_lr=optim.warmup_lr,
-            warmup_steps=round(optim.warmup_epochs * self.steps_per_epoch),
-            total_steps=self.total_updates,
-        )
-        self.ewa: EWA | None = None
-        if self.converted:
-            self.ewa = EWA(
-                self.model, share_rate=cfg.s2d.share_rate, total_steps=self.total_updates,
-                schedule=self._squared_lr if cfg.s2d.schedule == "squared_lr" else cfg.s2d.schedule,
-                stop_fraction=cfg.s2d.stop_fraction,
-            )  # fmt: skip
-        self.ema = ModelEmaV3(self.model, decay=cfg.train.ema_decay) if cfg.train.ema_decay else None
+    Args:
+        config: of the run.
+        runtime: this process and the others.
+        class_names: in the order of the labels.
+        pretrained: load the file that `model.pretrained` names; a run that resumes needs it no more.
 
-    def _dense_ffns(self) -> list[nn.Parameter]:
-        """Return the parameters of the FFNs that the S2D run of this config would convert."""
-        names = names_of_experts(self.config, self.mof)
-        return [parameter for name in names for parameter in self.model.get_submodule(name).parameters()]
+    Raises:
+        InputError: the file does not fit the model, or no FFN matches.
+    """
+    # Seeded here: a dense and a sparse run of one seed start from the same dense weights.
+    seed_all(config.seed)
+    model = create_model(config.model.name, num_classes=len(class_names), **config.model.kwargs)
+    dense_parameters = count_parameters(model)
+    if config.model.pretrained and pretrained:  # before the conversion, so that experts start as copies
+        report = load_pretrained_(model, config.model.pretrained, up_axis=config.model.pretrained_up_axis)
+        if runtime.is_main:
+            logger.info(report.summary())
+    mof = config.s2d.mof()
+    converted = convert_to_mof_(model, mof) if config.s2d.kind != "none" else []
+    routed = [module for module in model.modules() if isinstance(module, TopKMoE)]
+    model = model.to(runtime.device)
+    parallel = None
+    if runtime.is_distributed:
+        devices = [runtime.device] if runtime.device.type == "cuda" else None
+        parallel = DistributedDataParallel(model, device_ids=devices)
+    network: nn.Module = parallel or model
+    if config.train.compile:
+        network = cast(nn.Module, torch.compile(network, mode=config.train.compile_mode))
+    return ModelParts(model, network, parallel, mof, converted, routed, dense_parameters, count_parameters(model))
 
-    def _squared_lr(self, update: int) -> float:
+
+def optimizer_of(config: Config, parts: ModelParts) -> torch.optim.Optimizer:
+    """Return the optimizer of a run; `s2d.lr_multiplier` of a dense run is for the FFNs that S2D would convert."""
+    optim, multiplier, scaled = config.optim, config.s2d.lr_multiplier, None
+    if config.s2d.kind == "none" and multiplier != 1:
+        names = names_of_experts(config, parts.mof)
+        scaled = [parameter for name in names for parameter in parts.model.get_submodule(name).parameters()]
+    return build_optimizer(
+        parts.model, name=optim.name, lr=optim.lr, weight_decay=optim.weight_decay, lr_multiplier=multiplier,
+        scaled=scaled,
+    )  # fmt: skip
+
+
+def scheduler_of(config: Config, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> CosineLRScheduler:
+    """Return the learning-rate schedule of a run."""
+    optim = config.optim
+    return build_scheduler(
+        optimizer, schedule=optim.schedule, min_lr=optim.min_lr, warmup_lr=optim.warmup_lr,
+        warmup_steps=round(optim.warmup_epochs * steps_per_epoch), total_steps=steps_per_epoch * config.train.epochs,
+    )  # fmt: skip
+
+
+def ewa_of(config: Config, parts: ModelParts, scheduler: CosineLRScheduler, steps_per_epoch: int) -> EWA | None:
+    """Return the averaging of the experts' weights; None for a dense run."""
+    if not parts.converted:
+        return None
+
+    def squared_lr(update: int) -> float:
         """Return the square of the rate of an update relative to the peak rate."""
-        return (self.scheduler._get_lr(update)[0] / self.config.optim.lr) ** 2
+        return (scheduler._get_lr(update)[0] / config.optim.lr) ** 2
 
-    @torch.no_grad()
-    def _try_batch(self) -> None:
-        """Pass the smallest batch of an epoch through the model: what cannot work fails before it leaves a trace.
+    return EWA(
+        parts.model, share_rate=config.s2d.share_rate, total_steps=steps_per_epoch * config.train.epochs,
+        schedule=squared_lr if config.s2d.schedule == "squared_lr" else config.s2d.schedule,
+        stop_fraction=config.s2d.stop_fraction,
+    )  # fmt: skip
 
-        Random state is set after this; what the pass does to buffers is taken back.
-        """
-        cfg, train = self.config, self.train_loader.dataset
-        rest = 0 if cfg.train.drop_last else len(train) % cfg.train.batch_size
-        count = max(1, (rest or cfg.train.batch_size) // self.runtime.world_size // cfg.train.accum_steps)
-        points, _ = train.batch(torch.arange(count), augment=False)
-        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        try:
-            self.model.train()(points.to(self.runtime.device))
-        except ValueError as error:
-            batch = f"a batch of {count} clouds of {points.shape[1]} points"
-            raise InputError(f"{batch} does not pass through {cfg.model.name}: {error}") from error
-        for buffer, before in buffers:
-            buffer.copy_(before)
 
-    def _describe(self) -> str:
-        sparse = sum(p.numel() for p in self.model.parameters())
-        experts = (
-            f", {len(self.converted)} FFNs as {self.mof.num_experts} experts ({sparse:,} while training)"
-            if self.converted
-            else ""
-        )
-        return (
-            f"{self.config.model.name}: {self.dense_parameters:,} parameters{experts}; "
-            f"{len(self.train_loader.dataset)} training and {len(self.test_loader.dataset)} test shapes; "
-            f"{self.steps_per_epoch} updates an epoch on {self.runtime.device}, "
-            f"{self.runtime.world_size} process(es), {torch.get_num_threads()} threads"
-        )
+def ema_of(config: Config, parts: ModelParts) -> ModelEmaV3 | None:
+    """Return the moving average of the weights; None without `train.ema_decay`."""
+    return ModelEmaV3(parts.model, decay=config.train.ema_decay) if config.train.ema_decay else None
+
+
+@torch.no_grad()
+def try_batch(config: Config, runtime: Runtime, data: Loaders, model: nn.Module) -> None:
+    """Pass the smallest batch of an epoch through the model: what cannot work fails before it leaves a trace.
+
+    Random state is set after this; what the pass does to buffers is taken back.
+
+    Raises:
+        InputError: the batch does not pass.
+    """
+    dataset, batch_size = data.train.dataset, config.train.batch_size
+    rest = 0 if config.train.drop_last else len(dataset) % batch_size
+    count = max(1, (rest or batch_size) // runtime.world_size // config.train.accum_steps)
+    points, _ = dataset.batch(torch.arange(count), augment=False)
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        model.train()(points.to(runtime.device))
+    except ValueError as error:
+        batch = f"a batch of {count} clouds of {points.shape[1]} points"
+        raise InputError(f"{batch} does not pass through {config.model.name}: {error}") from error
+    for buffer, before in buffers:
+        buffer.copy_(before)
+
+
+def describe(config: Config, runtime: Runtime, data: Loaders, parts: ModelParts) -> str:
+    """Return one line on the model, the data and the machine of a run."""
+    experts = ""
+    if parts.converted:
+        number, trained = parts.mof.num_experts, parts.training_parameters
+        experts = f", {len(parts.converted)} FFNs as {number} experts ({trained:,} while training)"
+    return (
+        f"{config.model.name}: {parts.dense_parameters:,} parameters{experts}; "
+        f"{len(data.train.dataset)} training and {len(data.test.dataset)} test shapes; "
+        f"{len(data.train)} updates an epoch on {runtime.device}, "
+        f"{runtime.world_size} process(es), {torch.get_num_threads()} threads"
+    )
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of parameters of a model."""
+    return sum(parameter.numel() for parameter in model.parameters())

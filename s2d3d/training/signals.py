@@ -5,6 +5,8 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..machine import Runtime
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -49,3 +51,22 @@ class SignalWatch:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    def received(self, runtime: Runtime, *, agree: bool) -> bool:
+        """Tell whether this process was told to stop; of several processes, whether any was.
+
+        Args:
+            runtime: this process and the others.
+            agree: let the ranks ask one another, which all of them must then do; without it several ranks never stop.
+        """
+        if not runtime.is_distributed:
+            return self.signum != 0
+        if not agree:
+            return False
+        import torch  # here: whoever only watches for signals does not need it
+        import torch.distributed as dist
+
+        number = torch.tensor(self.signum, device=runtime.device)
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        self.signum = int(number)
+        return self.signum != 0

@@ -1,8 +1,8 @@
 """The training recipe: setup -> train -> evaluate -> merge, resumable at every step."""
 
-import copy
 import logging
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +15,46 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ..atomic import write_json, write_text
 from ..config.data import check_classes
 from ..config.load import Config, dump_config
-from ..datasets import BatchLoader, PointCloudDataset
+from ..datasets import PointCloudDataset
 from ..errors import InputError, TrainingError
-from ..evaluation.accuracy import ClassificationReport, evaluate
-from ..evaluation.batchnorm import norms_behind_experts, recalibrate_batchnorm_
-from ..machine import environment, package_versions, start_runtime, stop_runtime, watching_peers
+from ..machine import environment, start_runtime, stop_runtime, watching_peers
 from ..random_state import seed_all, set_rng_state
 from ..runs.checkpoint import load_weights_, model_payload, save_checkpoint
 from ..runs.folder import RunFolder
 from ..runs.log import LOG_COLUMNS, epoch_line, epoch_row
 from ..runs.metrics import run_metrics, run_summary
-from ..runs.resume import Progress, check_same_data, check_same_run, read_run, restoring, selection_score
-from ..s2d import balance_loss, merge_experts
+from ..runs.resume import Progress, check_same_data, check_same_run, read_run, restoring
+from ..s2d import balance_loss
+from .callbacks import Callback
+from .ending import end_model
+from .loaders import build_loaders
 from .loggers import RunLoggers, check_loggers, open_loggers
-from .parts import TrainingParts
+from .parts import build_model, describe, ema_of, ewa_of, optimizer_of, scheduler_of, try_batch
 from .signals import SignalWatch, StoppedBySignal
 from .state import gather_states
+from .task import Classification
 from .update import BALANCE, CORRECT, DROPPED, LOSS, NORM, SAMPLES, FiniteWatch, accumulate_gradient, nonfinite_message
 
 logger = logging.getLogger(__name__)
 
 
-class Trainer(TrainingParts):
+class Trainer:
     """Trains the model that a config describes; one object, one run.
+
+    Attributes:
+        config: of the run.
+        folder: the run folder, with the paths of its files.
+        callbacks: what is called during the run, see `Callback`.
+        runtime: device, rank and number of processes; this and what follows is there once `fit` has made it.
+        data: the loaders, and the names of the classes.
+        parts: what is known of the model's making, such as the names of its expert layers.
+        model: the model that is trained, with its experts.
+        optimizer: with the learning rate of the update in its groups.
+        ewa: the averaging of the experts; None for a dense run.
+        ema: the moving average of the weights; None without `train.ema_decay`.
+        progress: epochs and updates made so far.
+        history: the rows of log.csv so far.
+        reports: the evaluations that ended the run, by form of the model.
 
     Example:
         >>> from s2d3d import load_config
@@ -50,6 +67,7 @@ class Trainer(TrainingParts):
         *,
         force: bool = False,
         datasets: tuple[PointCloudDataset, PointCloudDataset] | None = None,
+        callbacks: Iterable[Callback] = (),
     ) -> None:
         """Keep the config; nothing is read or written before `fit`.
 
@@ -58,9 +76,9 @@ class Trainer(TrainingParts):
             force: replace a run that the output folder holds.
             datasets: training and test set to use; default those that `config.data` describes. A run that resumes
                 must be given the same again.
+            callbacks: called after updates, after epochs and at the end, in this order.
         """
-        super().__init__(config, datasets)
-        self.force = force
+        self.config, self.force, self.datasets, self.callbacks = config, force, datasets, tuple(callbacks)
         self.folder, self.signals, self.loggers = RunFolder(config.output_dir), SignalWatch(), RunLoggers()
 
     def fit(self, resume: str | Path | None = None) -> Path:
@@ -90,7 +108,7 @@ class Trainer(TrainingParts):
                         if self._reached_max_steps():
                             return self._stop_early()
                         self._finish_epoch()
-                    if self._signal_received(check=True):  # during the evaluation of the last epoch
+                    if self.signals.received(self.runtime, agree=True):  # during the evaluation of the last epoch
                         raise StoppedBySignal(self.signals.signum, self.folder.last)
                 return self._finish_run()
         finally:
@@ -112,16 +130,21 @@ class Trainer(TrainingParts):
         check_loggers(cfg)
         if not state and cfg.model.pretrained and not Path(cfg.model.pretrained).is_file():
             raise InputError(f"model.pretrained: no such file {cfg.model.pretrained}")  # before data is prepared for it
-        self._build_data()
-        self._build_model(resume=state is not None)
-        self._build_optimizer()
-        self._try_batch()
+        self.data = build_loaders(cfg, runtime, self.datasets)
+        self.steps_per_epoch = len(self.data.train)
+        self.total_updates = self.steps_per_epoch * cfg.train.epochs
+        self._build_model(pretrained=state is None)
+        self.optimizer = optimizer_of(cfg, self.parts)
+        self.scheduler = scheduler_of(cfg, self.optimizer, self.steps_per_epoch)
+        self.ewa = ewa_of(cfg, self.parts, self.scheduler, self.steps_per_epoch)
+        self.ema = ema_of(cfg, self.parts)
+        self.task = Classification(cfg, runtime)
+        try_batch(cfg, runtime, self.data, self.model)
         self.progress = Progress()
         self.history: list[dict[str, Any]] = []
         # Sums over the epoch, places as in `update`.
-        self.sums = torch.zeros(6 if self.routed else 4, dtype=torch.float64, device=runtime.device)
-        self.versions, self.fingerprint = package_versions(), self.train_loader.dataset.fingerprint()
-        self.watch = FiniteWatch(runtime.device)
+        self.sums = torch.zeros(6 if self.parts.routed else 4, dtype=torch.float64, device=runtime.device)
+        self.watch, self.fingerprint = FiniteWatch(runtime.device), self.data.train.dataset.fingerprint()
         seed_all(cfg.seed * 1000 + runtime.rank)  # ranks draw different partitions and drop different paths
         if state:
             with restoring(str(checkpoint)):
@@ -140,7 +163,11 @@ class Trainer(TrainingParts):
             self.loggers = open_loggers(cfg, self.folder, self.history, fresh=not self.folder.owns(checkpoint))
             if self.folder.owns(checkpoint):  # it may hold epochs that were not saved, and are trained again
                 self.folder.write_log(self.history, LOG_COLUMNS)
-            logger.info(self._describe())
+            logger.info(describe(cfg, runtime, self.data, self.parts))
+
+    def _build_model(self, *, pretrained: bool = True) -> None:
+        self.parts = build_model(self.config, self.runtime, self.data.class_names, pretrained=pretrained)
+        self.model, self.network = self.parts.model, self.parts.network
 
     # --------------------------------------------------------------- training
 
@@ -149,7 +176,7 @@ class Trainer(TrainingParts):
         self.network.train()
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         max_norm = cfg.optim.clip_grad or float("inf")
-        self.train_loader.set_position(progress.epoch, progress.step)
+        self.data.train.set_position(progress.epoch, progress.step)
         bar = tqdm(
             total=self.steps_per_epoch, initial=progress.step, desc=f"epoch {progress.epoch + 1}/{cfg.train.epochs}",
             leave=False, disable=None if self.runtime.is_main and cfg.log.progress else True,
@@ -157,7 +184,7 @@ class Trainer(TrainingParts):
         started = time.perf_counter()
         self.share_rate = self.ewa.last_share_rate() if self.ewa else 0.0
         with bar:
-            for points, labels in self.train_loader:
+            for points, labels in self.data.train:
                 self.scheduler.step_update(progress.updates)
                 self.optimizer.zero_grad(set_to_none=True)
                 loss = self._forward_backward(points, labels)
@@ -177,32 +204,35 @@ class Trainer(TrainingParts):
                 now = time.perf_counter()
                 progress.seconds += now - started
                 started = now
+                for callback in self.callbacks:
+                    callback.on_update(self)
                 self._after_update(bar)
                 if self._reached_max_steps():
                     return
 
     def _forward_backward(self, points: Tensor, labels: Tensor) -> Tensor:
         """Accumulate the gradient of one global batch; return this rank's mean loss, detached."""
-        train, device = self.config.train, self.runtime.device
+        device = self.runtime.device
         return accumulate_gradient(
             self.network, points.to(device, non_blocking=True), labels.to(device, non_blocking=True), sums=self.sums,
-            num_parts=train.accum_steps, label_smoothing=train.label_smoothing, bf16=train.amp == "bf16",
-            parallel=self.parallel, extra_loss=self._balance if self.routed else None,
+            loss=self.task.loss, num_parts=self.config.train.accum_steps, parallel=self.parts.parallel,
+            extra_loss=self._balance if self.parts.routed else None,
         )  # fmt: skip
 
     def _balance(self, share: float) -> Tensor:
         """Return the weighted balance loss of the pass just made, a share of its batch, and note it for the log."""
         loss = balance_loss(self.model) * share
         self.sums[BALANCE] += loss.detach()
-        dropped = [layer.dropped_fraction for layer in self.routed if layer.dropped_fraction is not None]
-        self.sums[DROPPED] += sum(dropped) / len(self.routed) * share
+        routed = self.parts.routed
+        dropped = [layer.dropped_fraction for layer in routed if layer.dropped_fraction is not None]
+        self.sums[DROPPED] += sum(dropped) / len(routed) * share
         return self.config.s2d.balance_weight * loss
 
     def _raise_if_bad(self) -> None:
         update = self.watch.first_bad()
         if update is not None:
             good = self.folder.last if self.folder.last.exists() else "none"
-            raise TrainingError(nonfinite_message(self.train_loader, update, good))
+            raise TrainingError(nonfinite_message(self.data.train, update, good))
 
     def _after_update(self, bar: tqdm) -> None:
         """Do what must happen between two updates: refresh the display, save, obey signals."""
@@ -218,7 +248,7 @@ class Trainer(TrainingParts):
         every = cfg.train.checkpoint_every
         if every and progress.updates % every == 0:
             self._save()
-        if self._signal_received(check=interval):
+        if self.signals.received(self.runtime, agree=interval):
             self._save()
             raise StoppedBySignal(self.signals.signum, self.folder.last)
 
@@ -248,20 +278,22 @@ class Trainer(TrainingParts):
             progress, sums, lr=self.optimizer.param_groups[0]["lr"], share_rate=self.share_rate,
             steps_per_epoch=self.steps_per_epoch, sparse_model=self.model if self.ewa else None,
         )  # fmt: skip
-        if self.val_loader:
-            row["val_oa"] = self._evaluate(self.model, self.val_loader).oa
+        if self.data.val:
+            row["val_oa"] = self.task.evaluate(self.model, self.data.val).oa
         due = cfg.eval.every and cfg.eval.split == "test" and (progress.epoch + 1) % cfg.eval.every == 0
         if due and progress.epoch + 1 < cfg.train.epochs:
-            report = self._evaluate(self.model, self.test_loader)
+            report = self.task.evaluate(self.model, self.data.test)
             row["test_oa"], row["test_macc"] = report.oa, report.macc
             self.loggers.report("test", report, progress.epoch + 1)
         self.history.append(row)
         self.loggers.row(row)  # before the checkpoint: what it does not know of is superseded on resume
         progress.epoch, progress.step, progress.seconds = progress.epoch + 1, 0, 0.0
         self.sums.zero_()
+        for callback in self.callbacks:
+            callback.on_epoch(self)
         # best.pt is what last.pt was: an epoch that is not saved cannot be it.
         saves = progress.epoch % cfg.train.save_every == 0 or progress.epoch == cfg.train.epochs
-        is_best = saves and self._select(row)
+        is_best = saves and progress.select(row)
         if saves:
             self._save()
         if self.runtime.is_main:
@@ -277,73 +309,45 @@ class Trainer(TrainingParts):
         if every and progress.epoch and progress.step == 0 and progress.epoch % every == 0:
             save_checkpoint(self.folder.kept(progress.epoch), self._payload(self.model))
 
-    def _select(self, row: dict[str, Any]) -> bool:
-        """Tell whether this epoch is the best so far."""
-        score = selection_score(row)
-        if self.progress.best is not None and score <= self.progress.best:
-            return False
-        self.progress.best = score
-        return True
-
     # ----------------------------------------------------------------- ending
 
     def _finish_run(self) -> Path:
-        """Evaluate the sparse model, merge it, evaluate the merged one, and write both results.
-
-        Experts that a router chooses stay: the model is evaluated as it is, and nothing is merged.
-        """
-        cfg = self.config
-        final, path = (copy.deepcopy, self.folder.final) if self.routed else (merge_experts, self.folder.merged)
-        model = final(self.model)
-        reports = {"sparse": self._evaluate(self.model, self.scored_loader)} if self.ewa and not self.routed else {}
-        kept = "routed" if self.routed else "merged"
-        reports[kept] = self._evaluate(model, self.scored_loader)
-        if self.ema:
-            reports["ema"] = self._evaluate(final(self.ema.module), self.scored_loader)
-        if cfg.eval.recalibrate_batchnorm and (norms := norms_behind_experts(model, cfg, self.converted, self.mof)):
-            recalibrate_batchnorm_(model, self.plain_train_loader, device=self.runtime.device, layers=norms)
-            kept = "recalibrated"
-            reports[kept] = self._evaluate(model, self.scored_loader)
-        if cfg.eval.votes > 1:
-            reports["voting"] = self._evaluate(model, self.scored_loader, votes=cfg.eval.votes)
+        """Evaluate the sparse model, merge it, evaluate the merged one, and write model and results."""
+        cfg, scored = self.config, self.data.scored
+        model, reports, kept = end_model(cfg, self.runtime, self.data, self.parts, self.task, self.ema)
+        path = self.folder.final if self.parts.routed else self.folder.merged
         if self.runtime.is_main:
             save_checkpoint(path, self._payload(model))
             metrics = run_metrics(
-                reports, progress=self.progress, seed=cfg.seed, parameters=self._parameter_counts(),
+                reports, progress=self.progress, seed=cfg.seed, parameters=self.parts.counts(),
                 train_seconds=sum(row["seconds"] for row in self.history), split=cfg.eval.split,
-                shapes=self.scored_loader.dataset.names, kept=kept,
+                shapes=scored.dataset.names, kept=kept,
             )  # fmt: skip
             write_json(self.folder.metrics, metrics)
-            self.loggers.finish(reports, self.scored_loader.dataset, self.progress.epoch)
+            self.loggers.finish(reports, scored.dataset, self.progress.epoch)
             self.folder.write_log(self.history, LOG_COLUMNS)
         if self.runtime.is_distributed:
             dist.barrier()
         self.reports = reports
+        for callback in self.callbacks:
+            callback.on_finish(self)
         return path
-
-    def _parameter_counts(self) -> dict[str, int]:
-        training = self.training_parameters
-        return {"training": training, **({"routed": training} if self.routed else {"merged": self.dense_parameters})}
 
     def summary(self) -> str:
         """Return the table that ends a finished run: accuracies, parameters, run folder."""
-        training, final = self._parameter_counts().values()
+        training, final = self.parts.counts().values()
         return run_summary(
-            self.reports, folder=self.folder, split=self.config.eval.split, sparse=bool(self.converted),
+            self.reports, folder=self.folder, split=self.config.eval.split, sparse=bool(self.parts.converted),
             training_parameters=training, final_parameters=final,
         )  # fmt: skip
-
-    def _evaluate(self, model: nn.Module, loader: BatchLoader, votes: int = 1) -> ClassificationReport:
-        progress = self.runtime.is_main and self.config.log.progress
-        return evaluate(model, loader, device=self.runtime.device, votes=votes, progress=progress)
 
     # ------------------------------------------------------------------ state
 
     def _payload(self, model: nn.Module) -> dict[str, Any]:
         cfg = self.config
         return model_payload(
-            model, name=cfg.model.name, in_channels=3, kwargs=cfg.model.kwargs, class_names=self.class_names,
-            mof=self.mof, config=cfg.to_dict(),
+            model, name=cfg.model.name, in_channels=3, kwargs=cfg.model.kwargs, class_names=self.data.class_names,
+            mof=self.parts.mof, config=cfg.to_dict(),
         )  # fmt: skip
 
     def _save(self) -> None:
@@ -359,7 +363,6 @@ class Trainer(TrainingParts):
                 "sums": [part.cpu() for part in sums],
                 "history": self.history,
                 "rng": states,
-                "versions": self.versions,
                 "data": self.fingerprint,
             }
             save_checkpoint(self.folder.last, payload, previous=self.folder.previous)
@@ -368,7 +371,7 @@ class Trainer(TrainingParts):
 
     def _load_state(self, state: dict[str, Any], where: str) -> None:
         progress, history = Progress.restored(state)
-        check_classes(self.train_loader.dataset, state["class_names"], where)
+        check_classes(self.data.train.dataset, state["class_names"], where)
         check_same_data(
             state, progress, where, root=self.config.data.root, steps_per_epoch=self.steps_per_epoch,
             fingerprint=self.fingerprint, world_size=self.runtime.world_size,
@@ -382,14 +385,3 @@ class Trainer(TrainingParts):
         self.progress, self.history = progress, history
         self.sums.copy_(state["sums"][self.runtime.rank])
         set_rng_state(state["rng"][self.runtime.rank], self.runtime.device)
-
-    def _signal_received(self, check: bool) -> bool:
-        """Tell whether any rank was told to stop; ranks agree every `log.interval` updates."""
-        if not self.runtime.is_distributed:
-            return self.signals.signum != 0
-        if not check:
-            return False
-        received = torch.tensor(self.signals.signum, device=self.runtime.device)
-        dist.all_reduce(received, op=dist.ReduceOp.MAX)
-        self.signals.signum = int(received)
-        return self.signals.signum != 0

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from ..datasets import BatchLoader
@@ -14,6 +13,8 @@ from ..datasets import BatchLoader
 LOSS, CORRECT, SAMPLES, NORM, BALANCE, DROPPED = range(6)
 """Places in the sums of an epoch; the last two are there with routers alone."""
 SHOWN_NAMES, SHOWN_INDICES = 8, 64
+BatchLoss = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Takes network, points and labels; returns the mean loss, and how many samples were right."""
 
 
 def accumulate_gradient(
@@ -22,9 +23,8 @@ def accumulate_gradient(
     labels: Tensor,
     *,
     sums: Tensor,
+    loss: BatchLoss,
     num_parts: int = 1,
-    label_smoothing: float = 0.0,
-    bf16: bool = False,
     parallel: DistributedDataParallel | None = None,
     extra_loss: Callable[[float], Tensor] | None = None,
 ) -> Tensor:
@@ -35,9 +35,8 @@ def accumulate_gradient(
         points: (B, N, C), this rank's share of the batch, on the device of the model.
         labels: (B,) int64.
         sums: float64, of the epoch; loss, correct predictions and samples are added, in place.
+        loss: of a part of the batch, such as `classification_loss`.
         num_parts: parts that the batch is cut into, of about equal size; their gradients add up to that of the whole.
-        label_smoothing: in [0, 1).
-        bf16: run the forward pass under autocast.
         parallel: the wrapper that averages gradients over ranks, which it then does once, with the last part.
         extra_loss: given a part's share of the batch, in (0, 1], returns a loss of its forward pass to add.
 
@@ -45,8 +44,9 @@ def accumulate_gradient(
         The mean loss over this rank's samples, without `extra_loss`, detached.
 
     Example:
-        >>> model, sums = nn.Linear(3, 2), torch.zeros(4, dtype=torch.float64)
-        >>> loss = accumulate_gradient(model, torch.rand(4, 3), torch.tensor([0, 1, 1, 0]), sums=sums, num_parts=2)
+        >>> from s2d3d.training.task import classification_loss
+        >>> model, sums, labels = nn.Linear(3, 2), torch.zeros(4, dtype=torch.float64), torch.tensor([0, 1, 1, 0])
+        >>> loss = accumulate_gradient(model, torch.rand(4, 3), labels, sums=sums, loss=classification_loss)
         >>> float(sums[SAMPLES]), model.weight.grad.shape
         (4.0, torch.Size([2, 3]))
     """
@@ -55,14 +55,12 @@ def accumulate_gradient(
     for index, (part, target) in enumerate(parts):
         last = index == len(parts) - 1
         with contextlib.nullcontext() if last or parallel is None else parallel.no_sync():
-            with torch.autocast(points.device.type, torch.bfloat16, enabled=bf16):
-                logits = network(part)
-            loss = F.cross_entropy(logits.float(), target, label_smoothing=label_smoothing)
+            mean, correct = loss(network, part, target)
             share = len(target) / len(labels)
-            weighted = loss * share
+            weighted = mean * share
             (weighted if extra_loss is None else weighted + extra_loss(share)).backward()
         total += weighted.detach()
-        sums[CORRECT] += (logits.detach().argmax(1) == target).sum()
+        sums[CORRECT] += correct
     sums[LOSS] += total.double() * len(labels)
     sums[SAMPLES] += len(labels)
     return total

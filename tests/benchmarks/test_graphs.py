@@ -62,7 +62,7 @@ def test_updates_equal_those_of_the_trainer(recordable, tiny_config, monkeypatch
 
     monkeypatch.setattr(training, "SHARE_RATE", config.s2d.share_rate)
     monkeypatch.setattr(training, "CLIP", config.optim.clip_grad)
-    monkeypatch.setattr(training, "NUM_CLASSES", len(trainer.class_names))
+    monkeypatch.setattr(training, "NUM_CLASSES", len(trainer.data.class_names))
     spec = TINY.but(name=config.model.name, kwargs=config.model.kwargs, experts=config.s2d.num_experts, batch=16)
     step = TrainingStep(
         spec.but(points=128), recordable=recordable, schedule="linear", total_steps=trainer.total_updates

@@ -19,9 +19,12 @@ WITHIN = 60
 """Seconds in which a process must notice that another one is gone."""
 SLOW_UPDATES = (
     "import time\n"
-    "from s2d3d import Trainer\n"
-    "after = Trainer._after_update\n"
-    "Trainer._after_update = lambda self, bar: (after(self, bar), time.sleep(0.05))[0]\n"
+    "from functools import partialmethod\n"
+    "from s2d3d import Callback, Trainer\n"
+    "class Slow(Callback):\n"
+    "    def on_update(self, trainer):\n"
+    "        time.sleep(0.05)\n"
+    "Trainer.__init__ = partialmethod(Trainer.__init__, callbacks=[Slow()])\n"
 )
 """Run before a training: leaves time to do something to it."""
 
@@ -132,20 +135,20 @@ def test_data_that_changes_under_a_run(runs, shapes_root, tmp_path, record):
 RANKS = """
 import os, runpy, sys, time
 from datetime import timedelta
-from s2d3d import Trainer
+from functools import partialmethod
+from s2d3d import Callback, Trainer
 from s2d3d import machine as runtime
 
 timeout, notes, *arguments = sys.argv[1:]
 runtime.PEER_TIMEOUT = timedelta(seconds=float(timeout))
-after = Trainer._after_update
 
-def noted(self, bar):
-    after(self, bar)
-    with open(f"{notes}/rank{self.runtime.rank}", "w") as file:
-        file.write(f"{os.getpid()} {self.progress.updates}")
-    time.sleep(0.05)
+class Noted(Callback):
+    def on_update(self, trainer):
+        with open(f"{notes}/rank{trainer.runtime.rank}", "w") as file:
+            file.write(f"{os.getpid()} {trainer.progress.updates}")
+        time.sleep(0.05)
 
-Trainer._after_update = noted
+Trainer.__init__ = partialmethod(Trainer.__init__, callbacks=[Noted()])
 sys.argv = ["tools/train.py", *arguments]
 runpy.run_path("tools/train.py", run_name="__main__")
 """

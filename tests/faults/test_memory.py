@@ -12,15 +12,16 @@ import pytest
 STEPS, WARM_UP, EVERY = 2000, 400, 20
 NOTE_MEMORY = (
     "import gc, json\n"
-    "from s2d3d import Trainer\n"
-    "after, notes = Trainer._after_update, []\n"
-    "def noted(self, bar):\n"
-    "    after(self, bar)\n"
-    f"    if self.progress.updates % {EVERY} == 0:\n"
-    "        pages = int(open('/proc/self/statm').read().split()[1])\n"
-    "        notes.append((self.progress.updates, pages * 4096))\n"
-    "        json.dump(notes, open('{path}', 'w'))\n"
-    "Trainer._after_update = noted\n"
+    "from functools import partialmethod\n"
+    "from s2d3d import Callback, Trainer\n"
+    "notes = []\n"
+    "class Noted(Callback):\n"
+    "    def on_update(self, trainer):\n"
+    f"        if trainer.progress.updates % {EVERY} == 0:\n"
+    "            pages = int(open('/proc/self/statm').read().split()[1])\n"
+    "            notes.append((trainer.progress.updates, pages * 4096))\n"
+    "            json.dump(notes, open('{path}', 'w'))\n"
+    "Trainer.__init__ = partialmethod(Trainer.__init__, callbacks=[Noted()])\n"
 )
 """Run before a training: notes its resident memory."""
 

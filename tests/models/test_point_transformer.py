@@ -405,7 +405,7 @@ def test_a_lone_last_cloud_does_not_stop_the_recalibration(tiny_config, batch_si
         pt_config(tiny_config("train.epochs=1", "optim.warmup_epochs=0", f"eval.batch_size={batch_size}"))
     )
     trainer.fit()
-    assert len(trainer.train_loader.dataset) == 96 and list(trainer.reports) == ["sparse", "merged", "recalibrated"]
+    assert len(trainer.data.train.dataset) == 96 and list(trainer.reports) == ["sparse", "merged", "recalibrated"]
 
 
 def test_votes_are_those_of_the_recalibrated_model_and_say_so(tiny_config):

@@ -3,12 +3,13 @@
 import json
 import shutil
 import signal
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
 import torch
 
-from s2d3d import Trainer, load_model, merge_experts
+from s2d3d import Callback, Trainer, load_model, merge_experts
 from s2d3d.config.data import build_dataset
 from s2d3d.datasets import split_train_validation
 from s2d3d.errors import InputError
@@ -18,7 +19,9 @@ from s2d3d.studies.plan import load_study
 from s2d3d.studies.run import missing_cells, publish_records, run_study
 from s2d3d.studies.store import read_records, records_path
 from s2d3d.studies.summary import summarize
-from s2d3d.training import trainer as trainer_module
+from s2d3d.training import task as task_module
+from s2d3d.training.loaders import build_loaders
+from s2d3d.training.parts import build_model
 
 ARMS = {
     "dense": {"s2d.kind": "none"},
@@ -77,18 +80,17 @@ def summary_of(path, results):
 
 def start_of(config):
     """First batch, initial dense weights and state of the random numbers of a run, as the trainer makes them."""
-    trainer = Trainer(config)
-    trainer.runtime = start_runtime("cpu")
-    trainer._build_data()
-    trainer._build_model()
+    runtime = start_runtime("cpu")
+    data = build_loaders(config, runtime)
+    parts = build_model(config, runtime, data.class_names)
     batches = []
     for epoch in range(2):
-        trainer.train_loader.set_position(epoch)
-        batches += [points for points, _ in trainer.train_loader]
-    model = trainer.model
-    if trainer.routed:  # its dense twin: the first expert, as all are copies
+        data.train.set_position(epoch)
+        batches += [points for points, _ in data.train]
+    model = parts.model
+    if parts.routed:  # its dense twin: the first expert, as all are copies
         model = merge_experts(model, allow_average=True)
-    return torch.cat(batches), merge_experts(model).state_dict(), trainer.scored_loader.dataset.names
+    return torch.cat(batches), merge_experts(model).state_dict(), data.scored.dataset.names
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -154,17 +156,17 @@ def test_an_interrupted_run_goes_on_where_it_was(write_study, results, tmp_path,
     shutil.rmtree(results)
     shutil.rmtree(tmp_path / "runs")
     fits.clear()
-    after_update = Trainer._after_update
+    plain = Trainer.__init__
 
-    def struck(self, bar):
-        if self.config.s2d.kind == "rup" and self.progress.updates == 5:
-            signal.raise_signal(signal.SIGTERM)
-        after_update(self, bar)
+    class Struck(Callback):
+        def on_update(self, trainer):
+            if trainer.config.s2d.kind == "rup" and trainer.progress.updates == 5:
+                signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(Trainer, "_after_update", struck)
+    monkeypatch.setattr(Trainer, "__init__", partialmethod(Trainer.__init__, callbacks=[Struck()]))
     outcome = run_study(load_study(path), results=results)
     assert outcome.exit_code == 128 + signal.SIGTERM and [str(cell) for cell in outcome.finished] == ["dense/seed0"]
-    monkeypatch.setattr(Trainer, "_after_update", after_update)
+    monkeypatch.setattr(Trainer, "__init__", plain)
     outcome = run_study(load_study(path), results=results)
     assert outcome.exit_code == 0 and fits == [("dense/seed0", False), ("s2d/seed0", False), ("s2d/seed0", True)]
     again = read_records(results, whole.cells)
@@ -272,13 +274,13 @@ def test_overrides_stand_on_the_page(write_study, results, tmp_path):
 
 @pytest.mark.parametrize(("evaluate", "split"), [("validation", "val"), ("test", "test")])
 def test_only_the_named_split_is_scored(write_study, results, monkeypatch, evaluate, split):
-    scored, original = [], trainer_module.evaluate
+    scored, original = [], task_module.evaluate
 
     def watched(model, loader, **kwargs):
         scored.append(loader.dataset.split)
         return original(model, loader, **kwargs)
 
-    monkeypatch.setattr(trainer_module, "evaluate", watched)
+    monkeypatch.setattr(task_module, "evaluate", watched)
     common = {"data.val_fraction": 0.25 if evaluate == "validation" else 0}
     study = load_study(write_study(evaluate=evaluate, seeds=[0], common=common))
     run_study(study, results=results, only=["s2d"])

@@ -21,7 +21,7 @@ def train(tiny_config, tmp_path, monkeypatch):
             patch.setattr(BatchLoader, "__init__", built)
             trainer = Trainer(tiny_config(f"output_dir={tmp_path / name}", *overrides))
             trainer.fit()
-        assert trainer.train_loader.prefetch == prefetch
+        assert trainer.data.train.prefetch == prefetch
         return load_checkpoint(trainer.folder.last)["state_dict"], trainer.reports["merged"]
 
     return run

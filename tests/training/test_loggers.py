@@ -73,7 +73,7 @@ def test_tensorboard_holds_the_log_the_confusions_and_clouds(tiny_config):
 
     correct = metrics["merged"]["correct"]
     assert {"0", "1"} == set(correct)
-    dataset = trainer.test_loader.dataset
+    dataset = trainer.data.test.dataset
     for kind, digit in (("wrong", "0"), ("right", "1")):
         chosen = [index for index, hit in enumerate(correct) if hit == digit][:CLOUDS]
         points, _ = dataset.batch(torch.tensor(chosen), augment=False)

@@ -12,13 +12,9 @@ from s2d3d.config.load import dump_config, parse_config
 from s2d3d.errors import InputError
 
 
-class Watched(Trainer):
-    """Keeps the weights that the training starts from."""
-
-    def _train_epoch(self):
-        if not hasattr(self, "start"):
-            self.start = {key: value.clone() for key, value in self.model.state_dict().items()}
-        super()._train_epoch()
+def start_of(trainer):
+    """Return the weights that a run started from; it has saved twice, before the first update and at its end."""
+    return load_checkpoint(trainer.folder.previous)["state_dict"]
 
 
 def assert_same(first, second):
@@ -44,10 +40,10 @@ def published(tiny_config, tmp_path):
 
 def test_dense_training_starts_from_the_file(tiny_config, published, caplog):
     path, weights = published()
-    trainer = Watched(tiny_config("s2d.kind=none", f"model.pretrained={path}", "train.max_steps=1"))
+    trainer = Trainer(tiny_config("s2d.kind=none", f"model.pretrained={path}", "train.max_steps=1"))
     with caplog.at_level(logging.INFO):
         trainer.fit()
-    assert_same(trainer.start, weights)
+    assert_same(start_of(trainer), weights)
     lines = [record.message for record in caplog.records if "tensors loaded" in record.message]
     (line,) = lines
     total = len(weights)
@@ -56,10 +52,10 @@ def test_dense_training_starts_from_the_file(tiny_config, published, caplog):
 
 def test_experts_start_as_copies_of_the_pretrained_ffn(tiny_config, published):
     path, weights = published()
-    trainer = Watched(tiny_config(f"model.pretrained={path}", "train.max_steps=1"))
+    trainer = Trainer(tiny_config(f"model.pretrained={path}", "train.max_steps=1"))
     trainer.fit()
-    assert trainer.converted == ["blocks.blocks.1.mlp"]
-    for key, value in trainer.start.items():
+    assert trainer.parts.converted == ["blocks.blocks.1.mlp"]
+    for key, value in start_of(trainer).items():
         if key.startswith("blocks.blocks.1.mlp."):
             assert len(value) == 4
             for expert in value:
@@ -69,15 +65,15 @@ def test_experts_start_as_copies_of_the_pretrained_ffn(tiny_config, published):
 
 
 def test_a_head_for_other_classes_starts_as_without_the_file(tiny_config, published, tmp_path):
-    fresh = Watched(tiny_config("train.max_steps=1", f"output_dir={tmp_path / 'fresh'}"))
+    fresh = Trainer(tiny_config("train.max_steps=1", f"output_dir={tmp_path / 'fresh'}"))
     fresh.fit()
     path, weights = published(num_classes=5)
-    tuned = Watched(tiny_config(f"model.pretrained={path}", "train.max_steps=1"))
+    tuned = Trainer(tiny_config(f"model.pretrained={path}", "train.max_steps=1"))
     tuned.fit()
     for key in ("cls_head_finetune.3.weight", "cls_head_finetune.3.bias"):
-        assert torch.equal(tuned.start[key], fresh.start[key]), key
-    assert torch.equal(tuned.start["cls_head_finetune.0.weight"], weights["cls_head_finetune.0.weight"])
-    assert not torch.equal(fresh.start["cls_head_finetune.0.weight"], weights["cls_head_finetune.0.weight"])
+        assert torch.equal(start_of(tuned)[key], start_of(fresh)[key]), key
+    assert torch.equal(start_of(tuned)["cls_head_finetune.0.weight"], weights["cls_head_finetune.0.weight"])
+    assert not torch.equal(start_of(fresh)["cls_head_finetune.0.weight"], weights["cls_head_finetune.0.weight"])
 
 
 def test_resume_and_merged_model_do_not_need_the_file(tiny_config, published, tmp_path):
@@ -101,26 +97,26 @@ def test_resume_and_merged_model_do_not_need_the_file(tiny_config, published, tm
 def test_our_merged_model_is_a_start_too(tiny_config, tmp_path):
     first = Trainer(tiny_config("train.epochs=1", "optim.warmup_epochs=0", f"output_dir={tmp_path / 'first'}"))
     merged = first.fit()
-    second = Watched(tiny_config("s2d.kind=none", f"model.pretrained={merged}", "train.max_steps=1"))
+    second = Trainer(tiny_config("s2d.kind=none", f"model.pretrained={merged}", "train.max_steps=1"))
     second.fit()
-    assert_same(second.start, load_checkpoint(merged)["state_dict"])
+    assert_same(start_of(second), load_checkpoint(merged)["state_dict"])
 
 
 def test_weights_of_clouds_y_up_are_turned(tiny_config, published):
     path, weights = published()
-    trainer = Watched(tiny_config(f"model.pretrained={path}", "model.pretrained_up_axis=y", "train.max_steps=1"))
+    trainer = Trainer(tiny_config(f"model.pretrained={path}", "model.pretrained_up_axis=y", "train.max_steps=1"))
     trainer.fit()
     x, y, z = weights["pos_embed.0.weight"].unbind(1)
-    assert torch.equal(trainer.start["pos_embed.0.weight"], torch.stack([x, -z, y], dim=1))
+    assert torch.equal(start_of(trainer)["pos_embed.0.weight"], torch.stack([x, -z, y], dim=1))
 
 
 def test_point_mae_is_fine_tuned_merged_and_recalibrated(tiny_config, published):
     """Its head has BatchNorm behind the experts."""
     overrides = ["model.name=point_mae", "model.encoder_dims=24"]
     path, weights = published(config=tiny_config(*overrides))
-    trainer = Watched(tiny_config(*overrides, f"model.pretrained={path}", "train.epochs=1", "optim.warmup_epochs=0"))
+    trainer = Trainer(tiny_config(*overrides, f"model.pretrained={path}", "train.epochs=1", "optim.warmup_epochs=0"))
     merged = trainer.fit()
-    assert torch.equal(trainer.start["cls_head_finetune.5.running_var"], weights["cls_head_finetune.5.running_var"])
+    assert torch.equal(start_of(trainer)["cls_head_finetune.5.running_var"], weights["cls_head_finetune.5.running_var"])
     assert set(trainer.reports) == {"sparse", "merged", "recalibrated"}
     assert load_checkpoint(merged)["state_dict"].keys() == weights.keys()
     last = load_checkpoint(trainer.folder.last)["state_dict"]

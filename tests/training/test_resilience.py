@@ -11,7 +11,7 @@ import pytest
 import torch
 from faults.damage import flip_bits
 
-from s2d3d import Trainer, load_checkpoint, load_config, load_model
+from s2d3d import Callback, Trainer, load_checkpoint, load_config, load_model
 from s2d3d.datasets import BatchLoader
 from s2d3d.errors import InputError, TrainingError, UnreadableError
 from s2d3d.prepare.shapes import write_shapes
@@ -127,12 +127,12 @@ def test_a_kill_right_after_falling_back_loses_nothing(tiny_config, whole, stopp
     """The damaged file must not take the place of the good one when the next checkpoint moves it on."""
     stopped.last.write_bytes(b"damaged")
 
-    class Killed(Trainer):
-        def _train_epoch(self):
+    class Killed(Callback):
+        def on_update(self, trainer):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Killed(tiny_config("train.epochs=3")).fit(resume=stopped.root)
+        Trainer(tiny_config("train.epochs=3"), callbacks=[Killed()]).fit(resume=stopped.root)
     for path in (stopped.last, stopped.previous):
         assert load_checkpoint(path)["progress"]["updates"] == 6
     assert_same_weights(resume(tiny_config, stopped.root).merged, whole.merged)
@@ -382,21 +382,24 @@ def test_a_run_of_format_1_continues(v1_config, tmp_path):
 
 
 def test_the_shapes_of_the_batch_are_named(tiny_config):
-    class Poisoned(Trainer):
-        def _forward_backward(self, points, labels):
-            if self.progress.updates == 8:
-                points = points * float("nan")
-            self.seen = labels
-            return super()._forward_backward(points, labels)
+    class Poison(Callback):
+        def on_update(self, trainer):
+            if trainer.progress.updates == 8:
+                self.loss, trainer.task.loss = trainer.task.loss, self.poisoned
 
-    trainer = Poisoned(tiny_config())
+        def poisoned(self, network, points, labels):
+            self.seen = labels
+            return self.loss(network, points * float("nan"), labels)
+
+    poison = Poison()
+    trainer = Trainer(tiny_config(), callbacks=[poison])
     with pytest.raises(TrainingError) as caught:
         trainer.fit()
     message = str(caught.value)
     assert message.startswith("loss or gradient is not finite at update 9 (epoch 2); last good checkpoint: ")
-    dataset = trainer.train_loader.dataset
+    dataset = trainer.data.train.dataset
     indices = [int(index) for index in re.search(r"\(shapes ([\d, ]+) of split 'train'\)", message)[1].split(", ")]
-    assert torch.equal(dataset.labels[indices], trainer.seen), "these very shapes, in this order"
+    assert torch.equal(dataset.labels[indices], poison.seen), "these very shapes, in this order"
     assert all(dataset.names[index] in message for index in indices[:8]) and "and 8 more" in message
     assert load_checkpoint(trainer.folder.last)["progress"]["updates"] == 6
 

@@ -31,7 +31,7 @@ def test_a_run_ends_with_the_routed_model(finished):
     assert set(finished.reports) == {"routed", "voting"}
     metrics = json.loads(folder.metrics.read_text())
     assert metrics["routed"] == finished.reports["routed"].to_dict()
-    assert metrics["parameters"]["routed"] == metrics["parameters"]["training"] > finished.dense_parameters
+    assert metrics["parameters"]["routed"] == metrics["parameters"]["training"] > finished.parts.dense_parameters
     summary = finished.summary()
     assert str(folder.final) in summary and "merge" not in summary
 
@@ -47,7 +47,7 @@ def test_final_file_reloads_as_the_same_routed_model(finished):
     layers = [module for module in model.modules() if isinstance(module, TopKMoE)]
     assert is_sparse(model) and len(layers) == 1
     assert (layers[0].num_experts, layers[0].top_k, layers[0].capacity_factor) == (4, 2, 0.8)
-    report = evaluate(model, finished.test_loader, device="cpu", progress=False)
+    report = evaluate(model, finished.data.test, device="cpu", progress=False)
     assert report.to_dict() == finished.reports["routed"].to_dict()
 
 
@@ -87,7 +87,7 @@ def test_gradient_is_that_of_the_task_plus_the_weighted_one_of_the_balance_loss(
         trainer.fit()
         trainer._build_model()
         trainer.network.eval()
-        points, labels = next(iter(trainer.train_loader))
+        points, labels = next(iter(trainer.data.train))
         trainer._forward_backward(points, labels)
         gradients.append({name: p.grad for name, p in trainer.model.named_parameters()})
     router = "blocks.blocks.1.mlp.router.weight"

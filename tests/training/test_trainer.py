@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from s2d3d import Trainer, convert_to_mof_, create_model, load_checkpoint, load_model, save_checkpoint
+from s2d3d import Callback, Trainer, convert_to_mof_, create_model, load_checkpoint, load_model, save_checkpoint
 from s2d3d.config.load import dump_config
 from s2d3d.errors import InputError, TrainingError
 from s2d3d.training.signals import StoppedBySignal
@@ -103,13 +103,12 @@ def test_the_mode_of_compilation_arrives_and_may_change_on_resume(tiny_config, m
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_signals_save_and_leave_with_the_conventional_code(tiny_config, uninterrupted, signum):
-    class Struck(Trainer):
-        def _after_update(self, bar):
-            if self.progress.updates == 9:
+    class Struck(Callback):
+        def on_update(self, trainer):
+            if trainer.progress.updates == 9:
                 signal.raise_signal(signum)
-            super()._after_update(bar)
 
-    struck = Struck(tiny_config("train.epochs=4"))
+    struck = Trainer(tiny_config("train.epochs=4"), callbacks=[Struck()])
     with pytest.raises(StoppedBySignal) as stop:
         struck.fit()
     assert stop.value.exit_code == 128 + signum
@@ -120,13 +119,12 @@ def test_signals_save_and_leave_with_the_conventional_code(tiny_config, uninterr
 
 
 def test_a_signal_in_the_evaluation_of_the_last_epoch_is_obeyed(tiny_config):
-    class Struck(Trainer):
-        def _select(self, row):
-            if row["epoch"] == 2:
+    class Struck(Callback):
+        def on_epoch(self, trainer):
+            if trainer.history[-1]["epoch"] == 2:
                 signal.raise_signal(signal.SIGTERM)
-            return super()._select(row)
 
-    struck = Struck(tiny_config("train.epochs=2"))
+    struck = Trainer(tiny_config("train.epochs=2"), callbacks=[Struck()])
     with pytest.raises(StoppedBySignal):
         struck.fit()
     assert not struck.folder.merged.exists()
@@ -153,13 +151,12 @@ def test_kill_9_in_mid_epoch_resumes_bit_exact(tiny_config, uninterrupted, repos
     script = tmp_path / "slow.py"
     script.write_text(
         "import sys, time\n"
-        "from s2d3d import Trainer, load_config\n"
-        "class Slow(Trainer):\n"
-        "    def _after_update(self, bar):\n"
-        "        super()._after_update(bar)\n"
-        "        print(self.progress.updates, flush=True)\n"
+        "from s2d3d import Callback, Trainer, load_config\n"
+        "class Slow(Callback):\n"
+        "    def on_update(self, trainer):\n"
+        "        print(trainer.progress.updates, flush=True)\n"
         "        time.sleep(0.1)\n"
-        "Slow(load_config(sys.argv[1])).fit()\n"
+        "Trainer(load_config(sys.argv[1]), callbacks=[Slow()]).fit()\n"
     )
     process = subprocess.Popen([sys.executable, script, path], stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
@@ -179,11 +176,17 @@ def test_two_processes_end_with_identical_weights_and_one_log(tiny_config, tmp_p
     script = tmp_path / "rank.py"
     script.write_text(
         "import logging, sys, torch\n"
-        "from s2d3d import Trainer, load_config\n"
+        "from s2d3d import Callback, Trainer, load_config\n"
+        "class Counts(Callback):\n"
+        "    calls = []\n"
+        "    def on_update(self, trainer): self.calls.append('update')\n"
+        "    def on_epoch(self, trainer): self.calls.append('epoch')\n"
+        "    def on_finish(self, trainer): self.calls.append('finish')\n"
         "logging.basicConfig(level=logging.INFO)\n"
-        "trainer = Trainer(load_config(sys.argv[1]))\n"
+        "trainer = Trainer(load_config(sys.argv[1]), callbacks=[Counts()])\n"
         "trainer.fit()\n"
         "torch.save(trainer.model.state_dict(), f'{sys.argv[2]}/rank{trainer.runtime.rank}.pt')\n"
+        "torch.save(Counts.calls, f'{sys.argv[2]}/calls{trainer.runtime.rank}.pt')\n"
     )
     command = [
         sys.executable,
@@ -201,6 +204,9 @@ def test_two_processes_end_with_identical_weights_and_one_log(tiny_config, tmp_p
     assert done.returncode == 0, done.stderr[-2000:]
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert_same_weights(first, second)
+    for rank in (0, 1):
+        expected = [*["update"] * 6, "epoch"] * 2 + ["finish"]
+        assert torch.load(tmp_path / f"calls{rank}.pt") == expected, "every rank calls"
     assert done.stderr.count("epoch 1/2:") == 1
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["merged"]["num_samples"] == 36, "each test shape counts once"
@@ -323,7 +329,7 @@ def test_accumulation_has_the_gradient_of_the_whole_batch(tiny_config, tmp_path)
         trainer.fit()
         trainer._build_model()
         trainer.network.eval()  # BatchNorm with fixed statistics
-        points, labels = next(iter(trainer.train_loader))
+        points, labels = next(iter(trainer.data.train))
         trainer._forward_backward(points, labels)
         gradients.append({name: p.grad.clone() for name, p in trainer.model.named_parameters()})
     for name in gradients[0]:
@@ -348,12 +354,12 @@ def test_real_modelnet40_trains_stops_and_resumes(repository, modelnet40_root, t
 def test_trying_a_batch_leaves_no_trace(tiny_config):
     """The checkpoint of before the first update holds the fresh model, BatchNorm statistics included."""
 
-    class Stop(Trainer):
-        def _train_epoch(self):
+    class Stop(Callback):
+        def on_update(self, trainer):
             raise KeyboardInterrupt
 
     config = tiny_config()
-    trainer = Stop(config)
+    trainer = Trainer(config, callbacks=[Stop()])
     with pytest.raises(KeyboardInterrupt):
         trainer.fit()
     state = load_checkpoint(trainer.folder.last)

@@ -1,6 +1,7 @@
 """The gradient of a global batch, the sums of an epoch and the watch over both."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 
 from s2d3d.runs.log import LOG_COLUMNS, epoch_line, epoch_row
 from s2d3d.runs.resume import Progress
+from s2d3d.training.task import classification_loss
 from s2d3d.training.update import BALANCE, CORRECT, LOSS, NORM, SAMPLES, FiniteWatch, accumulate_gradient
 
 
@@ -23,9 +25,8 @@ def test_parts_add_up_to_loss_gradient_and_counts_of_the_whole_batch(num_parts):
     expected = F.cross_entropy(model(points), labels, label_smoothing=0.1)
     gradients = torch.autograd.grad(expected + extra(), list(model.parameters()))
     sums = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
-    loss = accumulate_gradient(
-        model, points, labels, sums=sums, num_parts=num_parts, label_smoothing=0.1, extra_loss=extra
-    )
+    smoothed = partial(classification_loss, label_smoothing=0.1)
+    loss = accumulate_gradient(model, points, labels, sums=sums, loss=smoothed, num_parts=num_parts, extra_loss=extra)
     assert not loss.requires_grad
     torch.testing.assert_close(loss, expected.detach())
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
