@@ -18,6 +18,8 @@ from tqdm import tqdm
 from ..datasets.h5 import check_up_axis, write_h5
 from ..datasets.mesh import read_off, sample_mesh
 from ..datasets.modelnet40 import SPLITS
+from ..datasets.precision import check_extent, to_single
+from ..datasets.text import parse_rows, read_bytes, split_fields
 from ..errors import InputError
 from ..random_state import derived_rng
 from . import DEFAULT_POINTS
@@ -194,6 +196,7 @@ class _Job:
         rng = derived_rng(self.seed, "surface", self.split, name)
         if self.kind == "off":
             vertices, faces = read_off(path)
+            check_extent(vertices[np.unique(faces)], str(path))
             return unit_sphere(sample_mesh(vertices, faces, self.num_points, rng, str(path))).astype(np.float32)
         return read_resampled(path, self.num_points, rng)
 
@@ -202,21 +205,23 @@ def read_resampled(path: Path, num_points: int, rng: np.random.Generator) -> np.
     """Read a file of `modelnet40_normal_resampled`, rows x,y,z,nx,ny,nz, and keep a random part in the file's order.
 
     Returns:
-        (num_points, 6) float32.
+        (num_points, 6) float32; a cloud far from the origin is moved to it first, see `to_single`.
 
     Raises:
         InputError: not such a file, or it has fewer rows.
     """
-    try:
-        rows = np.loadtxt(path, delimiter=",", dtype=np.float32, ndmin=2)
-    except (ValueError, OSError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise InputError(f"{path}: not a table of x,y,z,nx,ny,nz ({reason})") from error
-    if rows.shape[1] != 6 or not np.isfinite(rows).all():
-        raise InputError(f"{path}: holds {rows.shape[1]} columns, must be the six finite numbers x,y,z,nx,ny,nz")
+    data = read_bytes(path)
+    columns = len(split_fields(data.partition(b"\n")[0], b","))
+    if columns != 6:
+        raise InputError(f"{path}: holds {columns} columns, must be the six finite numbers x,y,z,nx,ny,nz")
+    rows = parse_rows(data, 6, separator=b",", where=f"{path}: not a table of x,y,z,nx,ny,nz")
+    if not np.isfinite(rows).all():
+        raise InputError(f"{path}: row {int(np.isfinite(rows).all(axis=1).argmin())} is not six finite numbers")
     if len(rows) < num_points:
         raise InputError(f"{path}: {len(rows)} points are fewer than --num-points {num_points}")
-    return rows[np.sort(rng.choice(len(rows), num_points, replace=False))]
+    check_extent(rows[:, :3], str(path))
+    rows = rows[np.sort(rng.choice(len(rows), num_points, replace=False))]
+    return np.concatenate([to_single(rows[:, :3]), rows[:, 3:].astype(np.float32)], axis=1)
 
 
 def _text_source(folder: Path, name: str) -> Source:

@@ -15,8 +15,10 @@ import torch
 from tqdm import tqdm
 
 from ..datasets.h5 import check_up_axis, write_h5
+from ..datasets.h5_checks import check_shapes
 from ..datasets.mesh import read_off, sample_by_area
 from ..datasets.modelnet40 import SPLITS, read_class_names, read_split, stored_up_axis
+from ..datasets.precision import check_extent
 from ..datasets.scanobjectnn import OBJECT_ONLY, relative_path
 from ..datasets.transforms import turn_up_axis
 from ..errors import InputError, did_you_mean
@@ -249,6 +251,7 @@ def _cloud(shapes: ShapeSet, index: int, options: ScanOptions) -> np.ndarray:
             points = upsample(points, max(len(points), DENSER * options.num_points), rng)
         return points
     vertices, faces = read_off(shapes.paths[index])
+    check_extent(vertices[np.unique(faces)], str(shapes.paths[index]))
     corners = np.asarray(turn_up_axis(torch.from_numpy(vertices), shapes.up_axis))[faces]
     if not np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1).any():
         raise InputError(f"{shapes.paths[index]}: all triangles have area 0")
@@ -279,6 +282,7 @@ def _read_points(source: Path, split: str, up_axis: str | None) -> ShapeSet:
     for path, file in read_split(source, split, extras=False):
         if points and file.points.shape[1] != points[0].shape[1]:
             raise InputError(f"{path}: {file.points.shape[1]} points a shape, the files before it {points[0].shape[1]}")
+        check_shapes(path, file.points)
         points.append(turn_up_axis(torch.from_numpy(file.points), up_axis or stored_up_axis(file)).numpy())
         labels.append(file.label)
         names += file.names or [f"{path.stem}_{index:04d}" for index in range(len(file.label))]

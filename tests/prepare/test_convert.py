@@ -10,7 +10,7 @@ from s2d3d import create_dataset
 from s2d3d.datasets.h5 import read_h5
 from s2d3d.errors import InputError
 from s2d3d.prepare import convert
-from s2d3d.prepare.convert import convert_modelnet
+from s2d3d.prepare.convert import convert_modelnet, read_resampled
 
 
 def write_box(path, size, head="OFF\n8 12 0\n"):
@@ -181,3 +181,17 @@ def test_what_cannot_be_converted(meshes, texts, tmp_path):
     with pytest.raises(InputError, match="is no public copy of ModelNet"):
         convert_modelnet(tmp_path / "nowhere", output)
     assert not output.exists()
+
+
+def test_text_far_from_the_origin_keeps_its_shape(tmp_path):
+    rows = np.random.default_rng(0).normal(size=(50, 6)).round(6)
+    for name, offset in (("near", 0.0), ("far", 5_334_000.25)):
+        moved = rows + np.array([offset, offset, offset, 0, 0, 0])
+        np.savetxt(tmp_path / f"{name}.txt", moved, fmt="%.6f", delimiter=",")
+    near, far = (
+        read_resampled(tmp_path / f"{name}.txt", 40, np.random.default_rng(1)).astype(np.float64)
+        for name in ("near", "far")
+    )
+    assert far.dtype == near.dtype and np.array_equal(near[:, 3:], far[:, 3:])
+    shift = far[:, :3] - near[:, :3]
+    assert np.abs(shift - shift.mean(axis=0)).max() < 1e-6
