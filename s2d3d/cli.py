@@ -53,12 +53,17 @@ def run_tool(parser: argparse.ArgumentParser, body: Body, argv: Sequence[str] | 
         _silence_stdout()  # so that Python's own flush at the end does not fail again
         return 141
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        lines = _error_lines(error)
-        if arguments.debug or lines is None:
+        if arguments.debug or not print_error(error):
             raise
-        for line in lines:
-            print(f"error: {printable(line)}", file=sys.stderr)
         return 1
+
+
+def print_error(error: Exception) -> bool:
+    """Print an error as `error: ...` on stderr, one line for each problem; False for a fault of the program."""
+    lines = _error_lines(error)
+    for line in lines or ():
+        print(f"error: {printable(line)}", file=sys.stderr)
+    return lines is not None
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

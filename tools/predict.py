@@ -1,20 +1,25 @@
-"""Classify files: clouds and meshes of any origin, which have no label. With labels: tools/evaluate.py."""
+"""Classify files, and folders of them: clouds and meshes of any origin, which have no label.
+
+Each answer is printed as it comes. A file that cannot be read is named on stderr, the others are classified, and the
+exit code is 1. With labels: tools/evaluate.py.
+"""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
 from s2d3d.atomic import write_json
-from s2d3d.cli import CLOUD_FILES, refuse_existing, run_tool
-from s2d3d.errors import InputError
+from s2d3d.cli import CLOUD_FILES, add_refuse_missing, print_error, refuse_existing, run_tool
+from s2d3d.errors import InputError, printable
 from s2d3d.runs.folder import require_checkpoint
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="predict.py", description=__doc__)
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a checkpoint, sparse or dense")
-    parser.add_argument("files", nargs="+", metavar="FILE", help=f"what to classify: {CLOUD_FILES}")
+    parser.add_argument("files", nargs="+", metavar="FILE", help=f"files, or folders of them: {CLOUD_FILES}")
     parser.add_argument("--up-axis", choices=("y", "z"), default="z", help="vertical of the files (default: z)")
+    add_refuse_missing(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the points drawn from meshes (default: 0)")
     parser.add_argument("--top", type=int, default=3, metavar="N", help="classes named for each file (default: 3)")
     parser.add_argument("--output", metavar="FILE.json", help="write all probabilities there as well")
@@ -23,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int:
     output = None
     if arguments.output is not None:
         output = refuse_existing(
@@ -35,10 +40,10 @@ def run(arguments: argparse.Namespace) -> None:
     require_checkpoint(arguments.checkpoint)
 
     import torch
-    from tqdm import tqdm
 
     from s2d3d import load_checkpoint
     from s2d3d.config.load import parse_config
+    from s2d3d.datasets.file_set import find_files
     from s2d3d.datasets.files import read_cloud
     from s2d3d.machine import choose_device
     from s2d3d.runs.checkpoint import build_model
@@ -47,12 +52,17 @@ def run(arguments: argparse.Namespace) -> None:
     payload = load_checkpoint(arguments.checkpoint)
     config = parse_config(payload["config"], where=arguments.checkpoint)
     model = build_model(payload, where=arguments.checkpoint).to(device)
-    names, results = payload["class_names"], []
-    for path in tqdm(arguments.files, desc="predict", leave=False, disable=None):
-        cloud = read_cloud(
-            path, config.data.num_points, up_axis=arguments.up_axis, normalize=config.data.normalize,
-            seed=arguments.seed,
-        )  # fmt: skip
+    names, results, num_failed = payload["class_names"], [], 0
+    for path in map(str, find_files(arguments.files)):
+        try:
+            cloud = read_cloud(
+                path, config.data.num_points, up_axis=arguments.up_axis, normalize=config.data.normalize,
+                seed=arguments.seed, least=model.min_points, allow_missing=not arguments.refuse_missing,
+            )  # fmt: skip
+        except (InputError, OSError, MemoryError) as error:
+            print_error(error)
+            num_failed += 1
+            continue
         with torch.no_grad():
             shares = model(cloud[None].to(device)).double().softmax(1)[0].cpu()
         if not torch.isfinite(shares).all():
@@ -61,12 +71,15 @@ def run(arguments: argparse.Namespace) -> None:
         results.append(
             {"file": path, "class": names[best[0]], "probabilities": {names[i]: float(shares[i]) for i in best}}
         )
-    for result in results:
-        top = list(result["probabilities"].items())[: arguments.top]
-        print(f"{result['file']}: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in top))
-    if output:
-        write_json(output, {"checkpoint": arguments.checkpoint, "predictions": results})
+        top = (f"{names[i]} {100 * float(shares[i]):.1f} %" for i in best[: arguments.top])
+        print(f"{printable(path)}: " + ", ".join(top), flush=True)
+    if results:
+        print(f"{len(results)} files classified, {num_failed} not read; up axis {arguments.up_axis}")
+    if output and results:
+        content = {"checkpoint": arguments.checkpoint, "up_axis": arguments.up_axis, "predictions": results}
+        write_json(output, content)
         print(f"written to {output}")
+    return int(num_failed > 0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -90,6 +90,7 @@ class PointBERT(nn.Module):
         if variant == "mae" and encoder_dims != trans_dim:
             raise ValueError(f"encoder_dims is {encoder_dims}, must equal trans_dim {trans_dim} in variant 'mae'")
         self.num_group, self.group_size, self.fps_skip_origin = num_group, group_size, fps_skip_origin
+        self.min_points = max(num_group, group_size)
         self.encoder = GroupEncoder(in_channels, encoder_dims, encoder_width)
         self.reduce_dim = nn.Linear(encoder_dims, trans_dim) if variant == "bert" else nn.Identity()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, trans_dim))
@@ -149,7 +150,7 @@ class PointBERT(nn.Module):
         Raises:
             ValueError: fewer points than `num_group` or `group_size`.
         """
-        if points.shape[1] < max(self.num_group, self.group_size):
+        if points.shape[1] < self.min_points:
             raise ValueError(
                 f"{points.shape[1]} points per cloud are too few for num_group={self.num_group} "
                 f"and group_size={self.group_size}"

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from s2d3d import create_dataset, load_model
+from s2d3d.datasets.files import SUFFIXES
 
 CUBE = [(x, y, z) for x in (0, 1) for y in (0, 2) for z in (0, 1)]
 SQUARES = [(0, 1, 3, 2), (4, 6, 7, 5), (0, 4, 5, 1), (2, 3, 7, 6), (0, 2, 6, 4), (1, 5, 7, 3)]
@@ -99,7 +100,7 @@ def test_what_is_refused(refuses, trained, tmp_path):
     )
     (tmp_path / "empty").mkdir()
     line = refuses(*evaluate, "--files", tmp_path / "empty")
-    assert line == f"{tmp_path}/empty: holds no file of .ply, .pcd, .off, .obj, .npy, .txt, .xyz"
+    assert line == f"{tmp_path}/empty: holds no file of {', '.join(SUFFIXES)}"
     assert refuses(*evaluate, "--up-axis", "y") == "--up-axis: is for --files only; that of a data set is data.up_axis"
     line = refuses("visualize", "--checkpoint", trained.merged, "--output", tmp_path / "a.png", "--files", "no.ply")
     assert line == "no.ply: no such file; name a file with points"

@@ -43,3 +43,82 @@ def test_what_it_refuses(refuses, trained, tmp_path):
     assert refuses("predict", "--checkpoint", trained.merged, code=2).startswith(
         "the following arguments are required: FILE"
     )
+
+
+@pytest.fixture
+def chair(shapes_root):
+    """A test cloud of the set, (128, 3) float64."""
+    points, _ = create_dataset("shapes", shapes_root, "test", num_points=128)[3]
+    return points.double().numpy()
+
+
+def classes(path):
+    return {result["file"]: result for result in json.loads(path.read_text())["predictions"]}
+
+
+def test_a_bad_file_does_not_stop_the_others(call, trained, chair, tmp_path):
+    """Folders, links and single files; what cannot be read is named and the exit code says so."""
+    folder, output = tmp_path / "mine", tmp_path / "out.json"
+    folder.mkdir()
+    np.save(folder / "a.npy", chair)
+    (folder / "b.ply").write_bytes(b"ply\nformat ascii 1.0\nelement vertex 3\n")
+    (folder / "c.xyz").symlink_to(tmp_path / "gone.xyz")
+    np.savetxt(folder / "d.csv", chair, delimiter=",")
+    result = call("predict", "--checkpoint", trained.merged, folder, tmp_path / "no.off", "--output", output)
+    assert result.code == 1
+    assert result.err.splitlines() == [
+        f"error: {folder}/b.ply: is cut short: its header has no end_header",
+        f"error: {folder}/c.xyz: no such file; name a file with points",
+        f"error: {tmp_path}/no.off: no such file; name a file with points",
+    ]
+    found = classes(output)
+    assert list(found) == [f"{folder}/a.npy", f"{folder}/d.csv"]
+    assert found[f"{folder}/a.npy"]["probabilities"] == pytest.approx(
+        found[f"{folder}/d.csv"]["probabilities"], abs=1e-6
+    )
+    lines = result.out.splitlines()
+    assert [line.split(": ")[0] for line in lines[:2]] == list(found)
+    assert lines[2:] == ["2 files classified, 3 not read; up axis z", f"written to {output}"]
+    assert json.loads(output.read_text())["up_axis"] == "z"
+
+
+def test_a_georeferenced_cloud_is_classified_as_at_the_origin(call, trained, chair, tmp_path):
+    np.savetxt(tmp_path / "near.xyz", chair, fmt="%.6f")
+    np.savetxt(tmp_path / "utm.xyz", chair + np.array([691_000, 5_334_000, 520]), fmt="%.6f")
+    output = tmp_path / "out.json"
+    files = (tmp_path / "near.xyz", tmp_path / "utm.xyz")
+    assert call("predict", "--checkpoint", trained.merged, *files, "--output", output).code == 0
+    near, far = (result["probabilities"] for result in classes(output).values())
+    assert far == pytest.approx(near, abs=1e-4)
+
+
+def test_fewer_points_than_in_training_are_used_and_said(call, trained, chair, tmp_path):
+    for count in (64, 16, 15):
+        np.save(tmp_path / f"{count}.npy", chair[:count])
+    files = [tmp_path / f"{count}.npy" for count in (64, 16, 15)]
+    result = call("predict", "--checkpoint", trained.merged, *files, "--output", tmp_path / "out.json")
+    assert result.code == 1 and len(classes(tmp_path / "out.json")) == 2
+    assert result.err.splitlines() == [
+        f"{files[0]}: holds 64 points, the model takes 128; all are used",
+        f"{files[1]}: holds 16 points, the model takes 128; all are used",
+        f"error: {files[2]}: 15 points are fewer than the 16 that the model needs",
+    ]
+    model = load_model(trained.merged)
+    points = torch.from_numpy(chair[:64]).float()
+    points = points - points.mean(0)
+    with torch.no_grad():
+        expected = model((points / points.norm(dim=1).max())[None]).softmax(1).max()
+    assert max(classes(tmp_path / "out.json")[str(files[0])]["probabilities"].values()) == pytest.approx(
+        float(expected), abs=1e-4
+    )
+
+
+def test_points_that_are_missing_are_left_out_or_refused(call, trained, chair, tmp_path):
+    np.save(tmp_path / "depth.npy", np.concatenate([chair, np.full((72, 3), np.nan)]))
+    command = ("predict", "--checkpoint", trained.merged, tmp_path / "depth.npy")
+    result = call(*command)
+    assert result.code == 0
+    assert result.err == f"{tmp_path}/depth.npy: 72 of 200 points are not finite and left out\n"
+    result = call(*command, "--refuse-missing")
+    assert (result.code, result.out) == (1, "")
+    assert result.err == f"error: {tmp_path}/depth.npy: point 128 is not three finite numbers; remove it\n"
