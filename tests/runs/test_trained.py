@@ -19,7 +19,7 @@ def trainer(tiny_config):
 
 def test_everything_is_that_of_the_run(trainer, shapes_root):
     trained = open_trained(trainer.folder.merged, ["eval.batch_size=5"])
-    assert trained.path == str(trainer.folder.merged) and trained.class_names == trainer.class_names
+    assert trained.path == str(trainer.folder.merged) and trained.class_names == trainer.data.class_names
     assert trained.config.eval.batch_size == 5
     assert trained.config.model == trainer.config.model and trained.config.data == trainer.config.data
     dataset, test = trained.dataset(), create_dataset("shapes", shapes_root, "test", num_points=128)
