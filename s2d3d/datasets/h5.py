@@ -64,12 +64,12 @@ class CloudLayout:
         path: the file.
         shape: (n, P, 3) of its points.
         dtype: float16 or float32, that of the points once read.
-        rows_per_read: clouds of one piece of the file; parts that begin at a multiple of it are read fastest.
+        rows_per_read: clouds of one chunk of the file; parts that begin at a multiple of it are read fastest.
         label: (n,) int64.
         names: n names of shapes, or None.
         has_mask: whether there is a mask.
         up_axis: "y" or "z", the file's attribute of that name, or None.
-        stamp: size and time of change, by which a file that has been replaced is noticed.
+        stamp: size and time of change, to detect that the file has been replaced.
     """
 
     path: Path
@@ -135,7 +135,7 @@ def points_bytes(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> int:
 
 
 def inspect_h5(path: str | os.PathLike, *, num_classes: int | None = None, max_bytes: int = MAX_BYTES) -> CloudLayout:
-    """Read and check everything of a file but its points, normals and mask.
+    """Read and check everything of a file except its points, normals and mask.
 
     Args:
         path: the file.
@@ -214,7 +214,7 @@ def write_h5(
     """
     if up_axis is not None:
         check_up_axis(up_axis)
-    # In memory first: on a full disk HDF5 itself loses errors, or crashes when it closes the file.
+    # In memory first: on a full disk HDF5 loses errors, or crashes when it closes the file.
     with h5py.File(f"{path}", "w", driver="core", backing_store=False) as file:
         _write_array(file, "data", np.asarray(points))
         file["label"] = np.asarray(label, dtype=np.int64).reshape(-1, 1)

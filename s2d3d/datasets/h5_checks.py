@@ -1,4 +1,4 @@
-"""What must hold for the datasets of an HDF5 file of point clouds, and how each is read; the inside of `h5`."""
+"""Checks of the datasets in an HDF5 file of point clouds, and how each is read; used by `h5`."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def check_up_axis(up_axis: str, where: str = "up_axis") -> None:
 
 
 def dataset(path: Path, file: h5py.File, key: str, max_bytes: int) -> h5py.Dataset | None:
-    """Return a dataset that lies in this very file and has a sane size, None when there is none of this name."""
+    """Return a dataset that is stored in this file and has a plausible size, or None if there is none of this name."""
     link = file.get(key, getlink=True)
     if link is None:
         return None
@@ -83,13 +83,13 @@ def kept_dtype(item: h5py.Dataset) -> np.dtype:
 
 
 def rows_per_read(path: Path, item: h5py.Dataset) -> int:
-    """Return how many clouds lie in one piece of the file."""
+    """Return how many clouds are in one chunk of the file."""
     row_bytes = item.dtype.itemsize * item.shape[1] * item.shape[2]
     if item.chunks is None:
         return max(1, READ_BYTES // row_bytes)
     if int(np.prod(item.chunks, dtype=object)) * item.dtype.itemsize > MAX_PIECE:
         raise InputError(
-            f"{path}: dataset 'data' is stored in pieces {item.chunks}, too large to be read one by one; raise "
+            f"{path}: dataset 'data' is stored in chunks {item.chunks}, too large to be read one by one; raise "
             "data.memory_budget_gb, or copy it with tools/prepare_data.py"
         )
     return item.chunks[0]

@@ -17,8 +17,8 @@ from .transforms import Transform
 class BatchLoader:
     """Iterate over a data set in batches, vectorised, without worker processes.
 
-    Nothing random survives from one batch to the next: each has its own generator, made from (seed, epoch, step,
-    rank). The order of an epoch depends on (seed, epoch), the same on every rank.
+    Batches share no random state: each has its own generator, made from (seed, epoch, step, rank). The order of an
+    epoch depends on (seed, epoch), the same on every rank.
 
     Args:
         dataset: where samples come from.
@@ -90,7 +90,7 @@ class BatchLoader:
         return full + (has_rest and not self.drop_last)
 
     def set_position(self, epoch: int, step: int = 0) -> None:
-        """Let the next iteration start before batch `step` of `epoch`, and run to the end of that epoch.
+        """Start the next iteration before batch `step` of `epoch`; it runs to the end of that epoch.
 
         Without it, iterations of a shuffled loader are epochs 0, 1, 2, ...; others repeat the same epoch.
 

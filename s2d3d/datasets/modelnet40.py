@@ -104,7 +104,7 @@ def load_modelnet40(
 
 
 def load_shapes(root: str | os.PathLike, split: str, **keywords: Any) -> PointCloudDataset:
-    """Read one split of the synthetic shapes, which lie in the same layout; keywords as for `load_modelnet40`.
+    """Read one split of the procedural shapes, which have the same layout; keywords as for `load_modelnet40`.
 
     Raises:
         InputError: as `load_modelnet40`; a missing folder's message names the command that makes the shapes.
@@ -194,9 +194,9 @@ def list_files(root: Path, split: str, *, allow_links: bool = False) -> list[Pat
 
 
 def stored_up_axis(file: CloudFile | CloudLayout) -> str:
-    """Tell which axis of a file's points is vertical.
+    """Return which axis of a file's points is vertical.
 
-    Its attribute `up_axis` where there is one, as in every file that this package writes. Without it, float32 is the
+    It is the attribute `up_axis` if there is one, as in every file that this package writes. Without it, float32 is the
     public `modelnet40_ply_hdf5_2048` and copies of it, y up; float16, which no public copy uses, is z up.
     """
     if file.up_axis is not None:

@@ -22,8 +22,8 @@ CHUNK = 64  # clouds at a time: the distances of a chunk stay in the processor's
 def farthest_prefix(points: Tensor, length: int, cache_dirs: Sequence[Path] = ()) -> Tensor:
     """Select `length` points of each cloud by farthest point sampling, or read that from a cache.
 
-    A cache file is named by a hash of the points, so a changed set never meets an old selection. One that cannot
-    be read or does not fit is computed again.
+    A cache file is named by a hash of the points, so a changed set never gets an old selection. A file that
+    cannot be read or does not match is computed again.
 
     Args:
         points: (n, P, 3).
@@ -86,7 +86,7 @@ def _read(path: Path, shape: tuple[int, int], stored_points: int) -> Tensor | No
 
 
 def _write(path: Path, selected: Tensor) -> bool:
-    """Store a selection; False where the folder cannot be written, which is no error for a cache."""
+    """Store a selection; return False if the folder cannot be written, which is not an error for a cache."""
     if path.parent.name.startswith(".") and not path.parent.exists() and not _is_writable(path.parent.parent):
         return False
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -105,7 +105,7 @@ def _write(path: Path, selected: Tensor) -> bool:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what killed processes left; a process that still writes does not take this long."""
+    """Remove files that killed processes left; a running process does not take this long."""
     for path in folder.glob("fps_*.tmp"):
         if time.time() - path.stat().st_mtime > STALE_SECONDS:
             path.unlink(missing_ok=True)

@@ -157,7 +157,7 @@ def load_scanobjectnn(
 
 
 def check_keywords(variant: str | None = None, background: bool | None = None) -> dict[str, str]:
-    """Return by keyword what is wrong between the two.
+    """Return by keyword which values do not go together.
 
     Example:
         >>> check_keywords("OBJ_ONLY", True)

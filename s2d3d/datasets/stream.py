@@ -21,7 +21,7 @@ MEMORY_BUDGET_GB = 4.0
 
 
 def exceeds_budget(paths: Sequence[Path], budget_gb: float) -> bool:
-    """Tell whether the points of some files, once read, take more than a budget; they are not read.
+    """Return whether the points of some files, once read, exceed a budget; they are not read.
 
     Args:
         paths: the files.
@@ -74,8 +74,8 @@ def shape_names(path: Path, file: CloudFile | CloudLayout) -> list[str]:
 class StreamedClouds:
     """Clouds (n, M, 3), z up, that are read from their files when they are asked for.
 
-    `clouds[rows]` with rows (b,) int64 gives (b, M, 3), as indexing a tensor of all of them would, bit for bit. What is
-    read are whole pieces of a file; the pieces used last are kept, up to `cache_bytes` and at least one. Threads and
+    `clouds[rows]` with rows (b,) int64 gives (b, M, 3), as indexing a tensor of all of them would, bit for bit. Whole
+    chunks of a file are read. The chunks used last are kept, up to `cache_bytes` and at least one. Threads and
     forked processes may read at the same time.
 
     Attributes:
@@ -145,7 +145,7 @@ class StreamedClouds:
         inside = chosen - self._starts[files]
         pieces = inside // np.array([layout.rows_per_read for layout in self.layouts])[files]
         result: Tensor | None = None
-        # Of no rows: the first piece tells shape and dtype.
+        # Empty input: shape and dtype come from the first chunk.
         for file, number in sorted(set(zip(files.tolist(), pieces.tolist()))) or [(0, 0)]:
             part = piece(file, number)
             wanted = np.flatnonzero((files == file) & (pieces == number))
@@ -197,7 +197,7 @@ class StreamedMasks:
 
 
 class _Cache:
-    """The pieces used last, up to a number of bytes."""
+    """The chunks used last, up to a number of bytes."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes, self._bytes = max_bytes, 0

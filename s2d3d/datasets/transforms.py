@@ -75,7 +75,7 @@ def unit_sphere_frame(points: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normalize_stored(points: Tensor, chunk: int = 512) -> Tensor:
-    """Normalise each cloud, except float16 ones that are so up to rounding: a second rounding would only add error.
+    """Normalise each cloud, except float16 clouds already normalised up to rounding: rounding twice would add error.
 
     Args:
         points: (n, P, 3) float16 or float32. What becomes of a cloud does not depend on the others.
@@ -175,7 +175,7 @@ class PointDropout:
 
 @dataclass(frozen=True)
 class NormalizeUnitSphere:
-    """`normalize_unit_sphere` as a transform; it draws nothing."""
+    """`normalize_unit_sphere` as a transform, without random numbers."""
 
     def __call__(self, points: Tensor, generator: Generator) -> Tensor:
         return normalize_unit_sphere(points)
@@ -183,7 +183,7 @@ class NormalizeUnitSphere:
 
 @dataclass(frozen=True)
 class Compose:
-    """Apply transforms one after the other; none at all leaves the points as they are."""
+    """Apply transforms one after the other; an empty list returns the points unchanged."""
 
     transforms: Sequence[Transform] = ()
 

@@ -14,7 +14,7 @@ from ..ops.points import is_exporting
 if TYPE_CHECKING:
 
     class _GroupMaxContext(torch.autograd.function.FunctionCtx):
-        """What `_GroupMax` hands from its forward to its backward pass."""
+        """What `_GroupMax` passes from forward to backward."""
 
         saved_tensors: tuple[Tensor, Tensor]
 
@@ -53,10 +53,10 @@ def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def _products_pay(query: Tensor) -> bool:
-    """Return whether whole attention matrices (B, H, T, T) are the faster way, and small enough to be kept.
+    """Return whether whole attention matrices (B, H, T, T) are faster, and small enough to be kept.
 
     torch's fused attention is slow in bf16 on a CPU: 4 to 6 times the time of the products, backward pass included.
-    Its own way of products, `SDPBackend.MATH`, takes 2.5 times as long as these.
+    Its own products, `SDPBackend.MATH`, take 2.5 times as long as these.
     """
     return query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[2] <= 512
 
@@ -110,10 +110,10 @@ class GroupEncoder(nn.Module):
     """Mini-PointNet: one token for each group of points.
 
     The weights are those of 1x1 convolutions, for compatibility with published checkpoints; the arithmetic is that of
-    linear layers on (points, channels) rows. The layer behind the first pooling sees [group maximum, point feature];
+    linear layers on (points, channels) rows. The layer after the first pooling reads [group maximum, point feature];
     its product is split, W [g, f] = W_g g + W_f f, so that the group's half is computed once per group instead of
-    once per point: the same result with about half the arithmetic of the largest layer. Biases in front of a pooling
-    are added behind it, max(x + b) = max(x) + b, and never to the rows: a pass over memory less, forward and backward.
+    once per point: the same result with about half the arithmetic of the largest layer. Biases before a pooling
+    are added after it, max(x + b) = max(x) + b, and never to the rows, which saves a pass over memory.
 
     Source: Yu et al. 2022, Point-BERT; Qi et al. 2017, PointNet.
     """
@@ -157,8 +157,8 @@ class GroupEncoder(nn.Module):
 def max_over_group(x: Tensor) -> Tensor:
     """Map x (G, S, C) to the maximum over S, (G, C); equal maxima share the gradient, as with `amax`.
 
-    Compiled, one of them gets all of it, by its place: what a compiled graph computes once more for its backward pass,
-    such as a norm layer in front, may be rounded otherwise, then equals the maximum nowhere, and the gradient is 0 / 0.
+    In a compiled graph, one position gets the whole gradient. The graph may recompute its input, such as a norm layer,
+    for the backward pass with other rounding. Then no value equals the maximum, and sharing would give 0 / 0.
     """
     if torch.compiler.is_compiling() and not is_exporting():
         return x.gather(1, x.detach().argmax(1, keepdim=True)).squeeze(1)

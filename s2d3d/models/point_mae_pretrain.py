@@ -18,12 +18,12 @@ from .point_bert import MAX_DEPTH, check_ranges
 class Reconstruction(NamedTuple):
     """What a pass of the masked autoencoder returns.
 
-    B clouds of G groups of S points, M of the groups masked; groups stand in ascending order of their index.
+    B clouds of G groups of S points, M of the groups masked; groups are in ascending order of their index.
 
     Attributes:
         loss: Chamfer distance between `rebuilt` and `target`, 0-d.
         rebuilt: (B, M, S, 3), the predicted points of the masked groups, relative to the groups' centres.
-        target: (B, M, S, 3), the true points, likewise; points of a group are in any order.
+        target: (B, M, S, 3), the true points, also relative to the centres; the points of a group have no order.
         visible: (B, G - M, C), the encoder's tokens of the visible groups.
         mask: (B, G) bool, true where a group was masked.
     """
@@ -39,7 +39,7 @@ class MaskedEncoder(nn.Module):
     """Patch encoder and transformer; only the visible groups enter the transformer."""
 
     def __init__(self, in_channels: int, trans_dim: int, encoder_dims: int, encoder_width: int) -> None:
-        """Build all but the blocks, which the owner sets."""
+        """Build everything except the blocks, which the owner sets."""
         super().__init__()
         self.encoder = GroupEncoder(in_channels, encoder_dims, encoder_width)
         self.pos_embed = _position(trans_dim)
@@ -77,7 +77,7 @@ class MaskedDecoder(TransformerEncoder):
 class PointMAEPretrain(nn.Module):
     """Masked autoencoder of point groups, after Point-MAE (Pang et al. 2022, arXiv 2203.06604).
 
-    `model(points)` returns the loss; `model.reconstruct(points)` what it is made of.
+    `model(points)` returns the loss; `model.reconstruct(points)` also returns the predicted points.
 
     Example:
         >>> model = PointMAEPretrain(trans_dim=24, encoder_dims=24, depth=2, num_heads=2, decoder_depth=1,

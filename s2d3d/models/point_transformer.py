@@ -1,4 +1,4 @@
-"""Point Transformer classifiers: vector attention among neighbours on ever fewer points, with an FFN in every block.
+"""Point Transformer classifiers: vector attention among neighbours, fewer points at each stage, an FFN in every block.
 
 State-dict keys and shapes are those of the public classifiers (encoder of S3DIS segmentation with a classification
 head); the FFN, which they lack, adds `norm` and `mlp` to each block.
@@ -19,7 +19,7 @@ from .layers import max_over_group
 if TYPE_CHECKING:
 
     class _GatherSumContext(torch.autograd.function.FunctionCtx):
-        """What `_GatherSum` hands from its forward to its backward pass."""
+        """What `_GatherSum` passes from forward to backward."""
 
         saved_tensors: tuple[Tensor]
         needs_input_grad: tuple[bool, bool, bool, bool, bool]
@@ -323,7 +323,7 @@ class Block(nn.Module):
 def gather_sum(
     neighbourhood: Neighbourhood, of_points: Tensor, of_centers: Tensor | None = None, of_pairs: Tensor | None = None
 ) -> Tensor:
-    """Add up for each pair of a centre and a neighbour what belongs to the neighbour, to the centre, and to the pair.
+    """Add the values of the neighbour, of the centre and of the pair, for each pair of a centre and a neighbour.
 
     Args:
         neighbourhood: the pairs.
@@ -350,7 +350,7 @@ def _gather_sum(
 
 
 class _GatherSum(torch.autograd.Function):
-    """See `gather_sum`. In place where autograd would copy: pairs are many, and memory traffic is all they cost."""
+    """See `gather_sum`. In place where autograd would copy, because memory traffic is the whole cost."""
 
     @staticmethod
     def forward(
@@ -374,9 +374,9 @@ class _GatherSum(torch.autograd.Function):
 
 
 def _narrow_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Do as `F.linear` for inputs of a few channels.
+    """Compute `F.linear` for inputs of a few channels.
 
-    With a transposed copy of the weight its gradient is a product whose layout is several times faster on a CPU.
+    A transposed copy of the weight gives its gradient a layout that is several times faster on a CPU.
     """
     columns = weight.t().contiguous()
     return torch.mm(x, columns) if bias is None else torch.addmm(bias, x, columns)

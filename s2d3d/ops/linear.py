@@ -11,7 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 if TYPE_CHECKING:
 
     class _TallContext(FunctionCtx):
-        """What `_TallLinear` hands from its forward to its backward pass."""
+        """What `_TallLinear` passes from forward to backward."""
 
         saved_tensors: tuple[Tensor, Tensor]
         needs_input_grad: tuple[bool, bool]

@@ -1,6 +1,6 @@
 """ModelNet as it is distributed, meshes and text files, to the HDF5 files that training reads.
 
-Two layouts are known:
+It reads two layouts:
 
 class/train/*.off, class/test/*.off                              ModelNet10 and ModelNet40 of Princeton, z up
 modelnet40_shape_names.txt, modelnet40_train.txt, class/*.txt    modelnet40_normal_resampled (also of 10 classes), y up
@@ -39,7 +39,7 @@ class Source:
     Attributes:
         kind: "off" or "text".
         up_axis: vertical of its points.
-        class_names: labels are their places.
+        class_names: labels are their positions.
         shapes: by split: path below the folder, name, label of each shape.
     """
 
@@ -50,10 +50,10 @@ class Source:
 
 
 def find_source(folder: Path) -> Source | None:
-    """Tell what a folder holds; None if it is in neither layout.
+    """Return what a folder holds; None if it has neither layout.
 
     Raises:
-        InputError: it is in one of them, and incomplete.
+        InputError: it has one of them, but is incomplete.
     """
     for name in _TEXT_NAMES:
         if (folder / f"{name}_shape_names.txt").is_file():
@@ -88,8 +88,8 @@ def convert_modelnet(
     a text file's points a random `num_points` are kept, with their normals, as they are. Each shape is a function of
     seed, split and name, so that neither the number of processes nor an interruption changes the result.
 
-    Finished files are kept in `.NAME.partial` beside the output until all are there: the same command goes on where a
-    stopped one ended.
+    Finished files are kept in `.NAME.partial` beside the output until all are there: the same command continues an
+    interrupted one.
 
     Args:
         source: see the head of this file.
@@ -168,7 +168,7 @@ _CLAIM = "conversion.json"
 
 
 def _claim(work: Path, job: dict) -> None:
-    """Make the folder of unfinished work, or go on with the one that is there if it is of the same conversion."""
+    """Make the folder of unfinished work, or continue an existing one of the same conversion."""
     text = json.dumps(job, sort_keys=True)
     note = work / _CLAIM
     try:
@@ -182,7 +182,7 @@ def _claim(work: Path, job: dict) -> None:
 
 @dataclass(frozen=True)
 class _Job:
-    """What makes a cloud of a shape; a value, so that worker processes can be sent it."""
+    """What makes a cloud of a shape; a plain value that can be sent to worker processes."""
 
     source: str
     kind: str

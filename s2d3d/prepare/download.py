@@ -42,7 +42,7 @@ ARCHIVES = {
 
 
 def download(url: str, path: str | os.PathLike, *, md5: str | None = None, timeout: float = 30.0) -> Path:
-    """Fetch a file; a transfer that was cut short goes on where it ended, if the server can do that.
+    """Fetch a file; an interrupted transfer continues where it ended, if the server supports it.
 
     Args:
         url: of the file.
@@ -78,7 +78,7 @@ def download(url: str, path: str | os.PathLike, *, md5: str | None = None, timeo
                     file.write(block)
                     bar.update(len(block))
     except urllib.error.HTTPError as error:
-        if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE or not have:  # it is all there already
+        if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE or not have:  # complete already
             raise InputError(_cannot(url, f"{error.code} {error.reason}")) from error
         total = have
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:

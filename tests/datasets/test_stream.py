@@ -174,7 +174,7 @@ def test_files_of_different_sizes_are_refused(modelnet_folder, clouds):
 def test_pieces_too_large_to_be_read_one_by_one_are_refused(tmp_path, monkeypatch, clouds):
     monkeypatch.setattr("s2d3d.datasets.h5_checks.MAX_PIECE", 1000)
     write_h5(tmp_path / "a.h5", clouds(8, 40), [0] * 8)
-    with pytest.raises(InputError, match=r"is stored in pieces .*data\.memory_budget_gb"):
+    with pytest.raises(InputError, match=r"is stored in chunks .*data\.memory_budget_gb"):
         inspect_h5(tmp_path / "a.h5")
 
 
