@@ -22,8 +22,8 @@ class Archive:
 
     Attributes:
         url: where it is.
-        md5: of its content; None where no checksum is published: then the archive's own (CRC of every file) is what
-            is checked.
+        md5: of its content; None if no checksum is published. Then the CRC of every file in the archive is
+            checked.
     """
 
     url: str
