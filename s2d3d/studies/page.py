@@ -52,6 +52,7 @@ def report_text(summary: Mapping[str, Any], command: str) -> str:
         _arms_table(summary),
         "## Paired differences in OA",
         _comparisons_table(summary),
+        _mixed_code(summary),
         _how_compared(summary),
         f"![paired differences]({name}.png)",
         "## Paired differences in loss",
@@ -108,13 +109,34 @@ def _comparisons_table(summary: Mapping[str, Any]) -> str:
     rows = []
     for item in summary["comparisons"]:
         unequal = " (other number of updates)" if item["equal_updates"] is False else ""
-        each = ", ".join(_points(value) for value in item["differences"].values()) or "empty"
+        mixed = item.get("mixed_code", {"seeds": []})["seeds"]
+        marks = {str(seed): "*" for seed in mixed}
+        each = ", ".join(_points(value) + marks.get(seed, "") for seed, value in item["differences"].items()) or "empty"
         rows.append([
             f"{item['name']} - {item['reference']}{unequal}", str(item["n"]), _points(item["mean"]),
             _interval(item, "t"), _interval(item, "bootstrap"), _p_value(item["p"]), _p_value(item["p_holm"]),
             _interval(item, "bonferroni"), _detectable(item["detectable"]), each,
         ])  # fmt: skip
     return markdown_table(header, rows)
+
+
+def _mixed_code(summary: Mapping[str, Any]) -> str:
+    """Return the comparisons without the pairs whose runs were made by different code; empty where there are none."""
+    rows = []
+    for item in summary["comparisons"]:
+        if "mixed_code" not in item:
+            continue
+        seeds, count, without = (item["mixed_code"][key] for key in ("seeds", "n_without", "without"))
+        cells = [_points(without["mean"]), _interval(without, "t")] if without else ["empty", "-"]
+        rows.append([f"{item['name']} - {item['reference']}", ", ".join(map(str, seeds)), str(count), *cells])
+    if not rows:
+        return ""
+    note = (
+        "\\* Code states differ: the two runs of this pair were made at different commits, or one of them with "
+        "uncommitted changes. The comparisons without these pairs:"
+    )
+    header = ["comparison", "marked seeds", "n without", "difference, points", "95 % paired t"]
+    return f"{note}\n\n{markdown_table(header, rows)}"
 
 
 def _losses_table(summary: Mapping[str, Any]) -> str:

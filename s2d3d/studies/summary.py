@@ -116,6 +116,10 @@ def _compare(study: Study, records: Records, name: str, reference: str, number: 
     last = [[records[arm, seed]["curve"]["train_loss"][-1] for seed in seeds] for arm in arms]
     scores = [[_result(study, records, row, seed)["loss"] for seed in seeds] for row in (name, reference)]
     result["losses"] = {"scored": _paired(*scores), "training": _paired(*last)}
+    mixed = [seed for seed in seeds if len({_code_state(records[arm, seed]["environment"]) for arm in arms}) > 1]
+    if mixed:
+        rest = [float(part.mean()) for seed, part in parts.items() if seed not in mixed]
+        result["mixed_code"] = {"seeds": mixed, "n_without": len(rest), "without": _paired(rest, [0.0] * len(rest))}
     empty = ("mean", "std", "t_low", "t_high", "p", "p_holm", "bonferroni_low", "bonferroni_high")
     result |= dict.fromkeys((*empty, "bootstrap_low", "bootstrap_high", "detectable"))
     if not seeds:
@@ -151,6 +155,11 @@ def _paired(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float |
 
 def _form(record: Mapping[str, Any], form: str | None) -> str:
     return form or kept_form(record)
+
+
+def _code_state(environment: Mapping[str, Any]) -> tuple[object, object]:
+    """Return what says which code made a run; "+" ends the commit of a tree with changes."""
+    return environment.get("s2d3d"), environment.get("git_commit")
 
 
 def _mean(values: Sequence[float]) -> float | None:

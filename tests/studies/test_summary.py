@@ -161,3 +161,35 @@ def test_another_number_of_updates_is_said(three_arms):
     summary = summarize(three_arms, records)
     assert [item["equal_updates"] for item in summary["comparisons"]] == [True, False, True]
     assert "k2 - dense (other number of updates)" in report_text(summary, "command")
+
+
+def test_pairs_made_by_different_code_are_marked_and_left_out_once_more(three_arms):
+    records = made_up(three_arms)
+    changed = records["s2d", 1]["environment"] | {"git_commit": "c0+"}
+    records["s2d", 1]["environment"] = changed
+    summary = summarize(three_arms, records)
+    by_name = {item["name"]: item for item in summary["comparisons"]}
+    assert "mixed_code" not in by_name["k2"], "its runs are of one commit"
+    item = by_name["s2d"]
+    rest = paired_t([item["differences"][seed] for seed in ("0", "2")])
+    assert item["mixed_code"]["seeds"] == [1] and item["mixed_code"]["n_without"] == 2
+    without = item["mixed_code"]["without"]
+    assert (without["mean"], without["t_low"], without["t_high"]) == pytest.approx((rest.mean, rest.low, rest.high))
+    assert item["n"] == 3, "the headline keeps all pairs"
+    text = report_text(summary, "command")
+    each = ", ".join(f"{100 * value:+.2f}{'*' * (seed == '1')}" for seed, value in item["differences"].items())
+    assert f"| {each} |" in text
+    interval = f"[{100 * rest.low:+.2f}, {100 * rest.high:+.2f}]"
+    assert f"| s2d - dense | 1 | 2 | {100 * rest.mean:+.2f} | {interval} |" in text
+    assert "Code states differ" in text and "Code states differ" not in report_text(
+        summarize(three_arms, made_up(three_arms)), "command"
+    )
+
+
+def test_a_comparison_whose_pairs_are_all_of_different_code_is_empty_without_them(three_arms):
+    records = made_up(three_arms)
+    for seed in (0, 1, 2):
+        records["k2", seed]["environment"] = records["k2", seed]["environment"] | {"git_commit": "c1"}
+    summary = summarize(three_arms, records)
+    assert summary["comparisons"][1]["mixed_code"] == {"seeds": [0, 1, 2], "n_without": 0, "without": None}
+    assert "| k2 - dense | 0, 1, 2 | 0 | empty | - |" in report_text(summary, "command")
