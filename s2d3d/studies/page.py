@@ -28,9 +28,18 @@ def write_report(summary: Mapping[str, Any], results: str | Path, command: str) 
     folder = Path(results)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{summary['study']}.json", folder / f"{summary['study']}.md"]
-    write_json(paths[0], summary)
+    write_json(paths[0], _rounded(summary))
     write_text(paths[1], report_text(summary, command))
     return paths
+
+
+def _rounded(content: Any) -> Any:
+    """Round to twelve digits, so that the file is the same on every machine: sums differ in the last of sixteen."""
+    if isinstance(content, float):
+        return float(f"{content:.12g}")
+    if isinstance(content, Mapping):
+        return {key: _rounded(value) for key, value in content.items()}
+    return [_rounded(item) for item in content] if isinstance(content, (list, tuple)) else content
 
 
 def report_text(summary: Mapping[str, Any], command: str) -> str:
@@ -43,7 +52,7 @@ def report_text(summary: Mapping[str, Any], command: str) -> str:
         summary["question"],
         f"Scored on the {split}"
         + (f" ({', '.join(map(str, samples))} shapes)" if samples else "")
-        + (", the test split was left alone" if summary["split"] == "validation" else ", once, at the end")
+        + (_when_scored(summary))
         + f"; accuracy is that of the {summary['selection']}. Base config `{Path(summary['base']).name}`"
         + (f", with {_changes(summary['common'])} in all arms" if summary["common"] else "")
         + "".join(f", with `{override}` in all arms from the command line" for override in summary["overrides"])
@@ -55,6 +64,7 @@ def report_text(summary: Mapping[str, Any], command: str) -> str:
         _mixed_code(summary),
         _how_compared(summary),
         f"![paired differences]({name}.png)",
+        _selection(summary),
         "## Paired differences in loss",
         _losses_table(summary),
         "## Empty cells",
@@ -104,7 +114,7 @@ def _arms_table(summary: Mapping[str, Any]) -> str:
 def _comparisons_table(summary: Mapping[str, Any]) -> str:
     header = [
         "comparison", "n", "difference, points", "95 % paired t", "95 % bootstrap", "p", "p, Holm",
-        "simultaneous 95 % (Bonferroni)", "detectable", "each seed",
+        "simultaneous 95 % (Bonferroni)", "detectable", *_equivalence_header(summary), "each seed",
     ]  # fmt: skip
     rows = []
     for item in summary["comparisons"]:
@@ -115,9 +125,41 @@ def _comparisons_table(summary: Mapping[str, Any]) -> str:
         rows.append([
             f"{item['name']} - {item['reference']}{unequal}", str(item["n"]), _points(item["mean"]),
             _interval(item, "t"), _interval(item, "bootstrap"), _p_value(item["p"]), _p_value(item["p_holm"]),
-            _interval(item, "bonferroni"), _detectable(item["detectable"]), each,
+            _interval(item, "bonferroni"), _detectable(item["detectable"]),
+            *([_p_value(item["equivalence"]["p"])] if "equivalence" in item else []), each,
         ])  # fmt: skip
     return markdown_table(header, rows)
+
+
+def _equivalence_header(summary: Mapping[str, Any]) -> list[str]:
+    margins = {item["equivalence"]["margin"] for item in summary["comparisons"] if "equivalence" in item}
+    return [f"p, equivalent within {100 * margin:g} points" for margin in margins]
+
+
+def _when_scored(summary: Mapping[str, Any]) -> str:
+    if summary["split"] == "validation":
+        return ", the test split was left alone"
+    return ", after each epoch" if "curve" in summary else ", once, at the end"
+
+
+def _selection(summary: Mapping[str, Any]) -> str:
+    """Return the section on choosing by the test split; empty where the study did not score it after each epoch."""
+    rows = [
+        [
+            f"{item['name']} - {item['reference']}", choice["rule"], f"{100 * choice['oa']:.2f}",
+            f"{100 * choice['reference_oa']:.2f}", _points(choice["mean"]), _interval(choice, "t"),
+        ]
+        for item in summary["comparisons"]
+        for choice in item.get("selection", [])
+    ]  # fmt: skip
+    if not rows:
+        return ""
+    header = ["comparison", "model", "OA %", "OA % of the reference", "difference, points", "95 % paired t"]
+    note = (
+        "The last epoch is the result of this study. The other rows choose an epoch, or a run, by its accuracy on the "
+        "test split. They show how much this selection adds. They are not results."
+    )
+    return f"## Selection on the test split\n\n{note}\n\n{markdown_table(header, rows)}"
 
 
 def _mixed_code(summary: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from ..config.compare import SET_BY_STUDY, WHERE_AND_HOW_FAST, differences, flatten, is_named
 from ..config.io import Problem, raise_problems, read_yaml, schema_problems, show
 from ..config.load import Config, load_config, load_layered_config
-from ..config.types import Int, Name, PathStr, Str, check_plain
+from ..config.types import Float, Int, Name, PathStr, Str, check_plain
 from ..errors import InputError, did_you_mean
 from ..runs.folder import FORMS
 from .cell import Cell
@@ -84,6 +84,14 @@ class StudyConfig(BaseModel):
     along: Name | None = Field(
         None, description="Config key on the x axis of the figure, such as 'train.epochs'; null: one line per arm."
     )
+    equivalence: Annotated[Float, Field(gt=0)] | None = Field(
+        None, description="Margin in points of OA: test that a difference is smaller than this; null: no such test."
+    )
+    curve: Literal["test"] | None = Field(
+        None,
+        description="'test': score the test split after each epoch, to show what a choice of an epoch or a run on it "
+        "adds; null: only at the end.",
+    )
     output_dir: PathStr | None = Field(None, description="Folder of the runs; null: runs/studies/NAME.")
 
     @model_validator(mode="after")
@@ -101,6 +109,8 @@ class StudyConfig(BaseModel):
             if arm not in self.arms or form not in FORMS:
                 text = f"must be ARM.FORM with FORM one of {', '.join(FORMS)}, got {show(target)}"
                 problems.append(Problem(("forms", name), text + did_you_mean(arm, self.arms)))
+        if self.curve == "test" and self.evaluate != "test":
+            problems.append(Problem(("curve",), f"needs evaluate: test, got {show(self.evaluate)}"))
         rows = [*self.arms, *self.forms]
         chosen = self.reference
         pairs: list[tuple[str | None, str]] = [*chosen.items()] if isinstance(chosen, dict) else [(None, chosen)]
@@ -196,7 +206,8 @@ def _data_folder(study: StudyConfig, base: Path, arm: str) -> str:
 
 
 def _arm_configs(study: StudyConfig, where: str, base: Path, overrides: Sequence[str]) -> dict[str, Config]:
-    protocol = {"eval.split": study.evaluate, "eval.every": 0}
+    every = 1 if study.curve else 0
+    protocol = {"eval.split": study.evaluate, "eval.every": every}
     configs, problems = {}, {}
     for arm, values in study.arms.items():
         own = f"{where}: arms.{arm}"
@@ -217,7 +228,7 @@ def _arm_configs(study: StudyConfig, where: str, base: Path, overrides: Sequence
     if limited:
         raise InputError(f"{base}: train.max_steps: runs of a study go to their last epoch; remove it")
     for config in configs.values():
-        if (config.eval.split, config.eval.every) != (study.evaluate, 0):  # an override of the whole section
+        if (config.eval.split, config.eval.every) != (study.evaluate, every):  # an override of the whole section
             raise InputError("overrides: eval.split and eval.every are decided by the study; change its file")
         keys = flatten(config.to_dict())
         if study.along and study.along not in keys:

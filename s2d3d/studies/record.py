@@ -16,11 +16,13 @@ from ..runs.record import FORMS, final_form
 from .cell import Cell
 
 CURVE = ("train_loss", "train_oa", "val_oa", "share_rate", "divergence", "grad_norm")
-"""Columns of log.csv that a record keeps, epoch by epoch."""
+"""Columns of log.csv that a record keeps, epoch by epoch; `test_oa` as well, where the study asks for it."""
 _KEYS = {
     "study": str, "arm": str, "seed": int, "changes": dict, "config": dict, "split": str, "shapes": str, "updates": int,
     "train_seconds": float, "parameters": dict, "results": dict, "environment": dict, "curve": dict,
 }  # fmt: skip
+
+_NO_TEST_CURVE = "no accuracy on the test split after each epoch"
 
 
 def record_of_run(cell: Cell) -> dict[str, Any] | None:
@@ -43,7 +45,10 @@ def record_of_run(cell: Cell) -> dict[str, Any] | None:
     environment = _read(folder.environment)
     log = read_log(folder.log)
     curve = {key: [row.get(key) for row in log] for key in CURVE}
-    return {
+    kept = final_form(metrics)
+    if cell.config.eval.every:  # the last epoch is scored at the end alone
+        curve["test_oa"] = [*(row.get("test_oa") for row in log[:-1]), metrics[kept]["oa"]]
+    record = {
         "study": cell.study,
         "arm": cell.arm,
         "seed": cell.seed,
@@ -51,7 +56,7 @@ def record_of_run(cell: Cell) -> dict[str, Any] | None:
         "config": config,
         "data_folder": cell.data_folder,
         **{key: metrics[key] for key in ("split", "shapes", "epochs", "updates", "train_seconds", "parameters")},
-        "kept": final_form(metrics),
+        "kept": kept,
         "results": {
             form: {key: metrics[form][key] for key in ("oa", "macc", "loss", "num_samples", "correct")}
             for form in FORMS
@@ -63,6 +68,9 @@ def record_of_run(cell: Cell) -> dict[str, Any] | None:
         },
         "curve": {key: values for key, values in curve.items() if any(value is not None for value in values)},
     }
+    if _lacks_test_curve(record, cell):
+        raise InputError(f"{folder.log}: {_NO_TEST_CURVE}; remove the run folder and run again")
+    return record
 
 
 def kept_form(record: Mapping[str, Any]) -> str:
@@ -93,6 +101,8 @@ def changed_since(record: Mapping[str, Any], cell: Cell, where: str) -> str:
     Raises:
         InputError: the config of the record is not valid; the message begins with `where`.
     """
+    if _lacks_test_curve(record, cell):
+        return _NO_TEST_CURVE
     if not _same_data(record, cell):
         return f"data.root=.../{record['data_folder']}, the study says .../{cell.data_folder}"
     return _changed(record["config"], cell, where)
@@ -109,7 +119,7 @@ def find_same_run(cell: Cell, records: Iterable[tuple[str, Mapping[str, Any]]]) 
         records: of other studies or arms, each with its place.
     """
     for where, record in records:
-        if record["seed"] != cell.seed:
+        if record["seed"] != cell.seed or _lacks_test_curve(record, cell):
             continue
         try:
             if not _is_same(record, cell, where):
@@ -131,6 +141,11 @@ def _is_same(record: Mapping[str, Any], cell: Cell, where: str) -> bool:
     if differences(*shared, SAME_RESULT) or not _same_data(record, cell):
         return False
     return not _changed(record["config"], cell, where)
+
+
+def _lacks_test_curve(record: Mapping[str, Any], cell: Cell) -> bool:
+    """Tell whether a study asks for the accuracy of each epoch on the test split, and a record does not have it."""
+    return bool(cell.config.eval.every) and None in record["curve"].get("test_oa", [None])
 
 
 def _same_data(record: Mapping[str, Any], cell: Cell) -> bool:

@@ -67,6 +67,34 @@ def paired_t(differences: Sequence[float], level: float = LEVEL) -> PairedT:
     return PairedT(n, mean, std, float(low), float(high), float(test.pvalue))
 
 
+def equivalence_p(differences: Sequence[float], margin: float) -> float | None:
+    """Return the p-value of two one-sided t tests: that the true mean lies outside (-margin, margin).
+
+    It is below 0.05 where the 90 % interval of `paired_t` lies inside the margin.
+
+    Args:
+        differences: one for each seed, at least one.
+        margin: above 0, in the unit of the differences.
+
+    Returns:
+        The larger p-value of the two; None for a single difference, and where all are equal, as in `paired_t`.
+
+    Source: Schuirmann, "A comparison of the two one-sided tests procedure and the power approach for assessing the
+    equivalence of average bioavailability", J. Pharmacokinetics and Biopharmaceutics 1987.
+
+    Example:
+        >>> round(equivalence_p([-0.1, 0.0, 0.1, 0.2], margin=0.5), 4)
+        0.003
+    """
+    from scipy import stats
+
+    if len(differences) == 1 or max(differences) - min(differences) < ROUNDING:
+        return None
+    above = stats.ttest_1samp(differences, -margin, alternative="greater")
+    below = stats.ttest_1samp(differences, margin, alternative="less")
+    return float(max(above.pvalue, below.pvalue))
+
+
 def detectable_difference(std: float, n: int) -> float:
     """Return the true mean that a paired t test of n pairs would find, at 5 % and two-sided, four times out of five.
 

@@ -15,6 +15,7 @@ from .stats import (
     bonferroni_level,
     correctness,
     detectable_difference,
+    equivalence_p,
     hierarchical_bootstrap,
     holm,
     paired_t,
@@ -52,6 +53,7 @@ def summarize(study: Study, records: Records) -> dict[str, Any]:
         "overrides": list(study.overrides),
         "along": config.along,
         "selection": "last epoch",
+        **({"curve": config.curve} if config.curve else {}),
         "level": LEVEL,
         "num_comparisons": len(pairs),
         "bootstrap": {"resamples": RESAMPLES, "seed": BOOTSTRAP_SEED, "shapes": "crossed" if crossed else "nested"},
@@ -120,6 +122,12 @@ def _compare(study: Study, records: Records, name: str, reference: str, number: 
     if mixed:
         rest = [float(part.mean()) for seed, part in parts.items() if seed not in mixed]
         result["mixed_code"] = {"seeds": mixed, "n_without": len(rest), "without": _paired(rest, [0.0] * len(rest))}
+    if config.equivalence:
+        margin, differences = config.equivalence / 100, list(result["differences"].values())
+        p = equivalence_p(differences, margin) if differences else None
+        result["equivalence"] = {"margin": margin, "p": p}
+    if config.curve and seeds and name in config.arms and reference in config.arms:
+        result["selection"] = _selection([[records[arm, seed]["curve"]["test_oa"] for seed in seeds] for arm in arms])
     empty = ("mean", "std", "t_low", "t_high", "p", "p_holm", "bonferroni_low", "bonferroni_high")
     result |= dict.fromkeys((*empty, "bootstrap_low", "bootstrap_high", "detectable"))
     if not seeds:
@@ -155,6 +163,23 @@ def _paired(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float |
 
 def _form(record: Mapping[str, Any], form: str | None) -> str:
     return form or kept_form(record)
+
+
+def _selection(curves: Sequence[Sequence[Sequence[float]]]) -> list[dict[str, Any]]:
+    """Return what choosing on the test split adds: the last epoch, each run's best epoch, the best of all runs.
+
+    Args:
+        curves: of the row and of its reference: for each seed the accuracy on the test split after each epoch.
+    """
+    rules = {
+        "last epoch": [[curve[-1] for curve in side] for side in curves],
+        "best test epoch of each run": [[max(curve) for curve in side] for side in curves],
+        f"best test epoch of the best of {len(curves[0])} runs": [[max(map(max, side))] for side in curves],
+    }
+    return [
+        {"rule": rule, "oa": _mean(ours), "reference_oa": _mean(theirs), **(_paired(ours, theirs) or {})}
+        for rule, (ours, theirs) in rules.items()
+    ]
 
 
 def _code_state(environment: Mapping[str, Any]) -> tuple[object, object]:

@@ -165,3 +165,14 @@ def test_a_base_that_is_not_there_or_stops_early(refused, tmp_path):
 def test_an_unknown_arm_is_refused_with_the_nearest(write_study):
     with pytest.raises(InputError, match=r"no arm 'sd2'; did you mean 's2d'\? \(known: dense, s2d\)"):
         load_study(write_study()).select(["sd2"])
+
+
+def test_a_test_curve_scores_each_epoch_and_needs_the_test_split(write_study, refused):
+    study = load_study(write_study(evaluate="test", common={"data.val_fraction": 0}, curve="test"))
+    assert {cell.config.eval.every for cell in study.cells} == {1}
+    assert refused(curve="test") == ["curve: needs evaluate: test, got 'validation'"]
+
+
+def test_a_margin_is_above_zero(refused):
+    (line,) = refused(equivalence=0)
+    assert line.startswith("equivalence: must be")

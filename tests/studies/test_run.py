@@ -292,6 +292,22 @@ def test_only_the_named_split_is_scored(write_study, results, monkeypatch, evalu
     assert metrics["split"] == evaluate and metrics["selection"] == "last epoch"
 
 
+def test_a_test_curve_holds_each_epoch_and_ends_with_the_result(write_study, results):
+    common = {"data.val_fraction": 0, "train.epochs": 15, "train.keep_every": 1}
+    study = load_study(write_study(evaluate="test", seeds=[0], common=common, curve="test"))
+    run_study(study, results=results, only=["s2d"])
+    record, config = read_records(results, study.cells)["s2d", 0], study.cells[1].config
+    test = build_dataset(config.data, "test", seed=0)
+    points, labels = test.batch(torch.arange(len(test)))
+    expected = []
+    for epoch in range(1, 16):
+        model = load_model(f"{config.output_dir}/checkpoints/epoch_{epoch:03d}.pt").eval()
+        with torch.no_grad():
+            expected.append((model(points).argmax(1) == labels).double().mean().item())
+    assert record["curve"]["test_oa"] == pytest.approx(expected, abs=1e-5)
+    assert record["curve"]["test_oa"][-1] == record["results"]["merged"]["oa"] and len(set(expected)) > 1
+
+
 def test_marks_in_a_record_are_those_of_the_merged_model_shape_by_shape(write_study, results):
     study = load_study(write_study(seeds=[1]))
     run_study(study, results=results, only=["s2d"])

@@ -11,6 +11,7 @@ from s2d3d.studies.stats import (
     bonferroni_level,
     correctness,
     detectable_difference,
+    equivalence_p,
     hierarchical_bootstrap,
     holm,
     paired_t,
@@ -150,3 +151,20 @@ def test_shapes_that_all_seeds_share_leave_more_doubt_than_shapes_of_each():
 def test_bootstrap_is_a_function_of_its_seed():
     first, again, other = (hierarchical_bootstrap(PARTS, crossed=False, resamples=50, seed=s) for s in (0, 0, 1))
     assert first == again and first != other
+
+
+@pytest.mark.parametrize("margin", [0.1, 0.3, 0.5, 2.0])
+def test_equivalence_is_two_one_sided_tests(margin):
+    """Against the closed form, and the 90 % interval: it lies inside the margin just where p is below 0.05."""
+    for seed in range(20):
+        differences = np.random.default_rng(seed).normal(0.1, 0.3, 8).tolist()
+        error = np.std(differences, ddof=1) / np.sqrt(8)
+        tails = [stats.t.sf((margin + sign * np.mean(differences)) / error, 7) for sign in (-1, 1)]
+        p = equivalence_p(differences, margin)
+        assert p == pytest.approx(max(tails))
+        interval = paired_t(differences, level=0.9)
+        assert (p < 0.05) == (-margin < interval.low and interval.high < margin)
+
+
+def test_equivalence_of_one_or_of_equal_differences_is_unknown():
+    assert equivalence_p([0.1], 0.5) is None and equivalence_p([0.1, 0.1, 0.1], 0.5) is None

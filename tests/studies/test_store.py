@@ -149,3 +149,17 @@ def test_a_run_of_another_study_is_found_in_either_kind_of_file(study, write_stu
     (line,) = records_path(tmp_path, "other").read_text().splitlines()
     names = {"study": "other", "arm": "same", "same_run_as": f"tiny/dense/seed{cell.seed}"}
     assert json.loads(line) == record_of(cell) | names | {"changes": other.cells[0].changes}
+
+
+def test_a_study_of_test_curves_takes_no_record_without_one(write_study, tmp_path):
+    plain = {"evaluate": "test", "common": {"data.val_fraction": 0}, "seeds": [0]}
+    cells = load_study(write_study(**plain)).cells
+    publish(tmp_path, "tiny", records_of(cells))
+    curved = load_study(write_study(**plain, curve="test"))
+    with pytest.raises(InputError, match=r"tiny\.jsonl: line 1: is of a run with no accuracy on the test split after"):
+        read_records(tmp_path, curved.cells)
+    other = load_study(write_study(**plain, curve="test", name="other"))
+    assert missing_cells(other, tmp_path, write=False) == other.cells, "none is taken over"
+    curve = {"train_loss": [2.0, 0.1], "test_oa": [0.0, 0.5]}
+    publish(tmp_path, "third", {(cell.arm, cell.seed): record_of(cell, curve=curve) for cell in cells})
+    assert missing_cells(other, tmp_path, write=False) == [], "those with a curve are"

@@ -12,6 +12,7 @@ from s2d3d.studies.stats import (
     bonferroni_level,
     correctness,
     detectable_difference,
+    equivalence_p,
     hierarchical_bootstrap,
     holm,
     paired_t,
@@ -193,3 +194,41 @@ def test_a_comparison_whose_pairs_are_all_of_different_code_is_empty_without_the
     summary = summarize(three_arms, records)
     assert summary["comparisons"][1]["mixed_code"] == {"seeds": [0, 1, 2], "n_without": 0, "without": None}
     assert "| k2 - dense | 0, 1, 2 | 0 | empty | - |" in report_text(summary, "command")
+
+
+def test_selection_on_the_test_split_is_shown_beside_the_result(write_study):
+    study = load_study(write_study(evaluate="test", common={"data.val_fraction": 0}, curve="test"))
+    records = {key: {**record, "shapes": "all"} for key, record in made_up(study).items()}
+    curves = {("dense", 0): [0.1, 0.4, 0.3], ("dense", 1): [0.2, 0.3, 0.5], ("s2d", 0): [0.6, 0.2, 0.4],
+              ("s2d", 1): [0.1, 0.3, 0.2]}  # fmt: skip
+    for key, curve in curves.items():
+        records[key]["curve"]["test_oa"] = curve
+    summary = summarize(study, records)
+    (item,) = summary["comparisons"]
+    expected = {  # of s2d and of dense, seeds 0 and 1
+        "last epoch": ((0.4 + 0.2) / 2, (0.3 + 0.5) / 2),
+        "best test epoch of each run": ((0.6 + 0.3) / 2, (0.4 + 0.5) / 2),
+        "best test epoch of the best of 2 runs": (0.6, 0.5),
+    }
+    assert [choice["rule"] for choice in item["selection"]] == list(expected)
+    text = report_text(summary, "command")
+    assert "## Selection on the test split" in text and "They are not results." in text and ", after each epoch" in text
+    for choice in item["selection"]:
+        ours, theirs = expected[choice["rule"]]
+        assert (choice["oa"], choice["reference_oa"]) == pytest.approx((ours, theirs))
+        assert choice["mean"] == pytest.approx(ours - theirs)
+        assert f"| {choice['rule']} | {100 * ours:.2f} | {100 * theirs:.2f} | {100 * (ours - theirs):+.2f} |" in text
+    test = paired_t([0.4 - 0.3, 0.2 - 0.5])
+    assert (item["selection"][0]["t_low"], item["selection"][0]["t_high"]) == pytest.approx((test.low, test.high))
+    assert item["selection"][2]["t_low"] is None, "one difference has no interval"
+
+
+def test_equivalence_is_tested_where_the_study_asks(write_study, three_arms):
+    asked = load_study(write_study(seeds=[0, 1, 2], equivalence=20))
+    summary = summarize(asked, made_up(asked))
+    (item,) = summary["comparisons"]
+    p = equivalence_p(list(item["differences"].values()), 0.2)
+    assert item["equivalence"] == {"margin": 0.2, "p": p} and p is not None
+    text = report_text(summary, "command")
+    assert "| p, equivalent within 20 points |" in text and f"| {p:.2g} |" in text
+    assert "equivalent" not in report_text(summarize(three_arms, made_up(three_arms)), "command")
