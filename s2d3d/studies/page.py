@@ -52,12 +52,14 @@ def report_text(summary: Mapping[str, Any], command: str) -> str:
         summary["question"],
         f"Scored on the {split}"
         + (f" ({', '.join(map(str, samples))} shapes)" if samples else "")
-        + (_when_scored(summary))
+        + _when_scored(summary)
         + f"; accuracy is that of the {summary['selection']}. Base config `{Path(summary['base']).name}`"
-        + (f", with {_changes(summary['common'])} in all arms" if summary["common"] else "")
-        + "".join(f", with `{override}` in all arms from the command line" for override in summary["overrides"])
-        + ". Runs of one seed are paired: same initial dense weights, same batches, same augmentation.",
-        "## Arms",
+        + (f", with {_changes(summary['common'])} in all configurations" if summary["common"] else "")
+        + "".join(
+            f", with `{override}` in all configurations from the command line" for override in summary["overrides"]
+        )
+        + ". Runs of one seed are paired: they have the same initial dense weights, batches and augmentation.",
+        "## Configurations",
         _arms_table(summary),
         "## Paired differences in OA",
         _comparisons_table(summary),
@@ -67,11 +69,12 @@ def report_text(summary: Mapping[str, Any], command: str) -> str:
         _selection(summary),
         "## Paired differences in loss",
         _losses_table(summary),
-        "## Empty cells",
+        "## Missing runs",
         _empty_cells(summary),
         "## How it was computed",
         f"    {command}",
-        f"The same command continues what is missing; with `--report-only` it computes this page from `{name}/` alone.",
+        "The same command continues what is missing. With `--report-only` it computes this page from "
+        f"`{name}.jsonl` alone.",
         "\n".join(f"- {line}" for line in (*summary["hardware"], *summary["versions"], *_commits(summary))),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -86,20 +89,20 @@ def report_lines(summary: Mapping[str, Any]) -> list[str]:
         title = f"{item['name']} - {item['reference']}"
         lines.append(f"{title:<32} {_points(item['mean'])} points, 95 % t interval {interval} (n = {item['n']})")
     if summary["empty"]:
-        lines.append(f"{len(summary['empty'])} cells are empty")
+        lines.append(f"{len(summary['empty'])} runs are missing")
     return lines
 
 
 def _arms_table(summary: Mapping[str, Any]) -> str:
     seeds = summary["seeds"]
     header = [
-        "arm", "changes", "OA %, mean +- deviation", *(f"seed {seed}" for seed in seeds), "mAcc %", "n", "updates",
-        "training s", "parameters, training / after",
+        "configuration", "changes", "OA %, mean +- deviation", *(f"seed {seed}" for seed in seeds), "mAcc %", "n",
+        "updates", "training s", "parameters, training / after",
     ]  # fmt: skip
     rows = []
     for row in summary["rows"]:
         each = [f"{100 * row['oa'][str(seed)]:.2f}" if str(seed) in row["oa"] else "empty" for seed in seeds]
-        form = "" if row["name"] == row["arm"] else f" (arm {row['arm']}, {row['form']})"
+        form = "" if row["name"] == row["arm"] else f" (configuration {row['arm']}, {row['form']})"
         counts = row["parameters"] or {}
         seconds = "" if row["train_seconds_mean"] is None else f"{row['train_seconds_mean']:.0f}"
         updates = ", ".join(map(str, row["updates"]))
@@ -107,7 +110,7 @@ def _arms_table(summary: Mapping[str, Any]) -> str:
             row["name"] + form, _changes(row["changes"]), _accuracy(row, "oa"), *each, _accuracy(row, "macc"),
             str(row["n"]), updates, seconds, " / ".join(f"{count:,}" for count in counts.values()),
         ])  # fmt: skip
-    note = "Deviation is that of a sample (n - 1). Seconds depend on the load of the machine: do not compare arms."
+    note = "Deviations are those of a sample (n - 1). Seconds depend on the load of the machine: do not compare them."
     return f"{markdown_table(header, rows)}\n\n{note}"
 
 
@@ -138,7 +141,7 @@ def _equivalence_header(summary: Mapping[str, Any]) -> list[str]:
 
 def _when_scored(summary: Mapping[str, Any]) -> str:
     if summary["split"] == "validation":
-        return ", the test split was left alone"
+        return ", the test split was not used"
     return ", after each epoch" if "curve" in summary else ", once, at the end"
 
 
@@ -187,8 +190,8 @@ def _losses_table(summary: Mapping[str, Any]) -> str:
         for item in summary["comparisons"]
     ]
     note = (
-        "Nats, mean and 95 % paired t; looked at beside accuracy, corrected for nothing. The training loss is the mean "
-        "over the batches of the last epoch, with augmentation and label smoothing."
+        "Nats, mean and 95 % paired t, not corrected for their number. The training loss is the mean over the batches "
+        "of the last epoch, with augmentation and label smoothing."
     )
     return f"{markdown_table(['comparison', 'n', *LOSSES.values()], rows)}\n\n{note}"
 
@@ -196,25 +199,25 @@ def _losses_table(summary: Mapping[str, Any]) -> str:
 def _how_compared(summary: Mapping[str, Any]) -> str:
     bootstrap, number = summary["bootstrap"], summary["num_comparisons"]
     shapes = (
-        "shapes are drawn once for all seeds of a resample, as all seeds score the same"
+        "Shapes are drawn once for all seeds of a resample, because all seeds score the same shapes."
         if bootstrap["shapes"] == "crossed"
-        else "shapes are drawn anew for each seed, as each seed holds out shapes of its own"
+        else "Shapes are drawn anew for each seed, because each seed holds out shapes of its own."
     )
     return (
         f"n: paired seeds. Paired t: n - 1 degrees of freedom. Bootstrap: hierarchical, over seeds and shapes, "
-        f"{bootstrap['resamples']:,} resamples, seed {bootstrap['seed']}, percentiles; {shapes}. With few seeds it is "
-        f"too narrow, and the t interval is the one to go by. {number} comparison(s) in this study: p by Holm and the "
-        "simultaneous intervals are corrected for all of them, those still empty included; other numbers are not. "
-        "Detectable: the true difference that a paired t test of n pairs with this deviation finds four times out of "
-        "five; of smaller ones an interval that holds zero says little. Equal differences have no t interval: "
-        "accuracies are counts of shapes, of which a few come out equal by chance. Comparisons with one reference "
-        "share its runs: where one of these ended high or low, all of them move with it."
+        f"{bootstrap['resamples']:,} resamples, seed {bootstrap['seed']}, percentiles. {shapes} With few seeds the "
+        "bootstrap interval is too narrow: use the t interval. p by Holm and the simultaneous intervals are corrected "
+        f"for the {number} comparison(s) of this study, including those that are still empty. Other numbers are not "
+        "corrected. Detectable: the true difference that a paired t test of n pairs with this deviation finds four "
+        "times out of five. An interval that holds zero says little about smaller differences. Equal differences have "
+        "no t interval: accuracies are counts of shapes, and a few counts are equal by chance. Comparisons with one "
+        "reference share its runs, so their errors are correlated."
     )
 
 
 def _empty_cells(summary: Mapping[str, Any]) -> str:
     if not summary["empty"]:
-        return "None: every arm has all its seeds."
+        return "None: every configuration has all its seeds."
     by_arm: dict[str, list[str]] = {}
     for arm, seed in summary["empty"]:
         by_arm.setdefault(arm, []).append(str(seed))

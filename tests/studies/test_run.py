@@ -266,7 +266,7 @@ def test_overrides_stand_on_the_page(write_study, results, tmp_path):
     assert study.overrides == ("train.epochs=1", "optim.warmup_epochs=0"), "how it is computed does not"
     summary = summarize(study, {})
     assert summary["overrides"] == ["train.epochs=1", "optim.warmup_epochs=0"]
-    assert "with `train.epochs=1` in all arms from the command line" in report_text(summary, "command")
+    assert "with `train.epochs=1` in all configurations from the command line" in report_text(summary, "command")
 
 
 # Protocol

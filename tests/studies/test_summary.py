@@ -98,7 +98,7 @@ def test_shapes_of_a_test_split_are_drawn_once_for_all_seeds(write_study):
         parts.append(correctness(ours) - correctness(theirs))
     (item,) = summary["comparisons"]
     assert (item["bootstrap_low"], item["bootstrap_high"]) == hierarchical_bootstrap(parts, crossed=True)
-    assert "shapes are drawn once for all seeds of a resample" in report_text(summary, "command")
+    assert "Shapes are drawn once for all seeds of a resample" in report_text(summary, "command")
 
 
 def test_the_page_states_every_number_and_what_was_corrected(three_arms):
@@ -122,8 +122,8 @@ def test_the_page_states_every_number_and_what_was_corrected(three_arms):
         for loss in item["losses"].values():
             assert f"| {loss['mean']:+.4f} [{loss['t_low']:+.4f}, {loss['t_high']:+.4f}] |" in line
     assert "3 comparison(s)" in text and "Holm" in text and "10,000 resamples" in text
-    assert "None: every arm has all its seeds." in text
-    assert "(50 shapes), the test split was left alone" in text and "last epoch" in text
+    assert "None: every configuration has all its seeds." in text
+    assert "(50 shapes), the test split was not used" in text and "last epoch" in text
     assert any(line.startswith("s2d - dense") and "(n = 3)" in line for line in report_lines(summary))
 
 

@@ -51,7 +51,7 @@ def test_a_study_and_its_report_alone(call, write_study, results, tmp_path):
 
 def test_a_report_of_nothing_lists_every_cell_as_empty(call, write_study, results):
     result = call("study", write_study(along="train.epochs"), "--results", results, "--report-only")
-    assert result.code == 0 and "4 cells are empty" in result.out
+    assert result.code == 0 and "4 runs are missing" in result.out
     assert "- dense: seed 0, 1\n- s2d: seed 0, 1" in (results / "tiny.md").read_text()
     assert (results / "tiny.png").is_file()
 
