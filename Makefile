@@ -4,7 +4,7 @@
 # make types  type hints; make docs  the site, in build/site
 # make setup  the environment alone: .venv in tested versions
 #
-# Needs Python >= 3.11 with venv, a C++ compiler and make. Nothing is done twice.
+# Needs Python 3.11 to 3.13 with venv, a C++ compiler and make. Nothing is done twice.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -51,8 +51,8 @@ data/shapes/train_files.txt: | $(VENV)/.s2d3d
 	$(RUN) tools/prepare_data.py shapes --output data/shapes
 
 $(VENV)/.python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-		|| { echo "Python 3.11 or newer is needed for the tested versions; name one: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+		|| { echo "Python 3.11 to 3.13 is needed; name one: make PYTHON=python3.11 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel ninja
 	@touch $@

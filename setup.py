@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 VERSION = next(
@@ -11,6 +12,29 @@ VERSION = next(
     if line.startswith("__version__")
 )
 
+OPTIONAL = {
+    "plots": ["matplotlib>=3.7"],  # pictures, plots, reports
+    "html": ["plotly>=5.18"],  # pages to turn clouds in
+    "studies": ["scipy>=1.10"],  # intervals and power of studies
+    "probe": ["scikit-learn>=1.3"],  # linear probes
+    "mesh": ["trimesh>=4"],
+    "export": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.3"],
+    "tensorboard": ["tensorboard>=2.14"],
+    "wandb": ["wandb>=0.17"],
+    "slurm": ["submitit>=1.5"],
+}
+"""What some uses need, by purpose; a missing one is named with its install line."""
+OPTIONAL_IN_TESTS = [requirement for extra, needed in OPTIONAL.items() if extra != "wandb" for requirement in needed]
+
+
+class BuildWithoutBenchmarks(build_py):
+    """Leave out of the wheel the one tool that needs a clone of the repository."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        modules = super().find_package_modules(package, package_dir)
+        return [module for module in modules if module[:2] != ("s2d3d.tools", "benchmark")]
+
+
 setup(
     name="s2d3d",
     version=VERSION,
@@ -18,8 +42,8 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
-    url="https://doi.org/10.1109/TCSVT.2025.3586550",
-    python_requires=">=3.10",
+    project_urls={"Paper": "https://doi.org/10.1109/TCSVT.2025.3586550"},
+    python_requires=">=3.11,<3.14",
     # The tools and configs of the repository travel with the wheel, for the command s2d3d.
     packages=[*find_packages(include=["s2d3d", "s2d3d.*"]), "s2d3d.tools", "s2d3d.configs", "s2d3d.configs.studies"],
     package_dir={
@@ -28,6 +52,7 @@ setup(
         "s2d3d.configs.studies": "configs/studies",
     },
     package_data={"s2d3d.viz": ["*.css", "*.html", "*.js"], "s2d3d": ["py.typed"], "": ["*.yaml"]},
+    cmdclass={"build_py": BuildWithoutBenchmarks},
     entry_points={"console_scripts": ["s2d3d = s2d3d.console:main"]},
     install_requires=[
         "torch>=2.7",
@@ -39,39 +64,27 @@ setup(
         "numpy>=1.24",
         "pydantic>=2.6",
         "tqdm>=4.64",
-        "matplotlib>=3.7",
         "safetensors>=0.4",
-        "plotly>=5.18",
-        "scipy>=1.10",
         "pandas>=2.1",
     ],
     extras_require={
-        "mesh": ["trimesh>=4"],
-        "slurm": ["submitit>=1.5"],
-        "tensorboard": ["tensorboard>=2.14"],
-        "wandb": ["wandb>=0.17"],
-        "export": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.3"],
+        **OPTIONAL,
+        "all": sorted({requirement for extra in OPTIONAL.values() for requirement in extra}),
         "docs": [
             "mkdocs-material>=9.5",
             "mkdocstrings[python]>=0.25",
         ],
         "types": ["mypy>=1.10", "types-PyYAML", "types-tqdm"],
         "test": [
+            *OPTIONAL_IN_TESTS,
             "pytest>=8",
             "hypothesis>=6.100",
             "plyfile>=1.1",
-            "trimesh>=4",
             "ruff>=0.6",
             "mypy>=1.10",
             "types-PyYAML",
             "types-tqdm",
             "transformers>=5",
-            "scikit-learn>=1.3",
-            "submitit>=1.5",
-            "tensorboard>=2.14",
-            "onnx>=1.16",
-            "onnxruntime>=1.18",
-            "onnxscript>=0.3",
             "nbclient>=0.8",
             "ipykernel>=6",
         ],
@@ -87,8 +100,16 @@ setup(
         ],
     },
     classifiers=[
-        "Programming Language :: Python :: 3",
+        "Environment :: Console",
+        "Intended Audience :: Science/Research",
         "License :: OSI Approved :: MIT License",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
 )

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import torch
@@ -163,7 +163,7 @@ def watch_parent(act: Callable[[], object]) -> None:
 def environment() -> dict[str, object]:
     """Describe versions, hardware, code and command line of this process."""
     return {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "s2d3d": __version__,
         "git_commit": _git_commit(),

@@ -1,5 +1,6 @@
 """The command s2d3d, from the repository and from the wheel alone."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import zipfile
 
 import pytest
 
-from s2d3d import __version__
+from s2d3d import __version__, console
 from s2d3d.console import COMMANDS, load_tool, main
 
 
@@ -46,6 +47,40 @@ def test_configs_can_be_copied_once(capsys, tmp_path, repository):
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}/configs: ")
 
 
+SHIPPED = """
+import json, setuptools
+from distutils.core import run_setup
+
+build = run_setup("setup.py", stop_after="init").get_command_obj("build_py")
+build.ensure_finalized()
+print(json.dumps([f"{package}.{module}" for package, module, _ in build.find_all_modules()]))
+"""
+
+
+def test_the_wheel_ships_all_of_the_package_and_no_benchmark_or_test(repository):
+    """What setup.py would put into it."""
+    process = subprocess.run(
+        [sys.executable, "-c", SHIPPED], cwd=repository, capture_output=True, text=True, timeout=120
+    )
+    assert process.returncode == 0, process.stderr
+    shipped = set(json.loads(process.stdout.splitlines()[-1]))
+    package = {
+        ".".join(path.relative_to(repository).with_suffix("").parts) for path in repository.glob("s2d3d/**/*.py")
+    }
+    tools = {f"s2d3d.tools.{path.stem}" for path in (repository / "tools").glob("*.py")}
+    assert shipped == (package | tools) - {"s2d3d.tools.benchmark"}
+    assert not [name for name in shipped if "bench" in name or "test" in name]
+
+
+def test_a_tool_that_needs_a_clone_says_so(monkeypatch, tmp_path, capsys):
+    """As where the wheel is installed: the folder of the tools lies inside of the package."""
+    (tmp_path / "tools").mkdir()
+    monkeypatch.setattr(console, "HERE", tmp_path)
+    assert main(["benchmark", "layer"]) == 1
+    needed = "error: benchmark: needs a clone of the repository; there: python tools/benchmark.py\n"
+    assert capsys.readouterr() == ("", needed)
+
+
 @pytest.mark.slow
 def test_the_wheel_alone_trains_and_evaluates(repository, tmp_path):
     """Unpacked away from the repository, with the packages it depends on beside it."""
@@ -57,7 +92,7 @@ def test_the_wheel_alone_trains_and_evaluates(repository, tmp_path):
         archive.extractall(tmp_path / "site")
     for needed in ("s2d3d/py.typed", "s2d3d/tools/train.py", "s2d3d/configs/demo.yaml", "s2d3d/viz/report.html"):
         assert needed in names
-    assert not [name for name in names if name.startswith(("tests/", "docs/"))]
+    assert not [name for name in names if name.startswith(("tests/", "docs/")) or "bench" in name]
     (entry,) = (name for name in names if name.endswith("entry_points.txt"))
     assert "s2d3d = s2d3d.console:main" in (tmp_path / "site" / entry).read_text()
 

@@ -83,6 +83,16 @@ for steps in json.load(sys.stdin):
 """Takes the steps of each trial in a fork of a process that has imported nothing of ours; prints what came of them."""
 
 
+NO_MATPLOTLIB = """
+import sys
+sys.modules["matplotlib"] = None  # what Python itself does to forbid an import
+try:
+    import s2d3d.viz
+except ValueError as error:
+    print(error)
+"""
+
+
 def trials() -> dict[object, list[list[str]]]:
     """Return what is tried, by a key: the steps of one process."""
     calls = {name: (["--help"], ["--wrong"], missing) for name, missing in TOOLS.items()}
@@ -90,6 +100,7 @@ def trials() -> dict[object, list[list[str]]]:
         "package": [["statement", "import s2d3d"]],
         "method": [["statement", "from s2d3d import EWA, MoFConfig, convert_to_mof_, merge_experts"]],
         "module": [["module"]],
+        "no matplotlib": [["statement", NO_MATPLOTLIB]],
         "config": [["tool", "visualize", "--config", "no/such.yaml", "--output", "out.png"]],
         **{arguments: [["command", *arguments]] for arguments in CONSOLE},
         **{name: [["tool", name, *arguments] for arguments in calls[name]] for name in TOOLS},
@@ -124,6 +135,12 @@ def test_the_method_needs_torch_and_nothing_else_of_weight(probe):
     found = loaded(probe["method"])
     assert "torch" in found
     assert found & ({*HEAVY, "pydantic", "yaml"} - {"torch"}) == set()
+
+
+def test_without_matplotlib_pictures_name_it_and_its_extra(probe):
+    (result,) = probe["no matplotlib"]
+    assert result["out"].startswith("drawing needs matplotlib (") and result["out"].count("\n") == 1
+    assert result["out"].endswith('): pip install "s2d3d[plots]"\n')
 
 
 def test_the_lists_of_public_names_agree():

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import InputError
+from ..optional import optional
 from ..random_state import derived_generator
 
 FEATURES = ("mean+max", "max", "concat")
@@ -144,11 +145,9 @@ def linear_probe(
     Raises:
         InputError: scikit-learn is missing; fewer than two classes, or too few clouds to hold some out.
     """
-    try:
+    with optional("scikit-learn", "a linear probe", extra="probe"):
         from sklearn.metrics import balanced_accuracy_score
         from sklearn.svm import SVC
-    except ImportError:
-        raise InputError('a linear probe needs scikit-learn: pip install "s2d3d[probe]"') from None
     features, labels = (part.numpy() for part in train)
     if len(np.unique(labels)) < 2:
         raise InputError("a linear probe needs training clouds of at least two classes")

@@ -22,11 +22,11 @@ from ..atomic import replacing
 from ..errors import InputError, did_you_mean, first_line
 from ..models import fold_batchnorm
 from ..models.mode import eval_mode
+from ..optional import optional
 from ..s2d import is_sparse
 from ..version import __version__
 from . import FORMATS
 
-INSTALL = "pip install onnx onnxruntime onnxscript"
 MAX_BATCH, MAX_POINTS = 2**16, 2**20
 _EXTRA = "s2d3d.json"
 
@@ -305,10 +305,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _import(name: str) -> ModuleType:
-    try:
+    with optional(name, "ONNX", extra="export"):
         return importlib.import_module(name)
-    except ImportError as error:
-        raise InputError(f"ONNX needs the package {name}; install it with: {INSTALL}") from error
 
 
 def _rows(points: Tensor) -> np.ndarray:

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,7 +119,7 @@ def numpy_scalars() -> list[Callable | tuple[Callable, str]]:
 
     The metrics in published checkpoints are such numbers.
     """
-    scalar = np.float64().__reduce__()[0]
+    scalar: Any = np.float64().__reduce__()[0]
     names = [f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")]
     kinds = {type(np.dtype(code)) for code in "?bhilqBHILQefd"}
     return [*((scalar, name) for name in names), np.dtype, *kinds]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from ..errors import InputError
+from ..optional import optional
 from ..training.signals import SignalWatch
 from .cell import Cell, cell_to_dict, single_threaded
 
@@ -181,10 +182,8 @@ class SubmititLauncher:
         Raises:
             InputError: submitit is missing, the cluster is not there, or an option is unknown.
         """
-        try:
+        with optional("submitit", "--submitit", extra="slurm"):
             submitit = importlib.import_module("submitit")
-        except ImportError:
-            raise InputError('--submitit: submitit is not installed; pip install "s2d3d[slurm]"') from None
         pairs = [option.partition("=") for option in options]
         for option, (key, _, value) in zip(options, pairs):
             if not key or not value:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..optional import optional
+
 LEVEL = 0.95
 POWER = 0.8
 RESAMPLES = 10_000
@@ -54,7 +56,8 @@ def paired_t(differences: Sequence[float], level: float = LEVEL) -> PairedT:
         >>> round(result.low, 3), result.mean, round(result.high, 3)
         (-0.484, 2.0, 4.484)
     """
-    from scipy import stats
+    with optional("scipy", "the interval of a study", extra="studies"):
+        from scipy import stats
 
     n, mean = len(differences), math.fsum(differences) / len(differences)
     if n == 1:
@@ -86,7 +89,8 @@ def equivalence_p(differences: Sequence[float], margin: float) -> float | None:
         >>> round(equivalence_p([-0.1, 0.0, 0.1, 0.2], margin=0.5), 4)
         0.003
     """
-    from scipy import stats
+    with optional("scipy", "the equivalence test of a study", extra="studies"):
+        from scipy import stats
 
     if len(differences) == 1 or max(differences) - min(differences) < ROUNDING:
         return None
@@ -110,7 +114,8 @@ def detectable_difference(std: float, n: int) -> float:
         >>> round(detectable_difference(1.0, 10), 2)
         1.0
     """
-    from scipy import optimize, stats
+    with optional("scipy", "the power of a study", extra="studies"):
+        from scipy import optimize, stats
 
     bound = float(stats.t.ppf((1 + LEVEL) / 2, n - 1))
     # The shift of a noncentral t is the mean in units of its standard error; its other tail weighs nothing here.

@@ -13,19 +13,16 @@ from torch import Tensor
 from ..atomic import read_json, write_json
 from ..config.load import Config, dump_config
 from ..datasets import PointCloudDataset
-from ..errors import InputError
 from ..evaluation.accuracy import ClassificationReport
+from ..optional import optional
 from ..runs.folder import RunFolder
 from ..runs.record import final_form
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PACKAGES = {
-    "tensorboard": ("torch.utils.tensorboard", "pip install tensorboard"),
-    "wandb": ("wandb", "pip install wandb"),
-}
-"""By key of the section `log`: the module that is imported, and the command that installs it."""
+PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
+"""By key of the section `log`, which is the name of package and extra as well: the module that is imported."""
 CLOUDS = 4
 """Clouds of each kind, right and wrong, that the end of a run shows."""
 _COLORS = {"right": (0, 114, 178), "wrong": (213, 94, 0)}
@@ -247,7 +244,8 @@ def confusion_figure(report: ClassificationReport) -> "Figure":
         >>> confusion_figure(report).axes[0].images[0].get_array().tolist()
         [[0.75, 0.25], [0.0, 0.0]]
     """
-    from matplotlib.figure import Figure
+    with optional("matplotlib", "a confusion figure", extra="plots"):
+        from matplotlib.figure import Figure
 
     counts, names = np.array(report.confusion, dtype=np.float64), report.class_names
     size = max(4.0, 1.5 + 0.2 * len(names))
@@ -274,13 +272,8 @@ def _asked(config: Config) -> list[str]:
 
 
 def _import(key: str) -> ModuleType:
-    module, command = PACKAGES[key]
-    try:
-        found = importlib.import_module(module)
-    except ImportError as error:
-        raise InputError(
-            f"log.{key}: the package {key} is not installed or does not load ({error}); install it with: {command}"
-        ) from error
-    if found.__file__ is None:  # a folder of that name, such as W&B leaves behind
-        raise InputError(f"log.{key}: the package {key} is not installed; install it with: {command}")
+    with optional(key, f"log.{key}", extra=key):
+        found = importlib.import_module(PACKAGES[key])
+        if found.__file__ is None:
+            raise ImportError(f"only a folder named {key} is here")  # such as W&B leaves behind
     return found

@@ -1,5 +1,10 @@
 """Pictures: clouds drawn by Open3D or in a browser, plots by matplotlib, reports. Not needed to train or evaluate."""
 
+from ..optional import optional
+
+with optional("matplotlib", "drawing", extra="plots"):
+    import matplotlib  # noqa: F401, all of this room builds on it
+
 from .clouds import height_colors, render_clouds, show_window
 from .grid import draw_grid
 from .sheet import CloudSheet, sheet_paths, write_sheet

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..atomic import write_bytes
 from ..errors import InputError
+from ..optional import optional
 from .clouds import Clouds, height_colors, render_clouds, show_window
 from .grid import check_counts, draw_grid
 
@@ -165,10 +166,8 @@ def cloud_page(sheet: CloudSheet, *, at_once: int = 8) -> str:
         >>> cloud_page(CloudSheet([[[0, 0, 0]]], ["a point"], "an example"))[:15]
         '<!DOCTYPE html>'
     """
-    try:
+    with optional("plotly", "the page", extra="html"):
         from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise InputError(f"the page needs plotly ({error}); install it: pip install plotly") from error
     marks = sheet.marks or [None] * len(sheet.clouds)
     clouds = []
     for index, (caption, mark) in enumerate(zip(sheet.captions, marks)):

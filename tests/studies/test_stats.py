@@ -2,11 +2,13 @@
 
 import itertools
 import math
+import sys
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from s2d3d.errors import InputError
 from s2d3d.studies.stats import (
     bonferroni_level,
     correctness,
@@ -168,3 +170,14 @@ def test_equivalence_is_two_one_sided_tests(margin):
 
 def test_equivalence_of_one_or_of_equal_differences_is_unknown():
     assert equivalence_p([0.1], 0.5) is None and equivalence_p([0.1, 0.1, 0.1], 0.5) is None
+
+
+@pytest.mark.parametrize("compute", [
+        lambda: paired_t([1.0, 2.0]), lambda: detectable_difference(1.0, 5), lambda: equivalence_p([0.1, 0.2], 0.5),
+    ],
+)  # fmt: skip
+def test_a_missing_scipy_is_named(monkeypatch, compute):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    needed = r'^the (interval|power|equivalence test) of a study needs scipy .*: pip install "s2d3d\[studies\]"$'
+    with pytest.raises(InputError, match=needed):
+        compute()

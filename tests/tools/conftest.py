@@ -67,7 +67,7 @@ def snapshot():
 
 LAUNCHER = """
 import json, os, runpy, sys, traceback
-import s2d3d
+from s2d3d import *
 
 for line in sys.stdin:
     request = json.loads(line)

@@ -221,8 +221,8 @@ def test_an_offline_run_of_the_real_wandb_holds_the_log(tiny_config, monkeypatch
 @pytest.mark.parametrize(
     "override, module, command",
     [
-        ("log.tensorboard=true", "torch.utils.tensorboard", "pip install tensorboard"),
-        ("log.wandb=clouds", "wandb", "pip install wandb"),
+        ("log.tensorboard=true", "torch.utils.tensorboard", 'pip install "s2d3d[tensorboard]"'),
+        ("log.wandb=clouds", "wandb", 'pip install "s2d3d[wandb]"'),
     ],
 )
 def test_a_missing_package_is_named_before_anything_is_done(tiny_config, monkeypatch, override, module, command):
@@ -231,9 +231,8 @@ def test_a_missing_package_is_named_before_anything_is_done(tiny_config, monkeyp
     with pytest.raises(InputError) as error:
         Trainer(config).fit()
     key = override.partition("=")[0]
-    assert str(error.value).startswith(f"{key}: the package") and str(error.value).endswith(
-        f"install it with: {command}"
-    )
+    package = key.removeprefix("log.")
+    assert str(error.value).startswith(f"{key} needs {package} (") and str(error.value).endswith(f"): {command}")
     assert "\n" not in str(error.value)
     assert not Trainer(config).folder.root.exists()
 
@@ -243,6 +242,6 @@ def test_a_folder_named_wandb_is_not_the_package(tiny_config, tmp_path, monkeypa
     (tmp_path / "wandb").mkdir()
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    with pytest.raises(InputError, match="is not installed; install it with"):
+    with pytest.raises(InputError, match=r"^log\.wandb needs wandb \(only a folder named wandb is here\): pip install"):
         Trainer(tiny_config("log.wandb=clouds")).fit()
     sys.modules.pop("wandb", None)

@@ -113,7 +113,7 @@ def test_wrong_sheets_are_refused(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="scales of 1 clouds for 3 clouds"):
         CloudSheet(CLOUDS, ["a", "b", "c"], "t", scales=[None])
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
-    with pytest.raises(InputError, match=r"needs plotly .*pip install plotly$"):
+    with pytest.raises(InputError, match=r'^the page needs plotly .*: pip install "s2d3d\[html\]"$'):
         write_sheet(SHEET, tmp_path / "a.html")
     assert not list(tmp_path.iterdir())
 
