@@ -4,14 +4,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from s2d3d import load_checkpoint
 from s2d3d.atomic import write_text
 from s2d3d.cli import check_overrides, refuse_existing
-from s2d3d.config.load import parse_config
 from s2d3d.errors import InputError
 from s2d3d.machine import choose_device, keep_large_allocations
-from s2d3d.runs.checkpoint import build_model
+from s2d3d.runs.checkpoint import require_dense
 from s2d3d.runs.clouds import sample_clouds
+from s2d3d.runs.trained import open_trained
 
 from . import SECTIONS, measure_section
 from .hardware import num_threads
@@ -61,19 +60,18 @@ def _latency(arguments: argparse.Namespace) -> None:
     if arguments.output is not None:
         page = refuse_existing(arguments.output, arguments.force, sources=[arguments.checkpoint])
     check_overrides(arguments.overrides, ("data", "seed"))
-    payload = load_checkpoint(arguments.checkpoint)
-    if payload["s2d"] is not None and not arguments.merge:
-        raise InputError(f"{arguments.checkpoint}: has experts, which only training needs; pass --merge to merge them")
     overrides = list(arguments.overrides)
     if arguments.num_points is not None:
         overrides.append(f"data.num_points={arguments.num_points}")
-    config = parse_config(payload["config"], where=arguments.checkpoint, overrides=overrides)
-    model = build_model(payload, where=arguments.checkpoint, merge=arguments.merge)
+    trained = open_trained(arguments.checkpoint, overrides, merge=arguments.merge)
+    if not arguments.merge:
+        require_dense(trained.payload, arguments.checkpoint)
     points, source = sample_clouds(
-        payload, config, arguments.clouds, where=arguments.checkpoint,
+        trained, arguments.clouds,
         required=any(override.startswith("data.root") for override in arguments.overrides),
     )  # fmt: skip
-    text = f"{latency_page(model, payload, points, rounds=arguments.rounds)}\n\nmeasured on {len(points)} {source}"
+    table = latency_page(trained.model, trained.payload, points, rounds=arguments.rounds)
+    text = f"{table}\n\nmeasured on {len(points)} {source}"
     print(text)
     if page:
         write_text(page, f"{text}\n")

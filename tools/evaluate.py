@@ -12,8 +12,8 @@ from s2d3d.errors import InputError
 from s2d3d.runs.folder import require_checkpoint
 
 if TYPE_CHECKING:
-    from s2d3d import Config
     from s2d3d.datasets import PointCloudDataset
+    from s2d3d.runs.trained import TrainedModel
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,9 +44,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError("--reference: is for --corruption all only")
     require_checkpoint(arguments.checkpoint)
 
-    from s2d3d import evaluate, load_checkpoint
+    from s2d3d import evaluate
     from s2d3d.config.data import build_test_loader
-    from s2d3d.config.load import parse_config
     from s2d3d.datasets.corruptions import CorruptedDataset, parse_corruption
     from s2d3d.evaluation.robustness import (
         SEED,
@@ -56,8 +55,8 @@ def run(arguments: argparse.Namespace) -> None:
         robustness_table,
     )
     from s2d3d.machine import choose_device, keep_large_allocations
-    from s2d3d.runs.checkpoint import build_model
     from s2d3d.runs.record import find_reference, read_robustness
+    from s2d3d.runs.trained import open_trained
 
     device = choose_device(arguments.device)
     corruption = parse_corruption(arguments.corruption) if arguments.corruption and not everything else None
@@ -65,11 +64,10 @@ def run(arguments: argparse.Namespace) -> None:
     if everything and not arguments.files and not reference:  # the twin's file is about the test set
         reference = find_reference(arguments.checkpoint)
     compared = read_robustness(reference) if reference else None
-    payload = load_checkpoint(arguments.checkpoint)
-    config = parse_config(payload["config"], where=arguments.checkpoint, overrides=arguments.overrides)
     keep_large_allocations()
-    model = build_model(payload, where=arguments.checkpoint).to(device)
-    dataset = read_dataset(arguments, config, payload["class_names"])
+    trained = open_trained(arguments.checkpoint, arguments.overrides, device=device)
+    model, config = trained.model, trained.config
+    dataset = read_dataset(arguments, trained)
     votes = config.eval.votes if arguments.votes is None else arguments.votes
     make_loader = partial(build_test_loader, data=config.data, batch_size=config.eval.batch_size, seed=config.seed)
     progress = config.log.progress
@@ -86,24 +84,21 @@ def run(arguments: argparse.Namespace) -> None:
         dataset = CorruptedDataset(dataset, *corruption, seed=SEED) if corruption else dataset
         report = evaluate(model, make_loader(dataset), device=device, votes=votes, progress=progress)
         result = {"corruption": arguments.corruption, **report.to_dict()} if corruption else report.to_dict()
-        print(report.table())
-        print(report.summary())
+        print(f"{report.table()}\n\n{report.confusions()}\n\n{report.summary()}")
     if output:
         write_json(output, {"checkpoint": str(arguments.checkpoint), **result})
         print(f"written to {output}")
 
 
-def read_dataset(arguments: argparse.Namespace, config: "Config", class_names: Sequence[str]) -> "PointCloudDataset":
+def read_dataset(arguments: argparse.Namespace, trained: "TrainedModel") -> "PointCloudDataset":
     """Read the test split of the checkpoint's data set, or the files that are named instead."""
-    from s2d3d.config.data import build_dataset, check_classes
     from s2d3d.datasets.file_set import find_files, folder_labels, folder_name, load_files
 
     if not arguments.files:
         if arguments.up_axis:
             raise InputError("--up-axis: is for --files only; that of a data set is data.up_axis")
-        dataset = build_dataset(config.data, "test", seed=config.seed)
-        check_classes(dataset, class_names, arguments.checkpoint)
-        return dataset
+        return trained.dataset()
+    class_names, config = trained.class_names, trained.config
     files = find_files(arguments.files)
     labels = folder_labels(files, class_names)
     if labels is None:

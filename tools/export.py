@@ -43,30 +43,29 @@ def run(arguments: argparse.Namespace) -> int:
 
     import torch
 
-    from s2d3d import export_model, load_checkpoint
-    from s2d3d.config.load import parse_config
+    from s2d3d import export_model
     from s2d3d.export.check import TOLERANCE, compare_exported
     from s2d3d.export.write import example_clouds, load_exported
-    from s2d3d.runs.checkpoint import build_model
+    from s2d3d.runs.checkpoint import require_dense
     from s2d3d.runs.clouds import sample_clouds
+    from s2d3d.runs.trained import open_trained
 
-    payload = load_checkpoint(arguments.checkpoint)
-    if payload["s2d"] is not None and not arguments.merge:
-        raise InputError(f"{arguments.checkpoint}: has experts, which only training needs; pass --merge to merge them")
     overrides = list(arguments.overrides)
     if arguments.num_points is not None:
         overrides.append(f"data.num_points={arguments.num_points}")
-    config = parse_config(payload["config"], where=arguments.checkpoint, overrides=overrides)
-    model = build_model(payload, where=arguments.checkpoint, merge=arguments.merge)
-    described, num_points = payload["model"], config.data.num_points
+    trained = open_trained(arguments.checkpoint, overrides, merge=arguments.merge)
+    if not arguments.merge:
+        require_dense(trained.payload, arguments.checkpoint)
+    model, config = trained.model, trained.config
+    described, num_points = trained.payload["model"], config.data.num_points
     example_clouds(model, num_points, described["in_channels"])  # before any data is read
     points, source = sample_clouds(
-        payload, config, arguments.clouds, where=arguments.checkpoint,
+        trained, arguments.clouds,
         required=any(override.startswith("data.root") for override in arguments.overrides),
     )  # fmt: skip
     metadata = {
         "model": described["name"],
-        "class_names": payload["class_names"],
+        "class_names": trained.class_names,
         "up_axis": described["up_axis"],
         "normalize": "unit_sphere" if config.data.normalize else "none",
     }

@@ -41,30 +41,26 @@ def run(arguments: argparse.Namespace) -> int:
 
     import torch
 
-    from s2d3d import load_checkpoint
-    from s2d3d.config.load import parse_config
     from s2d3d.datasets.file_set import find_files
     from s2d3d.datasets.files import read_cloud
     from s2d3d.machine import choose_device
-    from s2d3d.runs.checkpoint import build_model
+    from s2d3d.runs.trained import open_trained
 
     device = choose_device(arguments.device)
-    payload = load_checkpoint(arguments.checkpoint)
-    config = parse_config(payload["config"], where=arguments.checkpoint)
-    model = build_model(payload, where=arguments.checkpoint).to(device)
-    names, results, num_failed = payload["class_names"], [], 0
+    trained = open_trained(arguments.checkpoint, device=device)
+    names, data, results, num_failed = trained.class_names, trained.config.data, [], 0
     for path in map(str, find_files(arguments.files)):
         try:
             cloud = read_cloud(
-                path, config.data.num_points, up_axis=arguments.up_axis, normalize=config.data.normalize,
-                seed=arguments.seed, least=model.min_points, allow_missing=not arguments.refuse_missing,
+                path, data.num_points, up_axis=arguments.up_axis, normalize=data.normalize,
+                seed=arguments.seed, least=getattr(trained.model, "min_points", None), allow_missing=not arguments.refuse_missing,
             )  # fmt: skip
         except (InputError, OSError, MemoryError) as error:
             print_error(error)
             num_failed += 1
             continue
         with torch.no_grad():
-            shares = model(cloud[None].to(device)).double().softmax(1)[0].cpu()
+            shares = trained.model(cloud[None].to(device)).double().softmax(1)[0].cpu()
         if not torch.isfinite(shares).all():
             raise InputError(f"{arguments.checkpoint}: the model's output for {path} is not finite")
         best = shares.argsort(descending=True).tolist()

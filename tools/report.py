@@ -91,11 +91,8 @@ def split_arguments(items: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def classify(record: "RunRecord", overrides: Sequence[str], device: "torch.device") -> "Predictions":
     """Run the model that a run left on its test set, once."""
-    from s2d3d import load_checkpoint
-    from s2d3d.config.data import build_dataset, check_classes
-    from s2d3d.config.load import parse_config
     from s2d3d.evaluation.accuracy import class_probabilities
-    from s2d3d.runs.checkpoint import build_model
+    from s2d3d.runs.trained import open_trained
     from s2d3d.viz.report import Predictions
 
     path = record.checkpoint
@@ -105,12 +102,9 @@ def classify(record: "RunRecord", overrides: Sequence[str], device: "torch.devic
             f"{record.folder.merged}: no such file, the run is not finished; "
             "report it without clouds by --num-mistakes 0 --clouds-per-class 0"
         )
-    payload = load_checkpoint(path)
-    config = parse_config(payload["config"], where=str(path), overrides=overrides)
-    model = build_model(payload, where=str(path)).to(device)
-    dataset = build_dataset(config.data, "test", seed=config.seed)
-    check_classes(dataset, payload["class_names"], path)
-    probabilities = class_probabilities(model, dataset, device=device, batch_size=config.eval.batch_size)
+    trained = open_trained(path, overrides, device=device)
+    config, dataset = trained.config, trained.dataset()
+    probabilities = class_probabilities(trained.model, dataset, device=device, batch_size=config.eval.batch_size)
     points = dataset.points[:, : dataset.num_points]
     source = f"{dataset.source} {config.data.name} {config.data.classes} {config.data.num_points} {config.data.kwargs}"
     return Predictions(points, dataset.labels, probabilities, dataset.names, dataset.class_names, source)

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..config.data import build_dataset, build_test_loader
-from ..config.load import Config, parse_config
+from ..config.data import build_test_loader
+from ..config.load import Config
 from ..datasets import PointCloudDataset
 from ..datasets.base import stratified_fraction
 from ..errors import InputError
@@ -20,9 +20,10 @@ from ..evaluation.accuracy import ClassificationReport, evaluate
 from ..s2d import merge_experts
 from ..s2d.analysis import Barrier, barrier, contraction, expert_divergence, expert_model, predict_divergence
 from ..s2d.ewa import expert_layers
-from .checkpoint import build_model, load_checkpoint, require_sparse
+from .checkpoint import load_checkpoint, load_model, require_sparse
 from .folder import RunFolder
 from .log import read_log
+from .trained import open_trained
 
 MOMENTUM = 0.9
 """beta1 of Adam and AdamW, which makes the updates of neighbouring steps alike."""
@@ -61,11 +62,8 @@ def analyze_run(
         raise InputError(f"{num_shapes} shapes, {num_positions} positions: at least 1 and 3 are needed")
     run = RunFolder(folder)
     paths = _sparse_checkpoints(run)
-    first = load_checkpoint(next(iter(paths.values())))
-    config = parse_config(first["config"], where=str(run.root), overrides=overrides)
-    test = _part_of(build_dataset(config.data, "test", seed=config.seed), num_shapes)
-    if test.class_names != first["class_names"]:
-        raise InputError(f"{config.data.root}: its classes are not those of {run.root}")
+    first = open_trained(next(iter(paths.values())), overrides)
+    config, test = first.config, _part_of(first.dataset(), num_shapes)
     loader = build_test_loader(test, config.data, batch_size=config.eval.batch_size, seed=config.seed)
     num_experts = config.s2d.num_experts
     pairs = num_experts * (num_experts - 1) // 2
@@ -79,7 +77,7 @@ def analyze_run(
             return evaluate(model, loader, device=device, progress=False)
 
         for epoch, path in paths.items():
-            model = build_model(load_checkpoint(path), where=str(path)).to(device)
+            model = load_model(path).to(device)
             merged[epoch] = merge_experts(model)
             checkpoints.append({"epoch": epoch, "file": path.name, **_experts_of(model, measure, num_positions)})
         between = _between(merged, measure, num_positions)

@@ -217,6 +217,12 @@ def require_sparse(payload: dict[str, Any], where: str) -> None:
         raise InputError(f"{where}: is dense, a sparse checkpoint is needed, such as checkpoints/last.pt of an S2D run")
 
 
+def require_dense(payload: dict[str, Any], where: str | Path) -> None:
+    """Raise InputError when a checkpoint has experts."""
+    if payload["s2d"] is not None:
+        raise InputError(f"{where}: has experts, which only training needs; pass --merge to merge them")
+
+
 def has_router(payload: dict[str, Any]) -> bool:
     """Tell whether a checkpoint's experts are chosen by a router (`s2d.kind: topk`)."""
     return payload["s2d"] is not None and payload["s2d"].get("kind") == "topk"

@@ -1,26 +1,20 @@
 """Clouds to try a trained model on, also where its data set is not at hand."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..config.data import build_dataset, check_classes
-from ..config.load import Config
+from .trained import TrainedModel
 
 
-def sample_clouds(
-    payload: dict[str, Any], config: Config, count: int, *, where: str | Path, required: bool = False
-) -> tuple[Tensor, str]:
-    """Take clouds spread over the test set of a checkpoint, procedural ones where no data set is here.
+def sample_clouds(trained: TrainedModel, count: int, *, required: bool = False) -> tuple[Tensor, str]:
+    """Take clouds spread over the test set of a trained model, procedural ones where no data set is here.
 
     Args:
-        payload: of the checkpoint, as `load_checkpoint` returns it.
-        config: says which data set, and how many points a cloud has.
+        trained: its config says which data set, and how many points a cloud has.
         count: of clouds, at least 1; at most those of the test set are returned.
-        where: names the checkpoint in errors.
         required: the data set must be there.
 
     Returns:
@@ -29,10 +23,9 @@ def sample_clouds(
     Raises:
         InputError: the data set cannot be read, or has other classes than the checkpoint.
     """
-    data, channels = config.data, payload["model"]["in_channels"]
+    data, channels = trained.config.data, trained.payload["model"]["in_channels"]
     if required or Path(data.root).exists():
-        dataset = build_dataset(data, "test", seed=config.seed)
-        check_classes(dataset, payload["class_names"], where)
+        dataset = trained.dataset()
         chosen = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long()
         return dataset.batch(chosen, augment=False)[0], f"test clouds of {data.name}"
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..config.data import build_dataset, check_classes
-from ..config.load import Config, parse_config
+from ..config.data import build_dataset
+from ..config.load import Config
 from ..datasets import PointCloudDataset
 from ..datasets.file_set import find_files, folder_labels, load_files
 from ..errors import InputError
@@ -16,7 +16,8 @@ from ..evaluation.accuracy import class_probabilities
 from ..evaluation.robustness import SEED
 from ..machine import choose_device
 from ..random_state import derived_generator
-from ..runs.checkpoint import build_model, load_checkpoint, require_sparse
+from ..runs.checkpoint import require_sparse
+from ..runs.trained import TrainedModel, open_trained
 from .cloud_sheets import (
     WRONG,
     corruptions_sheet,
@@ -119,24 +120,24 @@ def read_source(
     Raises:
         InputError: checkpoint, data set or a file cannot be read; their classes differ; so many clouds are not there.
     """
-    place, model, known = choose_device(device), None, []
+    place = choose_device(device)
+    trained: TrainedModel | None = None
     if checkpoint is not None:
-        payload = load_checkpoint(checkpoint)
-        config = parse_config(payload["config"], where=str(checkpoint), overrides=overrides)
+        trained = open_trained(checkpoint, overrides, device=place)
+        config = trained.config
         if kind == "experts":
-            require_sparse(payload, str(checkpoint))
-        model, known = build_model(payload, where=str(checkpoint)).to(place), payload["class_names"]
+            require_sparse(trained.payload, str(checkpoint))
     assert config is not None, "either a config or a checkpoint"
     if files:
+        known = trained.class_names if trained else []
         dataset, labelled = _read_files(
             config, files, known, up_axis=up_axis or "z", allow_missing=allow_missing, seed=seed
         )
     else:
         if up_axis:
             raise InputError("--up-axis: is for --files only; that of a data set is data.up_axis")
-        dataset, labelled = build_dataset(config.data, split, seed=config.seed), True
-        if checkpoint is not None:
-            check_classes(dataset, known, checkpoint)
+        dataset = trained.dataset(split) if trained else build_dataset(config.data, split, seed=config.seed)
+        labelled = True
     if num_clouds is None and files:
         num_clouds = min(len(dataset), MOST_CLOUDS)
     elif num_clouds is None:
@@ -149,6 +150,7 @@ def read_source(
     title = "files" if files else f"{split} split of {config.data.name}"
     if checkpoint is not None:
         title += f", {checkpoint}"
+    model = trained.model if trained else None
     return Source(config, dataset, chosen, points, labels, model, place, title, bool(files), labelled)
 
 

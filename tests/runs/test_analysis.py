@@ -170,7 +170,9 @@ def test_what_is_refused(run, tiny_config, tmp_path):
         analyze_run(tmp_path / "nothing")
     with pytest.raises(InputError, match="2 positions"):
         analyze_run(run.root, num_positions=2)
-    with pytest.raises(InputError, match="its classes are not those of"):
+    with pytest.raises(
+        InputError, match="was trained on 12 classes, this set has 2; give the data set of its training"
+    ):
         analyze_run(run.root, overrides=["data.classes=[box, cone]"])
     single = Trainer(tiny_config("s2d.num_experts=1", "train.epochs=2", f"output_dir={tmp_path / 'single'}"))
     single.fit()

@@ -36,8 +36,8 @@ def test_process_gives_the_numbers_of_the_run(fork, trained, tmp_path):
 
     # The table is the confusion matrix of the file.
     lines = process.stdout.splitlines()
-    assert len(lines) == 1 + 12 + 2
-    for line, name, row in zip(lines[1:], content["class_names"], content["confusion"]):
+    assert len(lines) == 1 + 12 + 1 + 2 + 12 + 1 + 2
+    for line, name, row in zip(lines[1:13], content["class_names"], content["confusion"]):
         words = line.split()
         correct = row[content["class_names"].index(name)]
         assert words[:4] == [name, str(sum(row)), str(correct), f"{100 * content['per_class'][name]:.1f}"]
@@ -52,7 +52,10 @@ def test_process_gives_the_numbers_of_the_run(fork, trained, tmp_path):
     assert content["num_samples"] == sum(map(sum, content["confusion"])) == 36
     assert content["oa"] == sum(content["confusion"][index][index] for index in range(12)) / 36
     assert content["macc"] == pytest.approx(sum(content["per_class"].values()) / 12)
-    assert lines[13] == f"OA {100 * content['oa']:.2f} %, mAcc {100 * content['macc']:.2f} % (36 samples)"
+    assert lines[14].startswith("confusion counts, rows: true class")
+    counts = [[int(word.replace(".", "0")) for word in line.split()[2:]] for line in lines[16:28]]
+    assert counts == content["confusion"]
+    assert lines[29] == f"OA {100 * content['oa']:.2f} %, mAcc {100 * content['macc']:.2f} % (36 samples)"
 
 
 def test_process_refuses_a_missing_checkpoint(fork, tmp_path):
