@@ -52,8 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
     for path in map(str, find_files(arguments.files)):
         try:
             cloud = read_cloud(
-                path, data.num_points, up_axis=arguments.up_axis, normalize=data.normalize,
-                seed=arguments.seed, least=getattr(trained.model, "min_points", None), allow_missing=not arguments.refuse_missing,
+                path, data.num_points, up_axis=arguments.up_axis, normalize=data.normalize, seed=arguments.seed,
+                least=getattr(trained.model, "min_points", None), allow_missing=not arguments.refuse_missing,
             )  # fmt: skip
         except (InputError, OSError, MemoryError) as error:
             print_error(error)
