@@ -28,7 +28,7 @@ def read_ply(path: Path) -> tuple[np.ndarray, list[list[int]]]:
     """Return vertices (V, 3) and faces, lists of corners, of a PLY file."""
     content = path.read_bytes()
     head, end, body = content.partition(b"end_header")
-    lines = head.decode("ascii", "replace").splitlines()
+    lines = head.decode("latin-1").splitlines()
     if not end or not lines or lines[0].strip() != "ply":
         raise ValueError("not a PLY file")
     body = body[body.index(b"\n") + 1 :]
@@ -42,10 +42,15 @@ def read_ply(path: Path) -> tuple[np.ndarray, list[list[int]]]:
         elif word == "property":
             elements[-1][2].append(rest)
     order = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": ">"}[encoding]
+    for name, count, properties in elements:  # before memory is taken: each property takes a byte or more
+        if not 0 <= count * max(1, len(properties)) <= len(body) or (count and not properties):
+            raise ValueError(f"is cut short, {count} rows of {name} are announced, {len(body)} bytes follow the header")
     tokens, at = iter(body.split()) if not order else None, 0
 
     def take(kind: str, count: int = 1) -> list[float]:
         nonlocal at
+        if count < 0:
+            raise ValueError("a list of negative length")
         if tokens is not None:
             return [float(next(tokens)) for _ in range(count)]
         values = np.frombuffer(body, order + PLY_TYPES[kind], count, at)
@@ -64,32 +69,53 @@ def read_ply(path: Path) -> tuple[np.ndarray, list[list[int]]]:
                 values = take(rest[1], int(take(rest[0])[0])) if kind == "list" else take(kind)
                 if kind == "list" and rest[2] in ("vertex_indices", "vertex_index"):
                     faces.append([int(value) for value in values])
+    if next(tokens, None) is not None if tokens is not None else body[at:].strip(b"\0\r\n "):
+        raise ValueError("holds more than its header announces")
     return vertices, faces
 
 
 def read_off(path: Path) -> tuple[np.ndarray, list[list[int]]]:
-    """Return vertices (V, 3) and faces of an OFF file; the counts may stand on the line of the keyword."""
-    lines = [line for line in (raw.partition("#")[0].strip() for raw in path.read_text().splitlines()) if line]
-    if not lines or not lines[0].startswith("OFF"):
+    """Return vertices (V, 3) and faces of a plain OFF file, a stream of numbers; colours are not read."""
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    tokens = " ".join(line.partition("#")[0] for line in text.splitlines()).split()
+    if not tokens or not tokens[0].upper().startswith("OFF"):
         raise ValueError("not an OFF file")
-    counts = lines[0][3:].split()
-    start = 1 if counts else 2
-    num_vertices, num_faces = map(int, (counts or lines[1].split())[:2])
-    vertices = np.array([line.split()[:3] for line in lines[start : start + num_vertices]], dtype=np.float64)
-    rows = [line.split() for line in lines[start + num_vertices : start + num_vertices + num_faces]]
-    return vertices, [[int(index) for index in row[1 : int(row[0]) + 1]] for row in rows]
+    tokens = [*([tokens[0][3:]] if tokens[0][3:] else []), *tokens[1:]]  # the counts may touch the keyword
+    num_vertices, num_faces = int(tokens[0]), int(tokens[1])
+    if not 0 <= 3 * num_vertices + 4 * num_faces <= len(tokens) - 3:
+        raise ValueError(f"is cut short, {num_vertices} vertices and {num_faces} faces are announced")
+    at = 3 + 3 * num_vertices
+    vertices, faces = np.array(tokens[3:at], dtype=np.float64).reshape(-1, 3), []
+    for _ in range(num_faces):
+        count = int(tokens[at])
+        faces.append([int(index) for index in tokens[at + 1 : at + 1 + count]])
+        if count < 3 or len(faces[-1]) != count:
+            raise ValueError("a face is cut short")
+        at += 1 + count
+    if at != len(tokens):
+        raise ValueError("holds more numbers than vertices and faces take; colours are not read")
+    return vertices, faces
 
 
 def read_points(path: Path, num_points: int, seed: int = 0) -> np.ndarray:
-    """Return the points of a file (N, 3); of a mesh `num_points` of them, drawn from its surface."""
+    """Return the points of a file (N, 3) float64; of a mesh `num_points` of them, drawn from its surface."""
     readers = {".ply": read_ply, ".off": read_off, ".npy": lambda file: (np.load(file, allow_pickle=False), [])}
     if path.suffix.lower() not in readers:
         raise ValueError(f"unknown kind of file, must be one of {', '.join(readers)}")
+    if not path.is_file():
+        raise ValueError("no such file, or not a regular one")
     vertices, faces = readers[path.suffix.lower()](path)
+    if not isinstance(vertices, np.ndarray) or vertices.dtype.kind not in "fiu":
+        raise ValueError("holds no array of numbers")
     if vertices.ndim != 2 or vertices.shape[1] < 3 or not np.isfinite(vertices[:, :3]).all():
         raise ValueError(f"holds an array of shape {vertices.shape}, must be (N, 3) of finite numbers")
-    corners = [(f[0], f[i], f[i + 1]) for f in faces for i in range(1, len(f) - 1)]
-    return sample_mesh(vertices[np.array(corners)], num_points, seed) if corners else vertices[:, :3]
+    if vertices.shape[0] == 3 < vertices.shape[1]:
+        raise ValueError(f"holds an array of shape {vertices.shape}; are points its columns? Transpose it")
+    vertices = vertices[:, :3].astype(np.float64)
+    corners = np.array([(f[0], f[i], f[i + 1]) for f in faces for i in range(1, len(f) - 1)], dtype=np.int64)
+    if corners.size and not 0 <= corners.min() <= corners.max() < len(vertices):
+        raise ValueError(f"a face names a vertex outside the {len(vertices)} of the file")
+    return sample_mesh(vertices[corners], num_points, seed) if corners.size else vertices
 
 
 def sample_mesh(triangles: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -97,6 +123,8 @@ def sample_mesh(triangles: np.ndarray, count: int, seed: int) -> np.ndarray:
     random = np.random.default_rng(seed)
     a, b, c = triangles.transpose(1, 0, 2)
     area = np.linalg.norm(np.cross(b - a, c - a), axis=1)
+    if not area.any():
+        raise ValueError("all triangles have area 0")
     chosen = random.choice(len(triangles), count, p=area / area.sum())
     u, v = random.random((2, count, 1))
     u, v = np.where(u + v > 1, 1 - u, u), np.where(u + v > 1, 1 - v, v)
@@ -105,9 +133,17 @@ def sample_mesh(triangles: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 def prepare(points: np.ndarray, metadata: dict, up_axis: str = "z") -> np.ndarray:
     """Return a cloud as the model saw them in its evaluation: turned, normalised, of `num_points` points, float32."""
-    points = np.asarray(points, dtype=np.float32)
     if len(points) < metadata["num_points"]:
         raise ValueError(f"{len(points)} points are fewer than the {metadata['num_points']} that the model takes")
+    points = np.asarray(points, dtype=np.float64)
+    extent, distance = float(np.ptp(points, axis=0).max()), float(np.abs(points).max())
+    normalized = metadata.get("normalize") == "unit_sphere"
+    is_single = bool((points.astype(np.float32) == points).all())
+    if extent <= 32 * np.spacing(np.float32(distance) if is_single or not normalized else distance):
+        raise ValueError(f"spans {extent:.3g} at a distance of {distance:.3g} from the origin, its shape is lost")
+    if normalized and not is_single:  # in float64 first: far from the origin float32 would round the shape
+        points = points - points.mean(axis=0, keepdims=True)
+    points = points.astype(np.float32)
     x, y, z = points.T
     if up_axis != metadata.get("up_axis", "z"):
         points = np.stack([x, -z, y] if up_axis == "y" else [x, z, -y], axis=1)
@@ -149,7 +185,7 @@ def main() -> int:
         try:
             points = read_points(path, metadata["num_points"], arguments.seed)
             cloud = prepare(points, metadata, arguments.up_axis)
-        except (OSError, EOFError, ValueError, LookupError, StopIteration) as error:
+        except (OSError, EOFError, ValueError, LookupError, StopIteration, MemoryError) as error:
             print(f"error: {path}: {error or 'is cut short'}", file=sys.stderr)
             failed = True
             continue

@@ -266,6 +266,38 @@ def test_the_example_classifies_files_without_torch(folder, files, repository, t
     assert lines[str(paths["square.off"])] == lines[str(paths["square.ply"])] == expected(flat)
 
 
+def test_the_example_keeps_the_shape_of_clouds_far_from_the_origin(repository, tmp_path):
+    example = runpy.run_path(str(repository / "examples" / "serve_onnx.py"))
+    cloud = np.random.default_rng(0).normal(size=(200, 3)).round(6)
+    metadata = {"num_points": 64, "normalize": "unit_sphere"}
+    near = example["prepare"](cloud, metadata)
+    far = cloud + np.array([691_000, 5_334_000, 520])
+    np.save(tmp_path / "far.npy", far)
+    found = example["prepare"](example["read_points"](tmp_path / "far.npy", 64), metadata)
+    assert found.dtype == np.float32 and np.abs(found - near).max() < 1e-6
+    for lost in (far.astype(np.float32), np.ones((200, 3))):
+        with pytest.raises(ValueError, match="its shape is lost"):
+            example["prepare"](lost, metadata)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("cut.ply", b"ply\nformat ascii 1.0\nelement vertex 9\nproperty float x\nend_header\n1 2", "is cut short, 9 rows"),
+        ("huge.ply", b"ply\nformat ascii 1.0\nelement junk 1000000000000\nend_header\n1", "is cut short, 1000000000000"),
+        ("far.off", b"OFF 3 1 0 0 0 0 1 0 0 0 1 0 3 0 1 9", "names a vertex outside the 3"),
+        ("below.off", b"OFF 3 1 0 0 0 0 1 0 0 0 1 0 3 0 1 -1", "names a vertex outside the 3"),
+        ("cut.off", b"OFF 3 1 0 0 0 0 1 0 0 0 1 0 3 0 1", "is cut short"),
+        ("flat.off", b"OFF 3 1 0 0 0 0 1 0 0 2 0 0 3 0 1 2", "area 0"),
+    ],
+)  # fmt: skip
+def test_the_example_refuses_files_that_contradict_themselves(repository, tmp_path, name, content, message):
+    example = runpy.run_path(str(repository / "examples" / "serve_onnx.py"))
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        example["read_points"](tmp_path / name, 16)
+
+
 def test_the_example_names_a_model_that_it_cannot_use(repository, tmp_path, monkeypatch, capsys):
     onnx = pytest.importorskip("onnx")
     tensor = onnx.helper.make_tensor_value_info("points", onnx.TensorProto.FLOAT, [1])
