@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InputError, quoted
-from .text import parse_rows
+from .text import count_lines, parse_rows
 
 KINDS = {"I": "i", "U": "u", "F": "f"}
 MAX_EXPANSION = 100
@@ -52,7 +52,7 @@ def read_pcd(path: Path) -> np.ndarray:
     places = np.cumsum([0, *counts])
     axes = [names.index(axis) for axis in "xyz"]
     if form == "ascii":
-        room = data.count(b"\n", start) + 1
+        room = count_lines(data, start)
         if points > room:
             raise InputError(f"{path}: is cut short: {points} points are announced, {room} lines follow the header")
         keep = [int(places[axis]) for axis in axes]

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import InputError, quoted
 from .mesh import fan_triangles
-from .text import parse_lines, parse_rows
+from .text import CHUNK, count_lines, parse_lines, parse_rows
 
 TYPES = {
     "char": "i1", "int8": "i1", "uchar": "u1", "uint8": "u1", "short": "i2", "int16": "i2", "ushort": "u2",
@@ -159,7 +159,7 @@ def _check_size(path: Path, elements: list[_Element], data: bytes, start: int, *
     left = len(data) - start
     if ascii:
         announced = sum(element.count for element in elements)
-        there = data.count(b"\n", start) + (not data.endswith(b"\n"))
+        there = count_lines(data, start)
         if announced > there:
             raise InputError(f"{path}: is cut short: {announced} rows are announced, {there} lines follow the header")
         return
@@ -170,15 +170,13 @@ def _check_size(path: Path, elements: list[_Element], data: bytes, start: int, *
 
 def _end_of_lines(data: bytes, start: int, count: int) -> int:
     """Return where the line after `count` lines begins."""
-    step = 2**22
     while count > 0 and start < len(data):
-        stop = min(start + step, len(data))
-        there = data.count(b"\n", start, stop)
-        if there < count and stop < len(data):
-            count, start = count - there, stop
-            continue
-        breaks = np.flatnonzero(np.frombuffer(data, np.uint8, stop - start, start) == 10)
-        return start + int(breaks[count - 1]) + 1 if count <= len(breaks) else len(data)
+        stop = min(start + CHUNK, len(data))
+        breaks = np.frombuffer(data, np.uint8, stop - start, start) == 10
+        there = int(np.count_nonzero(breaks))
+        if count <= there:
+            return start + int(np.flatnonzero(breaks)[count - 1]) + 1
+        count, start = count - there, stop
     return start
 
 

@@ -283,8 +283,8 @@ def test_the_example_keeps_the_shape_of_clouds_far_from_the_origin(repository, t
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("cut.ply", b"ply\nformat ascii 1.0\nelement vertex 9\nproperty float x\nend_header\n1 2", "is cut short, 9 rows"),
-        ("huge.ply", b"ply\nformat ascii 1.0\nelement junk 1000000000000\nend_header\n1", "is cut short, 1000000000000"),
+        ("cut.ply", b"ply\nformat ascii 1.0\nelement vertex 9\nproperty float x\nend_header\n1 2", "is cut short, 9"),
+        ("huge.ply", b"ply\nformat ascii 1.0\nelement junk 1000000000000\nend_header\n1", "is cut short, 10000"),
         ("far.off", b"OFF 3 1 0 0 0 0 1 0 0 0 1 0 3 0 1 9", "names a vertex outside the 3"),
         ("below.off", b"OFF 3 1 0 0 0 0 1 0 0 0 1 0 3 0 1 -1", "names a vertex outside the 3"),
         ("cut.off", b"OFF 3 1 0 0 0 0 1 0 0 0 1 0 3 0 1", "is cut short"),
