@@ -26,6 +26,7 @@ KINDS = {
     "input: h5": ("fuzz", "test_a_thousand_cases[h5]"),
     "input: checkpoint": ("fuzz", "test_a_thousand_cases[checkpoint]"),
     "input: command": ("fuzz", "test_a_thousand_cases[command]"),
+    "input: files of points": ("file_variants", "test_variants_are_read_as_by_others_or_refused"),
     "torch.compile of point_bert_tiny against float32": (
         "numerics", "test_the_compiled_model_stays_within_its_tolerance_of_the_plain_one[point_bert_tiny]",
     ),
