@@ -74,6 +74,18 @@ def test_confusion_has_shares_of_rows_and_counts():
     assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_title()) == ("predicted", "true", "run")
 
 
+@pytest.mark.parametrize(("losses", "expected"), [([3.2, 2.4, 2.1], 3), ([3.0, 0.4, 0.04], 4), ([2e3, 1.0, 2e-3], 5)])
+def test_logarithmic_axes_have_plain_numbers_where_they_belong(losses, expected):
+    figure = training_curves({"a": [{"epoch": n, "train_loss": loss} for n, loss in enumerate(losses, 1)]})
+    axis = panel(figure, "Training loss").yaxis
+    figure.draw_without_rendering()
+    low, high = axis.get_view_interval()
+    labels = {tick: label.get_text() for tick, label in zip(axis.get_majorticklocs(), axis.get_majorticklabels())}
+    shown = {tick: text for tick, text in labels.items() if low <= tick <= high}
+    assert len(shown) >= expected and not axis.get_minorticklocs().size
+    assert all(float(text) == pytest.approx(tick, rel=1e-5) for tick, text in shown.items())
+
+
 def test_classes_are_in_the_order_of_the_first_run():
     first = {"box": 0.9, "mug": None, "cup": 0.1, "vase": 0.5}
     second = {"box": 0.2, "mug": 0.3, "cup": 0.4, "vase": 0.6}

@@ -173,6 +173,15 @@ def test_summary_has_a_column_for_each_run():
     assert "OA, voting" not in table
 
 
+@pytest.mark.parametrize(
+    ("every", "words"), [(1, "every FFN"), (3, "every 3rd FFN"), (11, "every 11th FFN"), (22, "every 22nd FFN")]
+)
+def test_experts_are_counted_in_proper_english(every, words):
+    config = {**CONFIG, "s2d": {**CONFIG["s2d"], "every": every, "kind": "topk"}}
+    table = dict(summary_rows([run(config=config)])[1])
+    assert table["experts"] == f"top-2 of 4, in {words}, share rate 0.3 linear"
+
+
 def test_configs_are_compared_key_by_key():
     other = {**CONFIG, "train": {"epochs": 3, "batch_size": 8}, "extra": None}
     head, rows = config_rows([run(), run("second", config=other)])
