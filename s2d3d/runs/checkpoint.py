@@ -108,7 +108,8 @@ def model_payload(
     experts = None
     if is_sparse(model):
         assert mof is not None, "a sparse model needs its MoFConfig"
-        experts = {"kind": mof.kind, "num_experts": mof.num_experts, "targets": list(mof.targets), "every": mof.every}
+        targets = None if mof.targets is None else list(mof.targets)
+        experts = {"kind": mof.kind, "num_experts": mof.num_experts, "targets": targets, "every": mof.every}
         if mof.kind == "topk":
             experts |= {"top_k": mof.top_k, "capacity_factor": mof.capacity_factor}
     return {
@@ -158,7 +159,8 @@ def build_model(payload: dict[str, Any], *, where: str, merge: bool = False) -> 
         )
         if experts is not None:
             router = {key: experts[key] for key in ("kind", "top_k", "capacity_factor") if key in experts}
-            mof = MoFConfig(experts["num_experts"], tuple(experts["targets"]), experts["every"], **router)
+            targets = None if experts["targets"] is None else tuple(experts["targets"])
+            mof = MoFConfig(experts["num_experts"], targets, experts["every"], **router)
             convert_to_mof_(model, mof)
         return model
 

@@ -1,7 +1,8 @@
 """The method: Sparse-to-Dense training. Depends on torch and torch-scatter alone and knows nothing of point clouds."""
 
-from .convert import MoFConfig, convert_to_mof_, is_sparse, merge_experts
+from .convert import MoFConfig, convert_to_mof_
 from .ewa import EWA, apply_ewa_
+from .merge import is_sparse, merge_experts
 from .moe import TopKMoE, balance_loss
 from .mof import RUPMoF
 

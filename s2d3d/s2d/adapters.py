@@ -1,97 +1,140 @@
 """Where a transformer keeps its FFNs, found by structure: as modules of their own, or as two layers of a larger one."""
 
-from torch import Tensor, nn
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
-from .mof import ExpertLayer, Plan, StackedLinear, check_ffn, is_linear, linear_features
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from .linear import StackedLinear, is_linear, linear_features, take_hooks_
+from .mof import ExpertLayer, Plan, RUPMoF
+from .probe import Layout, Trials
+
+_CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+IsBlock = Callable[[str], bool]
+_MIXERS = ("attention", "attn", "mixer", "mixing", "fourier", "fft", "shift")
+
+
+class FFN(NamedTuple):
+    """Where an FFN is: the name of the module that holds it, and those of its parts in the model.
+
+    One part is a module of its own. Two parts are the linear layers of an FFN that is spread over its transformer
+    layer, such as `fc1` and `fc2` of OPT; `name` is that layer's.
+    """
+
+    name: str
+    parts: tuple[str, ...]
 
 
 class LinearPair(nn.Module):
     """The two linear layers of an FFN that is spread over its transformer layer; holds them and is never called."""
+
+    shown_as = "its FFN"
 
     def __init__(self, first: nn.Module, second: nn.Module) -> None:
         super().__init__()
         self.first, self.second = first, second
 
 
-class EntryLinear(nn.Module):
+class PairPart(nn.Module):
+    """Stands where a linear layer of such an FFN stood; one of its two weights is what `experts` calls `part`."""
+
+    experts: ExpertLayer
+    part: str
+
+    @property
+    def stacked(self) -> StackedLinear:
+        """The experts of this linear layer."""
+        layer = getattr(self.experts, self.part)
+        assert isinstance(layer, StackedLinear)
+        return layer
+
+    def averaged_expert(self) -> nn.Module:
+        """Return the mean of the experts of this linear layer, of the original class."""
+        linear = self.stacked.averaged_linear()
+        take_hooks_(linear, self)
+        return linear
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of `averaged_expert`: `nn.TransformerEncoderLayer` reads it in evaluation and skips `forward`."""
+        return self._averaged()[0]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of `averaged_expert`."""
+        return self._averaged()[1]
+
+    def _averaged(self) -> tuple[Tensor, Tensor | None]:
+        if not self.experts.averaged_in_eval:
+            raise RuntimeError(
+                "routed experts have no single weight: in a torch.nn.TransformerEncoder, "
+                "call torch.backends.mha.set_fastpath_enabled(False) before evaluation"
+            )
+        return self.stacked.averaged()
+
+
+class EntryLinear(PairPart):
     """Stands where such an FFN's first linear layer stood; owns the expert layer of both.
 
-    In training its result is in slots, (K, capacity, hidden): whatever lies between the two linear layers must treat
-    tokens independently. `ExitLinear`, in the place of the second one, returns the tokens to their places.
+    In training its result is in slots, (K, capacity, hidden), where a trial of the transformer layer showed that this
+    is right; else tokens are back in their places between the two. `ExitLinear`, in the place of the second one,
+    returns them at last. The experts are used where both are in training mode, their mean where one is not.
     """
+
+    part = "first"
 
     def __init__(self, experts: ExpertLayer) -> None:
         """Take over `experts`, made from a `LinearPair`."""
         super().__init__()
         self.experts = experts
+        take_hooks_(self, experts.first)
+        take_hooks_(experts.first, nn.Identity())
         self.plan: Plan | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map tokens x (..., C) to (K, capacity, hidden), or (..., hidden) where the mean of the experts is used."""
-        slots, self.plan = self.experts.dispatch(x)
-        return _stacked(self.experts, "first")(slots)
+        """Map tokens x (..., C) to (K, capacity, hidden) or (..., hidden)."""
+        self.plan = None
+        if self.experts.uses_mean():
+            return self.stacked(x)
+        self.plan = self.experts.draw(x)
+        if self.experts.layout.in_slots:
+            return self.stacked(self.experts.spread(x, self.plan))
+        return self.stacked.on_tokens(x, self.plan)
 
-    def averaged_expert(self) -> nn.Module:
-        """Return the mean of the experts' first linear layers, of the original class."""
-        return _stacked(self.experts, "first").averaged_linear()
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight of `averaged_expert`: `nn.TransformerEncoderLayer` reads it in evaluation and skips `forward`."""
-        return _averaged(_stacked(self.experts, "first"))[0]
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The bias of `averaged_expert`."""
-        return _averaged(_stacked(self.experts, "first"))[1]
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"plan": None}  # of a call that was given up
 
 
-class ExitLinear(nn.Module):
+class ExitLinear(PairPart):
     """Stands where the second linear layer of an FFN stood that is spread over its transformer layer."""
 
+    part = "second"
     _entry: EntryLinear
 
     def __init__(self, entry: EntryLinear) -> None:
         super().__init__()
         object.__setattr__(self, "_entry", entry)  # not a sub-module: its parameters are registered once, over there
+        object.__setattr__(entry.experts, "peer", self)
+        take_hooks_(self, entry.experts.second)
+        take_hooks_(entry.experts.second, nn.Identity())
+
+    @property
+    def experts(self) -> ExpertLayer:  # type: ignore[override]
+        """The expert layer of both parts."""
+        return self._entry.experts
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map what `EntryLinear` returned to tokens (..., D)."""
         plan, self._entry.plan = self._entry.plan, None
-        experts = self._entry.experts
-        return experts.combine(_stacked(experts, "second")(hidden), plan)
-
-    def averaged_expert(self) -> nn.Module:
-        """Return the mean of the experts' second linear layers, of the original class."""
-        return _stacked(self._entry.experts, "second").averaged_linear()
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight of `averaged_expert`, as in `EntryLinear`."""
-        return _averaged(_stacked(self._entry.experts, "second"))[0]
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The bias of `averaged_expert`."""
-        return _averaged(_stacked(self._entry.experts, "second"))[1]
+        if self.experts.uses_mean():
+            return self.stacked(hidden)
+        if self.experts.layout.in_slots and plan is not None:
+            return self.experts.combine(self.stacked(hidden), plan)
+        return self.stacked.on_tokens(hidden, plan)
 
 
-def _stacked(experts: ExpertLayer, name: str) -> StackedLinear:
-    layer = getattr(experts, name)
-    assert isinstance(layer, StackedLinear)
-    return layer
-
-
-def _averaged(layer: StackedLinear) -> tuple[Tensor, Tensor | None]:
-    if not layer.averaged_in_eval:
-        raise RuntimeError(
-            "routed experts have no single weight: in a torch.nn.TransformerEncoder, "
-            "call torch.backends.mha.set_fastpath_enabled(False) before evaluation"
-        )
-    return layer.averaged()
-
-
-def find_ffn(module: nn.Module) -> tuple[str, ...]:
+def find_ffn(module: nn.Module, trials: Trials | None = None) -> tuple[str, ...]:
     """Find the FFN that a conversion target means.
 
     Returns:
@@ -101,64 +144,155 @@ def find_ffn(module: nn.Module) -> tuple[str, ...]:
     Raises:
         TypeError: there is no FFN, or more than one.
     """
+    trials = trials or Trials(2, RUPMoF)
     try:
-        check_ffn(module)
-    except TypeError as error:
-        found = find_ffns(module)
+        trials.layout(module)
+        return ("",)
+    except TypeError:
+        found = find_ffns(module, trials)
         if not found:
             raise
-        if len(found) > 1:
-            names = ", ".join(ffn_name(ffn) for ffn in found[:4]) + (", ..." if len(found) > 4 else "")
-            raise TypeError(f"{type(module).__name__} holds {len(found)} FFNs ({names}): name each") from error
-        return found[0]
-    return ("",)
+    if len(found) > 1:
+        names = ", ".join(ffn.name for ffn in found[:4]) + (", ..." if len(found) > 4 else "")
+        raise TypeError(f"{type(module).__name__} holds {len(found)} FFNs ({names}): name each")
+    return found[0].parts
 
 
-def find_ffns(module: nn.Module) -> list[tuple[str, ...]]:
-    """Find all FFNs inside a module, named as by `find_ffn`: whole modules first, then pairs of layers."""
-    whole = [name for name, child in module.named_modules() if name and _is_ffn_like(child)]
-    pairs = _linear_pairs(module)
-    return [(name,) for name in whole] + [
-        pair for pair in pairs if not any(pair[0].startswith(f"{name}.") for name in whole)
-    ]
+def find_ffns(model: nn.Module, trials: Trials | None = None) -> list[FFN]:
+    """Find all FFNs inside a model, in module order; a model that is one linear pair itself has the name ""."""
+    trials = trials or Trials(2, RUPMoF)
+    seen: set[str] = set()  # modules that were tried, and all around them
+    whole: list[str] = []
+    modules = dict(model.named_modules())
+    for name in sorted(modules, key=lambda name: -name.count(".") if name else 1):  # children first
+        module = modules[name]
+        linears = sum(is_linear(m) for m in module.modules())
+        if not name or name in seen or linears < 2 or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            continue
+        seen |= set(_ancestors(name))
+        if not _is_block_ffn(module, trials):
+            continue
+        parent, _, child = name.rpartition(".")
+        alone = parent and sum(is_linear(m) for m in modules[parent].modules()) == linears
+        if alone and _is_block_ffn(modules[parent], trials) and not _calls(modules[parent], child, trials):
+            name = parent
+        whole.append(name)
+    found = [FFN(name, (name,)) for name in whole]
+    for name, module in modules.items():
+        pair = _linear_pair(name, module, whole)
+        if pair:
+            found.append(FFN(name, pair))
+    order = {name: index for index, name in enumerate(modules)}
+    return sorted(found, key=lambda ffn: order[ffn.parts[0]])
 
 
-def ffn_name(names: tuple[str, ...]) -> str:
-    """Return the name of the smallest module that holds an FFN found by `find_ffns`."""
-    if len(names) == 1:
-        return names[0]
-    first, second = (name.split(".")[:-1] for name in names)
-    depth = next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
-    return ".".join(first[:depth])
+def find_block_ffns(model: nn.Module, trials: Trials | None = None) -> list[FFN]:
+    """Find the FFN of each transformer block: of repeated blocks that hold an attention or another mixer of tokens.
+
+    An FFN inside such a mixer (a position bias, say), in a head or in a pooling is left out: it sees no tokens, or
+    others.
+
+    Raises:
+        TypeError: a module of the same class as one that was found cannot become experts, though it is no other FFN.
+    """
+    modules, found = dict(model.named_modules()), find_ffns(model, trials)
+    inside = {id(m) for ffn in found for part in ffn.parts for m in modules[part].modules()}
+    kinds = [type(m) for name, m in modules.items() if _is_item(name, modules)]
+
+    def repeated(name: str) -> bool:
+        return _is_item(name, modules) and kinds.count(type(modules[name])) > 1
+
+    def has_sibling(name: str) -> bool:
+        parent = modules[name.rpartition(".")[0]]
+        return sum(type(m) is type(modules[name]) for m in parent.children()) > 1
+
+    def single(name: str) -> bool:
+        return _is_item(name, modules)
+
+    for is_block in (repeated, has_sibling, single):
+        chosen = [ffn for ffn in found if _block_of(ffn, modules, inside, is_block)]
+        if chosen:
+            return chosen
+    return []
 
 
-def _is_ffn_like(module: nn.Module) -> bool:
-    """Tell an FFN from an attention: not all layers are square, at most two read the input, none makes q, k and v."""
-    sizes = [linear_features(child) for child in module.children() if is_linear(child)]
-    if len(sizes) < 2 or sizes[0][0] != sizes[-1][1] or all(i == o for i, o in sizes):
-        return False
-    channels = sizes[0][0]
-    if sum(i == channels for i, _ in sizes) > 2 or (
-        sizes[0] == (channels, 3 * channels) and sizes[1:] == [(channels, channels)]
-    ):
-        return False
+def _block_of(ffn: FFN, modules: dict[str, nn.Module], inside: set[int], is_block: IsBlock) -> bool:
+    """Tell whether the innermost block around an FFN takes it for its own, and not for a part of its mixer."""
+    own = {id(m) for part in ffn.parts for m in modules[part].modules()}
+    is_pair = len(ffn.parts) == 2
+    for block in [*([ffn.name] if is_pair else []), *_ancestors(ffn.name)]:
+        if not block or not is_block(block):
+            continue
+        if not any(_mixes(m) for m in modules[block].modules() if id(m) not in inside):
+            continue
+        arms = [name for name in [ffn.name, *_ancestors(ffn.name)] if name.startswith(f"{block}.")]
+        arm = next((name for name in reversed(arms) if not isinstance(modules[name], _CONTAINERS)), ffn.name)
+        return is_pair or not any(_mixes(m) for m in modules[arm].modules() if id(m) not in own)
+    return False
+
+
+def _mixes(module: nn.Module) -> bool:
+    """Tell what may mix tokens, or is part of that: weights of two and more dimensions, pooling, or so it is called."""
+    kind = type(module).__name__.lower()
+    return (
+        any(p is not None and (is_lazy(p) or p.dim() > 1) for p in module._parameters.values())
+        or "pool" in kind
+        or any(word in kind for word in _MIXERS)
+    )
+
+
+def _is_item(name: str, modules: dict[str, nn.Module]) -> bool:
+    return bool(name) and isinstance(modules[name.rpartition(".")[0]], _CONTAINERS)
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    """Iterate over the names of the modules around one, from inside to outside, the model itself ("") last."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _is_block_ffn(module: nn.Module, trials: Trials) -> bool:
     try:
-        check_ffn(module)
+        return trials.layout(module).same_width
+    except TypeError:
+        return False
+
+
+def _calls(parent: nn.Module, child: str, trials: Trials) -> bool:
+    """Tell whether an FFN calls its child as a whole; some go over the layers of one, which experts have none of."""
+
+    def convert_(module: nn.Module, layout: Layout) -> None:
+        module.set_submodule(child, RUPMoF(module.get_submodule(child), trials.num_experts))
+
+    try:
+        trials.pair_layout(parent, convert_)
     except TypeError:
         return False
     return True
 
 
-def _linear_pairs(module: nn.Module) -> list[tuple[str, ...]]:
-    """Find neighbouring linear layers, widening and narrowing, that have no third one beside them."""
-    linears = [(name, child) for name, child in module.named_modules() if name and is_linear(child)]
-    parents = [name.rpartition(".")[0] for name, _ in linears]
-    pairs: list[tuple[str, ...]] = []
+def _linear_pair(name: str, layer: nn.Module, whole: list[str]) -> tuple[str, ...]:
+    """Find the two linear layers, widening and narrowing, that are the FFN of a transformer layer.
+
+    They are neighbours without a third one beside them, and no smaller module than the layer holds both.
+    """
+    prefix = f"{name}." if name else ""
+    if any(other == name or other.startswith(prefix) for other in whole):
+        return ()
+    linears = [(child, m) for child, m in layer.named_modules() if child and isinstance(m, nn.Linear)]
+    parents = [child.rpartition(".")[0] for child, _ in linears]
+    pairs = []
     for index in range(len(linears) - 1):
         (first, up), (second, down) = linears[index : index + 2]
         narrow, wide = linear_features(up)
         siblings = {parents.count(parent) for parent in parents[index : index + 2]}
         alone = siblings == ({2} if parents[index] == parents[index + 1] else {1})
-        if alone and wide > narrow and linear_features(down) == (wide, narrow):
-            pairs.append((first, second))
-    return pairs
+        apart = first.split(".")[0] != second.split(".")[0]
+        if alone and apart and wide > narrow and linear_features(down) == (wide, narrow):
+            pairs.append((f"{prefix}{first}", f"{prefix}{second}"))
+    if len(pairs) != 1:
+        return ()
+    own = {f"{prefix}{child}" for child, _ in linears} & set(pairs[0])
+    mixers = (m for child, m in layer.named_modules() if child and f"{prefix}{child}" not in own)
+    return pairs[0] if any(_mixes(m) for m in mixers) else ()

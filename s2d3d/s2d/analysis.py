@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .convert import merge_experts
 from .ewa import expert_layers
+from .merge import merge_experts
 
 
 @torch.no_grad()

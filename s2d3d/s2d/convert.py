@@ -1,23 +1,27 @@
-"""From a dense transformer to a sparse one and back: `convert_to_mof_` before training, `merge_experts` after."""
+"""From a dense transformer to a sparse one: `convert_to_mof_`, before training."""
 
 import copy
-import logging
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
+from types import MethodType
+from typing import Any
 
 import torch
 from torch import nn
 
-from .adapters import EntryLinear, ExitLinear, LinearPair, ffn_name, find_ffn, find_ffns
+from .adapters import FFN, EntryLinear, ExitLinear, LinearPair, find_block_ffns, find_ffn, find_ffns
+from .linear import StackedLinear, drop_hooks_, is_linear, linear_parameters
+from .merge import is_sparse, mark_no_weight_decay_, replace_
 from .moe import TopKMoE, check_top_k
-from .mof import ExpertLayer, RUPMoF, StackedLinear, is_linear, linear_parameters
-
-logger = logging.getLogger(__name__)
+from .mof import ExpertLayer, RUPMoF
+from .probe import FAILURES, Call, Layout, Trials, check_state, copied_call, differ, first_line, pinned, quiet
 
 KINDS = ("rup", "topk")
+_NAMED = ("*.mlp",)
 INITS = ("copy", "independent")
 FilterFn = Callable[[nn.Module, str], bool]
 Initialiser = Callable[[nn.Module], None]
@@ -29,10 +33,12 @@ class MoFConfig:
 
     Attributes:
         num_experts: K, at least 1.
-        targets: glob patterns over module names (`*` matches dots too); a module matches if any of them does, but what
-            lies inside another match of the same pattern does not count. A match is an FFN (`"*.mlp"` in timm, GPT-2,
-            LLaMA), or a transformer layer that holds one, be it as two separate layers (`"*.layer.*"` for BERT,
-            `"*.layers.*"` for OPT and `torch.nn.TransformerEncoder`).
+        targets: None takes the FFN of each transformer block, found by structure: repeated blocks that hold an FFN
+            beside an attention or another mixer of tokens; where there are none, `"*.mlp"`. Otherwise glob patterns
+            over module names (`*` matches dots too, `*.mlp` a top-level `mlp` as well); a module matches if any of
+            them does, but what lies inside another match of the same pattern does not count. A match is an FFN
+            (`"*.mlp"` in timm, GPT-2, LLaMA), or a transformer layer that holds one, be it as two separate layers
+            (`"*.layer.*"` for BERT, `"*.layers.*"` for OPT and `torch.nn.TransformerEncoder`).
         every: take every n-th match in module order: matches n, 2n, 3n, ... (12 blocks, n = 2: blocks 1, 3, ..., 11).
         init: "copy" starts all experts as the dense FFN; "independent" keeps it as expert 0 and draws the others with
             the model's own initialiser: the `_init_weights(module)` of the outermost module around the FFN that has
@@ -47,7 +53,7 @@ class MoFConfig:
     """
 
     num_experts: int = 4
-    targets: tuple[str, ...] = ("*.mlp",)
+    targets: tuple[str, ...] | None = None
     every: int = 2
     init: str = "copy"
     init_noise: float = 0.0
@@ -58,10 +64,11 @@ class MoFConfig:
     def __post_init__(self) -> None:
         if isinstance(self.targets, str):
             raise ValueError(f"targets is '{self.targets}', must be a sequence of patterns such as ('*.mlp',)")
-        object.__setattr__(self, "targets", tuple(self.targets))
+        if self.targets is not None:
+            object.__setattr__(self, "targets", tuple(self.targets))
         if self.num_experts < 1:
             raise ValueError(f"num_experts is {self.num_experts}, must be at least 1")
-        if not self.targets:
+        if self.targets == ():
             raise ValueError("targets is empty, must name at least one pattern such as '*.mlp'")
         if self.every < 1:
             raise ValueError(f"every is {self.every}, must be at least 1")
@@ -75,16 +82,24 @@ class MoFConfig:
             check_top_k(self.num_experts, self.top_k, self.capacity_factor)
 
 
-def convert_to_mof_(model: nn.Module, config: MoFConfig = MoFConfig(), filter_fn: FilterFn | None = None) -> list[str]:
+def convert_to_mof_(
+    model: nn.Module, config: MoFConfig = MoFConfig(), filter_fn: FilterFn | None = None, *, example: Any = None
+) -> list[str]:
     """Replace FFNs of a transformer by expert layers, RUP-MoF by default, in place.
 
     Call it before the optimizer, DDP and `torch.compile` take hold of the parameters. An FFN that the model uses in
     several places is replaced in all of them and counts as one match. The model itself is never a match.
 
+    Each FFN is tried first, on a copy: with identical experts its training pass must equal the dense one. It is tried
+    on random tokens, or on what the model passes to it where `example` is given.
+
     Args:
         model: any model whose FFNs are sub-modules; unchanged when an error is raised.
         config: which FFNs, how many experts, how they start.
         filter_fn: `filter_fn(module, name) -> bool` narrows the matches further.
+        example: a sample input of the model: a tensor, a tuple of positional or a dict of keyword arguments. Copies of
+            the model run on it in training mode, dense and converted. Needed where an FFN is called with more than one
+            tensor (a mask, say); it also finds what no trial of an FFN by itself can.
 
     Returns:
         The names of the matches whose FFNs were replaced, in module order.
@@ -92,7 +107,8 @@ def convert_to_mof_(model: nn.Module, config: MoFConfig = MoFConfig(), filter_fn
     Raises:
         ValueError: nothing matches (the message lists candidates), the model has experts already, a match lies inside
             another, or shares a parameter with another module.
-        TypeError: a match neither is nor holds an FFN that can become experts, or holds several.
+        TypeError: a match neither is nor holds an FFN that can become experts, or holds several; or the converted
+            model does not train as the dense one.
 
     Source: abstract of Sparse-to-Dense Training, IEEE TCSVT 2025 (doi 10.1109/TCSVT.2025.3586550).
 
@@ -103,109 +119,110 @@ def convert_to_mof_(model: nn.Module, config: MoFConfig = MoFConfig(), filter_fn
     """
     if is_sparse(model):
         raise ValueError("the model has experts already: convert the dense model, or merge it first")
+    trials = Trials(config.num_experts, RUPMoF, routed=config.kind == "topk")
+    matches = _matches(model, config, filter_fn, trials)
+    chosen = matches[config.every - 1 :: config.every]
+    if not chosen:
+        raise ValueError(_nothing_to_convert(model, config, len(matches), trials))
+    _check_apart(model, chosen)
+    call = None if example is None else _as_call(example)
+    ffns = [_located(model, ffn, trials, tried=call is not None) for ffn in chosen]
+    _check_references(model, ffns)
+    dense, calls = (None, {}) if call is None else _run_dense(model, ffns, call)
+    layouts = [_layout(model, ffn, trials, calls.get(ffn, ())) for ffn in ffns]
+    if call is not None:
+        _check_training(model, ffns, layouts, config.num_experts, call, dense)
+    layers: dict[nn.Module, nn.Module] = {}
+    for ffn, layout in zip(ffns, layouts):
+        layers |= _expert_layers(model, ffn, partial(_to_experts, config, _initialiser(model, ffn.name), layout))
+    replace_(model, layers)
+    mark_no_weight_decay_(model)
+    return [ffn.name for ffn in ffns]
+
+
+def _matches(model: nn.Module, config: MoFConfig, filter_fn: FilterFn | None, trials: Trials) -> list[FFN]:
+    """List what the config means; of a glob pattern's matches the parts are not known yet."""
+    if config.targets is None:
+        found = find_block_ffns(model, trials)
+        chosen = [ffn for ffn in found if filter_fn is None or filter_fn(model.get_submodule(ffn.name), ffn.name)]
+        if chosen:
+            return chosen
+    targets = config.targets or _NAMED
+
+    def fits(name: str, target: str) -> bool:
+        return fnmatchcase(name, target) or fnmatchcase(f".{name}", target)
+
     matches: dict[nn.Module, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         outer = [match for match in matches.values() if name.startswith(f"{match}.")]
         wanted = name and any(
-            fnmatchcase(name, target) and not any(fnmatchcase(match, target) for match in outer)
-            for target in config.targets
+            fits(name, target) and not any(fits(match, target) for match in outer) for target in targets
         )
         if wanted and module not in matches and (filter_fn is None or filter_fn(module, name)):
             matches[module] = name
-    chosen = dict(list(matches.items())[config.every - 1 :: config.every])
-    if not chosen:
-        raise ValueError(_nothing_to_convert(model, config, len(matches)))
-    _check_apart(model, chosen)
-    layers: dict[nn.Module, nn.Module] = {}
-    for match, name in chosen.items():
-        try:
-            layers |= _expert_layers_for(match, config, _initialiser(model, name))
-        except TypeError as error:
-            raise TypeError(f"module '{name}' cannot become experts: {error}") from None
-    _replace_(model, layers)
-    return list(chosen.values())
+    return [FFN(name, ()) for name in matches.values()]
 
 
-def merge_experts(
-    model: nn.Module, *, inplace: bool = False, check_finite: bool = True, allow_average: bool = False
-) -> nn.Module:
-    """Turn every RUP-MoF layer into one FFN, the mean of its experts.
-
-    The result has the architecture and the state-dict keys of the model before its conversion, and keeps dtype, device,
-    `requires_grad` and train/eval mode. Merging a dense model changes nothing.
-
-    Args:
-        model: a model with or without RUP-MoF layers.
-        inplace: change `model` itself; otherwise a deep copy is changed and `model` stays as it is.
-        check_finite: refuse to produce NaN or infinite weights; the model is then unchanged.
-        allow_average: merge TopKMoE layers as well, to the mean of their experts. This is an approximation, and a
-            warning says so: the model with its routers computes something else.
-
-    Returns:
-        The dense model.
-
-    Raises:
-        ValueError: merged weights are not finite, a layer is a TopKMoE and `allow_average` is not set (the messages
-            name the layer), or `model` is itself an expert layer and `inplace` is set.
-
-    Example:
-        >>> import timm
-        >>> model = timm.create_model("vit_tiny_patch16_224", depth=2)
-        >>> keys = model.state_dict().keys()
-        >>> _ = convert_to_mof_(model)
-        >>> merge_experts(model).state_dict().keys() == keys
-        True
-    """
-    if inplace and isinstance(model, ExpertLayer):
-        raise ValueError("an expert layer cannot turn into its FFN in place: use the result of inplace=False")
-    merged: dict[nn.Module, nn.Module] = {}
-    owned = {module.experts for module in model.modules() if isinstance(module, EntryLinear)}
-    for name, layer in model.named_modules():
-        if isinstance(layer, TopKMoE):
-            _check_average(name, allow_average)
-        if isinstance(layer, (ExpertLayer, EntryLinear, ExitLinear)) and layer not in owned:
-            merged[layer] = layer.averaged_expert()
-            if check_finite:
-                _check_finite(merged[layer], name)
-    if inplace:
-        _replace_(model, merged)
-        return model
-    # The memo hands deepcopy the dense layers instead of the experts, which are thus never copied.
-    return copy.deepcopy(model, {id(layer): ffn for layer, ffn in merged.items()})
+def _located(model: nn.Module, ffn: FFN, trials: Trials, tried: bool) -> FFN:
+    """Fill in the parts of a match. Where the model is tried on a sample input, that tells whether it is an FFN."""
+    if ffn.parts:
+        return ffn
+    match = model.get_submodule(ffn.name)
+    try:
+        if tried:
+            try:
+                check_state(match)
+                return FFN(ffn.name, (ffn.name,))
+            except TypeError:
+                pass  # it may hold one
+        parts = find_ffn(match, trials)
+    except TypeError as error:
+        raise _refused(model, ffn, error, trials) from None
+    return FFN(ffn.name, tuple(f"{ffn.name}.{part}".rstrip(".") for part in parts))
 
 
-def is_sparse(model: nn.Module) -> bool:
-    """Tell whether a model still has experts.
+def _layout(model: nn.Module, ffn: FFN, trials: Trials, calls: Sequence[Call]) -> Layout:
+    try:
+        if len(ffn.parts) == 1:
+            return trials.layout(model.get_submodule(ffn.parts[0]), calls)
+        layer, prefix = model.get_submodule(ffn.name), len(ffn.name) + 1 if ffn.name else 0
+        inner = FFN("", tuple(part[prefix:] for part in ffn.parts))
+        for part in ffn.parts:
+            check_state(LinearPair(model.get_submodule(part), nn.Identity()))
+        return trials.pair_layout(layer, partial(_put_identical_, inner, trials.num_experts), calls)
+    except TypeError as error:
+        raise _refused(model, ffn, error, trials) from None
 
-    Example:
-        >>> is_sparse(nn.Linear(2, 2))
-        False
-    """
-    return any(isinstance(m, ExpertLayer) for m in model.modules())
+
+def _put_identical_(ffn: FFN, num_experts: int, model: nn.Module, layout: Layout) -> None:
+    replace_(model, _expert_layers(model, ffn, lambda part: RUPMoF(part, num_experts, layout=layout)))
 
 
-def _expert_layers_for(
-    match: nn.Module, config: MoFConfig, initialise: Initialiser | None
+def _expert_layers(
+    model: nn.Module, ffn: FFN, to_experts: Callable[[nn.Module], ExpertLayer]
 ) -> dict[nn.Module, nn.Module]:
-    """Return what stands in the place of which module of `match`."""
-    parts = [match.get_submodule(name) for name in find_ffn(match)]
+    """Return what stands in the place of which module of `model`."""
+    parts = [model.get_submodule(name) for name in ffn.parts]
+    experts = to_experts(parts[0] if len(parts) == 1 else LinearPair(*parts))
+    experts.name = ffn.name
     if len(parts) == 1:
-        return {parts[0]: _to_experts(parts[0], config, initialise)}
-    entry = EntryLinear(_to_experts(LinearPair(*parts), config, initialise))
+        return {parts[0]: experts}
+    entry = EntryLinear(experts)
     return {parts[0]: entry, parts[1]: ExitLinear(entry)}
 
 
-def _to_experts(ffn: nn.Module, config: MoFConfig, initialise: Initialiser | None) -> ExpertLayer:
+def _to_experts(config: MoFConfig, initialise: Initialiser | None, layout: Layout, ffn: nn.Module) -> ExpertLayer:
     experts: ExpertLayer
     if config.kind == "topk":
-        experts = TopKMoE(ffn, config.num_experts, config.top_k, capacity_factor=config.capacity_factor)
+        capacity = config.capacity_factor
+        experts = TopKMoE(ffn, config.num_experts, config.top_k, capacity_factor=capacity, layout=layout)
     else:
-        experts = RUPMoF(ffn, config.num_experts)
+        experts = RUPMoF(ffn, config.num_experts, layout=layout)
     stacked = dict(experts.stacked_layers())
     if config.init == "independent":
 
         def redraw(module: nn.Module) -> None:
-            if isinstance(module, nn.Linear):
+            if is_linear(module) and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
             elif is_linear(module):
                 nn.init.normal_(linear_parameters(module)[0], std=0.02)
@@ -230,21 +247,6 @@ def _add_noise_(layer: StackedLinear, init_noise: float) -> None:
         parameter.add_(torch.randn_like(parameter) * (init_noise * deviation).view(-1, *[1] * (parameter.dim() - 1)))
 
 
-def _check_finite(ffn: nn.Module, name: str) -> None:
-    bad = [key for key, tensor in ffn.state_dict().items() if not bool(torch.isfinite(tensor).all())]
-    if bad:
-        raise ValueError(f"merging '{name}' gives non-finite weights in {', '.join(bad)}: the training has diverged")
-
-
-def _check_average(name: str, allowed: bool) -> None:
-    if not allowed:
-        raise ValueError(
-            f"module '{name}' is a TopKMoE, whose router chooses experts for each token: no FFN equals it. "
-            "Evaluate it as it is, or pass allow_average=True for the mean of its experts, an approximation"
-        )
-    logger.warning("the mean of the experts of '%s' only approximates it: it is a TopKMoE with a router", name)
-
-
 def _initialiser(model: nn.Module, name: str) -> Initialiser | None:
     parts = name.split(".")
     owners = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts)))
@@ -252,32 +254,134 @@ def _initialiser(model: nn.Module, name: str) -> Initialiser | None:
     return next((initialise for initialise in own if callable(initialise)), None)
 
 
-def _replace_(model: nn.Module, layers: dict[nn.Module, nn.Module]) -> None:
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if module in layers:
-            model.set_submodule(name, layers[module])
+def _as_call(example: Any) -> Call:
+    if isinstance(example, Mapping):
+        return Call((), dict(example))
+    return Call(tuple(example) if isinstance(example, (tuple, list)) else (example,), {})
 
 
-def _check_apart(model: nn.Module, chosen: dict[nn.Module, str]) -> None:
+def _run_dense(model: nn.Module, ffns: list[FFN], call: Call) -> tuple[Any, dict[FFN, list[Call]]]:
+    """Run a copy of the model on a sample input; return its output, and how each FFN, or its layer, was called."""
+    copied, calls = _copied(model), {ffn: [] for ffn in ffns}
+    for ffn in ffns:
+
+        def note(module: nn.Module, args: Any, kwargs: Any, seen: list[Call] = calls[ffn]) -> None:
+            if not seen:  # an FFN that is used in several places is tried on what the first passes
+                seen.append(copied_call(Call(args, kwargs)))
+
+        place = ffn.parts[0] if len(ffn.parts) == 1 else ffn.name
+        copied.get_submodule(place).register_forward_pre_hook(note, with_kwargs=True)
+    output = _run(copied, call, "")
+    missed = [ffn.name for ffn in ffns if not calls[ffn]]
+    if missed:
+        raise TypeError(f"module '{missed[0]}' is not called when the model runs on example=: its experts would idle")
+    return output, calls
+
+
+def _check_training(
+    model: nn.Module, ffns: list[FFN], layouts: list[Layout], num_experts: int, call: Call, wanted: Any
+) -> None:
+    """Refuse a conversion unless the whole model with identical experts trains on a sample input as the dense one."""
+    copied, called = _copied(model), set()
+    for ffn, layout in zip(ffns, layouts):
+        _put_identical_(ffn, num_experts, copied, layout)
+        for part in ffn.parts:
+            copied.get_submodule(part).register_forward_pre_hook(lambda *_, name=ffn.name: called.add(name))
+    found = _run(copied, call, " with experts")
+    if differ(found, wanted) > 10:  # rounding grows with depth
+        raise TypeError("with identical experts the model does not train as the dense one on example=")
+    missed = [ffn.name for ffn in ffns if ffn.name not in called]
+    if missed:
+        raise TypeError(f"the experts of '{missed[0]}' are not used when the model runs on example=")
+
+
+def _run(model: nn.Module, call: Call, what: str) -> Any:
+    with quiet(model):
+        try:
+            with pinned():
+                return copied_call(call).on(model.train())
+        except FAILURES as error:
+            raise TypeError(f"the model{what} does not run on example=: {first_line(error)}") from error
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """Copy a model, sharing its parameters, without hooks."""
+    copied = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    for module in copied.modules():
+        drop_hooks_(module)
+    return copied
+
+
+def _refused(model: nn.Module, ffn: FFN, error: TypeError, trials: Trials) -> TypeError:
+    others = [name for name in _candidates(model, trials) if name != ffn.name]
+    hint = f"; modules that could become experts: {_listed(others)}" if others and "name each" not in str(error) else ""
+    return TypeError(f"module '{ffn.name}' cannot become experts: {error}{hint}")
+
+
+def _check_apart(model: nn.Module, chosen: list[FFN]) -> None:
     uses = Counter(parameter for module in model.modules() for parameter in module.parameters(recurse=False))
-    for ffn, name in chosen.items():
-        for other in ffn.modules():
-            if other is not ffn and other in chosen:
-                raise ValueError(f"module '{chosen[other]}' lies inside '{name}', which matches too: narrow targets")
-        tied = [key for key, parameter in ffn.named_parameters() if uses[parameter] > 1]
+    names = {model.get_submodule(ffn.name): ffn.name for ffn in chosen}
+    for ffn in chosen:
+        module = model.get_submodule(ffn.name)
+        for other in module.modules():
+            if other is not module and other in names:
+                raise ValueError(f"module '{names[other]}' lies inside '{ffn.name}', which matches too: narrow targets")
+        tied = [key for key, parameter in module.named_parameters() if uses[parameter] > 1]
         if tied:
-            raise ValueError(f"module '{name}' shares {', '.join(tied)} with another module, experts would untie them")
+            raise ValueError(
+                f"module '{ffn.name}' shares {', '.join(tied)} with another module, experts would untie them"
+            )
 
 
-def _nothing_to_convert(model: nn.Module, config: MoFConfig, num_matches: int) -> str:
-    wanted = ", ".join(f"'{target}'" for target in config.targets)
+def _check_references(model: nn.Module, ffns: list[FFN]) -> None:
+    """Refuse FFNs that another module holds outside the module tree as well: those would go on being used there."""
+    places = {id(m): part for ffn in ffns for part in ffn.parts for m in model.get_submodule(part).modules()}
+
+    def place_of(value: Any, depth: int = 3) -> str | None:
+        if isinstance(value, nn.Module):
+            return places.get(id(value))
+        if isinstance(value, MethodType):
+            return places.get(id(value.__self__))
+        if isinstance(value, partial):
+            value = [value.func, *value.args, *value.keywords.values()]
+        if isinstance(value, Mapping):
+            value = list(value.values())
+        if depth and isinstance(value, (list, tuple, set)) and len(value) < 10_000:
+            return next((place for item in value if (place := place_of(item, depth - 1))), None)
+        return None
+
+    for name, module in model.named_modules():
+        if id(module) in places:
+            continue
+        for key, value in vars(module).items():
+            place = None if key in vars(_PLAIN) else place_of(value)
+            if place:
+                raise TypeError(
+                    f"module '{place}' cannot become experts: '{name}.{key}' holds it as well, outside the module "
+                    "tree, and would go on using the dense weights: set it after the conversion (convert before "
+                    "torch.compile)"
+                )
+
+
+_PLAIN = nn.Identity()
+
+
+def _candidates(model: nn.Module, trials: Trials) -> list[str]:
+    return [ffn.name for ffn in find_ffns(model, trials) if ffn.name]
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+
+
+def _nothing_to_convert(model: nn.Module, config: MoFConfig, num_matches: int, trials: Trials) -> str:
+    wanted = ", ".join(f"'{target}'" for target in config.targets or _NAMED)
     if num_matches:
         return (
             f"every={config.every} takes none of the {num_matches} modules that match {wanted}: "
             f"use every <= {num_matches}"
         )
-    candidates = [ffn_name(ffn) for ffn in find_ffns(model) if ffn_name(ffn)]
+    candidates = _candidates(model, trials)
     if not candidates:
         return f"no module matches {wanted}, and the model has no FFN to convert"
-    shown = ", ".join(candidates[:8]) + (", ..." if len(candidates) > 8 else "")
-    return f"no module matches {wanted}; modules that could become experts: {shown}"
+    return f"no module matches {wanted}; modules that could become experts: {_listed(candidates)}"

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .dispatch import chosen_partition, dispatch
+from .dispatch import chosen_partition
 from .mof import ExpertLayer, Plan
+from .probe import Layout
 
 
 class TopKMoE(ExpertLayer):
@@ -37,6 +38,7 @@ class TopKMoE(ExpertLayer):
     averaged_in_eval = False
     balance_loss: Tensor | None = None
     dropped_fraction: Tensor | None = None
+    top_k, capacity_factor, renormalize = 2, None, True
 
     def __init__(
         self,
@@ -46,6 +48,7 @@ class TopKMoE(ExpertLayer):
         *,
         capacity_factor: float | None = None,
         renormalize: bool | None = None,
+        layout: Layout | None = None,
     ) -> None:
         """Build K copies of `ffn`, which is left untouched, and a router.
 
@@ -58,12 +61,13 @@ class TopKMoE(ExpertLayer):
                 nothing. Evaluation never drops: a sample's result does not depend on the rest of its batch.
             renormalize: divide the gates of a token by their sum over its `top_k` experts. Default: for `top_k > 1`,
                 as in GShard; with one expert the gate would always be 1 and teach the router nothing.
+            layout: see `ExpertLayer`.
 
         Raises:
             ValueError: an argument out of range.
             TypeError: `ffn` cannot become experts.
         """
-        super().__init__(ffn, num_experts)
+        super().__init__(ffn, num_experts, layout=layout)
         check_top_k(num_experts, top_k, capacity_factor)
         self.top_k, self.capacity_factor = top_k, capacity_factor
         self.renormalize = top_k > 1 if renormalize is None else renormalize
@@ -72,9 +76,9 @@ class TopKMoE(ExpertLayer):
         self.router = nn.Linear(first.in_features, num_experts, bias=False, device=first.weight.device, dtype=dtype)
         nn.init.normal_(self.router.weight, std=0.02)
 
-    def dispatch(self, x: Tensor) -> tuple[Tensor, Plan]:
+    def draw(self, x: Tensor) -> Plan:
         """Let every token choose its experts; raises ValueError when there is none."""
-        tokens = x.reshape(-1, x.shape[-1])
+        tokens = self.rows(x)
         probabilities = self._gate(tokens)
         gates, chosen = probabilities.topk(self.top_k, dim=1)
         if self.renormalize:
@@ -88,7 +92,7 @@ class TopKMoE(ExpertLayer):
         load = F.one_hot(chosen, self.num_experts).to(gates.dtype).mean((0, 1))
         self.balance_loss = self.num_experts * (load * probabilities.mean(0)).sum()
         self.dropped_fraction = 1 - (served < chosen.numel()).sum() / chosen.numel()
-        return dispatch(tokens, partition), Plan(partition, weights, x.shape[:-1])
+        return Plan(partition, weights, self.places(x))
 
     def _gate(self, tokens: Tensor) -> Tensor:
         """Return the gates (num_tokens, K) of all experts, in float32 (float64 for tokens in float64)."""

@@ -1,80 +1,16 @@
 """Expert layers: K stacked FFNs in the place of one. RUP-MoF partitions the tokens among them at random, uniformly."""
 
 import copy
+import inspect
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .dispatch import Partition, combine, dispatch, random_partition
-
-
-class StackedLinear(nn.Module):
-    """The same linear layer of K experts, stacked: `weight` (K, in, out), `bias` (K, out) or None.
-
-    (K, in, out) feeds `baddbmm` without a transposed copy. The names end in `.weight` and `.bias` like those
-    of `nn.Linear`, so that optimizer helpers which go by name do not decay the biases.
-    """
-
-    _shell: nn.Module
-
-    def __init__(self, linear: nn.Module, num_experts: int, averaged_in_eval: bool = True) -> None:
-        """Stack `num_experts` copies of `linear`, in its dtype and on its device.
-
-        Args:
-            linear: see `is_linear`.
-            num_experts: K.
-            averaged_in_eval: in evaluation use the mean of the experts; otherwise the experts as in training.
-        """
-        super().__init__()
-        self.num_experts, self.averaged_in_eval = num_experts, averaged_in_eval
-        self.input_first = not isinstance(linear, nn.Linear)
-        self.in_features, self.out_features = linear_features(linear)
-        weight, bias = linear_parameters(linear)
-        self.weight = _stack(weight, num_experts, transpose=not self.input_first)
-        self.bias = None if bias is None else _stack(bias, num_experts)
-        # The linear layer without its weights: what `averaged_linear` fills again.
-        without_weights = {id(parameter): None for parameter in linear.parameters()}
-        object.__setattr__(self, "_shell", copy.deepcopy(linear, without_weights))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x (K, capacity, in), one slice for each expert; in evaluation x (..., in) through the mean expert."""
-        if self.averaged_in_eval and not self.training:
-            weight, bias = self.averaged()
-            return F.linear(x, weight.t() if self.input_first else weight, bias)
-        if self.bias is None:
-            return torch.bmm(x, self.weight)
-        return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight)
-
-    def averaged(self) -> tuple[Tensor, Tensor | None]:
-        """Return the mean over experts in the layout of the linear layer: weight (out, in), bias (out,) or None."""
-        # One contiguous copy here and in `averaged_linear`: equal layout, hence equal bits before and after a merge.
-        weight = mean_over_experts(self.weight)
-        weight = weight if self.input_first else weight.t().contiguous()
-        return weight, None if self.bias is None else mean_over_experts(self.bias)
-
-    @torch.no_grad()
-    def averaged_linear(self) -> nn.Module:
-        """Build the linear layer with the mean of the experts; keeps class, dtype, device, requires_grad and mode."""
-        weight, bias = self.averaged()
-        linear = copy.deepcopy(self._shell)
-        linear.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
-        if bias is not None and self.bias is not None:
-            linear.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
-        return linear.train(self.training)
-
-    @torch.no_grad()
-    def load_expert_(self, expert: int, linear: nn.Module) -> None:
-        """Overwrite one expert with the weights of `linear`."""
-        weight, bias = linear_parameters(linear)
-        self.weight[expert].copy_(weight if self.input_first else weight.t())
-        if self.bias is not None and bias is not None:
-            self.bias[expert].copy_(bias)
-
-    def extra_repr(self) -> str:
-        return f"{self.num_experts} x ({self.in_features} -> {self.out_features}), bias={self.bias is not None}"
+from .linear import StackedLinear, drop_hooks_, is_linear, take_hooks_
+from .probe import Layout, check_state, probe_ffn
 
 
 class Plan(NamedTuple):
@@ -88,62 +24,117 @@ class Plan(NamedTuple):
 
 
 class ExpertLayer(nn.Module):
-    """K experts of one FFN's form and size; what decides which tokens pass which expert is up to `dispatch`.
+    """K experts of one FFN's form and size; what decides which tokens pass which expert is up to `draw`.
 
-    The experts run the forward method of the FFN that they replace, on (K, capacity, C) tensors with its linear
-    layers stacked, so any FFN works that treats tokens independently through linear layers, activations and dropout:
-    plain, gated, or with several activations. Linear layers keep their names (`mlp.fc1.weight`); norm layers over the
-    channels between them stay single, the experts share them.
+    The experts run the forward method of the FFN that they replace, with its linear layers stacked, so any FFN works
+    that treats tokens independently: plain, gated, of linear layers or of convolutions of width 1. Linear layers keep
+    their names (`mlp.fc1.weight`); norm layers stay single, the experts share them.
+
+    `layout` says how that forward method runs in training. In slots, (K, capacity, C), which costs what the FFN costs,
+    where a trial showed that it computes the same there. Else on the tokens as they come, and each linear layer
+    spreads them over the slots and takes them back: right for whatever lies between the linear layers, such as
+    BatchNorm, whose statistics then are over the tokens, each once.
     """
 
     averaged_in_eval = True
+    name = ""
+    """In the model, for messages."""
+    plan: Plan | None = None
+    """Of the call that is running, where linear layers spread the tokens themselves."""
+    peer: nn.Module | None = None
+    """Another module whose mode counts as well, see `ExitLinear`."""
     _template: nn.Module
 
-    def __init__(self, ffn: nn.Module, num_experts: int) -> None:
+    def __init__(self, ffn: nn.Module, num_experts: int, *, layout: Layout | None = None) -> None:
         """Build K copies of `ffn`, which is left untouched.
 
         Args:
-            ffn: maps (..., C) to (..., D) token by token.
+            ffn: maps (..., C) to (..., D), or (B, C, ...) to (B, D, ...), token by token.
             num_experts: K, at least 1.
+            layout: what a trial of `ffn` has shown already; default: try it now, see `probe_ffn`.
 
         Raises:
             ValueError: `num_experts` below 1.
-            TypeError: `ffn` has no linear layer, or state that experts cannot have, see `check_ffn`.
+            TypeError: `ffn` cannot become experts, see `check_state` and `probe_ffn`.
         """
         super().__init__()
         if num_experts < 1:
             raise ValueError(f"num_experts is {num_experts}, must be at least 1")
-        check_ffn(ffn)
+        check_state(ffn)
         self.num_experts = num_experts
-        linears = [m for m in ffn.modules() if is_linear(m)]
-        template = copy.deepcopy(ffn, {id(m): StackedLinear(m, num_experts, self.averaged_in_eval) for m in linears})
+        self.layout = (
+            probe_ffn(ffn, num_experts, RUPMoF, routed=not self.averaged_in_eval) if layout is None else layout
+        )
+        template = copy.deepcopy(ffn, {id(m): StackedLinear(m, num_experts) for m in ffn.modules() if is_linear(m)})
+        for _, module in template.named_modules():
+            if isinstance(module, StackedLinear):
+                object.__setattr__(module, "_owner", self)  # not a sub-module
+        drop_hooks_(template)  # those of the FFN see tokens, here
+        take_hooks_(self, ffn)
         # The children are registered here, under their own names; the template only lends its forward method.
         object.__setattr__(self, "_template", template)
         self._modules.update(template._modules)
+        self._input = next(iter(list(inspect.signature(type(ffn).forward).parameters)[1:]), "")
         self.train(ffn.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map tokens x (..., C) to (..., D).
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Map tokens (..., C) to (..., D), or (B, C, ...) to (B, D, ...) where the FFN does so.
 
         Raises:
             ValueError: the batch has too few tokens.
+            TypeError: the FFN is called in another way than the conversion tried.
         """
-        slots, plan = self.dispatch(x)
-        return self.combine(self._template(slots), plan)
+        if self.uses_mean():
+            return self._template(*args, **kwargs)
+        x = self._tokens(args, kwargs)
+        plan = self.draw(x)
+        if self.layout.in_slots:
+            return self.combine(self._template(self.spread(x, plan)), plan)
+        self.plan = plan
+        try:
+            return self._template(*args, **kwargs)
+        finally:
+            self.plan = None
 
-    def dispatch(self, x: Tensor) -> tuple[Tensor, Plan | None]:
-        """Spread tokens x (..., C) over the slots (K, capacity, C) of the experts; plan None: x goes on as it is."""
+    def uses_mean(self) -> bool:
+        """Tell whether tokens pass the mean of the experts: in evaluation, unless experts are routed."""
+        return self.averaged_in_eval and not (self.training and (self.peer is None or self.peer.training))
+
+    def draw(self, x: Tensor) -> Plan:
+        """Decide which tokens of x, see `forward`, pass which expert."""
         raise NotImplementedError
 
+    def rows(self, x: Tensor) -> Tensor:
+        """Return the tokens of x one by one, (num_tokens, C)."""
+        if self.layout.channels_first:
+            x = x.movedim(1, -1)
+        return x.reshape(-1, x.shape[-1])
+
+    def places(self, x: Tensor) -> torch.Size:
+        """Return the shape of x without its channels."""
+        return torch.Size([x.shape[0], *x.shape[2:]]) if self.layout.channels_first else x.shape[:-1]
+
+    def spread(self, x: Tensor, plan: Plan) -> Tensor:
+        """Spread the tokens of x over the slots of the experts: (K, capacity, C), or (K, C, capacity, 1, ...)."""
+        slots = dispatch(self.rows(x), plan.partition)
+        if self.layout.channels_first:
+            return slots.transpose(1, 2)[(..., *[None] * (x.dim() - 3))]
+        return slots
+
     def combine(self, outputs: Tensor, plan: Plan | None) -> Tensor:
-        """Return the outputs (K, capacity, D) of the slots to the places of their tokens: (..., D)."""
+        """Return the outputs of the slots to the places of their tokens; plan None: they are there already."""
         if plan is None:
             return outputs
-        return combine(outputs, plan.partition, plan.weights).view(*plan.shape, outputs.shape[-1])
+        if self.layout.channels_first:
+            outputs = outputs.flatten(2).transpose(1, 2)
+        rows = combine(outputs, plan.partition, plan.weights).view(*plan.shape, outputs.shape[-1])
+        return rows.movedim(-1, 1) if self.layout.channels_first else rows
 
     def averaged_expert(self) -> nn.Module:
         """Return the mean of the experts as an FFN of the original class, with keys as before the conversion."""
-        return copy.deepcopy(self._template, {id(layer): layer.averaged_linear() for _, layer in self.stacked_layers()})
+        ffn = copy.deepcopy(self._template, {id(layer): layer.averaged_linear() for _, layer in self.stacked_layers()})
+        take_hooks_(ffn, self)
+        return ffn
 
     def stacked_layers(self) -> Iterator[tuple[str, StackedLinear]]:
         """Iterate over (name, layer) of the stacked linear layers."""
@@ -159,11 +150,45 @@ class ExpertLayer(nn.Module):
         self._template.train(mode)
         return self
 
-    def __setattr__(self, name: str, value: Tensor | nn.Module) -> None:
+    def _tokens(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Find the tokens among the arguments of a call, and refuse what the conversion has not tried."""
+        x = args[0] if args else kwargs.get(self._input)
+        if isinstance(x, torch.fx.Proxy):
+            raise TypeError(f"{self.title()} cannot be traced in training: merge_experts(model) first, or model.eval()")
+        others = [*args[1:], *(value for key, value in kwargs.items() if args or key != self._input)]
+        alone = all(value is None for value in others)
+        if not isinstance(x, Tensor) or not (alone or self.layout.any_call):
+            given = ", ".join(type(value).__name__ for value in [*args, *kwargs.values()])
+            raise TypeError(
+                f"{self.title()} was tried with one tensor and is called with ({given}): "
+                "pass a sample input, convert_to_mof_(model, config, example=inputs)"
+            )
+        if self.layout.num_dims and x.dim() not in self.layout.num_dims:
+            raise TypeError(f"{self.title()} takes (batch, channels, ...), got a tensor of {x.dim()} dimensions")
+        return x
+
+    def title(self) -> str:
+        """Name the layer in a message."""
+        return f"expert layer '{self.name}'" if self.name else type(self).__name__
+
+    def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         template = self.__dict__.get("_template")
-        if template is not None and name in template._modules:  # a child that is replaced here is replaced there
+        if template is None:
+            return
+        if name in template._modules:  # a child that is replaced here is replaced there
             template._modules[name] = self._modules[name]
+        elif name in self.__dict__ and not name.startswith("_") and not hasattr(type(self), name):
+            setattr(template, name, value)  # kept by the merge
+
+    def __getattr__(self, name: str) -> Any:
+        template = self.__dict__.get("_template")
+        if template is not None and name in template.__dict__:  # a plain attribute of the FFN
+            return template.__dict__[name]
+        return super().__getattr__(name)
+
+    def __prepare_scriptable__(self) -> "ExpertLayer":
+        raise TypeError(f"{self.title()} cannot be scripted: merge_experts(model) first")
 
     def extra_repr(self) -> str:
         return f"{type(self._template).__name__}, num_experts={self.num_experts}"
@@ -186,90 +211,12 @@ class RUPMoF(ExpertLayer):
         torch.Size([2, 6, 8])
     """
 
-    def dispatch(self, x: Tensor) -> tuple[Tensor, Plan | None]:
-        """Cut the tokens at random; raises ValueError when there are fewer than experts. Evaluation has no plan."""
-        if not self.training:
-            return x, None
-        tokens = x.reshape(-1, x.shape[-1])
-        partition = random_partition(tokens.shape[0], self.num_experts, x.device)
-        return dispatch(tokens, partition), Plan(partition, None, x.shape[:-1])
-
-
-def check_ffn(ffn: nn.Module) -> None:
-    """Refuse a module that cannot become experts.
-
-    Raises:
-        TypeError: it has no linear layer, a linear layer with a forward method of its own, or parameters or buffers
-            that belong neither to a linear layer nor to a norm layer between the linear layers; or it does not map
-            each token to a vector by itself (not checked on the meta device).
-    """
-    linears = [m for m in ffn.modules() if is_linear(m)]
-    if not linears or is_linear(ffn):
-        raise TypeError(f"{type(ffn).__name__} is not an FFN with nn.Linear layers inside")
-    for linear in linears:
-        if isinstance(linear, nn.Linear) and type(linear).forward is not nn.Linear.forward:
-            raise TypeError(f"{type(ffn).__name__} holds a {type(linear).__name__}, which is more than an nn.Linear")
-    owners = list(linears)
-    if len(linears) > 1 and all(any(linear is child for child in ffn.children()) for linear in linears):
-        # Norms over the channels treat tokens one by one. Deeper linear layers might be those of an attention.
-        owners += [m for m in ffn.children() if isinstance(m, (nn.LayerNorm, nn.RMSNorm))]
-    known = {id(parameter) for m in owners for parameter in (m.weight, getattr(m, "bias", None))}
-    state = [*ffn.named_parameters(), *ffn.named_buffers()]
-    foreign = [name for name, tensor in state if id(tensor) not in known]
-    if foreign:
-        raise TypeError(f"{type(ffn).__name__} holds state outside its linear layers ({', '.join(foreign)})")
-    if type(ffn).forward is not nn.Module.forward and not any(tensor.is_meta for _, tensor in state):
-        _check_token_by_token(ffn, linears)
-
-
-@torch.no_grad()
-def _check_token_by_token(ffn: nn.Module, linears: list[nn.Module]) -> None:
-    """Run a copy of `ffn` on a few tokens and on one of them alone: attention, for one, gives another result."""
-    probe, device = copy.deepcopy(ffn).float().eval(), linear_parameters(linears[0])[0].device
-    problems: list[str] = []
-    for width in dict.fromkeys(linear_features(m)[0] for m in linears):  # the first one need not read the input
-        tokens = torch.arange(6.0 * width, device=device).sin().view(2, 3, width)
-        try:
-            together, alone = probe(tokens), probe(tokens[:1, :1])
-        except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
-            problems.append(str(error).partition("\n")[0])
-            continue
-        if not isinstance(together, Tensor) or together.shape[:-1] != tokens.shape[:-1]:
-            raise TypeError(f"{type(ffn).__name__} does not return one vector for each token")
-        # Loose, for autocast; other tokens change an output by far more.
-        if not torch.allclose(together[:1, :1], alone, rtol=0, atol=0.01 * float(together.abs().max()), equal_nan=True):
-            raise TypeError(f"{type(ffn).__name__} mixes tokens; an FFN treats each of them by itself")
-        return
-    raise TypeError(f"{type(ffn).__name__} does not run on tokens (groups, tokens, channels): {problems[0]}")
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Tell whether a module is `nn.Linear`, or GPT-2's form of it: weight (in, out), its output features as `nf`."""
-    if isinstance(module, nn.Linear):
-        return True
-    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
-    if weight is None or bias is None or len(list(module.parameters())) > 2:
-        return False
-    return weight.dim() == 2 and weight.shape[1:] == bias.shape == (getattr(module, "nf", None),)
-
-
-def linear_features(linear: nn.Module) -> tuple[int, int]:
-    """Return the input and output features of a linear layer."""
-    shape = linear_parameters(linear)[0].shape
-    return (shape[1], shape[0]) if isinstance(linear, nn.Linear) else (shape[0], shape[1])
-
-
-def linear_parameters(linear: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None]:
-    """Return the weight and the bias, None without one, of a linear layer, see `is_linear`."""
-    return linear.get_parameter("weight"), linear._parameters.get("bias")
-
-
-def mean_over_experts(stacked: Tensor) -> Tensor:
-    """Mean over dimension 0, computed in float32 for lower precision and returned in the dtype of `stacked`."""
-    return stacked.mean(0, dtype=torch.promote_types(stacked.dtype, torch.float32)).to(stacked.dtype)
-
-
-def _stack(parameter: nn.Parameter, num_experts: int, transpose: bool = False) -> nn.Parameter:
-    dense = parameter.detach().t() if transpose else parameter.detach()
-    stacked = dense.unsqueeze(0).repeat(num_experts, *[1] * dense.dim())
-    return nn.Parameter(stacked.contiguous(), requires_grad=parameter.requires_grad)
+    def draw(self, x: Tensor) -> Plan:
+        """Cut the tokens at random; raises ValueError when there are fewer than experts."""
+        shape = self.places(x)
+        if shape.numel() < self.num_experts:
+            raise ValueError(
+                f"{self.title()}: {shape.numel()} tokens cannot be shared among {self.num_experts} experts: "
+                "use a larger batch, more tokens per sample or fewer experts"
+            )
+        return Plan(random_partition(shape.numel(), self.num_experts, x.device), None, shape)

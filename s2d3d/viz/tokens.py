@@ -105,19 +105,17 @@ def token_experts(plan: Plan) -> Tensor:
 def _plans(layer: ExpertLayer) -> Iterator[list[Plan]]:
     """Note the plans of a layer's calls."""
     plans: list[Plan] = []
-    original = layer.dispatch
+    original = layer.draw
 
-    def dispatch(x: Tensor) -> tuple[Tensor, Plan | None]:
-        slots, plan = original(x)
-        assert plan is not None  # the layer is in training mode
-        plans.append(plan)
-        return slots, plan
+    def draw(x: Tensor) -> Plan:
+        plans.append(original(x))
+        return plans[-1]
 
-    layer.dispatch = dispatch  # type: ignore[method-assign]  # of this layer alone, until the end of the block
+    layer.draw = draw  # type: ignore[method-assign]  # of this layer alone, until the end of the block
     try:
         yield plans
     finally:
-        del layer.dispatch
+        del layer.draw
 
 
 def _token_positions(model: nn.Module, points: Tensor, layer: str) -> Tensor:

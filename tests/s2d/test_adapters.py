@@ -20,7 +20,7 @@ from s2d3d.s2d import (
     is_sparse,
     merge_experts,
 )
-from s2d3d.s2d.adapters import ffn_name, find_ffn, find_ffns
+from s2d3d.s2d.adapters import find_ffn, find_ffns
 from s2d3d.s2d.analysis import expert_divergence
 from s2d3d.s2d.ewa import expert_layers
 
@@ -381,7 +381,7 @@ def test_what_lies_inside_a_match_of_the_same_pattern_does_not_count(model, targ
 @pytest.mark.parametrize("name", MODELS)
 def test_candidates_are_the_ffns_and_nothing_else(name):
     build, _, _, names = MODELS[name]
-    found = [ffn_name(ffn) for ffn in find_ffns(build())]
+    found = [ffn.name for ffn in find_ffns(build())]
     if name == "t5":
         names = names + [f"decoder.block.{i}.layer.2.DenseReluDense" for i in (0, 1)]
     if name == "convnext":

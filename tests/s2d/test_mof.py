@@ -367,16 +367,12 @@ def new_weight_norm(ffn: Mlp) -> Mlp:
     [
         (lambda: nn.Linear(6, 6), "Linear is not an FFN with nn.Linear layers inside"),
         (nn.GELU, "GELU is not an FFN with nn.Linear layers inside"),
-        (lambda: Mlp(6, 12, use_conv=True), "Mlp is not an FFN"),
+        (lambda: Mlp(6, 12, use_conv=True, norm_layer=nn.InstanceNorm2d), "Mlp mixes tokens"),
         (lambda: RUPMoF(Mlp(6, 12), 2), "RUPMoF is not an FFN"),
         (lambda: Attention(6, num_heads=2), "Attention mixes tokens"),
         (lambda: NextToken(nn.Linear(6, 12), nn.Linear(12, 6)), "NextToken mixes tokens"),
         (lambda: nn.MultiheadAttention(6, 2), r"MultiheadAttention holds"),
         (lambda: Mlp(6, 12, act_layer=nn.PReLU), r"state outside its linear layers \(act.weight\)"),
-        (
-            lambda: Mlp(6, 12, norm_layer=nn.BatchNorm1d),
-            r"state outside its linear layers \(norm.weight, .*running_mean",
-        ),
         (
             lambda: nn.Sequential(nn.Linear(6, 12), OwnForward(12, 6)),
             "holds a OwnForward, which is more than an nn.Linear",

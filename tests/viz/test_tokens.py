@@ -67,7 +67,7 @@ def test_the_seed_decides_and_nothing_else_changes():
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items()), "BatchNorm too"
     assert torch.equal(trace_experts(model, POINTS, seed=1)[0].experts, first)
     assert not torch.equal(trace_experts(model, POINTS, seed=2)[0].experts, first)
-    assert all("dispatch" not in vars(module) for module in model.modules() if isinstance(module, ExpertLayer))
+    assert all("draw" not in vars(module) for module in model.modules() if isinstance(module, ExpertLayer))
 
 
 def test_tokens_of_point_bert_lie_at_the_centres_of_their_groups():

@@ -1,0 +1,213 @@
+"""Linear layers of K experts, stacked: the only part of an FFN that experts have for themselves."""
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .dispatch import combine, dispatch
+
+if TYPE_CHECKING:
+    from .mof import ExpertLayer, Plan
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class StackedLinear(nn.Module):
+    """The same linear layer of K experts, stacked: `weight` (K, in, out), `bias` (K, out) or None.
+
+    (K, in, out) feeds `baddbmm` without a transposed copy. The names end in `.weight` and `.bias` like those
+    of `nn.Linear`, so that optimizer helpers which go by name do not decay the biases. Its `ExpertLayer` decides
+    whether it uses the experts or their mean, and whether it gets tokens in slots or in their own order.
+    """
+
+    _shell: nn.Module
+    _owner: "ExpertLayer"
+
+    def __init__(self, linear: nn.Module, num_experts: int) -> None:
+        """Stack `num_experts` copies of `linear`, in its dtype and on its device, with its hooks.
+
+        Args:
+            linear: see `is_linear`.
+            num_experts: K.
+        """
+        super().__init__()
+        self.num_experts = num_experts
+        self.input_first = not isinstance(linear, (nn.Linear, *_CONVOLUTIONS))
+        self.channels_first = isinstance(linear, _CONVOLUTIONS)
+        self.in_features, self.out_features = linear_features(linear)
+        weight, bias = linear_parameters(linear)
+        self.weight = self._stack(weight)
+        self.bias = None if bias is None else self._stack(bias)
+        # The linear layer without its weights: what `averaged_linear` fills again.
+        without_weights = {id(parameter): None for parameter in linear.parameters()}
+        object.__setattr__(self, "_shell", copy.deepcopy(linear, without_weights))
+        take_hooks_(self, linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x through the experts, or through their mean, as the owning `ExpertLayer` says.
+
+        Args:
+            x: in slots (K, capacity, in), one slice for each expert; otherwise tokens (..., in). Convolutions have
+                the channels in dimension 1.
+        """
+        owner = self._owner
+        if owner.uses_mean():
+            weight, bias = self.averaged()
+            if self.channels_first:
+                return self._shell._conv_forward(x, weight, bias)  # type: ignore[operator]
+            return F.linear(x, weight.t() if self.input_first else weight, bias)
+        if owner.layout.in_slots:
+            return self.multiply(x)
+        return self.on_tokens(x, owner.plan)
+
+    def on_tokens(self, x: Tensor, plan: "Plan | None") -> Tensor:
+        """Map tokens x (..., in), each through the expert that the plan says, and return them to their places."""
+        title = self._owner.title()
+        if plan is None:
+            raise RuntimeError(
+                f"{title} runs a part outside its whole: under activation checkpointing, recompute the FFN or the block"
+            )
+        tokens = x.movedim(1, -1) if self.channels_first else x
+        rows, partition = tokens.reshape(-1, self.in_features), plan.partition
+        if rows.shape[0] != partition.num_tokens:
+            raise ValueError(f"{title} has {partition.num_tokens} tokens, but a part of it gets {rows.shape[0]}")
+        outputs = combine(self.multiply(dispatch(rows, partition), False), partition)
+        outputs = outputs.view(*tokens.shape[:-1], self.out_features)
+        return outputs.movedim(-1, 1) if self.channels_first else outputs
+
+    def multiply(self, x: Tensor, channels_first: bool | None = None) -> Tensor:
+        """Map slots x (K, ..., in), with the channels in dimension 1 if so asked or a convolution, by their experts."""
+        if self.channels_first if channels_first is None else channels_first:
+            slots = x.flatten(2)
+            weight = self.weight.transpose(1, 2)
+            if self.bias is None:
+                return torch.bmm(weight, slots).view(x.shape[0], -1, *x.shape[2:])
+            return torch.baddbmm(self.bias.unsqueeze(2), weight, slots).view(x.shape[0], -1, *x.shape[2:])
+        if x.dim() > 3:
+            return self.multiply(x.flatten(1, -2), False).view(*x.shape[:-1], -1)
+        if self.bias is None:
+            return torch.bmm(x, self.weight)
+        return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight)
+
+    def averaged(self) -> tuple[Tensor, Tensor | None]:
+        """Return the mean over experts in the layout of the linear layer: weight (out, in), bias (out,) or None."""
+        # One contiguous copy here and in `averaged_linear`: equal layout, hence equal bits before and after a merge.
+        weight = mean_over_experts(self.weight)
+        weight = weight if self.input_first else weight.t().contiguous()
+        if self.channels_first:
+            weight = weight[(..., *[None] * len(self._shell.kernel_size))]  # type: ignore[arg-type]
+        return weight, None if self.bias is None else mean_over_experts(self.bias)
+
+    @torch.no_grad()
+    def averaged_linear(self) -> nn.Module:
+        """Build the linear layer with the mean of the experts; keeps class, dtype, device, requires_grad and mode."""
+        weight, bias = self.averaged()
+        linear = copy.deepcopy(self._shell)
+        linear.weight = _like(self.weight, weight)
+        if bias is not None and self.bias is not None:
+            linear.bias = _like(self.bias, bias)
+        take_hooks_(linear, self)
+        return linear.train(self.training)
+
+    @torch.no_grad()
+    def load_expert_(self, expert: int, linear: nn.Module) -> None:
+        """Overwrite one expert with the weights of `linear`."""
+        weight, bias = linear_parameters(linear)
+        weight = weight.flatten(1)
+        self.weight[expert].copy_(weight if self.input_first else weight.t())
+        if self.bias is not None and bias is not None:
+            self.bias[expert].copy_(bias)
+
+    def _stack(self, parameter: nn.Parameter) -> nn.Parameter:
+        dense = parameter.detach()
+        if dense.dim() > 1:
+            dense = dense.flatten(1) if self.input_first else dense.flatten(1).t()
+        return _like(parameter, dense.unsqueeze(0).repeat(self.num_experts, *[1] * dense.dim()).contiguous())
+
+    def extra_repr(self) -> str:
+        return f"{self.num_experts} x ({self.in_features} -> {self.out_features}), bias={self.bias is not None}"
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Tell whether a module is an `nn.Linear`, a convolution of width 1, or GPT-2's form of a linear layer.
+
+    That form has a weight (in, out) and tells its output features as `nf`. A convolution has stride 1, no padding and
+    one group: it maps each position by itself.
+    """
+    if isinstance(module, nn.Linear):
+        return True
+    if isinstance(module, _CONVOLUTIONS):
+        unpadded = isinstance(module.padding, str) or not any(module.padding)
+        return {*module.kernel_size, *module.stride, module.groups} == {1} and unpadded
+    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+    if weight is None or bias is None or len(list(module.parameters())) > 2:
+        return False
+    return weight.dim() == 2 and weight.shape[1:] == bias.shape == (getattr(module, "nf", None),)
+
+
+def linear_features(linear: nn.Module) -> tuple[int, int]:
+    """Return the input and output features of a linear layer."""
+    if isinstance(linear, nn.Linear):
+        return linear.in_features, linear.out_features
+    if isinstance(linear, _CONVOLUTIONS):
+        return linear.in_channels, linear.out_channels
+    rows, columns = linear_parameters(linear)[0].shape
+    return rows, columns
+
+
+def linear_parameters(linear: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """Return the weight and the bias, None without one, of a linear layer, see `is_linear`."""
+    return linear.get_parameter("weight"), linear._parameters.get("bias")
+
+
+def check_linear(linear: nn.Module, name: str) -> None:
+    """Refuse a linear layer that is more than its weight and bias; raises TypeError with the way out."""
+    stock = next((kind for kind in (nn.Linear, *_CONVOLUTIONS) if isinstance(linear, kind)), None)
+    if stock is not None and type(linear).forward is not stock.forward:
+        raise TypeError(f"holds a {type(linear).__name__}, which is more than an nn.{stock.__name__}")
+    for key in ("weight", "bias"):
+        parameter = linear._parameters.get(key)
+        if parameter is None:
+            continue
+        if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+            raise TypeError(f"holds the lazy layer '{name}': run the model once before its conversion")
+        if (
+            type(parameter) is not nn.Parameter
+            or type(parameter.data) is not Tensor
+            or not parameter.is_floating_point()
+        ):
+            kind = type(parameter.data).__name__ if parameter.is_floating_point() else str(parameter.dtype)
+            raise TypeError(f"has a {key} of kind {kind} in '{name}': convert before quantizing or sharding the model")
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise TypeError(f"has a gradient hook on '{name}.{key}': register it on the experts, after the conversion")
+
+
+def mean_over_experts(stacked: Tensor) -> Tensor:
+    """Mean over dimension 0, computed in float32 for lower precision and returned in the dtype of `stacked`."""
+    return stacked.mean(0, dtype=torch.promote_types(stacked.dtype, torch.float32)).to(stacked.dtype)
+
+
+def take_hooks_(module: nn.Module, source: nn.Module) -> None:
+    """Give `module` the forward and backward hooks of `source`."""
+    for key in HOOKS:
+        value = source.__dict__[key]
+        module.__dict__[key] = value.copy() if isinstance(value, dict) else value
+
+
+def drop_hooks_(module: nn.Module) -> None:
+    """Take a module's own forward and backward hooks off, and leave those of its children."""
+    take_hooks_(module, nn.Identity())
+
+
+HOOKS = tuple(key for key in vars(nn.Identity()) if "hook" in key and "state_dict" not in key)
+"""Where `nn.Module` keeps its forward and backward hooks."""
+
+
+def _like(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:
+    """Make a parameter of `value` with the attributes of another one, such as a library's marks for its optimizer."""
+    made = nn.Parameter(value, requires_grad=parameter.requires_grad)
+    made.__dict__.update(parameter.__dict__)
+    return made

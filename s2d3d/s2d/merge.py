@@ -1,0 +1,144 @@
+"""From a sparse transformer to a dense one: `merge_experts`, after training."""
+
+import copy
+import logging
+from collections.abc import Callable, Collection
+
+import torch
+from torch import nn
+
+from .adapters import EntryLinear, PairPart
+from .linear import StackedLinear
+from .moe import TopKMoE
+from .mof import ExpertLayer
+
+logger = logging.getLogger(__name__)
+
+
+class NoWeightDecay:
+    """Stands in the place of a model's `no_weight_decay()`, which timm asks: adds the stacked biases to its names.
+
+    timm's layer decay goes by the number of dimensions, which stacked biases have two of.
+    """
+
+    def __init__(self, own: Callable[[], Collection[str]] | None, names: list[str]) -> None:
+        self.own, self.names = own, names
+
+    def __call__(self) -> set[str]:
+        return {*(self.own() if self.own is not None else ()), *self.names}
+
+
+def mark_no_weight_decay_(model: nn.Module) -> None:
+    """Let `model.no_weight_decay()` name the stacked biases as well."""
+    stacked = ((name, module) for name, module in model.named_modules() if isinstance(module, StackedLinear))
+    biases = [f"{name}.bias" for name, layer in stacked if layer.bias is not None]
+    model.__dict__["no_weight_decay"] = NoWeightDecay(getattr(model, "no_weight_decay", None), biases)
+
+
+def merge_experts(
+    model: nn.Module, *, inplace: bool = False, check_finite: bool = True, allow_average: bool = False
+) -> nn.Module:
+    """Turn every RUP-MoF layer into one FFN, the mean of its experts.
+
+    The result has the architecture and the state-dict keys of the model before its conversion, and keeps dtype, device,
+    `requires_grad` and train/eval mode. Merging a dense model changes nothing.
+
+    Args:
+        model: a model with or without RUP-MoF layers. Of a wrapper (DDP, DataParallel, `torch.compile`,
+            `AveragedModel`, timm's ModelEma) the model inside is merged and returned.
+        inplace: change `model` itself; otherwise a deep copy is changed and `model` stays as it is.
+        check_finite: refuse to produce NaN or infinite weights; the model is then unchanged.
+        allow_average: merge TopKMoE layers as well, to the mean of their experts. This is an approximation, and a
+            warning says so: the model with its routers computes something else.
+
+    Returns:
+        The dense model.
+
+    Raises:
+        ValueError: merged weights are not finite, a layer is a TopKMoE and `allow_average` is not set (the messages
+            name the layer), `model` is itself an expert layer and `inplace` is set, or its weights are sharded.
+
+    Example:
+        >>> import timm
+        >>> model = timm.create_model("vit_tiny_patch16_224", depth=2)
+        >>> keys = model.state_dict().keys()
+        >>> _ = convert_to_mof_(model)
+        >>> merge_experts(model).state_dict().keys() == keys
+        True
+    """
+    model = unwrapped(model)
+    if inplace and isinstance(model, ExpertLayer):
+        raise ValueError("an expert layer cannot turn into its FFN in place: use the result of inplace=False")
+    merged: dict[nn.Module, nn.Module] = {}
+    owned = {module.experts for module in model.modules() if isinstance(module, EntryLinear)}
+    for name, layer in model.named_modules():
+        if isinstance(layer, TopKMoE):
+            _check_average(name, allow_average)
+        if isinstance(layer, (ExpertLayer, PairPart)) and layer not in owned:
+            merged[layer] = layer.averaged_expert()
+            if check_finite:
+                _check_finite(merged[layer], name)
+    if inplace:
+        replace_(model, merged)
+    else:  # the memo hands deepcopy the dense layers instead of the experts, which are thus never copied
+        model = copy.deepcopy(model, {id(layer): ffn for layer, ffn in merged.items()})
+    for module in model.modules():
+        if isinstance(module.__dict__.get("no_weight_decay"), NoWeightDecay):
+            del module.__dict__["no_weight_decay"]
+    return model
+
+
+def is_sparse(model: nn.Module) -> bool:
+    """Tell whether a model still has experts.
+
+    Example:
+        >>> is_sparse(nn.Linear(2, 2))
+        False
+    """
+    return any(isinstance(m, ExpertLayer) for m in model.modules())
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside wrappers that are no part of it.
+
+    Raises:
+        ValueError: it is sharded, so that its weights are not at hand.
+    """
+    kinds = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch.optim.swa_utils.AveragedModel)
+    while True:
+        kind = type(model)
+        if isinstance(model, kinds) or (kind.__module__.startswith("timm.") and kind.__name__.startswith("ModelEma")):
+            model = model.get_submodule("module")
+        elif "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        else:
+            break
+    sharded = [name for name, m in model.named_modules() if type(m).__name__ == "FullyShardedDataParallel"]
+    if sharded or any(hasattr(parameter, "placements") for parameter in model.parameters()):
+        raise ValueError(
+            "the model is sharded (FSDP): gather a full state dict (torch.distributed.checkpoint.state_dict."
+            "get_model_state_dict with full_state_dict=True), load it into an unsharded converted model and merge that"
+        )
+    return model
+
+
+def _check_finite(ffn: nn.Module, name: str) -> None:
+    bad = [key for key, tensor in ffn.state_dict().items() if not bool(torch.isfinite(tensor).all())]
+    if bad:
+        raise ValueError(f"merging '{name}' gives non-finite weights in {', '.join(bad)}: the training has diverged")
+
+
+def _check_average(name: str, allowed: bool) -> None:
+    if not allowed:
+        raise ValueError(
+            f"module '{name}' is a TopKMoE, whose router chooses experts for each token: no FFN equals it. "
+            "Evaluate it as it is, or pass allow_average=True for the mean of its experts, an approximation"
+        )
+    logger.warning("the mean of the experts of '%s' only approximates it: it is a TopKMoE with a router", name)
+
+
+def replace_(model: nn.Module, layers: dict[nn.Module, nn.Module]) -> None:
+    """Put modules in the places of others, wherever these stand."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in layers:
+            model.set_submodule(name, layers[module])
