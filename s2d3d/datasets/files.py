@@ -76,7 +76,8 @@ def read_points(path: str | os.PathLike, num_points: int, *, seed: int = 0, allo
     if not path.is_file():
         state = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "no such file"
         raise InputError(f"{path}: {state}; name a file with points")
-    points, faces = (_CLOUDS[suffix](path), None) if suffix in _CLOUDS else _MESHES[suffix](path)
+    with np.errstate(invalid="ignore", over="ignore"):  # numbers of any bits; they are checked below
+        points, faces = (_CLOUDS[suffix](path), None) if suffix in _CLOUDS else _MESHES[suffix](path)
     if not len(points):
         raise InputError(f"{path}: holds no points, or is not a {suffix} file")
     if faces is not None and len(faces):
@@ -142,8 +143,9 @@ def read_cloud(
 
 def _finite_points(path: Path, points: np.ndarray, allow_missing: bool) -> np.ndarray:
     """Leave out points that are not three finite numbers, or refuse them."""
-    if np.isfinite(points.sum(axis=0)).all():
-        return points
+    with np.errstate(invalid="ignore", over="ignore"):
+        if np.isfinite(points.sum(axis=0)).all():
+            return points
     finite = np.isfinite(points).all(axis=1)
     missing = len(points) - int(np.count_nonzero(finite))
     if missing and not allow_missing:

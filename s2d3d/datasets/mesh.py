@@ -255,9 +255,7 @@ def read_glb(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     try:
         import trimesh
     except ImportError as error:
-        raise InputError(
-            f"{path}: GLB files are read by trimesh, which is missing: pip install 's2d3d[mesh]'"
-        ) from error
+        raise InputError(f"{path}: is read by trimesh, which is missing: pip install 's2d3d[mesh]'") from error
     try:
         scene = trimesh.load(io.BytesIO(data), file_type="glb", force="scene", process=False, skip_materials=True)
         parts = scene.dump()  # type: ignore[attr-defined]  # a scene, as forced

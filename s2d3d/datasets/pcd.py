@@ -38,7 +38,7 @@ def read_pcd(path: Path) -> np.ndarray:
         width, height = (int(header[key][0]) if key in header else None for key in ("WIDTH", "HEIGHT"))
         (form,) = header["DATA"]
         points = int(header["POINTS"][0]) if "POINTS" in header else None
-        if not len(names) == len(sizes) == len(counts) or min(counts) < 0:
+        if not len(names) == len(sizes) == len(counts) or not 0 <= min(counts) <= max(counts) <= MAX_HEADER:
             raise ValueError
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise InputError(f"{path}: not a PCD file, or its header is damaged") from error
