@@ -4,6 +4,7 @@ import logging
 import math
 import re
 import tokenize
+import warnings
 import zipfile
 from dataclasses import dataclass
 from itertools import islice
@@ -110,7 +111,9 @@ def _npy_header(where: str, file: BinaryIO) -> tuple[tuple[int, ...], bool, np.d
         version = np.lib.format.read_magic(file)
         if version == (3, 0):  # as (2, 0), with names of fields in UTF-8
             version = (2, 0)
-        return _HEADERS[version](file)
+        with warnings.catch_warnings():  # of headers that Python 2 wrote
+            warnings.simplefilter("ignore", UserWarning)
+            return _HEADERS[version](file)
     except (ValueError, SyntaxError, TypeError, KeyError, EOFError, RecursionError, tokenize.TokenError) as error:
         raise InputError(f"{where}: cannot be read as a table: not a NumPy file, or its header is damaged") from error
 
