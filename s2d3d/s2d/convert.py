@@ -223,7 +223,7 @@ def _to_experts(config: MoFConfig, initialise: Initialiser | None, layout: Layou
 
         def redraw(module: nn.Module) -> None:
             if is_linear(module) and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+                module.reset_parameters()  # type: ignore[operator]
             elif is_linear(module):
                 nn.init.normal_(linear_parameters(module)[0], std=0.02)
             if initialise is not None:
@@ -262,7 +262,8 @@ def _as_call(example: Any) -> Call:
 
 def _run_dense(model: nn.Module, ffns: list[FFN], call: Call) -> tuple[Any, dict[FFN, list[Call]]]:
     """Run a copy of the model on a sample input; return its output, and how each FFN, or its layer, was called."""
-    copied, calls = _copied(model), {ffn: [] for ffn in ffns}
+    copied = _copied(model)
+    calls: dict[FFN, list[Call]] = {ffn: [] for ffn in ffns}
     for ffn in ffns:
 
         def note(module: nn.Module, args: Any, kwargs: Any, seen: list[Call] = calls[ffn]) -> None:

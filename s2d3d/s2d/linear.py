@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 
 from .dispatch import combine, dispatch
 
@@ -116,8 +117,8 @@ class StackedLinear(nn.Module):
     def load_expert_(self, expert: int, linear: nn.Module) -> None:
         """Overwrite one expert with the weights of `linear`."""
         weight, bias = linear_parameters(linear)
-        weight = weight.flatten(1)
-        self.weight[expert].copy_(weight if self.input_first else weight.t())
+        flat = weight.flatten(1)
+        self.weight[expert].copy_(flat if self.input_first else flat.t())
         if self.bias is not None and bias is not None:
             self.bias[expert].copy_(bias)
 
@@ -172,7 +173,7 @@ def check_linear(linear: nn.Module, name: str) -> None:
         parameter = linear._parameters.get(key)
         if parameter is None:
             continue
-        if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+        if is_lazy(parameter):
             raise TypeError(f"holds the lazy layer '{name}': run the model once before its conversion")
         if (
             type(parameter) is not nn.Parameter

@@ -11,6 +11,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.nn import functional as F
 
+from s2d3d import create_model
 from s2d3d.s2d import EWA, MoFConfig, RUPMoF, convert_to_mof_, is_sparse, merge_experts
 from s2d3d.s2d.analysis import expert_divergence
 from s2d3d.training.optim import no_decay_names
@@ -569,3 +570,50 @@ def test_registered_timm_models_convert_and_merge(spread_):
         assert model.train()(x).shape == (2, 3)
         merged = merge_experts(spread_(model)).state_dict()
         assert {k: v.shape for k, v in merged.items()} == {k: v.shape for k, v in state.items()}, name
+
+
+# Default targets, wrappers, layer decay
+
+
+@pytest.mark.parametrize("name", ["point_bert_tiny", "point_transformer_tiny"])
+def test_blocks_found_by_structure_are_those_of_the_name_in_our_backbones(name):
+    found, named = (
+        convert_to_mof_(create_model(name, num_classes=3), MoFConfig(every=1, targets=targets))
+        for targets in (None, ("*.mlp",))
+    )
+    assert found == named
+
+
+def test_an_mlp_inside_the_attention_is_not_the_ffn_of_its_block():
+    model = timm.create_model("vit_relpos_small_patch16_224", depth=2, embed_dim=16, num_heads=2, img_size=32)
+    assert convert_to_mof_(model, MoFConfig(every=1)) == ["blocks.0.mlp", "blocks.1.mlp"]
+
+
+def test_layer_decay_treats_stacked_biases_as_biases_until_the_merge(tiny_vit):
+    dense, model = tiny_vit(), tiny_vit()
+    convert_to_mof_(model)
+    build = dict(opt="adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.7)
+    assert decayed(create_optimizer_v2(model, **build), model) == decayed(create_optimizer_v2(dense, **build), dense)
+    merged = merge_experts(model)
+    assert "no_weight_decay" not in vars(merged) and merged.no_weight_decay() == dense.no_weight_decay()
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [torch.optim.swa_utils.AveragedModel, nn.DataParallel, lambda model: torch.compile(model, backend="eager")],
+)
+def test_merging_a_wrapper_returns_the_dense_model_inside(wrap, tiny_vit, spread_):
+    model = tiny_vit()
+    convert_to_mof_(model)
+    merged = merge_experts(wrap(spread_(model)))
+    assert type(merged) is VisionTransformer
+    assert_same_state(merged, snapshot(merge_experts(model)))
+
+
+@pytest.mark.parametrize("trace", [torch.fx.symbolic_trace, torch.jit.script])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
+def test_tracing_a_sparse_model_says_to_merge_first(trace, tiny_vit):
+    model = tiny_vit()
+    convert_to_mof_(model)
+    with pytest.raises(TypeError, match=r"expert layer 'blocks.1.mlp' cannot be .*: merge_experts\(model\) first"):
+        trace(model)
