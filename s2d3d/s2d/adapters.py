@@ -191,9 +191,6 @@ def find_block_ffns(model: nn.Module, trials: Trials | None = None) -> list[FFN]
 
     An FFN inside such a mixer (a position bias, say), in a head or in a pooling is left out: it sees no tokens, or
     others.
-
-    Raises:
-        TypeError: a module of the same class as one that was found cannot become experts, though it is no other FFN.
     """
     modules, found = dict(model.named_modules()), find_ffns(model, trials)
     inside = {id(m) for ffn in found for part in ffn.parts for m in modules[part].modules()}
