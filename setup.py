@@ -22,6 +22,7 @@ OPTIONAL = {
     "tensorboard": ["tensorboard>=2.14"],
     "wandb": ["wandb>=0.17"],
     "slurm": ["submitit>=1.5"],
+    "integrations": ["transformers>=5", "accelerate>=1.1", "lightning>=2.4"],
 }
 """What some uses need, by purpose; a missing one is named with its install line."""
 OPTIONAL_IN_TESTS = [requirement for extra, needed in OPTIONAL.items() if extra != "wandb" for requirement in needed]
@@ -84,7 +85,6 @@ setup(
             "mypy>=1.10",
             "types-PyYAML",
             "types-tqdm",
-            "transformers>=5",
             "nbclient>=0.8",
             "ipykernel>=6",
         ],

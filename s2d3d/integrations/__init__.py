@@ -1,0 +1,1 @@
+"""The method in other trainers: Hugging Face, Lightning, accelerate. Import the module of the one that you use."""
