@@ -1,4 +1,4 @@
-"""What the experts of a finished S2D run did: divergence over training, single experts against their mean, barriers."""
+"""Analysis of the experts of a finished S2D run: divergence over training, each expert and their mean, barriers."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ from .log import read_log
 from .trained import open_trained
 
 MOMENTUM = 0.9
-"""beta1 of Adam and AdamW, which makes the updates of neighbouring steps alike."""
+"""beta1 of Adam and AdamW. It correlates the updates of neighbouring steps."""
 
 
 def analyze_run(
@@ -38,25 +38,25 @@ def analyze_run(
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Analyse the sparse checkpoints of a run: its last one, and those that `train.keep_every` kept.
+    """Analyse the sparse checkpoints of a run: the last one, and those that `train.keep_every` kept.
 
     Args:
         folder: the run folder.
-        overrides: of the run's config, such as `data.root=...`.
-        num_shapes: test shapes that losses and accuracies are measured on, the same share of each class; at least one
-            of each, at most all.
-        num_positions: positions on a line between two models, with both ends; at least 3.
+        overrides: changes to the run's config, such as `data.root=...`.
+        num_shapes: number of test shapes on which losses and accuracies are measured. Each class contributes the same
+            share, at least one shape. At most all test shapes are used.
+        num_positions: positions on the line between two models, both ends included; at least 3.
         device: where to compute.
         progress: show a progress bar on a terminal.
 
     Returns:
         Plain types for JSON; docs/why.md explains them. `epochs`: a row for each epoch of log.csv. `prediction`: how
         the predicted divergence was fitted. `checkpoints`: merged model, single experts, and barriers between experts.
-        `between_checkpoints`: barriers between the merged models of neighbouring checkpoints, and of the first and
-        last one.
+        `between_checkpoints`: barriers between the merged models of neighbouring checkpoints, and between those of the
+        first and the last checkpoint.
 
     Raises:
-        InputError: not a run of RUP-MoF with at least two experts, or its data is not there.
+        InputError: the run is not an RUP-MoF run with at least two experts, or its data is missing.
     """
     if num_shapes < 1 or num_positions < 3:
         raise InputError(f"{num_shapes} shapes, {num_positions} positions: at least 1 and 3 are needed")
@@ -94,7 +94,7 @@ def analyze_run(
 
 
 def analysis_table(result: dict[str, Any]) -> str:
-    """Return the analysis as text: what happened at each checkpoint, then between them."""
+    """Return the analysis as text: a table of the checkpoints, then a table of the barriers between them."""
     lines = [
         f"{result['num_experts']} experts, measured on {result['num_shapes']} test shapes",
         "",
@@ -111,8 +111,8 @@ def analysis_table(result: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        "divergence: relative to the mean, over layers; gap: mean loss of the experts less that of the merged model,",
-        "nats; barrier: the highest between two experts, nats",
+        "divergence: relative to the mean, over layers; gap: mean loss of the experts minus loss of the merged",
+        "model, nats; barrier: the highest between two experts, nats",
         "",
     ]
     if result["between_checkpoints"]:
@@ -122,21 +122,21 @@ def analysis_table(result: dict[str, Any]) -> str:
             for line in result["between_checkpoints"]
         ]
     else:
-        lines += ["one checkpoint only: train with train.keep_every=N to see more of the training"]
+        lines += ["only one checkpoint: train with train.keep_every=N to keep more of them"]
     if prediction := result["prediction"]:
         lines += [
             "",
             f"divergence of {prediction['fitted_epochs']} epochs: within a factor {prediction['typical_factor']:.2f} "
-            f"of the prediction, whose one constant is {prediction['relative_to_noise']:.2f} of that of pure noise",
+            f"of the prediction; its fitted constant is {prediction['relative_to_noise']:.2f} times that of pure noise",
         ]
     return "\n".join(lines)
 
 
 def _sparse_checkpoints(run: RunFolder) -> dict[int, Path]:
-    """Find the sparse checkpoints of a run by epoch, the last one included.
+    """Return the sparse checkpoints of a run by epoch, the last one included.
 
     Raises:
-        InputError: there is none, or the run is no S2D run.
+        InputError: there is no checkpoint, or the run is not an S2D run.
     """
     if not run.last.is_file():
         raise InputError(f"{run.last}: no such file; the folder of an S2D run is needed, as tools/train.py makes it")
@@ -195,17 +195,17 @@ def _between(
 
 
 def _read_log(path: Path) -> list[dict[str, float]]:
-    """Read what the analysis needs of log.csv."""
+    """Read the columns of log.csv that the analysis needs."""
     wanted = ("epoch", "updates", "lr", "share_rate", "divergence")
     rows = read_log(path) if path.is_file() else []
     return [{key: row[key] for key in wanted if key in row} for row in rows]
 
 
 def _predict_(epochs: list[dict[str, float]], config: Config, model: nn.Module) -> dict[str, float] | None:
-    """Add `contraction` and `predicted` divergence to the rows of the log; return how the latter was fitted.
+    """Add `contraction` and `predicted` divergence to the rows of the log; return how the prediction was fitted.
 
-    The spread of the experts' updates is taken as proportional to the learning rate. That one factor is fitted, the
-    course over training is not. Without the divergence in the log, nothing is predicted.
+    The spread of the experts' updates is assumed to be proportional to the learning rate. Only the factor of
+    proportionality is fitted; the shape of the curve is not. Without the divergence in the log, nothing is predicted.
     """
     num_experts = config.s2d.num_experts
     for row in epochs:
@@ -237,10 +237,11 @@ def _predict_(epochs: list[dict[str, float]], config: Config, model: nn.Module) 
 
 
 def _noise_spread(model: nn.Module) -> float:
-    """Return the spread per learning rate of Adam's updates if gradients were nothing but noise of their own.
+    """Return the spread of Adam's updates per unit of learning rate, if each expert's gradients were pure noise.
 
-    Its steps then have root mean square sqrt((1 - beta1) / (1 + beta1)) of the learning rate, and (K - 1) / K of their
-    square is around the experts' mean. Relative to the size of the weights, as `expert_divergence` is.
+    The steps then have a root mean square of sqrt((1 - beta1) / (1 + beta1)) times the learning rate. The fraction
+    (K - 1) / K of their square is variance around the experts' mean. The result is relative to the size of the weights,
+    like `expert_divergence`.
     """
     step = math.sqrt((1 - MOMENTUM) / (1 + MOMENTUM))
     relative = []

@@ -1,4 +1,4 @@
-"""Checkpoint files: written atomically, read without running code, complete enough to rebuild the model."""
+"""Checkpoint files. They are written atomically, read without running code, and sufficient to rebuild the model."""
 
 import json
 from pathlib import Path
@@ -19,27 +19,27 @@ from .folder import require_checkpoint
 FORMAT = "s2d3d"
 FORMAT_VERSION = 2
 MODEL_KEYS = ("model", "s2d", "state_dict", "class_names", "config")
-"""What every checkpoint holds; one of a run under way has its training state besides."""
+"""Keys of every checkpoint. The checkpoint of an unfinished run also holds the training state."""
 MAX_EXPANSION = 4
-"""Bytes of weights for each byte of the file; views of one storage could declare any number."""
+"""Maximum bytes of weights per byte of the file. Without a limit, views of one storage could declare any number."""
 
 
 def save_checkpoint(path: str | Path, payload: dict[str, Any], *, previous: str | Path | None = None) -> Path:
-    """Write a checkpoint atomically: after a crash `path` holds either the old file or the new one, whole.
+    """Write a checkpoint atomically: after a crash, `path` holds either the complete old or the complete new file.
 
-    Every part of it carries a checksum, which `load_checkpoint` verifies.
+    Each part of the file has a checksum, which `load_checkpoint` verifies.
 
     Args:
-        path: where to; its folder exists. With the ending ".safetensors" the model alone is written, without anything
-            of a run under way, in that format.
-        payload: as `model_payload` makes it, possibly with more keys; tensors and plain Python types only.
-        previous: where the checkpoint that `path` holds now is kept.
+        path: file to write; its folder must exist. With the suffix ".safetensors", only the model is written, in that
+            format, without training state.
+        payload: result of `model_payload`, possibly with more keys; tensors and plain Python types only.
+        previous: where to keep the checkpoint that `path` holds now.
 
     Returns:
         The path.
 
     Raises:
-        OSError: it cannot be written, for example because the disk is full; `path` is as before.
+        OSError: the file cannot be written, for example because the disk is full; `path` is unchanged.
 
     Example:
         >>> save_checkpoint("dense.pt", load_checkpoint("runs/demo/merged.pt"))  # doctest: +SKIP
@@ -54,15 +54,15 @@ def save_checkpoint(path: str | Path, payload: dict[str, Any], *, previous: str 
 
 
 def load_checkpoint(path: str | Path, *, map_location: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a checkpoint of this package, of this format version or an older one; pickled code is never run.
+    """Read a checkpoint of this package, in the current format version or an older one. Pickled code is never run.
 
     Returns:
-        What `save_checkpoint` was given, and `format`, `format_version`, `s2d3d_version` and `versions`. The content is
-        that of the present version, into which older files are translated.
+        The payload given to `save_checkpoint`, plus `format`, `format_version`, `s2d3d_version` and `versions`. Older
+        files are converted to the current version.
 
     Raises:
-        InputError: the file is missing, or of a newer format.
-        UnreadableError: it is damaged, incomplete or not a checkpoint of this package.
+        InputError: the file is missing, or has a newer format.
+        UnreadableError: the file is damaged, incomplete or not a checkpoint of this package.
 
     Example:
         >>> load_checkpoint("runs/demo/merged.pt")["class_names"][:2]  # doctest: +SKIP
@@ -96,13 +96,13 @@ def model_payload(
     mof: MoFConfig | None,
     config: dict[str, Any],
 ) -> dict[str, Any]:
-    """Describe a model completely enough for `load_model`: architecture, experts, weights, classes, run config.
+    """Describe a model for `load_model`: architecture, experts, weights, classes and run config.
 
     Args:
         model: the bare model (no DDP or compile wrapper); dense, or converted with `mof`.
-        name: for `create_model`, as are `in_channels` and `kwargs`.
+        name: argument of `create_model`, like `in_channels` and `kwargs`.
         class_names: in the order of the logits.
-        mof: how it was converted; ignored when the model is dense.
+        mof: settings of the conversion; ignored if the model is dense.
         config: the run's config as plain types.
     """
     experts = None
@@ -132,11 +132,11 @@ def load_model(path: str | Path, *, merge: bool = False) -> nn.Module:
 
     Args:
         path: a sparse or dense checkpoint.
-        merge: turn experts into dense FFNs; a dense checkpoint is not changed by it.
+        merge: merge the experts into dense FFNs; it has no effect on a dense checkpoint.
 
     Raises:
-        InputError: the checkpoint cannot be read, its weights do not fit its own description, or `merge` is set and its
-            experts have a router.
+        InputError: the checkpoint cannot be read, its weights do not match its own description, or `merge` is set and
+            its experts have a router.
 
     Example:
         >>> model = load_model("runs/demo/merged.pt")  # doctest: +SKIP
@@ -145,7 +145,7 @@ def load_model(path: str | Path, *, merge: bool = False) -> nn.Module:
 
 
 def build_model(payload: dict[str, Any], *, where: str, merge: bool = False) -> nn.Module:
-    """As `load_model`, from a checkpoint that has been read already; `where` names it in errors."""
+    """Like `load_model`, for a checkpoint that is already loaded; `where` names it in errors."""
     description, experts = payload["model"], payload["s2d"]
     if merge:
         require_mergeable(payload, where)
@@ -165,7 +165,7 @@ def build_model(payload: dict[str, Any], *, where: str, merge: bool = False) -> 
         return model
 
     try:
-        with torch.device("meta"):  # a description of terabytes must not cost any before it is compared
+        with torch.device("meta"):  # allocate nothing before the sizes are compared
             plan = build()
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise InputError(f"{where}: the checkpoint's model description is unusable ({first_line(error)})") from error
@@ -189,7 +189,7 @@ def load_weights_(model: nn.Module, state_dict: dict[str, torch.Tensor], *, wher
 
 
 def check_weights(model: nn.Module, state_dict: dict[str, torch.Tensor], *, where: str) -> None:
-    """Raise InputError unless `state_dict` has the keys and shapes of a model, which may be on the meta device."""
+    """Raise InputError unless `state_dict` matches the model's keys and shapes; the model may be on the meta device."""
     own = model.state_dict()
     missing, unexpected = own.keys() - state_dict.keys(), state_dict.keys() - own.keys()
     common = own.keys() & state_dict.keys()
@@ -231,15 +231,13 @@ def has_router(payload: dict[str, Any]) -> bool:
 
 
 def require_mergeable(payload: dict[str, Any], where: str) -> None:
-    """Raise InputError when a checkpoint has experts that no dense FFN can stand for."""
+    """Raise InputError when a checkpoint has experts that cannot be merged into a dense FFN."""
     if has_router(payload):
-        raise InputError(
-            f"{where}: was trained with s2d.kind=topk, whose experts stay; evaluate it as it is, it has no dense form"
-        )
+        raise InputError(f"{where}: was trained with s2d.kind=topk, it has no dense form; evaluate it with its experts")
 
 
 def _check_content(payload: dict[str, Any], path: str | Path) -> None:
-    """Refuse a file that lacks a part of what `model_payload` makes, or holds one of another kind."""
+    """Raise UnreadableError if a part that `model_payload` makes is missing or has another type."""
     missing = [key for key in MODEL_KEYS if key not in payload]
     if missing:
         raise UnreadableError(f"{path}: checkpoint is incomplete, {', '.join(missing)} missing")
@@ -263,7 +261,7 @@ def _is_state_dict(weights: dict, max_bytes: int) -> bool:
 
 
 def _from_version_1(payload: dict[str, Any]) -> dict[str, Any]:
-    """Add what version 2 says explicitly: the kind of experts, the vertical axis, versions in files without a run."""
+    """Add the keys of version 2: the kind of experts, the vertical axis, and versions in files without a run."""
     experts = payload["s2d"]
     return payload | {
         "format_version": 2,
@@ -274,26 +272,26 @@ def _from_version_1(payload: dict[str, Any]) -> dict[str, Any]:
 
 
 _MIGRATIONS = {1: _from_version_1}
-"""Version -> what translates its content to the next."""
+"""By version: the function that converts its content to the next version."""
 
 
 SUFFIX = ".safetensors"
 
 
 KEY = "s2d3d"
-"""Where the metadata of the file hold the description, as JSON."""
+"""Key of the file's metadata under which the description is stored, as JSON."""
 
 
 def save_safetensors(path: str | Path, payload: dict[str, Any], *, format_version: int) -> Path:
-    """Write the weights of a checkpoint, atomically; its description becomes metadata.
+    """Write the weights of a checkpoint atomically; its description is stored as metadata.
 
     Args:
-        path: ends in ".safetensors"; its folder exists.
-        payload: as `model_payload` makes it.
+        path: file to write, with the suffix ".safetensors"; its folder must exist.
+        payload: result of `model_payload`.
         format_version: of the description.
 
     Raises:
-        OSError: the file cannot be written; what was there is unchanged.
+        OSError: the file cannot be written; an existing file is unchanged.
     """
     from safetensors.torch import save
 
@@ -307,7 +305,7 @@ def save_safetensors(path: str | Path, payload: dict[str, Any], *, format_versio
 
 
 def read_safetensors(path: str | Path) -> dict[str, Any]:
-    """Return what `save_safetensors` was given, with `state_dict` on the CPU; nothing in such a file can be run.
+    """Return the payload given to `save_safetensors`, with `state_dict` on the CPU. Such a file cannot hold code.
 
     Raises:
         UnreadableError: the file is damaged, or has no description of this package.

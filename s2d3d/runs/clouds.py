@@ -1,4 +1,4 @@
-"""Clouds to try a trained model on, also where its data set is not at hand."""
+"""Sample clouds for a trained model, even if its data set is missing."""
 
 from pathlib import Path
 
@@ -10,15 +10,15 @@ from .trained import TrainedModel
 
 
 def sample_clouds(trained: TrainedModel, count: int, *, required: bool = False) -> tuple[Tensor, str]:
-    """Take clouds spread over the test set of a trained model, procedural ones where no data set is here.
+    """Return clouds spread over the test set of a trained model, or procedural clouds if the data set is missing.
 
     Args:
-        trained: its config says which data set, and how many points a cloud has.
-        count: of clouds, at least 1; at most those of the test set are returned.
-        required: the data set must be there.
+        trained: the model; its config names the data set and the number of points.
+        count: number of clouds, at least 1; at most the size of the test set is returned.
+        required: raise an error if the data set is missing.
 
     Returns:
-        (n, N, C) float32, and what they are, such as "test clouds of shapes".
+        Clouds (n, N, C) float32, and a description of them, such as "test clouds of shapes".
 
     Raises:
         InputError: the data set cannot be read, or has other classes than the checkpoint.

@@ -1,4 +1,4 @@
-"""What a run notes of an epoch: a row of log.csv, and a line on the screen. `read_log` reads the rows back."""
+"""The log of a run: a row of log.csv and a line on the screen for each epoch. `read_log` reads the rows."""
 
 import csv
 import math
@@ -29,15 +29,15 @@ def epoch_row(
     steps_per_epoch: int,
     sparse_model: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """Return what the training of an epoch says; accuracies of evaluations are added by the caller.
+    """Return the training values of an epoch as a row of log.csv. The caller adds accuracies of evaluations.
 
     Args:
-        progress: when the last update of the epoch is done, before the epoch counts as completed.
-        sums: of the epoch over all ranks, places as in `update`.
+        progress: state after the last update of the epoch, before the epoch is counted as completed.
+        sums: sums of the epoch over all ranks, indexed as in `update`.
         lr: of the last update.
         share_rate: of the last update.
-        steps_per_epoch: updates.
-        sparse_model: whose experts' divergence is noted.
+        steps_per_epoch: number of updates in an epoch.
+        sparse_model: model whose expert divergence is added to the row.
     """
     loss, correct, samples, norms, *routing = sums.tolist()
     row: dict[str, Any] = {
@@ -54,7 +54,7 @@ def epoch_row(
 
 
 def epoch_line(row: dict[str, Any], epochs: int) -> str:
-    """Word a row of a run of `epochs` epochs, with the time left if all take as long as this one."""
+    """Return a row as a line of text, with the time left if each of the remaining epochs takes as long as this one."""
     left = str(timedelta(seconds=round(row["seconds"] * (epochs - row["epoch"]))))
     tested = "".join(f", {key} {100 * row[key]:.2f} %" for key in ("val_oa", "test_oa") if key in row)
     return (
@@ -65,7 +65,7 @@ def epoch_line(row: dict[str, Any], epochs: int) -> str:
 
 
 def read_log(path: str | Path) -> list[dict[str, float]]:
-    """Read log.csv: a row for each epoch, as numbers. Cells that are empty, text or not finite are left out.
+    """Read log.csv: a row of numbers for each epoch. Values that are empty, text or not finite are left out.
 
     Raises:
         InputError: the file is missing, is not CSV, or has a row without an epoch number.
@@ -91,11 +91,11 @@ def read_log(path: str | Path) -> list[dict[str, float]]:
 
 
 def training_throughput(log: Sequence[Mapping[str, float]], batch_size: int) -> float | None:
-    """Return the clouds per second of a training: the median over its epochs; None without any.
+    """Return the training throughput in clouds per second: the median over the epochs, None without epochs.
 
     Args:
-        log: columns `updates` (total) and `seconds` (of the epoch).
-        batch_size: clouds of an update.
+        log: rows with `updates` (in total) and `seconds` (of the epoch).
+        batch_size: clouds per update.
 
     Example:
         >>> training_throughput([{"updates": 10, "seconds": 2.0}, {"updates": 20, "seconds": 4.0}], batch_size=32)
@@ -111,7 +111,7 @@ def training_throughput(log: Sequence[Mapping[str, float]], batch_size: int) -> 
 
 
 def _number(text: str | list[str] | None) -> float | None:
-    if not isinstance(text, str):  # a row with fewer or more cells than columns
+    if not isinstance(text, str):  # a row with fewer or more values than columns
         return None
     try:
         value = float(text)

@@ -1,4 +1,4 @@
-"""What a finished run says about itself: metrics.json, and the table at the end."""
+"""The results of a finished run: metrics.json, and the table at the end."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -31,14 +31,14 @@ def run_metrics(
     """Return the content of metrics.json: accuracies of the last epoch, parameters, time.
 
     Args:
-        reports: by the form of the model that was evaluated: "sparse", "merged", "recalibrated", ....
+        reports: evaluations by the form of the model: "sparse", "merged", "recalibrated", ....
         progress: of the run, at its end.
         seed: of the run.
         train_seconds: training time, without evaluation.
         parameters: number of parameters, "training" and afterwards.
-        split: that was evaluated, "test" or "validation".
-        shapes: names of its shapes, in order; a digest of them tells whether two runs were scored on the same.
-        kept: which form the checkpoint of the finished run holds, a key of `reports`.
+        split: the evaluated split, "test" or "validation".
+        shapes: names of its shapes, in order. Their digest shows whether two runs were scored on the same shapes.
+        kept: form of the model in the checkpoint of the finished run, a key of `reports`.
     """
     return {
         "split": split,
@@ -68,14 +68,14 @@ def run_summary(
     Args:
         reports: as for `run_metrics`.
         folder: of the run.
-        split: that was evaluated.
+        split: the evaluated split.
         sparse: the run trained experts.
         training_parameters: number of parameters while training.
-        final_parameters: number of parameters of the model that the run leaves.
+        final_parameters: number of parameters of the final model.
     """
     routed = "routed" in reports
     titles = _ROUTED_TITLES if routed else _TITLES | {"merged": "after merge" if sparse else "dense"}
-    if "recalibrated" in reports:  # the model that votes then
+    if "recalibrated" in reports:  # voting then uses this model
         titles = titles | {"voting": f"{titles['recalibrated']}, voting"}
     rows = [(titles[name], report.summary()) for name, report in reports.items()]
     rows += [

@@ -1,4 +1,4 @@
-"""A run folder read back: what `RunFolder` and the trainer wrote, checked as far as a reader needs it."""
+"""Reading a run folder: the files that `RunFolder` and the trainer wrote, with checks of their content."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,17 +15,17 @@ from .log import read_log
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run folder says.
+    """The content of a run folder.
 
     Attributes:
-        name: to call the run by.
+        name: name of the run in tables and figures.
         config: resolved, as plain types.
         log: the rows of log.csv, as `read_log` returns them.
         environment: the content of environment.json; empty without that file.
         metrics: the content of metrics.json; empty while the run is not finished.
         analysis: the content of analysis.json, which `tools/analyze.py` writes, or None.
         robustness: the content of robustness.json, which `tools/evaluate.py --corruption all` writes, or None.
-        folder: where the files lie; None for a record that was made from numbers.
+        folder: where the files are; None for a record that was made from numbers.
         checkpoint: the final model, or None.
     """
 
@@ -48,14 +48,14 @@ class RunRecord:
 def final_form(reports: Mapping[str, Any]) -> str:
     """Return the form of the model that a run saved as merged.pt or final.pt.
 
-    That is the value of `kept` where it is known. Older files lack it: there it is the form that the run made last,
-    which is the one with re-estimated BatchNorm statistics where the run has it.
+    That is the value of `kept`. Older files have no `kept`; for them it is the form with re-estimated BatchNorm
+    statistics if there is one, else the routed or the merged model.
 
     Args:
         reports: by form: the content of metrics.json, the results of a study record, or the trainer's `reports`.
 
     Raises:
-        InputError: none of the forms is there.
+        InputError: `reports` has none of the forms.
 
     Example:
         >>> final_form({"merged": {"oa": 0.2}, "recalibrated": {"oa": 0.5}})
@@ -72,10 +72,10 @@ def final_form(reports: Mapping[str, Any]) -> str:
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[RunRecord]:
-    """Read run folders, finished or not, and name them: by their folder, or by the whole path where that is not unique.
+    """Read run folders, finished or not. A run is named by its folder, or by the whole path if a folder name repeats.
 
     Raises:
-        InputError: one is not a run folder, has no finished epoch, is named twice, or has a damaged file.
+        InputError: a path is not a run folder, has no finished epoch, is named twice, or has a damaged file.
 
     Example:
         >>> read_runs(["runs/demo"])[0].final["oa"]  # doctest: +SKIP
@@ -134,10 +134,10 @@ def _read_analysis(path: Path) -> dict[str, Any] | None:
 
 
 def find_reference(checkpoint: str | Path) -> Path | None:
-    """Return the robustness file of a checkpoint's dense baseline, if it is there.
+    """Return the robustness file of a checkpoint's dense baseline, or None if it does not exist.
 
-    That is `robustness.json` in the folder beside the checkpoint's run whose name has "dense" in place of "s2d":
-    runs/modelnet_s2d_small/merged.pt has runs/modelnet_dense_small/robustness.json.
+    The name of the run folder is changed from "s2d" to "dense": for runs/modelnet_s2d_small/merged.pt the file is
+    runs/modelnet_dense_small/robustness.json.
     """
     folder = Path(checkpoint).parent
     folder = folder.parent if folder.name == "checkpoints" else folder
@@ -149,7 +149,7 @@ def read_robustness(path: str | Path) -> dict[str, Any]:
     """Read a file that `tools/evaluate.py --corruption all --output FILE.json` wrote.
 
     Raises:
-        InputError: the file is missing, or holds something else.
+        InputError: the file is missing, or has other content.
     """
     content = read_json(path, advice=f"make it with tools/evaluate.py --corruption all --output {path}")
     table = content.get("corruptions")

@@ -16,10 +16,10 @@ from .checkpoint import build_model, load_checkpoint
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """What a checkpoint holds, ready to use.
+    """A trained model with its checkpoint and config.
 
     Attributes:
-        path: of the checkpoint; names it in errors.
+        path: path of the checkpoint, used in error messages.
         payload: the content of the checkpoint, see `load_checkpoint`.
         config: of its run, with the overrides.
         model: in eval mode.
@@ -39,7 +39,7 @@ class TrainedModel:
         """Read a split of the data set that the config names.
 
         Raises:
-            InputError: the data set cannot be read, or its classes are not those of the model.
+            InputError: the data set cannot be read, or its classes differ from those of the model.
         """
         dataset = build_dataset(self.config.data, split, seed=self.config.seed)
         check_classes(dataset, self.class_names, self.path)
@@ -53,9 +53,9 @@ def open_trained(
 
     Args:
         path: a checkpoint, sparse or dense.
-        overrides: `section.key=value`, which replace values of the config.
-        device: for the model.
-        merge: turn experts into dense FFNs.
+        overrides: changes to the config, as `section.key=value`.
+        device: device of the model.
+        merge: merge the experts into dense FFNs.
 
     Raises:
         InputError: the checkpoint or an override cannot be read, or `merge` is set and the experts have a router.

@@ -1,4 +1,4 @@
-"""One run of a study: what it is, in plain types too, and how it is trained to its end."""
+"""One run of a study: its description, its conversion to plain types, and its config with one thread."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ class Cell:
 
     Attributes:
         study: its name.
-        arm: name of its arm.
+        arm: name of its configuration, a key of `arms`.
         seed: of the run.
         config: of the run.
-        changes: dotted keys in which `config` differs from the study's base, seed and folders left out.
-        data_folder: name of the folder that `data.root` means in the study's files, an override for this machine aside.
+        changes: dotted keys in which `config` differs from the study's base, without seed and folders.
+        data_folder: name of the folder that `data.root` has in the study's files, before overrides for this machine.
     """
 
     study: str
@@ -32,7 +32,7 @@ class Cell:
 
 
 def single_threaded(cell: Cell) -> Cell:
-    """Return the run with one thread of torch, for runs side by side; only rounding depends on the number."""
+    """Return the run with one torch thread, for parallel runs. The number of threads affects only rounding."""
     train = cell.config.train.model_copy(update={"num_threads": 1})
     return dataclasses.replace(cell, config=cell.config.model_copy(update={"train": train}))
 
@@ -41,12 +41,12 @@ _PLAIN = ("study", "arm", "seed", "changes", "data_folder")
 
 
 def cell_to_dict(cell: Cell) -> dict[str, Any]:
-    """Return a run in types that JSON knows."""
+    """Return a run as plain types for JSON."""
     return {**{name: getattr(cell, name) for name in _PLAIN}, "config": cell.config.to_dict()}
 
 
 def cell_from_dict(plain: dict[str, Any]) -> Cell:
-    """Return what `cell_to_dict` was given.
+    """Return the run that `cell_to_dict` converted.
 
     Raises:
         InputError: the config is not valid.

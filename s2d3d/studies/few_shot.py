@@ -1,7 +1,7 @@
 """Few-shot classification: a few training shapes of a few classes, repeated over seeded folds.
 
-A fold is an ordinary run of the `Trainer`, restricted to classes (`data.classes`) and given a subset of the training
-and test split as its data sets.
+A fold is an ordinary run of the `Trainer` with a few classes (`data.classes`). Its data sets are subsets of the
+training and test split.
 
 Source: Point-BERT (Yu et al. 2022, arXiv 2111.14819), whose protocol is that of Sharma and Kaul 2020; docs/few_shot.md.
 """
@@ -29,7 +29,7 @@ from ..training.trainer import Trainer
 
 @dataclass(frozen=True)
 class FewShotTask:
-    """What is repeated over the folds.
+    """The task of each fold.
 
     Attributes:
         ways: classes of a fold, at least 2.
@@ -48,10 +48,10 @@ class FewShotTask:
 
 
 def draw_classes(class_names: list[str], ways: int, *, seed: int, fold: int) -> list[str]:
-    """Draw the classes of a fold; fewer ways of the same seed and fold are a prefix of more.
+    """Draw the classes of a fold. With the same seed and fold, fewer ways give a prefix of the classes of more ways.
 
     Raises:
-        InputError: there are fewer classes.
+        InputError: the data set has fewer classes.
 
     Example:
         >>> draw_classes(["a", "b", "c"], 2, seed=0, fold=0) == draw_classes(["a", "b", "c"], 3, seed=0, fold=0)[:2]
@@ -66,7 +66,7 @@ def draw_classes(class_names: list[str], ways: int, *, seed: int, fold: int) -> 
 def draw_shapes(dataset: PointCloudDataset, count: int, *, seed: int, fold: int) -> Tensor:
     """Draw `count` shapes of each class, as a function of seed, fold, split and class name.
 
-    A smaller count draws a part of what a larger one does.
+    A smaller count draws a subset of the shapes of a larger count.
 
     Returns:
         (count * num_classes,) int64 indices, class by class.
@@ -86,7 +86,7 @@ def draw_shapes(dataset: PointCloudDataset, count: int, *, seed: int, fold: int)
 
 
 def fold_config(config: Config, task: FewShotTask, fold: int, class_names: list[str]) -> Config:
-    """Return the config of a fold's run: its classes, a seed and a run folder of its own."""
+    """Return the config of a fold's run, with its own classes, seed and run folder."""
     mapping = config.to_dict()
     mapping["seed"] = (config.seed + fold) % 2**32
     mapping["output_dir"] = str(Path(config.output_dir) / f"{task.ways}way_{task.shots}shot" / f"fold_{fold}")
@@ -101,7 +101,7 @@ def fold_datasets(
 
     Args:
         config: of the fold, see `fold_config`.
-        task: how many shapes.
+        task: number of shapes.
         seed: of the whole experiment.
         fold: number of the fold.
     """
@@ -115,23 +115,23 @@ def fold_datasets(
 def run_folds(
     config: Config, task: FewShotTask, *, folds: int, output: str | Path, force: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Run the folds that `output` does not hold yet, and yield each of its folds as soon as it is there.
+    """Run the folds that are missing in `output`, and yield each fold when it is finished.
 
-    After every fold `output` is written. A fold that was interrupted goes on from its last checkpoint.
+    `output` is written after each fold. An interrupted fold continues from its last checkpoint.
 
     Args:
         config: of all folds.
         task: ways, shots, queries.
-        folds: how many, at least 1; folds 0 .. folds - 1.
+        folds: number of folds, at least 1; folds 0 .. folds - 1.
         output: JSON file of the experiment.
-        force: forget the folds in `output` and the runs in their folders.
+        force: ignore the folds in `output` and replace their run folders.
 
     Yields:
         Fold number, class names, `oa`, `macc`, `loss` of the last epoch, training seconds, names of the shapes.
 
     Raises:
-        InputError: `output` is of another experiment or cannot be written; the data has too few classes or shapes; a
-            bad config, or one that would score another part than the queries.
+        InputError: `output` belongs to another experiment or cannot be written; the data has too few classes or shapes;
+            the config is bad, or it would not score the queries.
         StoppedBySignal: SIGTERM or Ctrl-C; the state has been saved.
     """
     if folds < 1:
@@ -200,7 +200,7 @@ def _run_fold(config: Config, task: FewShotTask, fold: int, class_names: list[st
 
 
 def _finished(output: Path, header: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """Read the folds of an earlier call, after checking that it was the same experiment."""
+    """Read the folds of an earlier call, after a check that it was the same experiment."""
     advice = "choose another --output or pass --force"
     content = read_json(output, advice=advice)
     try:
@@ -208,7 +208,7 @@ def _finished(output: Path, header: dict[str, Any]) -> dict[int, dict[str, Any]]
         folds = {int(result["fold"]): result for result in content["folds"]}
     except (KeyError, TypeError, ValueError):
         raise InputError(f"{output}: is not a file of few-shot folds; {advice}") from None
-    # Parsed, so that keys that came or went since are no difference.
+    # Parsed, so that keys that were added or removed since are not a difference.
     theirs["config"] = parse_config(theirs["config"], where=str(output)).to_dict()
     for name, (own, other) in differences(header, theirs, [f"config.{key}" for key in SAME_WEIGHTS]).items():
         difference = f"{name.removeprefix('config.')}={other!r}, this call has {own!r}"

@@ -1,4 +1,4 @@
-"""Runs of a study beside this process: as processes here, or as jobs of a cluster through submitit."""
+"""Parallel runs of a study: as processes on this machine, or as cluster jobs through submitit."""
 
 import contextlib
 import importlib
@@ -27,12 +27,12 @@ WORKER = "s2d3d.studies.worker"
 
 @dataclass
 class Outcome:
-    """What a call of `run_study` did.
+    """The result of a call of `run_study`.
 
     Attributes:
-        finished: runs that ended in this call.
-        failed: why others did not, by run.
-        exit_code: 0, 1 where a run failed, 128 + number of the signal that stopped the study.
+        finished: runs that finished in this call.
+        failed: by run, the reason of its failure.
+        exit_code: 0; 1 if a run failed; 128 + number of the signal that stopped the study.
     """
 
     finished: list[Cell] = field(default_factory=list)
@@ -40,38 +40,38 @@ class Outcome:
     exit_code: int = 0
 
     def fail(self, cell: Cell, reason: str) -> None:
-        """Remember that a run failed, and say so at once."""
+        """Record a failed run, and log the error at once."""
         logger.error(f"error: {cell} failed: {reason}")
         self.failed[str(cell)] = reason
         self.exit_code = 1
 
 
 class Job(Protocol):
-    """A run under way."""
+    """A run in progress."""
 
     def poll(self) -> str | None:
-        """Return None while it runs, "" when it has ended well, else why it failed, one line."""
+        """Return None while it runs, "" after success, else the reason of the failure in one line."""
 
     def stop(self) -> None:
-        """Let it save its state and end; returns before it has."""
+        """Request that the run saves its state and ends. Returns immediately."""
 
 
 class Launcher(Protocol):
-    """Starts runs beside this process."""
+    """Starts runs in parallel to this process."""
 
     def start(self, cell: Cell) -> Job:
         """Start a run."""
 
 
 def run_concurrently(cells: Sequence[Cell], launcher: Launcher, limit: int) -> Outcome:
-    """Run `cells`, at most `limit` at a time; on SIGTERM or Ctrl-C stop all, wait for them to save, and return.
+    """Run `cells`, at most `limit` at a time. On SIGTERM or Ctrl-C, stop all, wait until they are saved, and return.
 
     A second Ctrl-C does not wait.
 
     Args:
-        cells: in the order to start them.
+        cells: the runs, in starting order.
         launcher: starts a run.
-        limit: at least 1.
+        limit: maximum number of simultaneous runs, at least 1.
     """
     outcome, waiting, running = Outcome(), list(cells), list[tuple[Cell, Job]]()
     signals, stopped = SignalWatch(), False
@@ -103,14 +103,14 @@ def run_concurrently(cells: Sequence[Cell], launcher: Launcher, limit: int) -> O
 
 
 class ProcessLauncher:
-    """Starts each run as a Python process of its own, with one thread, on cores of its own where there are enough.
+    """Starts each run as a separate Python process with one thread, on separate cores if there are enough.
 
-    What a run says goes to `seedN.log` beside its folder. A run whose parent is gone, however it ended, stops as on
-    SIGTERM.
+    The output of a run goes to `seedN.log` next to its folder. If the parent process ends for any reason, the run stops
+    as on SIGTERM.
     """
 
     def __init__(self, jobs: int) -> None:
-        """Divide the cores of this process by `jobs`, the number of runs at a time, at least 1."""
+        """Divide the cores of this process among `jobs` simultaneous runs, at least 1."""
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         share = len(cores) // jobs
         self.shares = [cores[slot * share : (slot + 1) * share] for slot in range(jobs)]
@@ -167,7 +167,7 @@ class _ProcessJob:
 class SubmititLauncher:
     """Starts each run as a job through submitit (optional, `pip install "s2d3d[slurm]"`).
 
-    A job that the cluster preempts or that runs out of time is queued again and goes on from its last checkpoint.
+    A job that is preempted or runs out of time is queued again. It continues from its last checkpoint.
     """
 
     def __init__(self, cluster: str, folder: str | Path, options: Sequence[str] = ()) -> None:
@@ -177,10 +177,10 @@ class SubmititLauncher:
             cluster: "slurm", "local" (processes here) or "debug" (in this process, with a debugger at an error).
             folder: for submitit's own files, visible from all nodes.
             options: `KEY=VALUE` for submitit's `update_parameters`, such as `slurm_partition=gpu`, `timeout_min=600`,
-                `gpus_per_node=1`; the value is a whole number where it looks like one.
+                `gpus_per_node=1`; a value of digits is a whole number.
 
         Raises:
-            InputError: submitit is missing, the cluster is not there, or an option is unknown.
+            InputError: submitit is missing, the cluster is not available, or an option is unknown.
         """
         with optional("submitit", "--submitit", extra="slurm"):
             submitit = importlib.import_module("submitit")
@@ -222,7 +222,7 @@ class _SubmittedJob:
 
 @contextlib.contextmanager
 def _pinned(cores: Sequence[int]) -> Iterator[None]:
-    """Let a process that starts inside compute on these cores alone; none: on all."""
+    """Restrict processes that start inside the context to these cores; no cores: no restriction."""
     if not cores:
         yield
         return

@@ -1,4 +1,4 @@
-"""The page of a study: docs/results/NAME.md, from its numbers alone."""
+"""The page of a study, docs/results/NAME.md. It is made only from the study's numbers."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from .summary import summarize
 
 LOSSES = {"scored": "on the shapes that are scored", "training": "training, last epoch"}
 BEGIN, END = "<!-- studies: made by tools/study.py -->", "<!-- end of studies -->"
-"""Marks in the overview page; what stands between them is replaced."""
+"""Marks in the overview page; the text between them is replaced."""
 
 
 def write_report(summary: Mapping[str, Any], results: str | Path, command: str) -> list[Path]:
@@ -22,8 +22,8 @@ def write_report(summary: Mapping[str, Any], results: str | Path, command: str) 
 
     Args:
         summary: from `summarize`.
-        results: folder to write to; it is made.
-        command: that computes this study, for the page.
+        results: folder to write to; it is created.
+        command: command line that computes this study, for the page.
     """
     folder = Path(results)
     folder.mkdir(parents=True, exist_ok=True)
@@ -34,7 +34,7 @@ def write_report(summary: Mapping[str, Any], results: str | Path, command: str) 
 
 
 def _rounded(content: Any) -> Any:
-    """Round to twelve digits, so that the file is the same on every machine: sums differ in the last of sixteen."""
+    """Round to twelve digits. Sums differ between machines in the sixteenth; the file must be the same everywhere."""
     if isinstance(content, float):
         return float(f"{content:.12g}")
     if isinstance(content, Mapping):
@@ -43,7 +43,7 @@ def _rounded(content: Any) -> Any:
 
 
 def report_text(summary: Mapping[str, Any], command: str) -> str:
-    """Return the page as Markdown; accuracies and differences are in percent and percentage points."""
+    """Return the page as Markdown. Accuracies are in percent, differences in percentage points."""
     name = summary["study"]
     split = {"test": "official test split", "validation": "validation part of the training split"}[summary["split"]]
     samples = sorted({count for row in summary["rows"] for count in row["num_samples"]})
@@ -81,7 +81,7 @@ def report_text(summary: Mapping[str, Any], command: str) -> str:
 
 
 def report_lines(summary: Mapping[str, Any]) -> list[str]:
-    """Return the result as short lines for a terminal: each row, then each comparison."""
+    """Return the result as short lines for a terminal: first the rows, then the comparisons."""
     seeds = len(summary["seeds"])
     lines = [f"{row['name']:<24} {_accuracy(row, 'oa'):>16}  ({row['n']} of {seeds} seeds)" for row in summary["rows"]]
     for item in summary["comparisons"]:
@@ -146,7 +146,7 @@ def _when_scored(summary: Mapping[str, Any]) -> str:
 
 
 def _selection(summary: Mapping[str, Any]) -> str:
-    """Return the section on choosing by the test split; empty where the study did not score it after each epoch."""
+    """Return the section on selection by the test split; empty if the study did not score it after each epoch."""
     rows = [
         [
             f"{item['name']} - {item['reference']}", choice["rule"], f"{100 * choice['oa']:.2f}",
@@ -166,7 +166,7 @@ def _selection(summary: Mapping[str, Any]) -> str:
 
 
 def _mixed_code(summary: Mapping[str, Any]) -> str:
-    """Return the comparisons without the pairs whose runs were made by different code; empty where there are none."""
+    """Return the comparisons without the pairs of runs from different code; empty if there are no such pairs."""
     rows = []
     for item in summary["comparisons"]:
         if "mixed_code" not in item:
@@ -270,7 +270,7 @@ def _p_value(p: float | None) -> str:
 
 
 def difference(item: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the mean of a comparison and its t interval, in points; "empty" and "-" where there is none."""
+    """Return the mean of a comparison and its t interval, in points; "empty" and "-" without them."""
     return _points(item["mean"]), _interval(item, "t")
 
 
@@ -278,15 +278,15 @@ def summarize_folder(folder: str | Path, results: str | Path, overrides: Sequenc
     """Compute the numbers of all studies of a folder from their records; nothing is run.
 
     Args:
-        folder: with the studies, NAME.yaml.
+        folder: folder of the studies, NAME.yaml.
         results: folder of the records.
         overrides: for all runs, as "section.key=value".
 
     Returns:
-        What `summarize` returns, in the order of the file names.
+        Results of `summarize`, in the order of the file names.
 
     Raises:
-        InputError: no study in the folder, or one that is wrong.
+        InputError: the folder has no study, or a study is invalid.
     """
     files = sorted(Path(folder).glob("*.yaml"))
     if not files:
@@ -296,9 +296,9 @@ def summarize_folder(folder: str | Path, results: str | Path, overrides: Sequenc
 
 
 def overview_text(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """Return a Markdown table: a row for each comparison of a study, one row for a study without any run.
+    """Return a Markdown table with a row for each comparison of a study, and one row for a study without runs.
 
-    The studies with most finished runs come first.
+    The studies with the most finished runs come first.
     """
     header = ["study", "scored on", "runs", "comparison", "n", "difference in OA, points", "95 % paired t"]
     rows, finished, planned = [], 0, 0
@@ -322,7 +322,7 @@ def overview_text(summaries: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write_overview(path: str | Path, summaries: Sequence[Mapping[str, Any]]) -> None:
-    """Replace what stands between the marks of a page by the table of these studies.
+    """Replace the text between the marks of a page by the table of these studies.
 
     Raises:
         InputError: the page is missing or has no marks.

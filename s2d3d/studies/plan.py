@@ -1,4 +1,4 @@
-"""The config of a study: arms that change a base config, times seeds; how they are scored and compared."""
+"""The config of a study: arms (changes of a base config) times seeds, and how runs are scored and compared."""
 
 import re
 from collections.abc import Sequence
@@ -58,12 +58,12 @@ Values = dict[Str, Annotated[Any, AfterValidator(_check_value)]]
 
 
 class StudyConfig(BaseModel):
-    """What a file in configs/studies/ holds."""
+    """The content of a file in configs/studies/."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Label = Field(description="Name of the study: of its results, and of its folder of runs.")
-    question: Name = Field(description="What the study is to find out, one sentence.")
+    question: Name = Field(description="Question that the study answers, one sentence.")
     base: PathStr = Field(description="Config that all arms change, relative to the study's file.")
     evaluate: Literal["validation", "test"] = Field(
         description="'validation': score the part that data.val_fraction holds out, to choose; 'test': the test split."
@@ -72,12 +72,12 @@ class StudyConfig(BaseModel):
         description="Seeds of each arm; runs of one seed are paired."
     )
     reference: Annotated[Any, BeforeValidator(_check_reference)] = Field(
-        description="Arm (or form) that all others are compared with, or a mapping of which is compared with which."
+        description="Arm (or form) that all others are compared with, or a mapping of arm: its reference."
     )
     arms: Annotated[dict[Label, Values], AfterValidator(_check_arms)] = Field(
-        description="By name of the arm, what it changes: section.key: value, or a section as a whole; {}: the base."
+        description="By name of the arm, its changes: section.key: value, or a whole section; {}: the base."
     )
-    common: Values = Field({}, description="What all arms change.")
+    common: Values = Field({}, description="Changes of all arms.")
     forms: dict[Label, Name] = Field(
         {}, description="Further rows: NAME: ARM.FORM, another form of an arm's models, such as 's2d.ema'."
     )
@@ -89,7 +89,7 @@ class StudyConfig(BaseModel):
     )
     curve: Literal["test"] | None = Field(
         None,
-        description="'test': score the test split after each epoch, to show what a choice of an epoch or a run on it "
+        description="'test': score the test split after each epoch, to show how much selecting an epoch or a run by it "
         "adds; null: only at the end.",
     )
     output_dir: PathStr | None = Field(None, description="Folder of the runs; null: runs/studies/NAME.")
@@ -131,7 +131,7 @@ class StudyConfig(BaseModel):
         return [(row, self.reference) for row in (*self.arms, *self.forms) if row != self.reference]
 
     def row(self, name: str) -> tuple[str, str | None]:
-        """Return the arm of a row of the tables, and the form of its models; None: the one that the run saved."""
+        """Return the arm of a table row and the form of its models; None: the form that the run saved."""
         if name in self.arms:
             return name, None
         arm, _, form = self.forms[name].rpartition(".")
@@ -140,19 +140,19 @@ class StudyConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Study:
-    """A study that has been read: its config, and its runs, seed by seed so that pairs become complete early."""
+    """A study: its config, and its runs. The runs are ordered by seed, so that pairs are complete early."""
 
     path: str
     config: StudyConfig
     cells: list[Cell]
     overrides: tuple[str, ...] = ()
-    """For all runs, as given; those that say where and how fast to compute are left out."""
+    """Overrides of all runs, as given. Those that only say where and how fast to compute are left out."""
 
     def select(self, only: Sequence[str]) -> list[Cell]:
-        """Return the runs of some arms; none named: all.
+        """Return the runs of the named arms; without names, all runs.
 
         Raises:
-            InputError: there is no such arm.
+            InputError: an arm does not exist.
         """
         for arm in only:
             if arm not in self.config.arms:
@@ -166,10 +166,10 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
 
     Args:
         path: a YAML file.
-        overrides: `section.key=value` for all runs; they win over the arms.
+        overrides: `section.key=value` for all runs; they take precedence over the arms.
 
     Raises:
-        InputError: anything wrong in the study or in a run's config; the message has one line per problem.
+        InputError: the study or a run's config is invalid; the message has one line per problem.
 
     Example:
         >>> study = load_study("configs/studies/budget.yaml")

@@ -1,4 +1,4 @@
-"""The record of a finished run: enough to recompute every table of its study without data, models or run folder."""
+"""The record of a finished run. A study's tables are computed from records, without data, models or run folders."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ from ..runs.record import FORMS, final_form
 from .cell import Cell
 
 CURVE = ("train_loss", "train_oa", "val_oa", "share_rate", "divergence", "grad_norm")
-"""Columns of log.csv that a record keeps, epoch by epoch; `test_oa` as well, where the study asks for it."""
+"""Columns of log.csv that a record keeps for each epoch. `test_oa` is added if the study asks for it."""
 _KEYS = {
     "study": str, "arm": str, "seed": int, "changes": dict, "config": dict, "split": str, "shapes": str, "updates": int,
     "train_seconds": float, "parameters": dict, "results": dict, "environment": dict, "curve": dict,
@@ -26,10 +26,10 @@ _NO_TEST_CURVE = "no accuracy on the test split after each epoch"
 
 
 def record_of_run(cell: Cell) -> dict[str, Any] | None:
-    """Make the record of a run from its folder; None: the run has not finished.
+    """Make the record of a run from its folder; None if the run is not finished.
 
     Raises:
-        InputError: the run is of another config, or its folder cannot be read.
+        InputError: the run has another config, or its folder cannot be read.
     """
     folder = RunFolder(cell.config.output_dir)
     if not folder.metrics.is_file():
@@ -46,7 +46,7 @@ def record_of_run(cell: Cell) -> dict[str, Any] | None:
     log = read_log(folder.log)
     curve = {key: [row.get(key) for row in log] for key in CURVE}
     kept = final_form(metrics)
-    if cell.config.eval.every:  # the last epoch is scored at the end alone
+    if cell.config.eval.every:  # the last epoch is scored only at the end
         curve["test_oa"] = [*(row.get("test_oa") for row in log[:-1]), metrics[kept]["oa"]]
     record = {
         "study": cell.study,
@@ -74,7 +74,7 @@ def record_of_run(cell: Cell) -> dict[str, Any] | None:
 
 
 def kept_form(record: Mapping[str, Any]) -> str:
-    """Return the form of the model that a run saved; see `final_form`. Older records do not say it themselves."""
+    """Return the form of the model that a run saved; see `final_form`. Older records do not hold it directly."""
     return final_form({**record["results"], "kept": record.get("kept")})
 
 
@@ -82,7 +82,7 @@ def check_record(record: Mapping[str, Any]) -> None:
     """Check that a record is whole.
 
     Raises:
-        InputError: it is damaged, or no record; the message is to be put behind its place.
+        InputError: it is damaged, or not a record. The caller puts the place in front of the message.
     """
     wrong = [key for key, kind in _KEYS.items() if not isinstance(record.get(key), kind)]
     if not wrong and not record["curve"].get("train_loss"):
@@ -96,10 +96,10 @@ def check_record(record: Mapping[str, Any]) -> None:
 
 
 def changed_since(record: Mapping[str, Any], cell: Cell, where: str) -> str:
-    """Return the first difference that matters between a record and the run that it shall be of; empty: there is none.
+    """Return the first relevant difference between a record and the run that it should describe; empty if none.
 
     Raises:
-        InputError: the config of the record is not valid; the message begins with `where`.
+        InputError: the config of the record is invalid; the message begins with `where`.
     """
     if _lacks_test_curve(record, cell):
         return _NO_TEST_CURVE
@@ -109,14 +109,14 @@ def changed_since(record: Mapping[str, Any], cell: Cell, where: str) -> str:
 
 
 def find_same_run(cell: Cell, records: Iterable[tuple[str, Mapping[str, Any]]]) -> tuple[str, dict[str, Any]] | None:
-    """Return where the record of a run with the same config is, and that record in the name of `cell`.
+    """Return the place of the record of a run with the same config, and that record renamed to `cell`.
 
-    The configs are the same in everything that matters, seed included. The record says in `same_run_as` where it is
-    from. None: there is no such run.
+    The configs are equal in all relevant keys, including the seed. `same_run_as` of the record names its origin. None
+    if there is no such run.
 
     Args:
         cell: the run that needs a record.
-        records: of other studies or arms, each with its place.
+        records: records of other studies or arms, each with its place.
     """
     for where, record in records:
         if record["seed"] != cell.seed or _lacks_test_curve(record, cell):
@@ -133,10 +133,10 @@ def find_same_run(cell: Cell, records: Iterable[tuple[str, Mapping[str, Any]]]) 
 
 
 def _is_same(record: Mapping[str, Any], cell: Cell, where: str) -> bool:
-    """Tell whether a record is of this run; raises as `_changed` does."""
+    """Return whether a record belongs to this run; raises like `_changed`."""
     ours, theirs = flatten(cell.config.to_dict()), flatten(record["config"])
     both = ours.keys() & theirs.keys()
-    # What both have, first: `_changed` parses a config that lacks a key, or has one that is gone, and takes its time.
+    # Compare the common keys first: `_changed` parses a config with missing or removed keys, which is slow.
     shared = ({key: ours[key] for key in both}, {key: theirs[key] for key in both})
     if differences(*shared, SAME_RESULT) or not _same_data(record, cell):
         return False
@@ -144,20 +144,20 @@ def _is_same(record: Mapping[str, Any], cell: Cell, where: str) -> bool:
 
 
 def _lacks_test_curve(record: Mapping[str, Any], cell: Cell) -> bool:
-    """Tell whether a study asks for the accuracy of each epoch on the test split, and a record does not have it."""
+    """Return whether a study needs the test accuracy of each epoch and a record lacks it."""
     return bool(cell.config.eval.every) and None in record["curve"].get("test_oa", [None])
 
 
 def _same_data(record: Mapping[str, Any], cell: Cell) -> bool:
-    """Tell whether a record is of the data that a run names; older records do not say and match any."""
+    """Return whether a record was made with the data of a run. Older records hold no data folder and match any."""
     return record.get("data_folder", cell.data_folder) == cell.data_folder
 
 
 def check_folder(cell: Cell) -> None:
-    """Check that the folder of a run, if there is one, is of this config.
+    """Check that the folder of a run, if it exists, has this config.
 
     Raises:
-        InputError: it is of another.
+        InputError: it has another config.
     """
     folder = RunFolder(cell.config.output_dir)
     if not folder.config.is_file():
@@ -172,7 +172,7 @@ def check_folder(cell: Cell) -> None:
 
 
 def _changed(stored: object, cell: Cell, where: str) -> str:
-    """Word the first difference that matters between a stored config and that of a run; empty where there is none."""
+    """Return the first relevant difference between a stored config and that of a run as text; empty if none."""
     ours = cell.config.to_dict()
     if isinstance(stored, Mapping):
         theirs = {**stored, "output_dir": ours["output_dir"]}
@@ -180,7 +180,7 @@ def _changed(stored: object, cell: Cell, where: str) -> str:
             theirs["data"] = {**stored["data"], "root": ours["data"]["root"], "cache_dir": ours["data"]["cache_dir"]}
         if not differences(ours, theirs, SAME_RESULT):
             return ""
-        # Parsed, so that a key that came after the run has its default on both sides.
+        # Parsed, so that a key that was added after the run has its default on both sides.
         stored = parse_config(theirs, where=where).to_dict()
         for key, (own, other) in differences(ours, stored, SAME_RESULT).items():
             return f"{key}={other!r}, the study says {own!r}"

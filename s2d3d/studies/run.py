@@ -1,4 +1,4 @@
-"""Running a study: what is missing, what was interrupted, nothing twice; a run that fails does not stop the others."""
+"""Running a study: missing and interrupted runs only. A run that fails does not stop the others."""
 
 import logging
 from collections.abc import Sequence
@@ -17,18 +17,18 @@ logger = logging.getLogger(__name__)
 
 
 def missing_cells(study: Study, results: str | Path, only: Sequence[str] = (), *, write: bool = True) -> list[Cell]:
-    """Return the runs that are still to be done, in order, after publishing the records of those that have ended.
+    """Publish the records of finished runs, then return the missing runs in order.
 
-    A run that another study has made with the same config and seed is taken over, not repeated.
+    A run of another study with the same config and seed is reused, not repeated.
 
     Args:
         study: from `load_study`.
         results: folder of the records.
         only: names of arms; empty: all.
-        write: publish those records; otherwise nothing is changed.
+        write: publish the records; otherwise nothing is changed.
 
     Raises:
-        InputError: an unknown arm; a record or a run folder is of another config; one line for each.
+        InputError: an arm is unknown; a record or a run folder has another config; one line for each.
     """
     cells = study.select(only)
     records = read_records(results, study.cells)
@@ -56,15 +56,15 @@ def missing_cells(study: Study, results: str | Path, only: Sequence[str] = (), *
 
 
 def publish_records(study: Study, results: str | Path, only: Sequence[str] = ()) -> None:
-    """Publish the records of the runs that have ended.
+    """Publish the records of the finished runs.
 
     Args:
         study: from `load_study`.
         results: folder of the records.
-        only: names of arms whose run folders are looked at; empty: all.
+        only: names of arms whose run folders are read; empty: all.
 
     Raises:
-        InputError: an unknown arm; a record or the folder of a finished run is of another config; one line for each.
+        InputError: an arm is unknown; a record or the folder of a finished run has another config; one line for each.
     """
     records = read_records(results, study.cells)
     lines = _add_finished(records, study.select(only))
@@ -74,7 +74,7 @@ def publish_records(study: Study, results: str | Path, only: Sequence[str] = ())
 
 
 def _add_finished(records: dict[Key, Record], cells: Sequence[Cell]) -> list[str]:
-    """Add the records of finished runs that have none; return what is wrong with others, one line for each."""
+    """Add the missing records of finished runs; return the problems of other runs, one line for each."""
     lines = []
     for cell in cells:
         if (cell.arm, cell.seed) in records:
@@ -98,15 +98,15 @@ def run_study(
     launcher: Launcher | None = None,
     jobs: int | None = 1,
 ) -> Outcome:
-    """Run what a study lacks; an interrupted run goes on from its last checkpoint, a finished one is not repeated.
+    """Run the missing runs of a study. Interrupted runs continue from their last checkpoint; finished runs are kept.
 
     Args:
         study: from `load_study`.
-        results: folder of the records, published at the end; until then the run folders hold what they need.
+        results: folder of the records. They are published at the end, from the run folders.
         only: names of arms; empty: all.
-        max_runs: start at most so many runs in this call; None: all.
-        launcher: how runs are started beside this process; None: one after another in this process.
-        jobs: runs at a time with a launcher, at least 1; None: all at once.
+        max_runs: maximum number of runs to start in this call; None: all.
+        launcher: starts runs in parallel; None: one run after another in this process.
+        jobs: number of simultaneous runs with a launcher, at least 1; None: all at once.
 
     Raises:
         InputError: see `missing_cells`; a number is out of range.

@@ -1,4 +1,4 @@
-"""The statistics of a study: paired differences over seeds, their intervals, and what several comparisons cost."""
+"""The statistics of a study: paired differences over seeds, their intervals, and correction for several comparisons."""
 
 import math
 import statistics
@@ -14,7 +14,7 @@ POWER = 0.8
 RESAMPLES = 10_000
 BOOTSTRAP_SEED = 0
 ROUNDING = 1e-12
-"""Differences that lie no further apart are equal; accuracies are multiples of one over the number of shapes."""
+"""Differences within this distance count as equal. Accuracies are multiples of 1 / (number of shapes)."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class PairedT:
         n: number of pairs; degrees of freedom are n - 1.
         mean: of the differences.
         std: their deviation, n - 1; None for a single pair.
-        low: end of the interval; None for a single pair or equal differences, as are the next two.
-        high: its other end.
+        low: lower end of the interval. `low`, `high` and `p` are None for a single pair or equal differences.
+        high: upper end of the interval.
         p: two-sided p-value of a mean of 0.
     """
 
@@ -46,8 +46,8 @@ def paired_t(differences: Sequence[float], level: float = LEVEL) -> PairedT:
         level: of the interval, in (0, 1).
 
     Returns:
-        Interval and p are None for a single difference, and where all are equal: accuracies are counts of shapes, of
-        which a few come out equal by chance, and an interval of no width would call that certainty.
+        Interval and p are None for a single difference, and if all differences are equal. Accuracies are counts of
+        shapes, so a few differences can be equal by chance. An interval of width 0 would overstate the certainty.
 
     Source: Student, "The Probable Error of a Mean", Biometrika 1908.
 
@@ -73,14 +73,14 @@ def paired_t(differences: Sequence[float], level: float = LEVEL) -> PairedT:
 def equivalence_p(differences: Sequence[float], margin: float) -> float | None:
     """Return the p-value of two one-sided t tests: that the true mean lies outside (-margin, margin).
 
-    It is below 0.05 where the 90 % interval of `paired_t` lies inside the margin.
+    It is below 0.05 if and only if the 90 % interval of `paired_t` lies inside the margin.
 
     Args:
         differences: one for each seed, at least one.
         margin: above 0, in the unit of the differences.
 
     Returns:
-        The larger p-value of the two; None for a single difference, and where all are equal, as in `paired_t`.
+        The larger p-value of the two tests; None for a single difference or equal differences, as in `paired_t`.
 
     Source: Schuirmann, "A comparison of the two one-sided tests procedure and the power approach for assessing the
     equivalence of average bioavailability", J. Pharmacokinetics and Biopharmaceutics 1987.
@@ -100,12 +100,12 @@ def equivalence_p(differences: Sequence[float], margin: float) -> float | None:
 
 
 def detectable_difference(std: float, n: int) -> float:
-    """Return the true mean that a paired t test of n pairs would find, at 5 % and two-sided, four times out of five.
+    """Return the true mean that a two-sided paired t test of n pairs detects with 80 % power at the 5 % level.
 
-    A comparison whose interval holds 0 says little of differences smaller than this.
+    A comparison whose interval holds 0 says little about differences smaller than this.
 
     Args:
-        std: deviation of the differences, taken as if it were known; at least 0.
+        std: deviation of the differences, assumed to be known; at least 0.
         n: number of pairs, at least 2.
 
     Source: Cohen, "Statistical Power Analysis for the Behavioral Sciences", 1988, chapter 2.
@@ -118,7 +118,7 @@ def detectable_difference(std: float, n: int) -> float:
         from scipy import optimize, stats
 
     bound = float(stats.t.ppf((1 + LEVEL) / 2, n - 1))
-    # The shift of a noncentral t is the mean in units of its standard error; its other tail weighs nothing here.
+    # The shift of a noncentral t is the mean in units of its standard error; its other tail is negligible here.
     shift = optimize.brentq(lambda shift: stats.nct.sf(bound, n - 1, shift) - POWER, 0, 2 * bound)
     return float(shift) * std / math.sqrt(n)
 
@@ -128,10 +128,10 @@ def holm(p_values: Sequence[float], number: int | None = None) -> list[float]:
 
     Args:
         p_values: in any order.
-        number: of comparisons, at least as many as there are p-values, when some are still to come; default as many.
+        number: number of planned comparisons, at least that of p-values; default: the number of p-values.
 
     Returns:
-        The corrected ones, in the same order, at most 1.
+        The corrected p-values, in the same order, at most 1.
 
     Source: Holm, "A Simple Sequentially Rejective Multiple Test Procedure", Scand. J. Statistics 1979.
 
@@ -148,7 +148,7 @@ def holm(p_values: Sequence[float], number: int | None = None) -> list[float]:
 
 
 def bonferroni_level(number: int, level: float = LEVEL) -> float:
-    """Return the level of each of `number` intervals that hold together at `level`.
+    """Return the level of each of `number` intervals so that all hold simultaneously at `level` (Bonferroni).
 
     Example:
         >>> round(bonferroni_level(10), 3)
@@ -167,20 +167,20 @@ def hierarchical_bootstrap(
 ) -> tuple[float, float]:
     """Return the percentile interval of a mean difference of accuracies, over seeds and shapes.
 
-    Each resample draws seeds with replacement and shapes with replacement, and averages over both, every seed alike.
-    Shapes that all seeds score (a test split) are drawn once for all seeds of a resample, `crossed`: a hard shape is
-    hard for every seed. Where each seed has shapes of its own (a validation part that the seed chooses) they are drawn
-    anew for each seed drawn.
+    Each resample draws seeds and shapes with replacement and averages over both, with equal weight for each seed. With
+    `crossed`, all seeds score the same shapes (a test split); the shapes are then drawn once for all seeds of a
+    resample, because a hard shape is hard for every seed. Otherwise each seed has different shapes (a validation part
+    that the seed chooses), and the shapes are drawn separately for each drawn seed.
 
     Args:
         differences: for each seed, for each shape, correct minus correct of the reference: (n,) int, in {-1, 0, 1}.
-        crossed: see above; then all seeds have the same n shapes in the same order.
-        resamples: at least 1.
+        crossed: see above; all seeds must then have the same n shapes in the same order.
+        resamples: number of resamples, at least 1.
         seed: of the resamples.
         level: of the interval, in (0, 1).
 
     Returns:
-        Its two ends.
+        The lower and the upper end.
 
     Source: Davison and Hinkley, "Bootstrap Methods and their Application", 1997, section 3.8.
 
@@ -192,7 +192,7 @@ def hierarchical_bootstrap(
     rng = np.random.default_rng(seed)
     count = len(differences)
     if crossed:
-        # Shapes with the same results for all seeds are alike: how often each kind is drawn is multinomial.
+        # Shapes with the same results for all seeds are interchangeable: the counts of each kind are multinomial.
         kinds, sizes = np.unique(np.stack(differences), axis=1, return_counts=True)
         drawn = rng.multinomial(sizes.sum(), sizes / sizes.sum(), size=resamples) / sizes.sum()
         weights = rng.multinomial(count, np.full(count, 1 / count), size=resamples) / count
@@ -209,7 +209,7 @@ def hierarchical_bootstrap(
 
 
 def correctness(text: str) -> np.ndarray:
-    """Return (n,) int8 of the 0/1 string that reports and records hold.
+    """Convert the 0/1 string of reports and records to an array (n,) int8.
 
     Example:
         >>> correctness("101").tolist()

@@ -1,7 +1,7 @@
 """The records of a study: RESULTS/NAME.jsonl, one line for each finished run, sorted by arm and seed.
 
-Older records lie in a file each, RESULTS/NAME/ARM/seedN.json. They are read as well, and join the others when these are
-published.
+Older versions wrote one file for each record, RESULTS/NAME/ARM/seedN.json. These files are read as well. Publishing
+moves their records into the common file.
 """
 
 import json
@@ -22,7 +22,7 @@ Record = Mapping[str, Any]
 
 @dataclass
 class _Published:
-    """What a study's file holds: its records with the numbers of their lines, and what is wrong with others."""
+    """The content of a study's file: its records with their line numbers, and the problems of other lines."""
 
     path: Path
     records: dict[Key, Record] = field(default_factory=dict)
@@ -34,19 +34,19 @@ class _Published:
 
 
 def records_path(results: str | Path, study: str) -> Path:
-    """Return where the records of a study lie: RESULTS/NAME.jsonl."""
+    """Return the path of a study's records: RESULTS/NAME.jsonl."""
     return Path(results) / f"{study}.jsonl"
 
 
 def read_records(results: str | Path, cells: Iterable[Cell]) -> dict[Key, Record]:
-    """Read the records that are there by (arm, seed), and check that they are of these runs.
+    """Read the existing records by (arm, seed), and check that they belong to these runs.
 
     Args:
         results: folder of the records.
         cells: runs of one or several studies.
 
     Raises:
-        InputError: a record is damaged or of another config; one line for each.
+        InputError: a record is damaged or has another config; one line for each.
     """
     records, lines = {}, []
     files: dict[str, _Published] = {}
@@ -74,7 +74,7 @@ def read_records(results: str | Path, cells: Iterable[Cell]) -> dict[Key, Record
 
 
 def all_records(results: str | Path) -> Iterator[tuple[str, Record]]:
-    """Yield each whole record of all studies with its place; those that are damaged are left to their own study."""
+    """Yield each valid record of all studies with its place. Damaged ones are skipped; their own study reports them."""
     for path in sorted(Path(results).glob("*.jsonl")):
         published = _read_file(path)
         for key, record in published.records.items():
@@ -88,9 +88,9 @@ def all_records(results: str | Path) -> Iterator[tuple[str, Record]]:
 
 
 def publish(results: str | Path, study: str, records: Mapping[Key, Record]) -> None:
-    """Add records to the file of a study; those of (arm, seed) that it holds already stay as they are.
+    """Add records to the file of a study. Existing records of the same (arm, seed) stay unchanged.
 
-    Several processes may publish at once: each waits for the others, and none loses a record of another's.
+    Several processes may publish at the same time. A lock prevents lost records.
 
     Raises:
         InputError: the file is damaged; nothing is written.

@@ -1,4 +1,4 @@
-"""From the records of a study to its numbers: each row, each comparison, each cell that is still empty."""
+"""The numbers of a study, computed from its records: rows, comparisons, and missing runs."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -25,14 +25,14 @@ Records = Mapping[tuple[str, int], Mapping[str, Any]]
 
 
 def summarize(study: Study, records: Records) -> dict[str, Any]:
-    """Compute what docs/results/NAME.json holds; accuracies are fractions, times seconds.
+    """Compute the content of docs/results/NAME.json. Accuracies are fractions, times are in seconds.
 
     Args:
         study: from `load_study`.
-        records: by (arm, seed), from `read_records`; runs that have not ended are missing.
+        records: by (arm, seed), from `read_records`, without runs that are not finished.
 
     Raises:
-        InputError: a form that runs do not have; a pair that was not scored on the same shapes.
+        InputError: a run lacks a requested form; a pair was not scored on the same shapes.
     """
     config = study.config
     rows = {name: _row(study, records, name) for name in (*config.arms, *config.forms)}
@@ -154,7 +154,7 @@ def _result(study: Study, records: Records, name: str, seed: int) -> Mapping[str
 
 
 def _paired(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float | None] | None:
-    """Return mean and t interval of the differences over seeds; None where there are none."""
+    """Return mean and t interval of the differences over seeds; None without differences."""
     if not ours:
         return None
     test = paired_t([first - second for first, second in zip(ours, theirs)])
@@ -166,10 +166,10 @@ def _form(record: Mapping[str, Any], form: str | None) -> str:
 
 
 def _selection(curves: Sequence[Sequence[Sequence[float]]]) -> list[dict[str, Any]]:
-    """Return what choosing on the test split adds: the last epoch, each run's best epoch, the best of all runs.
+    """Return the effect of selection on the test split: last epoch, best epoch of each run, best of all runs.
 
     Args:
-        curves: of the row and of its reference: for each seed the accuracy on the test split after each epoch.
+        curves: curves of the row and of its reference: for each seed, the test accuracy after each epoch.
     """
     rules = {
         "last epoch": [[curve[-1] for curve in side] for side in curves],
@@ -183,7 +183,7 @@ def _selection(curves: Sequence[Sequence[Sequence[float]]]) -> list[dict[str, An
 
 
 def _code_state(environment: Mapping[str, Any]) -> tuple[object, object]:
-    """Return what says which code made a run; "+" ends the commit of a tree with changes."""
+    """Return the commit of the code that made a run; "+" marks uncommitted changes."""
     return environment.get("s2d3d"), environment.get("git_commit")
 
 

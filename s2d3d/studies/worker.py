@@ -1,4 +1,4 @@
-"""One run of a study in a process of its own: `python -m s2d3d.studies.worker`, its task as one line on stdin."""
+"""One run of a study in a separate process: `python -m s2d3d.studies.worker`, with its task as one line on stdin."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ from .cell import Cell, cell_from_dict
 
 
 def main() -> int:
-    """Run what stdin names; the exit code is 0, 1 for a failure (its last line says why), or that of a signal."""
+    """Run the task from stdin. The exit code is 0, 1 for a failure (its last line is the reason), or 128 + signal."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     task = json.loads(sys.stdin.readline())
     watch_parent(lambda: os.kill(os.getpid(), signal.SIGTERM))  # which saves and ends the run
@@ -34,29 +34,29 @@ def main() -> int:
 
 
 def run_cell(cell: Cell) -> Path:
-    """Train one run to its end, from its last checkpoint where there is one; return its folder.
+    """Train one run to its end, from its last checkpoint if it has one; return its folder.
 
     Raises:
-        InputError: whatever is wrong with data, config or the run folder.
-        TrainingError: the training cannot go on.
-        StoppedBySignal: SIGTERM or Ctrl-C; the state has been saved.
+        InputError: a problem with the data, the config or the run folder.
+        TrainingError: the training cannot continue.
+        StoppedBySignal: SIGTERM or Ctrl-C was received; the state is saved.
     """
     folder = RunFolder(cell.config.output_dir)
     if not folder.metrics.is_file():
         try:
             find_checkpoint(folder.root)
             resume = folder.root
-        except InputError:  # nothing there, or a run that ended before its first checkpoint
+        except InputError:  # no run yet, or a run that ended before its first checkpoint
             resume = None
         Trainer(cell.config, force=resume is None).fit(resume=resume)
     return folder.root
 
 
 class CellTask:
-    """A run as a function that submitit can send to another machine."""
+    """A run as a callable that submitit can send to another machine."""
 
     def __init__(self, plain: dict[str, Any]) -> None:
-        """Keep the run, as `cell_to_dict` makes it."""
+        """Store the run, as a result of `cell_to_dict`."""
         self.plain = plain
 
     def __call__(self) -> str:
@@ -65,7 +65,7 @@ class CellTask:
         return str(run_cell(cell_from_dict(self.plain)))
 
     def checkpoint(self) -> Any:
-        """Tell submitit how to go on after a preemption: the same run again, which resumes."""
+        """Return what submitit queues after a preemption: the same run, which then resumes."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)

@@ -1,4 +1,4 @@
-"""Callbacks: code of the user that the trainer calls during a run."""
+"""Callbacks: user code that the trainer calls during a run."""
 
 from typing import TYPE_CHECKING
 
@@ -9,12 +9,12 @@ if TYPE_CHECKING:
 class Callback:
     """Base class of callbacks; each method does nothing unless a subclass overrides it.
 
-    The trainer calls its callbacks in the order in which they were given, on every rank, and passes itself. They may
-    read everything that `Trainer` lists as its attributes. `on_update` and `on_epoch` come before the state is saved:
-    what they change in the model is in the checkpoint, and after a crash the calls since the last checkpoint are
-    repeated. The checkpoint holds nothing of the callback itself.
+    The trainer calls its callbacks on every rank, in the given order, and passes itself. Callbacks may read all
+    attributes that `Trainer` lists. `on_update` and `on_epoch` are called before the state is saved. Their changes to
+    the model are therefore in the checkpoint. After a crash, the calls since the last checkpoint are repeated. The
+    state of a callback is not saved.
 
-    An exception ends the run as any other error does; the checkpoints written before stay whole. A callback that draws
+    An exception in a callback ends the run like any other error; earlier checkpoints stay intact. A callback that draws
     from the global random generators changes the rest of the run; `torch.random.fork_rng` prevents that.
 
     Example:
@@ -29,18 +29,17 @@ class Callback:
     def on_update(self, trainer: "Trainer") -> None:
         """Called after each optimizer update, EWA and moving average included, before anything is saved.
 
-        `trainer.progress.updates` counts this update, and so does `trainer.progress.step` in its epoch. The gradients
-        are still there.
+        `trainer.progress.updates` and `trainer.progress.step` include this update. The gradients are still available.
         """
 
     def on_epoch(self, trainer: "Trainer") -> None:
         """Called after each epoch and its evaluation, before anything is saved.
 
-        `trainer.progress.epoch` counts this epoch; `trainer.history[-1]` is its row of log.csv.
+        `trainer.progress.epoch` includes this epoch; `trainer.history[-1]` is its row of log.csv.
         """
 
     def on_finish(self, trainer: "Trainer") -> None:
-        """Called once the final model and metrics.json are written; `trainer.reports` holds the evaluations.
+        """Called after the final model and metrics.json are written; `trainer.reports` holds the evaluations.
 
-        A run that `train.max_steps` or a signal stops is not finished. A finished run that is resumed repeats its end.
+        It is not called if `train.max_steps` or a signal stops the run. Resuming a finished run calls it again.
         """

@@ -18,12 +18,12 @@ from .task import Classification
 def end_model(
     config: Config, runtime: Runtime, data: Loaders, parts: ModelParts, task: Classification, ema: ModelEmaV3 | None
 ) -> tuple[nn.Module, dict[str, ClassificationReport], str]:
-    """Merge the trained model, re-estimate its BatchNorm statistics where the config asks for it, evaluate each form.
+    """Merge the trained model, re-estimate its BatchNorm statistics if the config says so, and evaluate each form.
 
-    Experts that a router chooses stay: the model is evaluated as it is, and nothing is merged.
+    A model whose experts have a router is not merged. It is evaluated with its experts.
 
     Returns:
-        The final model, a copy; the evaluations by form of the model; and the form that the final model has.
+        The final model, a copy; the evaluations by form of the model; the form of the final model.
     """
     final = copy.deepcopy if parts.routed else merge_experts
     model, scored, kept = final(parts.model), data.scored, "routed" if parts.routed else "merged"

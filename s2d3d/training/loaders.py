@@ -1,4 +1,4 @@
-"""The loaders of a training: batches to learn from, and what epochs and models are scored on."""
+"""The data loaders of a run: training batches, and the data on which models are evaluated."""
 
 from dataclasses import dataclass
 
@@ -15,11 +15,11 @@ class Loaders:
 
     Attributes:
         class_names: in the order of the labels.
-        train: shuffled and augmented.
-        plain_train: the same clouds, all of them, in order and without augmentation.
+        train: the training clouds, shuffled and augmented.
+        plain_train: all training clouds, in order and without augmentation.
         test: the test split.
-        val: what was set aside of the training split, None where nothing was.
-        scored: the one of the two that `eval.split` names.
+        val: the validation part of the training split, None without one.
+        scored: `test` or `val`, as `eval.split` says.
     """
 
     class_names: list[str]
@@ -38,11 +38,11 @@ def build_loaders(
     Args:
         config: of the run.
         runtime: this process and the others.
-        datasets: training and test set to use instead.
+        datasets: training and test set that replace those of the config.
 
     Raises:
-        InputError: the data is missing or wrong, its splits have different classes, or `train.batch_size` does not
-            divide by the processes and the parts of a batch.
+        InputError: the data is missing or wrong, its splits have different classes, or `train.batch_size` is not
+            divisible by `train.accum_steps` times the number of processes.
 
     Example:
         >>> import torch
@@ -79,6 +79,6 @@ def build_loaders(
     if config.eval.split == "validation":
         assert val_loader is not None  # a config without data.val_fraction is refused
         scored = val_loader
-    size = max(2, config.eval.batch_size)  # BatchNorm has no statistics of a single cloud: a lone last one is left out
+    size = max(2, config.eval.batch_size)  # BatchNorm needs two clouds: a last batch of one is dropped
     plain = BatchLoader(train, size, augment=False, drop_last=len(train) % size == 1)
     return Loaders(train.class_names, train_loader, plain, test_loader, val_loader, scored)

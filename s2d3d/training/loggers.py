@@ -1,4 +1,4 @@
-"""Where a run reports beside log.csv: TensorBoard and Weights & Biases, both off unless the config asks for them."""
+"""Loggers in addition to log.csv: TensorBoard and Weights & Biases. Both are off by default."""
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
@@ -22,33 +22,33 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
-"""By key of the section `log`, which is the name of package and extra as well: the module that is imported."""
+"""By key of the section `log`: the module to import. The key is also the name of the package and of the extra."""
 CLOUDS = 4
-"""Clouds of each kind, right and wrong, that the end of a run shows."""
+"""Number of clouds of each kind, right and wrong, that are logged at the end of a run."""
 _COLORS = {"right": (0, 114, 178), "wrong": (213, 94, 0)}
 
 
 class RunLogger(Protocol):
-    """What receives the results of a run; all of its calls come from the main process, in order of the epochs."""
+    """Interface of a logger. The main process makes all calls, in the order of the epochs."""
 
     def row(self, row: Mapping[str, Any]) -> None:
-        """Take one row of log.csv; a column that was not measured is missing."""
+        """Log one row of log.csv; a column that was not measured is missing."""
 
     def report(self, name: str, report: ClassificationReport, epoch: int) -> None:
-        """Take an evaluation after `epoch` epochs; `name` says of what: "test", "merged", ...."""
+        """Log an evaluation after `epoch` epochs; `name` says of what: "test", "merged", ...."""
 
     def clouds(self, kind: str, points: Tensor, captions: Sequence[str], epoch: int) -> None:
-        """Take clouds (n, N, 3), z up, that were classified: `kind` is "right" or "wrong"."""
+        """Log classified clouds (n, N, 3), z up; `kind` is "right" or "wrong"."""
 
     def close(self) -> None:
-        """Write what is not written yet."""
+        """Write all pending data."""
 
 
 class RunLoggers:
-    """All loggers that a config asks for, as one; none in processes other than the main one.
+    """All loggers that a config asks for, as one object. Processes other than the main one have no loggers.
 
     Example:
-        >>> RunLoggers().row({"epoch": 1})  # nobody listens
+        >>> RunLoggers().row({"epoch": 1})  # no loggers: nothing happens
     """
 
     def __init__(self, loggers: Sequence[RunLogger] = ()) -> None:
@@ -65,12 +65,12 @@ class RunLoggers:
             logger.report(name, report, epoch)
 
     def finish(self, reports: Mapping[str, ClassificationReport], dataset: PointCloudDataset, epoch: int) -> None:
-        """Pass on the evaluations that end a run, and some clouds that the final model got wrong and right.
+        """Pass on the evaluations at the end of a run, and some clouds that the final model classified wrong and right.
 
         Args:
-            reports: by the form of the model, as `run_metrics` takes them.
-            dataset: what they were scored on.
-            epoch: epochs of the run.
+            reports: by the form of the model, as for `run_metrics`.
+            dataset: the data set that was scored.
+            epoch: number of epochs of the run.
         """
         if not self._loggers:
             return
@@ -94,11 +94,12 @@ class RunLoggers:
 class TensorBoardLogger:
     """Writes event files below `tensorboard/` in the run folder; the step of every event is the epoch.
 
-    Scalars `train/loss`, `train/oa`, `test/oa`, `run/lr`, ...: the columns of log.csv; `final/merged_oa` ... at the
-    end; the confusion of each evaluation as a figure; clouds as meshes, turned y up for TensorBoard's viewer.
+    The columns of log.csv become scalars `train/loss`, `train/oa`, `test/oa`, `run/lr`, .... At the end of the run
+    come `final/merged_oa` and others. The confusion matrix of each evaluation is a figure. Clouds are meshes, rotated
+    to y up for TensorBoard's viewer.
 
-    A run that continues writes a further file into the same folder. What a killed process had written after the
-    checkpoint is marked as superseded, which TensorBoard's readers honour.
+    A resumed run writes another file into the same folder. Events that a killed process wrote after the checkpoint are
+    marked as superseded, and TensorBoard does not show them.
     """
 
     def __init__(self, config: Config, folder: RunFolder, history: Sequence[Mapping[str, Any]]) -> None:
@@ -127,7 +128,7 @@ class TensorBoardLogger:
         self._writer.flush()
 
     def report(self, name: str, report: ClassificationReport, epoch: int) -> None:
-        """Write the confusion figure; of the evaluations that end a run also the accuracies, which log.csv lacks."""
+        """Write the confusion figure. For evaluations at the end of a run, also write the accuracies."""
         if name != "test":
             self._writer.add_scalar(f"final/{name}_oa", report.oa, epoch)
             self._writer.add_scalar(f"final/{name}_macc", report.macc, epoch)
@@ -135,7 +136,7 @@ class TensorBoardLogger:
         self._writer.flush()
 
     def clouds(self, kind: str, points: Tensor, captions: Sequence[str], epoch: int) -> None:
-        """Write clouds as meshes of points alone, one tag for each kind."""
+        """Write clouds as meshes that have only points, one tag for each kind."""
         turned = torch.stack((points[..., 0], points[..., 2], -points[..., 1]), -1).float()
         colors = torch.tensor(_COLORS[kind]).expand(*points.shape[:2], 3)
         self._writer.add_mesh(f"clouds/{kind}", turned, colors=colors, global_step=epoch)
@@ -148,10 +149,10 @@ class TensorBoardLogger:
 
 
 class WandbLogger:
-    """Sends the run to Weights & Biases: rows by epoch, confusion figures, clouds, and the results as its summary.
+    """Sends the run to Weights & Biases: rows by epoch, confusion figures, clouds, and the results as summary.
 
-    The id of the run is kept in `wandb.json` in the run folder, so that a run that continues stays one run there.
-    Login, `WANDB_MODE=offline` and the like are W&B's own affair.
+    The run's W&B id is stored in `wandb.json` in the run folder, so that a resumed run stays the same W&B run.
+    W&B handles login and settings such as `WANDB_MODE=offline`.
     """
 
     def __init__(self, config: Config, folder: RunFolder, history: Sequence[Mapping[str, Any]]) -> None:
@@ -172,13 +173,13 @@ class WandbLogger:
         self._run.log(dict(row), step=row["epoch"])
 
     def report(self, name: str, report: ClassificationReport, epoch: int) -> None:
-        """Send the confusion figure; of the evaluations that end a run also the accuracies, as summary."""
+        """Send the confusion figure. For evaluations at the end of a run, also send the accuracies as summary."""
         self._run.log({f"confusion/{name}": self._wandb.Image(confusion_figure(report))}, step=epoch)
         if name != "test":
             self._run.summary.update({f"{name}_oa": report.oa, f"{name}_macc": report.macc})
 
     def clouds(self, kind: str, points: Tensor, captions: Sequence[str], epoch: int) -> None:
-        """Send clouds as objects to turn, with their colour."""
+        """Send clouds as coloured 3D objects."""
         color = np.broadcast_to(np.array(_COLORS[kind], dtype=np.float64), points.shape[1:])
         objects = [self._wandb.Object3D(np.hstack([cloud.double().numpy(), color])) for cloud in points]
         self._run.log({f"clouds/{kind}": objects, f"captions/{kind}": "; ".join(captions)}, step=epoch)
@@ -189,10 +190,10 @@ class WandbLogger:
 
 
 def check_loggers(config: Config) -> None:
-    """Find out whether the packages are there that `config.log` asks for, before a run does any work.
+    """Check that the packages that `config.log` needs are installed, before a run does any work.
 
     Raises:
-        InputError: one is missing; says the command that installs it.
+        InputError: a package is missing; the message names the command that installs it.
     """
     for key in _asked(config):
         _import(key)
@@ -201,13 +202,13 @@ def check_loggers(config: Config) -> None:
 def open_loggers(
     config: Config, folder: RunFolder, history: Sequence[Mapping[str, Any]], *, fresh: bool = True
 ) -> RunLoggers:
-    """Open what `config.log` asks for.
+    """Open the loggers that `config.log` asks for.
 
     Args:
         config: of the run.
-        folder: of the run; exists.
+        folder: of the run; it must exist.
         history: rows of the epochs completed so far.
-        fresh: the run did not begin in this folder: what is here belongs to one that it replaces, and is removed.
+        fresh: the run is new in this folder. Log files of a replaced run are removed.
 
     Raises:
         InputError: a package is missing.
@@ -224,7 +225,7 @@ def open_loggers(
 
 
 def tag(column: str) -> str:
-    """Return TensorBoard's name for a column of log.csv: its split is the group, "run" where it has none.
+    """Return TensorBoard's name for a column of log.csv. The group is the split, or "run" for columns without a split.
 
     Example:
         >>> tag("train_loss"), tag("test_oa"), tag("lr"), tag("share_rate")
@@ -235,7 +236,7 @@ def tag(column: str) -> str:
 
 
 def confusion_figure(report: ClassificationReport) -> "Figure":
-    """Draw the confusion of a report, each row as shares of its class.
+    """Draw the confusion matrix of a report; each row holds fractions of its class.
 
     Example:
         >>> report = ClassificationReport(
@@ -263,7 +264,7 @@ def _events(folder: RunFolder) -> list[Path]:
 
 
 def _wandb_note(folder: RunFolder) -> Path:
-    """Return where the id of the run at W&B is kept."""
+    """Return the path of the file with the run's W&B id."""
     return folder.root / "wandb.json"
 
 
@@ -275,5 +276,5 @@ def _import(key: str) -> ModuleType:
     with optional(key, f"log.{key}", extra=key):
         found = importlib.import_module(PACKAGES[key])
         if found.__file__ is None:
-            raise ImportError(f"only a folder named {key} is here")  # such as W&B leaves behind
+            raise ImportError(f"only a folder named {key} is here")  # such as W&B makes
     return found

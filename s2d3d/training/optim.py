@@ -14,9 +14,9 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
 
 def no_decay_names(model: nn.Module) -> set[str]:
-    """Name the parameters that are not decayed: biases, norm layers, and what `model.no_weight_decay()` lists.
+    """Return the names of parameters without weight decay: biases, norm layers, and those of `model.no_weight_decay()`.
 
-    Decided by name and owner, never by the number of dimensions: stacked expert biases are (K, d).
+    The name and the owning module decide. The number of dimensions does not: stacked expert biases are (K, d).
     """
     names = {name for name, _ in model.named_parameters() if name.endswith(".bias") or name == "bias"}
     for prefix, module in model.named_modules():
@@ -35,19 +35,19 @@ def build_optimizer(
     lr_multiplier: float = 1.0,
     scaled: Collection[nn.Parameter] | None = None,
 ) -> torch.optim.Optimizer:
-    """Build timm's optimizer `name` with two groups of parameters: decayed and not.
+    """Build timm's optimizer `name` with two groups of parameters: with and without weight decay.
 
-    AdamW and Adam are the fused ones: the default implementation is several times slower on stacked weights.
+    AdamW and Adam use the fused implementation. The default one is several times slower on stacked weights.
 
     Args:
         model: dense, or with experts.
-        name: one that timm knows.
+        name: optimizer name of timm.
         lr: peak learning rate, greater than 0.
-        weight_decay: at least 0. AdamW multiplies it by the rate of the group, hence by `lr_multiplier` as well.
-        lr_multiplier: factor on the rate of the `scaled` parameters, greater than 0. Other than 1 it splits both groups
-            in two, the scaled ones come last. It is the `lr_scale` that timm's schedulers know, so the factor holds at
-            every update, warm-up and end included.
-        scaled: parameters that the factor is for. None: those of the experts; routers are no experts.
+        weight_decay: at least 0. AdamW multiplies it by the learning rate of the group, so `lr_multiplier` scales it.
+        lr_multiplier: factor on the learning rate of the `scaled` parameters, greater than 0. A value other than 1
+            splits both groups in two; the scaled groups come last. It is stored as the `lr_scale` of timm's schedulers
+            and therefore applies to every update, including warm-up and the end.
+        scaled: parameters to which the factor applies. None: those of the experts, without routers.
 
     Example:
         >>> len(build_optimizer(nn.Linear(3, 2), name="adamw", lr=1e-3, weight_decay=0.05).param_groups)
@@ -81,9 +81,10 @@ def build_scheduler(
     warmup_steps: int,
     total_steps: int,
 ) -> CosineLRScheduler:
-    """Build the schedule over optimizer updates; `step_update(n)` sets the rate of update n = 0, 1, ....
+    """Build the learning-rate schedule; `step_update(n)` sets the rate of update n = 0, 1, ....
 
-    Linear warm-up from `warmup_lr`, then "cosine" to `min_lr`, or "constant". The rate depends on n alone.
+    The rate rises linearly from `warmup_lr`. Then it falls to `min_lr` ("cosine") or stays ("constant"). It depends
+    only on n.
     """
     first = optimizer.param_groups[0]
     lr = first.get("initial_lr", first["lr"])

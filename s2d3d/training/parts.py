@@ -1,4 +1,4 @@
-"""The parts of a training, each made from the config by one function: model, optimizer, schedule, EWA, EMA."""
+"""The parts of a run: model, optimizer, schedule, EWA and EMA. One function makes each of them from the config."""
 
 import logging
 from dataclasses import dataclass
@@ -25,13 +25,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ModelParts:
-    """The model of a run, and what is known of its making.
+    """The model of a run, and details of its construction.
 
     Attributes:
-        model: the model that is trained, with its experts, on the device of the run.
-        network: what is called in training: the model, or its wrapper for several processes or compilation.
+        model: the trained model with its experts, on the device of the run.
+        network: the module that training calls: the model, or its wrapper for several processes or compilation.
         parallel: the wrapper that averages gradients over ranks, None with one process.
-        mof: which FFNs become experts, and how.
+        mof: settings of the conversion to experts.
         converted: names of the expert layers; empty for a dense run.
         routed: the expert layers that have a router.
         dense_parameters: number of parameters without additional experts.
@@ -48,7 +48,7 @@ class ModelParts:
     training_parameters: int
 
     def counts(self) -> dict[str, int]:
-        """Return the numbers of parameters as metrics.json holds them: in training, and of the final model."""
+        """Return the numbers of parameters for metrics.json: in training, and of the final model."""
         final = {"routed": self.training_parameters} if self.routed else {"merged": self.dense_parameters}
         return {"training": self.training_parameters, **final}
 
@@ -60,10 +60,10 @@ def build_model(config: Config, runtime: Runtime, class_names: list[str], *, pre
         config: of the run.
         runtime: this process and the others.
         class_names: in the order of the labels.
-        pretrained: load the file that `model.pretrained` names; a run that resumes needs it no more.
+        pretrained: load the file that `model.pretrained` names; a resumed run does not need it.
 
     Raises:
-        InputError: the file does not fit the model, or no FFN matches.
+        InputError: the file does not match the model, or no FFN matches the targets.
     """
     # Seeded here: a dense and a sparse run of one seed start from the same dense weights.
     seed_all(config.seed)
@@ -88,7 +88,7 @@ def build_model(config: Config, runtime: Runtime, class_names: list[str], *, pre
 
 
 def optimizer_of(config: Config, parts: ModelParts) -> torch.optim.Optimizer:
-    """Return the optimizer of a run; `s2d.lr_multiplier` of a dense run is for the FFNs that S2D would convert."""
+    """Return the optimizer of a run. In a dense run `s2d.lr_multiplier` applies to the FFNs that S2D would convert."""
     optim, multiplier, scaled = config.optim, config.s2d.lr_multiplier, None
     if config.s2d.kind == "none" and multiplier != 1:
         names = names_of_experts(config, parts.mof)
@@ -114,7 +114,7 @@ def ewa_of(config: Config, parts: ModelParts, scheduler: CosineLRScheduler, step
         return None
 
     def squared_lr(update: int) -> float:
-        """Return the square of the rate of an update relative to the peak rate."""
+        """Return the squared ratio of an update's learning rate to the peak rate."""
         return (scheduler._get_lr(update)[0] / config.optim.lr) ** 2
 
     return EWA(
@@ -131,12 +131,12 @@ def ema_of(config: Config, parts: ModelParts) -> ModelEmaV3 | None:
 
 @torch.no_grad()
 def try_batch(config: Config, runtime: Runtime, data: Loaders, model: nn.Module) -> None:
-    """Pass the smallest batch of an epoch through the model: what cannot work fails before it leaves a trace.
+    """Pass the smallest batch of an epoch through the model, so that an impossible setting fails before files are made.
 
-    Random state is set after this; what the pass does to buffers is taken back.
+    The random state is set after this. Buffers are restored after the pass.
 
     Raises:
-        InputError: the batch does not pass.
+        InputError: the model cannot process the batch.
     """
     dataset, batch_size = data.train.dataset, config.train.batch_size
     rest = 0 if config.train.drop_last else len(dataset) % batch_size
@@ -153,7 +153,7 @@ def try_batch(config: Config, runtime: Runtime, data: Loaders, model: nn.Module)
 
 
 def describe(config: Config, runtime: Runtime, data: Loaders, parts: ModelParts) -> str:
-    """Return one line on the model, the data and the machine of a run."""
+    """Return one line that describes the model, the data and the machine of a run."""
     experts = ""
     if parts.converted:
         number, trained = parts.mof.num_experts, parts.training_parameters

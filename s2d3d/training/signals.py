@@ -1,4 +1,4 @@
-"""Signals that end a run: noted, and obeyed between two updates."""
+"""Signals that end a run. They are recorded, and the run stops between two updates."""
 
 import contextlib
 import signal
@@ -11,7 +11,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StoppedBySignal(Exception):
-    """The run saved its state and left because of a signal."""
+    """The run saved its state and stopped because of a signal."""
 
     def __init__(self, signum: int, checkpoint: Path) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}; continue with --resume {checkpoint}")
@@ -19,10 +19,10 @@ class StoppedBySignal(Exception):
 
 
 class SignalWatch:
-    """Notes SIGTERM and Ctrl-C instead of dying in the middle of an update.
+    """Records SIGTERM and Ctrl-C, so that the process does not end in the middle of an update.
 
     Attributes:
-        signum: the signal received last; 0 while there was none.
+        signum: the last signal received, 0 before any.
 
     Example:
         >>> watch = SignalWatch()
@@ -37,7 +37,7 @@ class SignalWatch:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Note signals inside, restore the previous handlers afterwards. A second Ctrl-C interrupts at once."""
+        """Record signals inside the context, then restore the previous handlers. A second Ctrl-C interrupts at once."""
         self.signum = 0
 
         def note(signum: int, frame: object) -> None:
@@ -53,17 +53,18 @@ class SignalWatch:
                 signal.signal(number, handler)
 
     def received(self, runtime: Runtime, *, agree: bool) -> bool:
-        """Tell whether this process was told to stop; of several processes, whether any was.
+        """Return whether the run must stop: this process, or with several ranks any of them, received a signal.
 
         Args:
             runtime: this process and the others.
-            agree: let the ranks ask one another, which all of them must then do; without it several ranks never stop.
+            agree: exchange the signals between ranks. All ranks must then call this. With several ranks and
+                `agree=False` the result is always False.
         """
         if not runtime.is_distributed:
             return self.signum != 0
         if not agree:
             return False
-        import torch  # here: whoever only watches for signals does not need it
+        import torch  # here, so that a process that only watches for signals does not import torch
         import torch.distributed as dist
 
         number = torch.tensor(self.signum, device=runtime.device)

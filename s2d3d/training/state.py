@@ -1,4 +1,4 @@
-"""The training state of a run: what a checkpoint holds beside the model, gathered from all ranks."""
+"""The training state that a checkpoint holds in addition to the model, gathered from all ranks."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from ..random_state import rng_state
 
 
 def gather_states(runtime: Runtime, sums: Tensor) -> tuple[list[Any], list[Tensor]]:
-    """Return every rank's random state, as of `rng_state`, and every rank's `sums`, a tensor of the same shape."""
+    """Return the random state (see `rng_state`) and the `sums` of every rank; all `sums` have the same shape."""
     own = rng_state(runtime.device)
     if not runtime.is_distributed:
         return [own], [sums]

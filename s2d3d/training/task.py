@@ -1,4 +1,4 @@
-"""What a run is trained for: the loss of a batch, and the score of a model."""
+"""The task of a run: the loss of a batch, and the evaluation of a model."""
 
 from functools import partial
 
@@ -15,15 +15,15 @@ from ..machine import Runtime
 class Classification:
     """Classification by cross-entropy, scored by accuracy.
 
-    `loss` and `evaluate` are all that the trainer asks of its task.
+    The trainer uses only `loss` and `evaluate` of its task.
 
     Attributes:
-        loss: takes the network, points (B, N, C) and labels (B,); returns the mean loss of the batch, 0-d with a
-            gradient, and the number of samples that were right, 0-d.
+        loss: takes the network, points (B, N, C) and labels (B,). It returns the mean loss of the batch, 0-d with a
+            gradient, and the number of correct samples, 0-d.
     """
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
-        """Take smoothing, precision and the display from the config of the run."""
+        """Read label smoothing, precision and progress display from the config of the run."""
         self.loss = partial(
             classification_loss, label_smoothing=config.train.label_smoothing, bf16=config.train.amp == "bf16"
         )

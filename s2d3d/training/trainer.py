@@ -39,22 +39,22 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Trains the model that a config describes; one object, one run.
+    """Trains the model that a config describes. One object trains one run.
 
     Attributes:
         config: of the run.
         folder: the run folder, with the paths of its files.
-        callbacks: what is called during the run, see `Callback`.
-        runtime: device, rank and number of processes; this and what follows is there once `fit` has made it.
+        callbacks: the callbacks of the run, see `Callback`.
+        runtime: device, rank and number of processes. `fit` creates this attribute and those below.
         data: the loaders, and the names of the classes.
-        parts: what is known of the model's making, such as the names of its expert layers.
-        model: the model that is trained, with its experts.
-        optimizer: with the learning rate of the update in its groups.
+        parts: details of the model's construction, such as the names of its expert layers.
+        model: the trained model, with its experts.
+        optimizer: its parameter groups hold the learning rate of the update.
         ewa: the averaging of the experts; None for a dense run.
         ema: the moving average of the weights; None without `train.ema_decay`.
         progress: epochs and updates made so far.
         history: the rows of log.csv so far.
-        reports: the evaluations that ended the run, by form of the model.
+        reports: the evaluations at the end of the run, by form of the model.
 
     Example:
         >>> from s2d3d import load_config
@@ -69,32 +69,32 @@ class Trainer:
         datasets: tuple[PointCloudDataset, PointCloudDataset] | None = None,
         callbacks: Iterable[Callback] = (),
     ) -> None:
-        """Keep the config; nothing is read or written before `fit`.
+        """Store the config. Nothing is read or written before `fit`.
 
         Args:
             config: from `load_config`.
-            force: replace a run that the output folder holds.
-            datasets: training and test set to use; default those that `config.data` describes. A run that resumes
-                must be given the same again.
+            force: replace an existing run in the output folder.
+            datasets: training and test set to use; default: those of `config.data`. To resume a run, pass the same
+                ones.
             callbacks: called after updates, after epochs and at the end, in this order.
         """
         self.config, self.force, self.datasets, self.callbacks = config, force, datasets, tuple(callbacks)
         self.folder, self.signals, self.loggers = RunFolder(config.output_dir), SignalWatch(), RunLoggers()
 
     def fit(self, resume: str | Path | None = None) -> Path:
-        """Train to the last epoch, evaluate, merge; return the path of the dense model (kind topk: of the routed one).
+        """Train to the last epoch, merge, evaluate; return the path of the dense model (kind topk: the routed model).
 
-        With `train.max_steps` a run may end earlier; the path is then that of its checkpoint.
+        With `train.max_steps` a run may end earlier. Then the path of its checkpoint is returned.
 
         Args:
-            resume: a checkpoint, or a run folder whose last one is meant; if that is damaged, the one before it. On a
-                CPU the run continues bit for bit.
+            resume: a checkpoint or a run folder. For a folder, its last checkpoint is used, or the previous one if the
+                last is damaged. Resuming is bit-exact on a CPU.
 
         Raises:
-            InputError: bad data, an output folder that holds a run, a checkpoint of another run.
-            TrainingError: loss or gradient is not finite; another process of the run is gone.
-            OSError: a checkpoint cannot be written; the one before it is as it was.
-            StoppedBySignal: SIGTERM or Ctrl-C; the state has been saved.
+            InputError: the data is bad, the output folder holds a run, or the checkpoint belongs to another run.
+            TrainingError: the loss or a gradient is not finite, or another process of the run ended.
+            OSError: a checkpoint cannot be written; the previous one is unchanged.
+            StoppedBySignal: SIGTERM or Ctrl-C was received; the state is saved.
         """
         cfg = self.config
         self.runtime = start_runtime(cfg.train.device, cfg.train.num_threads)
@@ -103,7 +103,7 @@ class Trainer:
                 self._setup(resume)
                 with self.signals.watching(), logging_redirect_tqdm():
                     while self.progress.epoch < cfg.train.epochs:
-                        if not self._reached_max_steps():  # a run that is resumed at its limit is there already
+                        if not self._reached_max_steps():  # false for a run that is resumed at its limit
                             self._train_epoch()
                         if self._reached_max_steps():
                             return self._stop_early()
@@ -129,7 +129,7 @@ class Trainer:
             self.folder.check(resume=checkpoint, force=self.force)
         check_loggers(cfg)
         if not state and cfg.model.pretrained and not Path(cfg.model.pretrained).is_file():
-            raise InputError(f"model.pretrained: no such file {cfg.model.pretrained}")  # before data is prepared for it
+            raise InputError(f"model.pretrained: no such file {cfg.model.pretrained}")  # before the data is prepared
         self.data = build_loaders(cfg, runtime, self.datasets)
         self.steps_per_epoch = len(self.data.train)
         self.total_updates = self.steps_per_epoch * cfg.train.epochs
@@ -142,7 +142,7 @@ class Trainer:
         try_batch(cfg, runtime, self.data, self.model)
         self.progress = Progress()
         self.history: list[dict[str, Any]] = []
-        # Sums over the epoch, places as in `update`.
+        # Sums over the epoch, indexed as in `update`.
         self.sums = torch.zeros(6 if self.parts.routed else 4, dtype=torch.float64, device=runtime.device)
         self.watch, self.fingerprint = FiniteWatch(runtime.device), self.data.train.dataset.fingerprint()
         seed_all(cfg.seed * 1000 + runtime.rank)  # ranks draw different partitions and drop different paths
@@ -154,14 +154,14 @@ class Trainer:
         if runtime.is_distributed:
             dist.barrier()
         if not self.folder.owns(checkpoint):
-            self._save()  # a run that is killed in its first epoch resumes as well
+            self._save()  # so that a run that is killed in its first epoch can resume
         if runtime.is_main:  # after the checkpoint: a folder that holds a run can be resumed
             if self.folder.is_latest(checkpoint):
                 self._keep_epoch(self.progress.is_best(self.history))
             write_text(self.folder.config, dump_config(cfg))
             write_json(self.folder.environment, environment())
             self.loggers = open_loggers(cfg, self.folder, self.history, fresh=not self.folder.owns(checkpoint))
-            if self.folder.owns(checkpoint):  # it may hold epochs that were not saved, and are trained again
+            if self.folder.owns(checkpoint):  # it may hold epochs that were not saved and are repeated
                 self.folder.write_log(self.history, LOG_COLUMNS)
             logger.info(describe(cfg, runtime, self.data, self.parts))
 
@@ -220,7 +220,7 @@ class Trainer:
         )  # fmt: skip
 
     def _balance(self, share: float) -> Tensor:
-        """Return the weighted balance loss of the pass just made, a share of its batch, and note it for the log."""
+        """Return the weighted balance loss of the last forward pass, times its share of the batch; add it to `sums`."""
         loss = balance_loss(self.model) * share
         self.sums[BALANCE] += loss.detach()
         routed = self.parts.routed
@@ -235,7 +235,7 @@ class Trainer:
             raise TrainingError(nonfinite_message(self.data.train, update, good))
 
     def _after_update(self, bar: tqdm) -> None:
-        """Do what must happen between two updates: refresh the display, save, obey signals."""
+        """Do the work between two updates: refresh the display, save, stop on a signal."""
         cfg, progress = self.config, self.progress
         interval = progress.updates % cfg.log.interval == 0
         bar.update()
@@ -286,12 +286,12 @@ class Trainer:
             row["test_oa"], row["test_macc"] = report.oa, report.macc
             self.loggers.report("test", report, progress.epoch + 1)
         self.history.append(row)
-        self.loggers.row(row)  # before the checkpoint: what it does not know of is superseded on resume
+        self.loggers.row(row)  # before the checkpoint: rows that it lacks are replaced on resume
         progress.epoch, progress.step, progress.seconds = progress.epoch + 1, 0, 0.0
         self.sums.zero_()
         for callback in self.callbacks:
             callback.on_epoch(self)
-        # best.pt is what last.pt was: an epoch that is not saved cannot be it.
+        # best.pt is a copy of last.pt: only an epoch that is saved can be the best one.
         saves = progress.epoch % cfg.train.save_every == 0 or progress.epoch == cfg.train.epochs
         is_best = saves and progress.select(row)
         if saves:
@@ -302,7 +302,7 @@ class Trainer:
             logger.info(epoch_line(row, cfg.train.epochs))
 
     def _keep_epoch(self, is_best: bool) -> None:
-        """Keep the state that last.pt holds now; at a start too, for a run that was killed before it came to this."""
+        """Keep the state of last.pt. A resumed run calls this at its start, in case it was killed before this step."""
         every, progress = self.config.train.keep_every, self.progress
         if is_best:
             self.folder.mark_best()
@@ -312,7 +312,7 @@ class Trainer:
     # ----------------------------------------------------------------- ending
 
     def _finish_run(self) -> Path:
-        """Evaluate the sparse model, merge it, evaluate the merged one, and write model and results."""
+        """Evaluate the sparse model, merge it, evaluate the merged model, and write the model and the results."""
         cfg, scored = self.config, self.data.scored
         model, reports, kept = end_model(cfg, self.runtime, self.data, self.parts, self.task, self.ema)
         path = self.folder.final if self.parts.routed else self.folder.merged
@@ -351,7 +351,7 @@ class Trainer:
         )  # fmt: skip
 
     def _save(self) -> None:
-        """Write last.pt; every rank takes part, because each has random state of its own."""
+        """Write last.pt. Every rank must call this, because each rank has its own random state."""
         self._raise_if_bad()
         states, sums = gather_states(self.runtime, self.sums)
         if self.runtime.is_main:

@@ -1,4 +1,4 @@
-"""What happens before the optimizer's step: the gradient of a global batch, and a watch that it is finite."""
+"""The part of an update before the optimizer step: the gradient of a global batch, and a check that it is finite."""
 
 import contextlib
 from collections.abc import Callable
@@ -11,10 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 from ..datasets import BatchLoader
 
 LOSS, CORRECT, SAMPLES, NORM, BALANCE, DROPPED = range(6)
-"""Places in the sums of an epoch; the last two are there with routers alone."""
+"""Indices into the sums of an epoch. The last two exist only with routers."""
 SHOWN_NAMES, SHOWN_INDICES = 8, 64
 BatchLoss = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Takes network, points and labels; returns the mean loss, and how many samples were right."""
+"""Takes network, points and labels; returns the mean loss and the number of correct samples."""
 
 
 def accumulate_gradient(
@@ -28,17 +28,17 @@ def accumulate_gradient(
     parallel: DistributedDataParallel | None = None,
     extra_loss: Callable[[float], Tensor] | None = None,
 ) -> Tensor:
-    """Add the gradient of one global batch's loss to the parameters, a part of the batch after the other.
+    """Add the gradient of one global batch's loss to the parameters, one part of the batch after another.
 
     Args:
-        network: what is called: the model, or a wrapper of it.
+        network: the model, or its wrapper.
         points: (B, N, C), this rank's share of the batch, on the device of the model.
         labels: (B,) int64.
-        sums: float64, of the epoch; loss, correct predictions and samples are added, in place.
-        loss: of a part of the batch, such as `classification_loss`.
-        num_parts: parts that the batch is cut into, of about equal size; their gradients add up to that of the whole.
-        parallel: the wrapper that averages gradients over ranks, which it then does once, with the last part.
-        extra_loss: given a part's share of the batch, in (0, 1], returns a loss of its forward pass to add.
+        sums: float64 sums of the epoch. Loss, correct predictions and samples are added in place.
+        loss: the loss of a part of the batch, such as `classification_loss`.
+        num_parts: number of parts of about equal size. Their gradients sum to the gradient of the whole batch.
+        parallel: the wrapper that averages gradients over ranks. It does so once, with the last part.
+        extra_loss: takes a part's share of the batch, in (0, 1], and returns a loss of its forward pass to add.
 
     Returns:
         The mean loss over this rank's samples, without `extra_loss`, detached.
@@ -67,7 +67,7 @@ def accumulate_gradient(
 
 
 class FiniteWatch:
-    """Remembers the first update with a non-finite loss or gradient, without waiting for the device.
+    """Records the first update with a non-finite loss or gradient, without synchronising with the device.
 
     Example:
         >>> watch = FiniteWatch(torch.device("cpu"))
@@ -81,23 +81,23 @@ class FiniteWatch:
         self._bad = torch.full((), -1, dtype=torch.int64, device=device)
 
     def note(self, loss: Tensor, grad_norm: Tensor, update: int) -> None:
-        """Look at one update, number `update`: loss and gradient norm, 0-d."""
+        """Check the loss and the gradient norm, both 0-d, of update number `update`."""
         bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
         self._bad = torch.where(bad & (self._bad < 0), update, self._bad)
 
     def first_bad(self) -> int | None:
-        """Return the number of the first bad update, None where all were good; waits for the device."""
+        """Return the number of the first non-finite update, None without one. Synchronises with the device."""
         update = int(self._bad)
         return update if update >= 0 else None
 
 
 def nonfinite_message(loader: BatchLoader, update: int, last_good: Path | str) -> str:
-    """Say at which update the loss or a gradient was not finite, and which shapes were in this process's batch.
+    """Return an error message with the non-finite update and the shapes in this process's batch.
 
     Args:
         loader: of the training set.
         update: number of the update, from 0.
-        last_good: the checkpoint to go back to.
+        last_good: the last checkpoint with finite weights.
     """
     epoch, step = divmod(update, len(loader))
     indices = loader.indices(epoch, step).tolist()

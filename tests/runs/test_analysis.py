@@ -162,7 +162,7 @@ def test_run_without_kept_models_or_logged_divergence(run):
     assert result["checkpoints"][0]["file"] == "last.pt" and result["num_shapes"] == 12
     assert result["between_checkpoints"] == [] and result["prediction"] is None
     assert len(result["epochs"]) == 3 and "predicted" not in result["epochs"][0]
-    assert "one checkpoint only" in analysis_table(result)
+    assert "only one checkpoint" in analysis_table(result)
 
 
 def test_what_is_refused(run, tiny_config, tmp_path):

@@ -92,7 +92,7 @@ def test_merge_on_loading_is_merge_experts(path):
 
 def test_merging_a_routed_model_is_refused_on_loading(path):
     save(path, payload_of("topk")[1])
-    with pytest.raises(InputError, match=f"^{path}: was trained with s2d.kind=topk, whose experts stay"):
+    with pytest.raises(InputError, match=f"^{path}: was trained with s2d.kind=topk, it has no dense form"):
         load_model(path, merge=True)
 
 
