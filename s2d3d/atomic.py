@@ -13,7 +13,10 @@ from typing import Any, BinaryIO, cast
 
 from .errors import InputError
 
-SUFFIX = ".tmp"
+MARK = ".s2d3d"
+"""The file by which a workspace is known to be ours; locked by its writer, and holds the name of the target."""
+NEW, OLD = "new", "old"
+"""Names in a workspace: what shall take the place of the target, and what stood there before."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -22,7 +25,7 @@ def replacing(path: str | os.PathLike, *, previous: str | os.PathLike | None = N
     """Give a binary file to write to, which takes the place of `path` when the body ends without an error.
 
     The content is on disk before it gets the name, so that after a power cut `path` holds the old content or the new
-    one. A process that is killed leaves `path` as it was, and `path.tmp`, which the next one overwrites.
+    one. Several writers of one path do not meet: each has a `workspace`, and the last one to end wins.
 
     Args:
         path: replaced when it exists; its folder exists.
@@ -40,28 +43,108 @@ def replacing(path: str | os.PathLike, *, previous: str | os.PathLike | None = N
         b'hello'
     """
     path = Path(path)
-    temporary = path.with_name(path.name + SUFFIX)
     watched = None
     try:
-        with open(temporary, "wb") as file:
-            watched = _Watched(file)
-            yield cast(BinaryIO, watched)  # what writers use of one
-            file.flush()
-            os.fsync(file.fileno())
-        if previous is not None and path.exists():
-            link_or_copy(path, Path(previous))
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        with workspace(path) as work:
+            with open(work / NEW, "xb") as file:
+                watched = _Watched(file)
+                yield cast(BinaryIO, watched)  # what writers use of one
+                file.flush()
+                os.fsync(file.fileno())
+            if previous is not None and path.exists():
+                link_or_copy(path, Path(previous))
+            os.replace(work / NEW, path)
+            _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         cause = getattr(watched, "error", None) or error
-        if not isinstance(cause, OSError) or cause.errno is None or cause.filename not in (None, str(temporary)):
+        ours = isinstance(cause, OSError) and str(cause.filename or _prefix(path)).startswith(_prefix(path))
+        if not isinstance(cause, OSError) or cause.errno is None or not ours:
             raise
         advice = "free space and try again; " if cause.errno in _FULL else ""
         text = f"cannot be written ({cause.strerror}); {advice}what was there before is unchanged"
         raise OSError(cause.errno, text, str(path)) from error
+
+
+@contextlib.contextmanager
+def workspace(target: Path) -> Iterator[Path]:
+    """Give a new private folder beside `target`, in which what shall take its place is made; it is removed at the end.
+
+    Its name is made up, so nothing that is there can be met or followed. What is put into it as `OLD` goes back to
+    `target` unless something else has taken that place, at the end of the body or after a kill (see `sweep`).
+
+    Args:
+        target: a file or a folder; the folder around it exists.
+
+    Example:
+        >>> import tempfile
+        >>> target = Path(tempfile.mkdtemp(), "set")
+        >>> with workspace(target) as work:
+        ...     (work / NEW).mkdir()
+        ...     os.replace(work / NEW, target)
+        >>> [path.name for path in target.parent.iterdir()]
+        ['set']
+    """
+    _settle_abandoned(target.parent, target.name)
+    work = Path(tempfile.mkdtemp(prefix=Path(_prefix(target)).name, suffix=".tmp", dir=target.parent))
+    lock = os.open(work / MARK, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+    try:
+        _try_lock(lock)
+        os.write(lock, os.fsencode(target.name))
+        yield work
     finally:
-        with contextlib.suppress(OSError):  # a disk that failed may fail again; the first error counts
-            temporary.unlink(missing_ok=True)
+        try:
+            _settle(work, target)
+        finally:
+            os.close(lock)
+
+
+def sweep(*folders: Path) -> None:
+    """Remove the workspaces of killed writers in some folders, and put back what they had moved aside.
+
+    A workspace is known by the file in it and by its lock, not by its name. Nothing else is touched.
+    """
+    for folder in folders:
+        _settle_abandoned(folder)
+
+
+def _settle_abandoned(folder: Path, name: str | None = None) -> None:
+    """Settle the workspaces that killed writers left in a folder; with `name` those of this target alone."""
+    with contextlib.suppress(OSError):  # a folder that cannot be listed or changed stays as it is
+        for work in folder.glob(".*.tmp"):
+            if work.is_symlink() or not work.is_dir():
+                continue
+            found = {path.name for path in work.iterdir()}
+            if MARK not in found or not found <= {MARK, NEW, OLD}:
+                continue
+            lock = os.open(work / MARK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                target = os.fsdecode(os.read(lock, 1024))
+                known = target not in ("", ".", "..") and "/" not in target and "\0" not in target
+                ours = known and str(work).startswith(_prefix(folder / target)) and target == (name or target)
+                if ours and _try_lock(lock):
+                    _settle(work, folder / target)
+            finally:
+                os.close(lock)
+
+
+def _settle(work: Path, target: Path) -> None:
+    if os.path.lexists(work / OLD) and not os.path.lexists(target):
+        os.replace(work / OLD, target)
+    shutil.rmtree(work, ignore_errors=True)  # a disk that failed may fail again; the first error counts
+
+
+def _prefix(target: Path) -> str:
+    """Return how the paths of workspaces of a target begin; cut, since a name has at most 255 bytes."""
+    return str(target.parent / f".{target.name[:40]}.")
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Lock a file unless another process holds it; False also where the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -80,26 +163,31 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """Let `target` be the content of `source`, atomically; not written again where the file system can link."""
-    temporary = target.with_name(target.name + SUFFIX)
-    temporary.unlink(missing_ok=True)
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+    """Hold a lock on a folder, as `locked`, without waiting; give False if another process holds it."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
-        os.replace(temporary, target)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
+        except BlockingIOError:
+            free = False
+        except OSError:  # a file system without such locks: nobody can tell
+            free = True
+        yield free
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
-def sweep(*folders: Path) -> list[Path]:
-    """Remove what killed processes left half written in folders that nobody else writes to; return what was removed."""
-    stale = [path for folder in folders if folder.is_dir() for path in folder.glob(f"*{SUFFIX}") if path.is_file()]
-    for path in stale:
-        path.unlink(missing_ok=True)
-    return stale
+def link_or_copy(source: Path, target: Path) -> None:
+    """Let `target` be the content of `source`, atomically; not written again where the file system can link."""
+    with workspace(target) as work:
+        try:
+            os.link(source, work / NEW)
+        except OSError:
+            shutil.copyfile(source, work / NEW)
+        os.replace(work / NEW, target)
 
 
 class _Watched:

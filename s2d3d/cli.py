@@ -123,8 +123,8 @@ def refuse_existing(path: str | Path, force: bool, *, sources: Sequence[str | Pa
         sources: files that are read, and never replaced.
 
     Raises:
-        InputError: it exists and `force` is not set; it is a folder or one of the sources; its folder does not exist or
-            cannot be written to.
+        InputError: it exists and `force` is not set; it is one of the sources, or a folder, a device or another thing
+            that is no file; its folder does not exist or cannot be written to.
     """
     if not str(path):
         raise InputError("--output: is empty; name a file")
@@ -133,7 +133,9 @@ def refuse_existing(path: str | Path, force: bool, *, sources: Sequence[str | Pa
         raise InputError(f"{path}: is a folder; name a file, such as {path / 'FILE'}")
     if path.exists() and any(path.samefile(source) for source in sources if Path(source).exists()):
         raise InputError(f"{path}: is what is read; choose another output")
-    if path.exists() and not force:
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is a device, a pipe or a socket; name a file")
+    if os.path.lexists(path) and not force:
         raise InputError(f"{path}: exists already; choose another output or pass --force")
     check_parent(path)
     return path

@@ -65,10 +65,11 @@ def run(arguments: argparse.Namespace) -> None:
         reference = find_reference(arguments.checkpoint)
     compared = read_robustness(reference) if reference else None
     keep_large_allocations()
-    trained = open_trained(arguments.checkpoint, arguments.overrides, device=device)
+    overrides = [*arguments.overrides, *([f"eval.votes={arguments.votes}"] if arguments.votes is not None else [])]
+    trained = open_trained(arguments.checkpoint, overrides, device=device)
     model, config = trained.model, trained.config
     dataset = read_dataset(arguments, trained)
-    votes = config.eval.votes if arguments.votes is None else arguments.votes
+    votes = config.eval.votes
     make_loader = partial(build_test_loader, data=config.data, batch_size=config.eval.batch_size, seed=config.seed)
     progress = config.log.progress
     if everything:

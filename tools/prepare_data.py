@@ -108,9 +108,10 @@ def take_over(args: argparse.Namespace) -> dict[str, int]:
     from s2d3d.prepare.folder import MARK, check_output, copy_modelnet40
 
     output = Path(args.output)
-    check_output(output, args.force)
+    downloads = Path(args.downloads or output.parent / "downloads")
+    check_output(output, args.force, downloads if args.download else Path(args.source))
     if args.download:
-        source = fetch(args.download, args.downloads or output.parent / "downloads")
+        source = fetch(args.download, downloads)
     elif args.downloads:
         raise InputError("--downloads: is for --download only")
     else:

@@ -4,9 +4,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from s2d3d import load_config
+from s2d3d import Config, load_config
 from s2d3d.cli import add_overrides, run_tool
 from s2d3d.config.load import dump_config
+from s2d3d.errors import InputError
+from s2d3d.runs.folder import RunFolder
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -29,6 +31,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(dump_config(config), end="")
         return 0
 
+    if arguments.force:
+        keep_config(arguments.config, config)
+
     from s2d3d import Trainer
     from s2d3d.training.signals import StoppedBySignal
 
@@ -42,6 +47,14 @@ def run(arguments: argparse.Namespace) -> int:
     if trainer.runtime.is_main and path != trainer.folder.last:
         print(trainer.summary())
     return 0
+
+
+def keep_config(path: str, config: Config) -> None:
+    """Refuse to replace a config that is read by another one: `--force` writes the resolved config of the new run."""
+    own = RunFolder(config.output_dir).config
+    if own.is_file() and own.samefile(path) and own.read_text(encoding="utf-8") != dump_config(config):
+        text = "is the config that is read, and --force would replace it by another one"
+        raise InputError(f"{path}: {text}; copy it elsewhere, or choose another output_dir")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -69,6 +69,26 @@ def resolve_keywords(
     return resolved, problems
 
 
+def check_types(values: Mapping[str, Any], fields: Fields) -> dict[str, Any]:
+    """Return keyword values that did not come through a config, as its types have them; unknown ones stay as they are.
+
+    Raises:
+        ValueError: a value is of another type.
+
+    Example:
+        >>> check_types({"depth": 2.0}, keyword_fields({"depth": 4}))
+        Traceback (most recent call last):
+        ValueError: depth: must be a whole number, got 2.0
+    """
+    own: dict[str, Any] = {key: field for key, field in fields.items() if key in values}
+    schema = create_model("Keywords", __config__=ConfigDict(extra="allow"), **own)
+    try:
+        return dict(schema.model_validate(dict(values)))
+    except ValidationError as error:
+        problem = schema_problems(error, schema)[0]
+        raise ValueError(f"{'.'.join(map(str, problem.loc))}: {problem.text}") from None
+
+
 def _of_default(default: Any) -> Any:
     if isinstance(default, (tuple, list)):
         return types.GenericAlias(tuple, (_of_default(default[0]) if default else Plain, ...))

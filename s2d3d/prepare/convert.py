@@ -8,13 +8,15 @@ modelnet40_shape_names.txt, modelnet40_train.txt, class/*.txt    modelnet40_norm
 
 import json
 import os
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from ..atomic import claimed, sweep, write_text
 from ..datasets.h5 import check_up_axis, write_h5
 from ..datasets.mesh import read_off, sample_mesh
 from ..datasets.modelnet40 import SPLITS
@@ -23,7 +25,7 @@ from ..datasets.text import parse_rows, read_bytes, split_fields
 from ..errors import InputError
 from ..random_state import derived_rng
 from . import DEFAULT_POINTS
-from .folder import MARK, check_output
+from .folder import CONVERSION, MARK, check_output, foreign_files, take_place
 from .scan_view import unit_sphere
 from .workers import worker_pool
 
@@ -123,61 +125,81 @@ def convert_modelnet(
             f"{source}: is no public copy of ModelNet: neither shape_names.txt (HDF5) nor class/train/*.off (meshes) "
             "nor modelnet40_shape_names.txt (text); see data/README.md"
         )
-    check_output(output, force)
+    check_output(output, force, source)
     work = output.parent / f".{output.name}.partial"
     vertical = up_axis or found.up_axis
     job = {**asdict(found), "source": str(source.resolve()), "up_axis": vertical}
-    _claim(work, {**job, "num_points": num_points, "seed": seed, "part": PART})
     counts = {split: len(shapes) for split, shapes in found.shapes.items()}
-    jobs = []
-    for split, shapes in found.shapes.items():
-        entries = []
-        for number, start in enumerate(range(0, len(shapes), PART)):
-            entries.append(f"ply_data_{split}{number}.h5")
-            jobs.append((work / entries[-1], split, shapes[start : start + PART]))
-        (work / f"{split}_files.txt").write_text("".join(f"data/{output.name}/{entry}\n" for entry in entries))
-    cores = workers or min(os.cpu_count() or 1, 8)
-    with (
-        tqdm(total=sum(counts.values()), unit="shape", disable=None) as bar,
-        worker_pool(cores, __name__, doing="converting") as spread,
-    ):
-        for path, split, shapes in jobs:
-            if path.exists():  # whole, since it got its name at its end
-                bar.update(len(shapes))
-                continue
-            task = (str(source), found.kind, num_points, seed, split)
-            clouds = []
-            for cloud in spread(_Job(*task), [(relative, name) for relative, name, _ in shapes]):
-                clouds.append(cloud)
-                bar.update()
-            stacked = np.stack(clouds)
-            write_h5(
-                path, stacked[..., :3], [label for _, _, label in shapes], names=[name for _, name, _ in shapes],
-                normal=stacked[..., 3:] if stacked.shape[-1] > 3 else None, up_axis=vertical,
-            )  # fmt: skip
-    (work / MARK).write_text("".join(f"{name}\n" for name in found.class_names), encoding="utf-8")
-    (work / _CLAIM).unlink()
-    check_output(output, force)
-    if output.exists():
-        shutil.rmtree(output)
-    os.replace(work, output)
+    with _claimed(work, {**job, "num_points": num_points, "seed": seed, "part": PART}):
+        parts = []
+        for split, shapes in found.shapes.items():
+            entries = []
+            for number, start in enumerate(range(0, len(shapes), PART)):
+                entries.append(f"ply_data_{split}{number}.h5")
+                parts.append((work / entries[-1], split, shapes[start : start + PART]))
+            (work / f"{split}_files.txt").write_text("".join(f"data/{output.name}/{entry}\n" for entry in entries))
+        cores = workers or min(os.cpu_count() or 1, 8)
+        with (
+            tqdm(total=sum(counts.values()), unit="shape", disable=None) as bar,
+            worker_pool(cores, __name__, doing="converting") as spread,
+        ):
+            for path, split, shapes in parts:
+                if path.exists():  # whole, since it got its name at its end
+                    bar.update(len(shapes))
+                    continue
+                task = (str(source), found.kind, num_points, seed, split)
+                clouds = []
+                for cloud in spread(_Job(*task), [(relative, name) for relative, name, _ in shapes]):
+                    clouds.append(cloud)
+                    bar.update()
+                stacked = np.stack(clouds)
+                write_h5(
+                    path, stacked[..., :3], [label for _, _, label in shapes], names=[name for _, name, _ in shapes],
+                    normal=stacked[..., 3:] if stacked.shape[-1] > 3 else None, up_axis=vertical,
+                )  # fmt: skip
+        (work / MARK).write_text("".join(f"{name}\n" for name in found.class_names), encoding="utf-8")
+        take_place(work, output, force, source)
+    (output / CONVERSION).unlink()
     return counts
 
 
-_CLAIM = "conversion.json"
+@contextmanager
+def _claimed(work: Path, job: dict) -> Iterator[None]:
+    """Make the folder of unfinished work, or go on with the one that is there if it is of the same conversion.
 
-
-def _claim(work: Path, job: dict) -> None:
-    """Make the folder of unfinished work, or continue an existing one of the same conversion."""
-    text = json.dumps(job, sort_keys=True)
-    note = work / _CLAIM
+    Raises:
+        InputError: what is there is not such a folder, or holds more; another process works in it; it cannot be made.
+    """
+    text, note = json.dumps(job, sort_keys=True), work / CONVERSION
     try:
-        if work.exists() and not (note.is_file() and note.read_text() == text):
-            shutil.rmtree(work)
-        work.mkdir(parents=True, exist_ok=True)
-        note.write_text(text)
+        work.mkdir(parents=True, exist_ok=work.is_dir() and not work.is_symlink())
+        with claimed(work) as alone:
+            if not alone:
+                raise InputError(f"{work}: another process is converting there; wait for it or choose another --output")
+            sweep(work)
+            stored = note.read_text(encoding="utf-8", errors="replace") if note.is_file() else ""
+            if stored != text:
+                if any(work.iterdir()) and (not _is_job(stored) or foreign_files(work)):
+                    raise InputError(
+                        f"{work}: has the name of an unfinished conversion, but is none; move it elsewhere"
+                    )
+                for path in work.iterdir():
+                    path.unlink()
+                write_text(note, text)
+            yield
+    except FileExistsError as error:
+        raise InputError(f"{work}: is needed for an unfinished conversion; move it elsewhere") from error
     except OSError as error:
+        if error.filename is None or not Path(error.filename).is_relative_to(work):
+            raise
         raise InputError(f"{work}: cannot be made there ({error.strerror}); choose another --output") from error
+
+
+def _is_job(text: str) -> bool:
+    with suppress(ValueError, RecursionError):
+        job = json.loads(text)
+        return isinstance(job, dict) and {"kind", "shapes", "source", "part"} <= job.keys()
+    return False
 
 
 @dataclass(frozen=True)

@@ -1,48 +1,65 @@
 """Folders that appear whole or not at all, and checked copies of public data sets."""
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
+from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
+from ..atomic import NEW, OLD, locked, workspace
 from ..datasets.h5 import check_up_axis, write_h5
 from ..datasets.modelnet40 import SPLITS, list_files, read_class_names, read_split, stored_up_axis
+from ..datasets.scanobjectnn import VARIANTS, relative_path
 from ..errors import InputError
 
 MARK = "shape_names.txt"
+CONVERSION = "conversion.json"
+"""In the folder of a conversion that is under way: which one it is."""
 
 
 @contextmanager
-def new_folder(output: Path, *, force: bool = False) -> Iterator[Path]:
+def new_folder(output: Path, *, source: Path | None = None, force: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `output`; it becomes `output` if the body ends without an error.
 
     Args:
         output: must not exist, or be an empty folder.
-        force: replace a folder that holds a data set. Any other folder is kept.
+        source: folder that the set is made from, if it is.
+        force: replace a folder that holds a data set and nothing else. Any other folder is kept.
 
     Raises:
-        InputError: `output` exists and may not be replaced.
+        InputError: `output` exists and may not be replaced, or `source` lies in it.
     """
-    check_output(output, force)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent))
-    except OSError as error:
-        raise InputError(f"{output}: cannot be made there ({error.strerror}); choose another --output") from error
-    try:
-        fresh = work / "new"
+    check_output(output, force, source)
+    with ExitStack() as stack:
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            work = stack.enter_context(workspace(output))
+        except OSError as error:
+            raise InputError(f"{output}: cannot be made there ({error.strerror}); choose another --output") from error
+        fresh = work / NEW
         fresh.mkdir()
         yield fresh
-        check_output(output, force)
+        take_place(fresh, output, force, source)
+
+
+def take_place(fresh: Path, output: Path, force: bool, source: Path | None) -> None:
+    """Give a whole data set its name; the set that it replaces is removed when it has it, and put back if it fails.
+
+    Args:
+        fresh: the new folder.
+        output: its name.
+        force: as for `check_output`, which is asked again.
+        source: as for `check_output`.
+
+    Raises:
+        InputError: as `check_output`.
+    """
+    with locked(output.parent), workspace(output) as work:  # two that end at once: the second sees the first
+        check_output(output, force, source)
         if output.exists():
-            os.replace(output, work / "old")
+            os.replace(output, work / OLD)
         os.replace(fresh, output)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def copy_modelnet40(
@@ -69,12 +86,14 @@ def copy_modelnet40(
         check_up_axis(up_axis)
     if not source.is_dir():
         raise InputError(f"{source}: no such folder; --from names the one that holds {MARK}")
-    if source.resolve() == output.resolve():
-        raise InputError(f"{output}: is the folder to copy from; choose another --output")
+    check_output(output, force, source)
     class_names = read_class_names(source)
     totals = {split: len(list_files(source, split)) for split in SPLITS}
     counts = dict.fromkeys(SPLITS, 0)
-    with new_folder(output, force=force) as folder, tqdm(total=sum(totals.values()), unit="file", disable=None) as bar:
+    with (
+        new_folder(output, source=source, force=force) as folder,
+        tqdm(total=sum(totals.values()), unit="file", disable=None) as bar,
+    ):
         (folder / MARK).write_text("".join(f"{name}\n" for name in class_names), encoding="utf-8")
         for split in SPLITS:
             entries = []
@@ -95,8 +114,11 @@ def copy_modelnet40(
     return counts
 
 
-def check_output(output: Path, force: bool) -> None:
-    """Raise InputError unless a data set may be made at `output`: see `new_folder`."""
+def check_output(output: Path, force: bool, source: Path | None = None) -> None:
+    """Raise InputError unless a data set may be made at `output` from what lies in `source`: see `new_folder`."""
+    if source is not None and source.resolve().is_relative_to(output.resolve()):
+        where = "is" if source.resolve() == output.resolve() else f"holds {source},"
+        raise InputError(f"{output}: {where} the folder to read from; choose another --output")
     if not output.exists() and not output.is_symlink():
         return
     if output.is_symlink() or not output.is_dir():
@@ -107,3 +129,31 @@ def check_output(output: Path, force: bool) -> None:
         raise InputError(f"{output}: exists; choose another --output, or --force to replace it")
     if not (output / MARK).is_file():
         raise InputError(f"{output}: is not a data set (no {MARK}), so --force does not replace it; remove it yourself")
+    others = foreign_files(output)
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        text = f"is not of the data set{more}, so --force does not replace {output}"
+        raise InputError(f"{others[0]}: {text}; move it elsewhere or choose another --output")
+
+
+def foreign_files(folder: Path) -> list[Path]:
+    """Return what lies in the folder of a data set and is none of its files: these are the ones that it lists.
+
+    Example:
+        >>> foreign_files(Path("data/modelnet40"))
+        []
+    """
+    own = {folder / MARK, folder / CONVERSION}
+    for split in SPLITS:
+        listing = folder / f"{split}_files.txt"
+        own.add(listing)
+        if listing.is_file():
+            names = listing.read_text(encoding="utf-8", errors="replace").split("\n")
+            own |= {folder / PurePosixPath(name.strip()).name for name in names if name.strip()}
+        own |= {folder / relative_path(split, variant, background=True) for variant in VARIANTS}
+    caches = {folder / ".fps_cache"}
+    own |= {path for cache in caches if not cache.is_symlink() for path in cache.glob("fps_*.npz")}
+    folders = {path.parent for path in own} | caches
+    return sorted(
+        path for path in folder.rglob("*") if path.is_symlink() or path not in (folders if path.is_dir() else own)
+    )

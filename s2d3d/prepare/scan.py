@@ -25,7 +25,7 @@ from ..errors import InputError, did_you_mean
 from ..random_state import derived_rng
 from ..version import __version__
 from . import DEFAULT_POINTS
-from .folder import MARK, new_folder
+from .folder import MARK, check_output, new_folder
 from .perturbations import PERTURBATIONS
 from .scan_view import View, import_open3d, simulate_view, unit_sphere, upsample
 from .workers import worker_pool
@@ -128,8 +128,7 @@ def write_scans(
         raise InputError(
             f"{source}: no such folder; --from names a data set in ModelNet layout or a folder of OFF meshes"
         )
-    if source.resolve() == output.resolve():
-        raise InputError(f"{output}: is the folder to scan; choose another --output")
+    check_output(output, force, source)
     import_open3d()  # missing: say so before anything is read
     class_names, shape_sets = read_shapes(source, up_axis)
     options = ScanOptions(_points_of_scan(source, shape_sets, num_points, upsample), variant, views, seed, upsample)
@@ -141,7 +140,7 @@ def write_scans(
         "seed": seed,
         "upsampled": upsample,
     }
-    with new_folder(output, force=force) as folder:
+    with new_folder(output, source=source, force=force) as folder:
         (folder / MARK).write_text("".join(f"{name}\n" for name in class_names), encoding="utf-8")
         for shapes in shape_sets:
             points, mask = scan_shapes(shapes, options, workers=workers)

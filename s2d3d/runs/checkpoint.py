@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from ..atomic import replacing
+from ..config.keywords import check_types, keyword_fields
 from ..errors import InputError, UnreadableError, first_line, printable, quoted
 from ..machine import package_versions
-from ..models import create_model
+from ..models import create_model, model_kwargs
 from ..s2d import MoFConfig, convert_to_mof_, is_sparse, merge_experts
 from ..unpickle import load_data
 from ..version import __version__
@@ -20,6 +21,7 @@ FORMAT = "s2d3d"
 FORMAT_VERSION = 2
 MODEL_KEYS = ("model", "s2d", "state_dict", "class_names", "config")
 """Keys of every checkpoint. The checkpoint of an unfinished run also holds the training state."""
+_SHAPE = {"num_classes": 1, "in_channels": 3}
 MAX_EXPANSION = 4
 """Maximum bytes of weights per byte of the file. Without a limit, views of one storage could declare any number."""
 
@@ -151,13 +153,11 @@ def build_model(payload: dict[str, Any], *, where: str, merge: bool = False) -> 
         require_mergeable(payload, where)
 
     def build() -> nn.Module:
-        model = create_model(
-            description["name"],
-            num_classes=description["num_classes"],
-            in_channels=description["in_channels"],
-            **description["kwargs"],
-        )
+        kwargs = check_types(description["kwargs"], keyword_fields(model_kwargs(description["name"])))
+        shape = check_types({key: description[key] for key in _SHAPE}, keyword_fields(_SHAPE))
+        model = create_model(description["name"], **shape, **kwargs)
         if experts is not None:
+            check_types(experts, keyword_fields({"num_experts": 1, "every": 1, "top_k": 1}))
             router = {key: experts[key] for key in ("kind", "top_k", "capacity_factor") if key in experts}
             targets = None if experts["targets"] is None else tuple(experts["targets"])
             mof = MoFConfig(experts["num_experts"], targets, experts["every"], **router)

@@ -1,15 +1,17 @@
 """The folder of one run: what lies where, and how it is written."""
 
+import contextlib
 import csv
 import fcntl
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..atomic import check_writable, link_or_copy, sweep, write_text
 from ..errors import InputError
+from .replaced import ReplacedRun
 
 FORMS = ("merged", "routed", "ema", "recalibrated", "voting")
 """Forms of a trained model that a run evaluates, as metrics.json names them."""
@@ -20,7 +22,8 @@ class RunFolder:
 
     `config.yaml` (resolved), `environment.json`, `log.csv`, `metrics.json`, `checkpoints/last.pt`,
     `checkpoints/previous.pt` (what last.pt was before), `checkpoints/best.pt` and `merged.pt`, or `final.pt` where
-    experts stay (`s2d.kind: topk`); with `train.keep_every` also `checkpoints/epoch_NNN.pt`.
+    experts stay (`s2d.kind: topk`); with `train.keep_every` also `checkpoints/epoch_NNN.pt`. A run that `--force`
+    replaces is kept in `replaced/` until an epoch of the new one is saved.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -37,20 +40,30 @@ class RunFolder:
         self.final = self.root / "final.pt"
         self.robustness = self.root / "robustness.json"
         self.analysis = self.root / "analysis.json"
+        self.wandb = self.root / "wandb.json"
+        self.replaced = ReplacedRun(self.root)
         self._claim: int | None = None
+        self._entered = False
 
-    def check(self, *, resume: Path | None = None, force: bool = False) -> None:
+    def check(self, *, resume: Path | None = None, force: bool = False, reads: Sequence[str | Path] = ()) -> None:
         """Tell whether a run may start here; nothing is changed.
 
         Args:
             resume: the checkpoint that the run continues from, if it does.
             force: replace a run that is here.
+            reads: files that the new run reads; they are not replaced.
 
         Raises:
-            InputError: the folder holds a run, which `resume` does not belong to, and `force` is not set; or no folder
-                can be made or written here.
+            InputError: the folder holds a run, which `resume` does not belong to, and `force` is not set; the run holds
+                one of the files to read; or no folder can be made or written here.
         """
-        if self._present() and not force and not self.owns(resume):
+        present = self._present()
+        if present and force and not self.owns(resume):
+            self.replaced.check()
+            for source in (Path(path) for path in reads if Path(path).exists()):
+                if any(path.exists() and path.samefile(source) for path in present):
+                    raise InputError(f"{source}: is what is read, and --force would replace it; copy it elsewhere")
+        if present and not force and not self.owns(resume):
             own = f", and {resume} is not of it;" if resume else f"; continue it with --resume {self.root},"
             raise InputError(
                 f"{self.root}: holds a run already{own} choose another output_dir, or pass --force to replace it"
@@ -60,8 +73,9 @@ class RunFolder:
     def create(self, *, resume: Path | None = None, force: bool = False) -> None:
         """Make the folder for a new run, or for one that continues, and claim it; see `check`.
 
-        What a killed process left half written is removed. When the run continues from its previous.pt, that becomes
-        last.pt, so that both are whole again after the next checkpoint; the old last.pt is kept as last.aside.pt.
+        What a killed process left half written is removed. A run that is replaced is moved aside, with what other tools
+        found out about its model; see `giving_back`. When the run continues from its previous.pt, that becomes last.pt,
+        so that both are whole again after the next checkpoint; the old last.pt is kept as last.aside.pt.
 
         Raises:
             InputError: as `check`; another process writes to this folder.
@@ -69,15 +83,58 @@ class RunFolder:
         self.check(resume=resume, force=force)
         self.last.parent.mkdir(parents=True, exist_ok=True)
         self._claim_folder()
+        sweep(self.root, self.last.parent)
         if not self.owns(resume):
-            # What other tools found out about the model that was here goes with it.
-            for path in (*self._present(), self.robustness, self.analysis, self.analysis.with_suffix(".png")):
-                path.unlink(missing_ok=True)
+            if self.replaced.is_there():  # the run that is replaced now has not saved an epoch; the one before it has
+                self._remove_run()
+            elif self._present():
+                self.replaced.put_aside([*self._present(), *self._findings()])
         elif resume is not None and resume.resolve() == self.previous.resolve():
             if self.last.exists():
                 os.replace(self.last, self.aside)
             link_or_copy(self.previous, self.last)
-        sweep(self.root, self.last.parent)
+        self._entered = True
+
+    def recover(self) -> None:
+        """Put back a run that a killed process had moved aside, unless a new one has taken its place.
+
+        Raises:
+            InputError: another process writes to this folder.
+        """
+        if self.replaced.is_there():
+            self._claim_folder()
+            self.replaced.recover(new=bool(self._present()))
+            self.release()
+
+    @contextlib.contextmanager
+    def giving_back(self, *stops: type[BaseException]) -> Iterator[None]:
+        """Put back the run that was replaced if the body fails before the new one `stands`.
+
+        Args:
+            stops: errors after which the new run is there to be continued.
+        """
+        failed = True
+        try:
+            yield
+            failed = False
+        except stops:
+            failed = False
+            raise
+        finally:
+            if failed and self._entered and self.replaced.is_there():
+                self._remove_run()
+                self.replaced.put_back()
+
+    def last_good(self) -> str:
+        """Say where the last good checkpoint lies when this run fails now."""
+        if self.replaced.is_there():
+            return "none of this run, the one that it replaced is back"
+        return str(self.last) if self.last.exists() else "none"
+
+    def stands(self) -> None:
+        """Note that an epoch of this run is saved: the run that it replaced is removed."""
+        if self.replaced.is_there():
+            self.replaced.drop()
 
     def release(self) -> None:
         """Let another process write here; the end of the process does it as well."""
@@ -105,6 +162,16 @@ class RunFolder:
             self.merged, self.final,
         )  # fmt: skip
         return [path for path in (*files, *self.all_kept().values()) if path.exists()]
+
+    def _findings(self) -> list[Path]:
+        """Return what other tools and loggers have written about the run, where it is there."""
+        events = (self.root / "tensorboard").glob("events.out.tfevents.*")
+        files = (self.robustness, self.analysis, self.analysis.with_suffix(".png"), self.wandb, *events)
+        return [path for path in files if path.exists()]
+
+    def _remove_run(self) -> None:
+        for path in (*self._present(), *self._findings()):
+            path.unlink(missing_ok=True)
 
     def owns(self, checkpoint: Path | None) -> bool:
         """Tell whether a checkpoint lies in this folder."""

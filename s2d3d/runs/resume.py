@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,33 +35,20 @@ class Progress:
     """Training time of the epoch under way, without evaluation."""
     best: float | None = None
     """Best selection score so far: validation OA, or the training loss with its sign turned."""
-
-    def __post_init__(self) -> None:
-        counts = (self.epoch, self.step, self.updates)
-        if any(type(count) is not int or count < 0 for count in counts):
-            raise ValueError(f"epoch, step and updates are {counts}")
-        if not all(isinstance(value, (int, float)) for value in (self.seconds, self.best or 0.0)):
-            raise ValueError(f"seconds and best are {self.seconds!r} and {self.best!r}")
-
-    @classmethod
-    def restored(cls, state: dict[str, Any]) -> "tuple[Progress, list[dict[str, Any]]]":
-        """Return the progress and the rows of the log that a checkpoint holds; errors are for `restoring`."""
-        history = list(state["history"])
-        if any(not {"epoch", "updates", "seconds", "train_loss"} <= row.keys() for row in history):
-            raise ValueError("a row of the log lacks a column")
-        return cls(**{field.name: state["progress"][field.name] for field in fields(cls)}), history
+    best_epoch: int = 0
+    """The epoch of that score, the first one of a tie; 0 before the first."""
 
     def select(self, row: dict[str, Any]) -> bool:
-        """Tell whether the epoch of this row of the log is the best so far, and remember its score if it is."""
+        """Tell whether the epoch of this row of the log is the best so far, and remember it if it is."""
         score = selection_score(row)
         if self.best is not None and score <= self.best:
             return False
-        self.best = score
+        self.best, self.best_epoch = score, row["epoch"]
         return True
 
-    def is_best(self, history: list[dict[str, Any]]) -> bool:
-        """Tell whether the epoch that has just ended, the last row of the log, is the best one so far."""
-        return self.step == 0 and bool(history) and selection_score(history[-1]) == self.best
+    def is_best(self) -> bool:
+        """Tell whether the epoch that has just ended is the best one so far, as `select` has decided."""
+        return self.step == 0 and self.epoch > 0 and self.epoch == self.best_epoch
 
 
 def selection_score(row: dict[str, Any]) -> float:
@@ -157,9 +144,11 @@ def check_same_data(
     Raises:
         InputError: they differ.
     """
-    if progress.updates != progress.epoch * steps_per_epoch + progress.step:
+    done = progress.epoch * steps_per_epoch + progress.step
+    if progress.updates != done or progress.step > steps_per_epoch:
         raise InputError(f"{where}: was trained on more or fewer shapes than {root} has; resume on its own data")
     if "data" in state and not same_data(state["data"], fingerprint):
         raise InputError(f"{where}: was trained on other clouds than those in {root}; resume on its own data")
-    if len(state["rng"]) != world_size:
-        raise InputError(f"{where}: was written by {len(state['rng'])} processes, this run has {world_size}")
+    ranks = state["rng"]
+    if isinstance(ranks, list) and ranks and len(ranks) != world_size:
+        raise InputError(f"{where}: was written by {len(ranks)} processes, this run has {world_size}")

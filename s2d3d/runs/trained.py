@@ -1,6 +1,6 @@
 """A trained model, opened from its checkpoint: the model, its config, its classes and its data set."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torch import nn
 from ..config.data import build_dataset, check_classes
 from ..config.load import Config, parse_config
 from ..datasets import PointCloudDataset
+from ..errors import InputError
 from .checkpoint import build_model, load_checkpoint
 
 
@@ -46,6 +47,34 @@ class TrainedModel:
         return dataset
 
 
+MAX_VOTES = 1000
+"""Passes over a data set that a checkpoint may ask for; the caller may ask for more."""
+
+
+def stored_config(payload: Mapping[str, Any], where: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Return the config that a checkpoint holds, as far as a file from elsewhere may decide about this machine.
+
+    `data.cache_dir`, where files would be written, is left out, and `eval.votes` is bounded; overrides may set both.
+
+    Args:
+        payload: of the checkpoint, see `load_checkpoint`.
+        where: names it in errors.
+        overrides: `section.key=value`, which replace values of the config.
+
+    Raises:
+        InputError: the config or an override is wrong, or it asks for more than `MAX_VOTES` passes.
+    """
+    given = {override.partition("=")[0].strip() for override in overrides}
+    stored = payload["config"]
+    if isinstance(stored.get("data"), dict) and "data.cache_dir" not in given:
+        stored = stored | {"data": {key: value for key, value in stored["data"].items() if key != "cache_dir"}}
+    config = parse_config(stored, where=str(where), overrides=overrides)
+    if config.eval.votes > MAX_VOTES and "eval.votes" not in given:
+        asked = f"asks for {config.eval.votes} votes, a checkpoint may ask for {MAX_VOTES}"
+        raise InputError(f"{where}: eval.votes: {asked}; give the number yourself by eval.votes=N")
+    return config
+
+
 def open_trained(
     path: str | Path, overrides: Sequence[str] = (), *, device: torch.device | str = "cpu", merge: bool = False
 ) -> TrainedModel:
@@ -66,6 +95,6 @@ def open_trained(
         torch.Size([2, 12])
     """
     payload = load_checkpoint(path)
-    config = parse_config(payload["config"], where=str(path), overrides=overrides)
+    config = stored_config(payload, path, overrides)
     model = build_model(payload, where=str(path), merge=merge).to(device)
     return TrainedModel(str(path), payload, config, model)

@@ -48,7 +48,7 @@ def run_cell(cell: Cell) -> Path:
             resume = folder.root
         except InputError:  # no run yet, or a run that ended before its first checkpoint
             resume = None
-        Trainer(cell.config, force=resume is None).fit(resume=resume)
+        Trainer(cell.config).fit(resume=resume)
     return folder.root
 
 

@@ -157,7 +157,7 @@ class WandbLogger:
 
     def __init__(self, config: Config, folder: RunFolder, history: Sequence[Mapping[str, Any]]) -> None:
         """Start or continue the run; arguments as for `TensorBoardLogger`."""
-        self._wandb, note = _import("wandb"), _wandb_note(folder)
+        self._wandb, note = _import("wandb"), folder.wandb
         known = read_json(note) if note.is_file() else None
         self._run = self._wandb.init(
             project=config.log.wandb, name=folder.root.name, dir=str(folder.root), config=config.to_dict(),
@@ -199,16 +199,13 @@ def check_loggers(config: Config) -> None:
         _import(key)
 
 
-def open_loggers(
-    config: Config, folder: RunFolder, history: Sequence[Mapping[str, Any]], *, fresh: bool = True
-) -> RunLoggers:
+def open_loggers(config: Config, folder: RunFolder, history: Sequence[Mapping[str, Any]]) -> RunLoggers:
     """Open the loggers that `config.log` asks for.
 
     Args:
         config: of the run.
         folder: of the run; it must exist.
         history: rows of the epochs completed so far.
-        fresh: the run is new in this folder. Log files of a replaced run are removed.
 
     Raises:
         InputError: a package is missing.
@@ -217,9 +214,6 @@ def open_loggers(
         >>> loggers = open_loggers(config, RunFolder("runs/a"), [])  # doctest: +SKIP
         >>> loggers.row({"epoch": 1, "train_loss": 2.3})  # doctest: +SKIP
     """
-    if fresh:
-        for leftover in (*_events(folder), _wandb_note(folder)):
-            leftover.unlink(missing_ok=True)
     kinds: dict[str, Callable[..., RunLogger]] = {"tensorboard": TensorBoardLogger, "wandb": WandbLogger}
     return RunLoggers([kinds[key](config, folder, history) for key in _asked(config)])
 
@@ -261,11 +255,6 @@ def confusion_figure(report: ClassificationReport) -> "Figure":
 
 def _events(folder: RunFolder) -> list[Path]:
     return list((folder.root / "tensorboard").glob("events.out.tfevents.*"))
-
-
-def _wandb_note(folder: RunFolder) -> Path:
-    """Return the path of the file with the run's W&B id."""
-    return folder.root / "wandb.json"
 
 
 def _asked(config: Config) -> list[str]:

@@ -24,6 +24,7 @@ from ..runs.folder import RunFolder
 from ..runs.log import LOG_COLUMNS, epoch_line, epoch_row
 from ..runs.metrics import run_metrics, run_summary
 from ..runs.resume import Progress, check_same_data, check_same_run, read_run, restoring
+from ..runs.training_state import checked_progress, checked_state
 from ..s2d import balance_loss
 from .callbacks import Callback
 from .ending import end_model
@@ -99,7 +100,7 @@ class Trainer:
         cfg = self.config
         self.runtime = start_runtime(cfg.train.device, cfg.train.num_threads)
         try:
-            with watching_peers(self.runtime, self.folder.root):
+            with watching_peers(self.runtime, self.folder.root), self.folder.giving_back(StoppedBySignal):
                 self._setup(resume)
                 with self.signals.watching(), logging_redirect_tqdm():
                     while self.progress.epoch < cfg.train.epochs:
@@ -122,11 +123,15 @@ class Trainer:
         cfg, runtime = self.config, self.runtime
         checkpoint: Path | None = None
         state: dict[str, Any] | None = None
+        if runtime.is_main:
+            self.folder.recover()
+        self._barrier()
         if resume:
             checkpoint, state = read_run(resume, warn=runtime.is_main)
             check_same_run(state, cfg, checkpoint)
         if runtime.is_main:  # before the data, which may take minutes
-            self.folder.check(resume=checkpoint, force=self.force)
+            reads = [cfg.model.pretrained] if cfg.model.pretrained and not state else []
+            self.folder.check(resume=checkpoint, force=self.force, reads=reads)
         check_loggers(cfg)
         if not state and cfg.model.pretrained and not Path(cfg.model.pretrained).is_file():
             raise InputError(f"model.pretrained: no such file {cfg.model.pretrained}")  # before the data is prepared
@@ -151,18 +156,19 @@ class Trainer:
                 self._load_state(state, str(checkpoint))
         if runtime.is_main:
             self.folder.create(resume=checkpoint, force=self.force)
-        if runtime.is_distributed:
-            dist.barrier()
+        self._barrier()
         if not self.folder.owns(checkpoint):
             self._save()  # so that a run that is killed in its first epoch can resume
         if runtime.is_main:  # after the checkpoint: a folder that holds a run can be resumed
             if self.folder.is_latest(checkpoint):
-                self._keep_epoch(self.progress.is_best(self.history))
+                self._keep_epoch(self.progress.is_best())
             write_text(self.folder.config, dump_config(cfg))
             write_json(self.folder.environment, environment())
-            self.loggers = open_loggers(cfg, self.folder, self.history, fresh=not self.folder.owns(checkpoint))
+            self.loggers = open_loggers(cfg, self.folder, self.history)
             if self.folder.owns(checkpoint):  # it may hold epochs that were not saved and are repeated
                 self.folder.write_log(self.history, LOG_COLUMNS)
+            if self.progress.epoch:
+                self.folder.stands()
             logger.info(describe(cfg, runtime, self.data, self.parts))
 
     def _build_model(self, *, pretrained: bool = True) -> None:
@@ -231,8 +237,7 @@ class Trainer:
     def _raise_if_bad(self) -> None:
         update = self.watch.first_bad()
         if update is not None:
-            good = self.folder.last if self.folder.last.exists() else "none"
-            raise TrainingError(nonfinite_message(self.data.train, update, good))
+            raise TrainingError(nonfinite_message(self.data.train, update, self.folder.last_good()))
 
     def _after_update(self, bar: tqdm) -> None:
         """Do the work between two updates: refresh the display, save, stop on a signal."""
@@ -254,9 +259,7 @@ class Trainer:
 
     def _reached_max_steps(self) -> bool:
         limit = self.config.train.max_steps
-        if limit is None or self.progress.updates < limit:
-            return False
-        return self.progress.updates < self.total_updates
+        return limit is not None and limit <= self.progress.updates < self.total_updates
 
     def _stop_early(self) -> Path:
         self._save()
@@ -299,6 +302,8 @@ class Trainer:
         if self.runtime.is_main:
             self._keep_epoch(is_best)
             self.folder.write_log(self.history, LOG_COLUMNS)
+            if saves:
+                self.folder.stands()
             logger.info(epoch_line(row, cfg.train.epochs))
 
     def _keep_epoch(self, is_best: bool) -> None:
@@ -326,8 +331,8 @@ class Trainer:
             write_json(self.folder.metrics, metrics)
             self.loggers.finish(reports, scored.dataset, self.progress.epoch)
             self.folder.write_log(self.history, LOG_COLUMNS)
-        if self.runtime.is_distributed:
-            dist.barrier()
+            self.folder.stands()
+        self._barrier()
         self.reports = reports
         for callback in self.callbacks:
             callback.on_finish(self)
@@ -350,6 +355,10 @@ class Trainer:
             mof=self.parts.mof, config=cfg.to_dict(),
         )  # fmt: skip
 
+    def _barrier(self) -> None:
+        if self.runtime.is_distributed:
+            dist.barrier()
+
     def _save(self) -> None:
         """Write last.pt. Every rank must call this, because each rank has its own random state."""
         self._raise_if_bad()
@@ -366,22 +375,25 @@ class Trainer:
                 "data": self.fingerprint,
             }
             save_checkpoint(self.folder.last, payload, previous=self.folder.previous)
-        if self.runtime.is_distributed:
-            dist.barrier()
+        self._barrier()
 
     def _load_state(self, state: dict[str, Any], where: str) -> None:
-        progress, history = Progress.restored(state)
+        """Take over a training state; all of it is checked before any of it is used."""
+        progress, history = checked_progress(state, where, epochs=self.config.train.epochs)
         check_classes(self.data.train.dataset, state["class_names"], where)
+        runtime = self.runtime
         check_same_data(
             state, progress, where, root=self.config.data.root, steps_per_epoch=self.steps_per_epoch,
-            fingerprint=self.fingerprint, world_size=self.runtime.world_size,
+            fingerprint=self.fingerprint, world_size=runtime.world_size,
+        )  # fmt: skip
+        checked = checked_state(
+            state, where, progress.updates, optimizer=self.optimizer, ewa=self.ewa is not None, ema=self.ema,
+            sums=self.sums, device=runtime.device, ranks=runtime.world_size,
         )  # fmt: skip
         load_weights_(self.model, state["state_dict"], where=where)
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.ewa:
-            self.ewa.load_state_dict(state["ewa"])
-        if self.ema:
-            self.ema.load_state_dict(state["ema"])
+        for key, part in (("optimizer", self.optimizer), ("ewa", self.ewa), ("ema", self.ema)):
+            if part is not None:
+                part.load_state_dict(checked[key])
         self.progress, self.history = progress, history
-        self.sums.copy_(state["sums"][self.runtime.rank])
-        set_rng_state(state["rng"][self.runtime.rank], self.runtime.device)
+        self.sums.copy_(checked["sums"][runtime.rank])
+        set_rng_state(checked["rng"][runtime.rank], runtime.device)

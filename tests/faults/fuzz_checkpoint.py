@@ -19,7 +19,8 @@ from faults.values import leaf, paths, pick, remove_at, replace_at, tree
 from s2d3d.config.load import parse_config
 from s2d3d.errors import InputError
 from s2d3d.runs.checkpoint import build_model
-from s2d3d.runs.resume import Progress, check_same_run, read_run, restoring
+from s2d3d.runs.resume import check_same_run, read_run, restoring
+from s2d3d.runs.training_state import checked_progress
 
 STORED = Path(__file__).parents[1] / "runs" / "fixtures" / "checkpoint_v1.pt"
 """A checkpoint of a run under way, with everything that one can hold."""
@@ -66,7 +67,7 @@ class CheckpointCases:
         config = parse_config(state["config"], where=str(path))
         check_same_run(state, config, path)
         with restoring(str(path)):
-            Progress.restored(state)
+            checked_progress(state, str(path), epochs=config.train.epochs)
         try:
             with torch.no_grad():
                 logits = model(self.points)

@@ -517,7 +517,7 @@ def test_sources_that_are_none(tmp_path, modelnet_folder):
     with pytest.raises(InputError, match=r"neither ModelNet layout \(shape_names.txt\) nor OFF meshes"):
         write_scans(tmp_path, tmp_path / "scan")
     root = modelnet_folder(num_points=64)
-    with pytest.raises(InputError, match="is the folder to scan; choose another --output"):
+    with pytest.raises(InputError, match="is the folder to read from; choose another --output"):
         write_scans(root, root, force=True)
     twins = modelnet_folder("twins", num_points=64, names=["same"] * 6)
     with pytest.raises(InputError, match="split 'train' has two shapes named 'same'"):

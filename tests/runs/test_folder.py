@@ -10,6 +10,7 @@ import pytest
 from s2d3d.atomic import check_writable, write_json, write_text
 from s2d3d.errors import InputError
 from s2d3d.runs.folder import RunFolder, find_checkpoint
+from s2d3d.runs.replaced import NOTE
 
 
 @pytest.fixture
@@ -67,8 +68,14 @@ def test_force_removes_the_run_and_nothing_else(folder):
     fill(folder)
     folder.check(force=True)
     assert len(contents(folder)) == 12
+    before = contents(folder)
     folder.create(force=True)
-    assert contents(folder) == {"notes.txt": "notes.txt", "checkpoints/mine.pt": "mine.pt"}
+    own = {"notes.txt": "notes.txt", "checkpoints/mine.pt": "mine.pt"}
+    assert contents(folder).items() >= own.items() and not folder.last.exists()
+    kept = RunFolder(folder.replaced.place)
+    assert {name: text for name, text in contents(kept).items() if name != NOTE} | own == before, "until the new stands"
+    folder.stands()
+    assert contents(folder) == own
 
 
 def test_force_removes_what_other_tools_found_out_about_the_run(folder):

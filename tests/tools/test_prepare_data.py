@@ -138,5 +138,5 @@ def test_sources_that_are_none(refuses, data_copy, tmp_path):
     line = refuses("prepare_data", "modelnet40", "--from", tmp_path / "no", "--output", tmp_path / "set")
     assert line == f"{tmp_path}/no: no such folder; --from names the one that holds the public files"
     line = refuses("prepare_data", "modelnet40", "--from", data_copy, "--output", data_copy, "--force")
-    assert line == f"{data_copy}: is the folder to copy from; choose another --output"
+    assert line == f"{data_copy}: is the folder to read from; choose another --output"
     shutil.rmtree(data_copy)

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from faults.damage import flip_bits
 
 from s2d3d import Callback, Trainer, load_checkpoint, load_config, load_model
+from s2d3d.atomic import replacing
 from s2d3d.datasets import BatchLoader
 from s2d3d.errors import InputError, TrainingError, UnreadableError
 from s2d3d.prepare.shapes import write_shapes
@@ -214,14 +216,22 @@ def test_a_start_that_was_killed_before_its_first_checkpoint_can_be_repeated(tin
     Trainer(config).fit()
 
 
-def test_half_written_files_of_a_killed_process_are_removed(tiny_config, stopped):
-    rubbish = [stopped.root / "metrics.json.tmp", stopped.last.with_name("last.pt.tmp")]
-    for path in rubbish:
-        path.write_bytes(b"half")
-    other = stopped.root / "mine.txt"
-    other.write_text("kept")
-    folder = resume(tiny_config, stopped.root)
-    assert not list(folder.root.rglob("*.tmp")) and other.exists()
+def test_half_written_files_of_a_killed_process_are_removed_and_no_others(tiny_config, stopped):
+    for path in (stopped.metrics, stopped.last):
+        child = os.fork()
+        if not child:
+            with replacing(path) as file:
+                file.write(b"half")
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(child, 0)
+    left = [path for path in stopped.root.rglob(".*.tmp") if path.is_dir()]
+    assert len(left) == 2
+    others = [stopped.root / "mine.txt", stopped.root / "metrics.json.tmp", stopped.last.with_name("last.pt.tmp")]
+    for path in others:
+        path.write_text("kept")
+    resume(tiny_config, stopped.root)
+    assert not any(path.exists() for path in left)
+    assert [path.read_text() for path in others] == ["kept"] * 3
 
 
 # A full disk
@@ -255,7 +265,7 @@ def test_a_full_disk_names_the_file_and_leaves_the_checkpoint_before_it(
 
     def limited(path, *arguments, **options):
         file = real(path, *arguments, **options)
-        if not str(path).endswith("last.pt.tmp"):
+        if ".last.pt." not in str(path):
             return file
         written["saves"] += 1
         return Full(file) if written["saves"] == 3 else file
