@@ -36,7 +36,8 @@ def checked_progress(state: Mapping[str, Any], where: str, *, epochs: int) -> tu
     for key, most in {"epoch": epochs, "step": 2**53, "updates": 2**53}.items():
         value = found.get(key)
         _require(type(value) is int and 0 <= value <= most, where, f"progress.{key}", value, f"in [0, {most}]")
-    seconds, best = found.get("seconds"), found.get("best")
+    seconds: Any = found.get("seconds")
+    best = found.get("best")
     _require(_is_finite(seconds) and seconds >= 0, where, "progress.seconds", seconds, "a finite number of at least 0")
     _require(best is None or _is_finite(best), where, "progress.best", best, "a finite number or None")
     epoch, rows = found["epoch"], state.get("history")

@@ -1,5 +1,7 @@
 """A checkpoint opened: the model, config and data set are those of the run."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,6 +10,8 @@ from s2d3d.errors import InputError
 from s2d3d.runs.trained import open_trained
 from s2d3d.s2d import is_sparse
 from s2d3d.training.trainer import Trainer
+
+V1 = Path(__file__).parent / "fixtures" / "checkpoint_v1.pt"
 
 
 @pytest.fixture
@@ -47,3 +51,48 @@ def test_what_does_not_belong_together_is_refused(trainer, tmp_path):
         open_trained(renamed, ["data.rot=x"])
     with pytest.raises(InputError, match=r"no\.pt: no such checkpoint"):
         open_trained(tmp_path / "no.pt")
+
+
+# What a file from elsewhere may decide
+
+
+def asking(tmp_path, **changes):
+    """Return the path of a checkpoint whose config has other values, by dotted key."""
+    payload = load_checkpoint(V1)
+    for key, value in changes.items():
+        section, name = key.split("__")
+        payload["config"][section][name] = value
+    return save_checkpoint(tmp_path / "asking.pt", payload)
+
+
+def test_a_checkpoint_does_not_say_where_files_are_written(tmp_path):
+    path = asking(tmp_path, data__cache_dir=str(tmp_path / "theirs"))
+    assert open_trained(path).config.data.cache_dir is None
+    own = open_trained(path, [f"data.cache_dir={tmp_path / 'mine'}"]).config.data.cache_dir
+    assert own == str(tmp_path / "mine") and not (tmp_path / "theirs").exists()
+
+
+def test_a_checkpoint_asks_for_a_bounded_number_of_votes(tmp_path):
+    path = asking(tmp_path, eval__votes=10**9)
+    with pytest.raises(InputError) as caught:
+        open_trained(path)
+    asked = "asks for 1000000000 votes, a checkpoint may ask for 1000; give the number yourself by eval.votes=N"
+    assert str(caught.value) == f"{path}: eval.votes: {asked}"
+    assert open_trained(path, ["eval.votes=2000"]).config.eval.votes == 2000
+    assert open_trained(asking(tmp_path, eval__votes=1000)).config.eval.votes == 1000
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("kwargs", "num_heads", 2.0), ("kwargs", "depth", "2"), ("kwargs", "trans_dim", True),
+        ("kwargs", "drop_path_rate", "0"), ("model", "num_classes", 12.0), ("model", "in_channels", True),
+        ("s2d", "every", 2.0), ("s2d", "num_experts", 4.0),
+    ],
+)  # fmt: skip
+def test_a_description_of_other_types_is_one_line(tmp_path, part, key, value):
+    payload = load_checkpoint(V1)
+    {"kwargs": payload["model"]["kwargs"], "model": payload["model"], "s2d": payload["s2d"]}[part][key] = value
+    path = save_checkpoint(tmp_path / "other.pt", payload)
+    with pytest.raises(InputError, match=f"the checkpoint's model description is unusable .{key}: must be a "):
+        open_trained(path)
