@@ -86,7 +86,7 @@ def test_a_checkpoint_asks_for_a_bounded_number_of_votes(tmp_path):
     ("part", "key", "value"),
     [
         ("kwargs", "num_heads", 2.0), ("kwargs", "depth", "2"), ("kwargs", "trans_dim", True),
-        ("kwargs", "drop_path_rate", "0"), ("model", "num_classes", 12.0), ("model", "in_channels", True),
+        ("kwargs", "drop_path_rate", "much"), ("model", "num_classes", 12.0), ("model", "in_channels", True),
         ("s2d", "every", 2.0), ("s2d", "num_experts", 4.0),
     ],
 )  # fmt: skip
