@@ -8,6 +8,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+TEST_PROCESSES ?= 2
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # ninja, installed first, must be found by the compilation of torch-scatter
@@ -25,7 +26,7 @@ demo: $(VENV)/.s2d3d data/shapes/train_files.txt
 	@echo "    $(RUN) tools/report.py runs/demo --output runs/demo/report.html"
 
 test: $(VENV)/.s2d3d $(VENV)/.browser
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(TEST_PROCESSES) --dist worksteal
 
 # Thorough fault injection and fuzzing; half an hour. Notes go to docs/results, the table to docs/reliability.md.
 faults: $(VENV)/.s2d3d

@@ -79,6 +79,8 @@ setup(
         "test": [
             *OPTIONAL_IN_TESTS,
             "pytest>=8",
+            "pytest-cov>=5",
+            "pytest-xdist>=3.5",
             "hypothesis>=6.100",
             "plyfile>=1.1",
             "ruff>=0.6",

@@ -38,11 +38,12 @@ def test_ruff_finds_nothing(repository):
 def test_no_module_is_left_out_of_type_checking(repository):
     tomllib = pytest.importorskip("tomllib")  # Python 3.11
     settings = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mypy"]
-    assert settings["files"] == ["s2d3d", "tools", "examples"]
+    assert settings["files"] == ["s2d3d", "benchmarks", "tools", "examples"]
     assert "overrides" not in settings and "exclude" not in settings and not settings.get("ignore_errors")
     assert "ignore-without-code" in settings["enable_error_code"]
 
 
+@pytest.mark.slow  # `make types`, which .ci/run calls as well
 def test_mypy_finds_nothing(mypy):
     result = mypy()
     assert result.returncode == 0, result.stdout + result.stderr

@@ -342,7 +342,7 @@ def test_a_failed_grid_leaves_the_old_file(tmp_path, monkeypatch):
     path.write_bytes(b"old")
 
     def full_disk(self, target, **_):
-        target.write_bytes(b"half")
+        target.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", full_disk)
