@@ -7,27 +7,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 FOLDERS = ("output_dir", "data.root", "data.cache_dir", "data.allow_links")
-"""Where files lie on the machine that computes."""
+"""Keys of file locations on the computing machine."""
 SAME_RESULT = (
     *FOLDERS, "data.memory_budget_gb", "train.device", "train.num_threads", "train.compile", "train.compile_mode",
     "train.save_every", "train.checkpoint_every", "train.keep_every", "eval.every", "log",
 )  # fmt: skip
 """Keys that change neither the weights nor the final score of a run.
 
-`eval.batch_size` is none of them: votes and re-estimated BatchNorm statistics depend on it."""
+`eval.batch_size` is not in the list: votes and re-estimated BatchNorm statistics depend on it."""
 SAME_WEIGHTS = (*SAME_RESULT, "train.max_steps", "eval")
-"""Keys that do not alter the trajectory of the weights: a resumed run may change them."""
+"""Keys that do not affect the weights during training. A resumed run may change them."""
 WHERE_AND_HOW_FAST = ("seed", *FOLDERS, "train.device", "train.num_threads", "log")
-"""Keys that a study does not list as changes of its base config: where and how fast a run computes, and its seed."""
+"""Keys that a study does not list as changes of its base config: location, speed and seed of a run."""
 SET_BY_STUDY = ("seed", "output_dir", "eval.split", "eval.every", "train.max_steps")
-"""Keys that a study decides itself."""
+"""Keys that the study sets."""
 
 
 def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested mappings as one mapping with dotted keys.
 
     Args:
-        mapping: such as `Config.to_dict` returns it; one that is flat already stays as it is.
+        mapping: for example the result of `Config.to_dict`; a flat mapping is returned unchanged.
         prefix: put before each key.
 
     Example:
@@ -41,7 +41,7 @@ def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def is_named(key: str, names: Sequence[str]) -> bool:
-    """Tell whether a dotted key is one of `names`, or lies in a section that is.
+    """Return whether a dotted key, or a section that contains it, is one of `names`.
 
     Example:
         >>> [is_named(key, ("log", "train.device")) for key in ("log.wandb", "train.device", "logs", "train.devices")]
@@ -53,11 +53,11 @@ def is_named(key: str, names: Sequence[str]) -> bool:
 def differences(
     ours: Mapping[str, Any], theirs: Mapping[str, Any], ignored: Sequence[str] = ()
 ) -> dict[str, tuple[Any, Any]]:
-    """Return the values (ours, theirs) by dotted key where two configs differ; None for a key that one lacks.
+    """Return the values (ours, theirs) of the keys in which two configs differ; None for a missing key.
 
     Args:
-        ours: as `Config.to_dict` returns it, or flat.
-        theirs: likewise.
+        ours: result of `Config.to_dict`, or a flat mapping.
+        theirs: the same for the other config.
         ignored: keys and sections to leave out, such as `SAME_RESULT`.
 
     Example:
@@ -70,10 +70,10 @@ def differences(
 
 
 def differing_keys(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the dotted keys in which at least two of several configs differ; a key that one lacks is a difference.
+    """Return the dotted keys in which at least two of several configs differ; a missing key is a difference.
 
     Args:
-        configs: at least one, each as `Config.to_dict` returns it, or flat.
+        configs: at least one, each a result of `Config.to_dict` or a flat mapping.
 
     Example:
         >>> differing_keys([{"seed": 0, "log": {"wandb": None}}, {"seed": 1, "log": {}}])

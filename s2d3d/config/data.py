@@ -1,4 +1,4 @@
-"""From the `data` section of a config to data sets and loaders."""
+"""Data sets and loaders from the `data` section of a config."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from .schema import DataConfig
 
 
 def build_dataset(data: DataConfig, split: str, *, seed: int) -> PointCloudDataset:
-    """Read one split as configured; the training split comes with its augmentation and fraction."""
+    """Read one split as configured; augmentation and fraction apply to the training split."""
     training = split == "train"
     return create_dataset(
         data.name,
@@ -30,12 +30,12 @@ def build_dataset(data: DataConfig, split: str, *, seed: int) -> PointCloudDatas
 
 
 def check_classes(dataset: PointCloudDataset, class_names: Sequence[str], checkpoint: str | Path) -> None:
-    """Refuse a data set whose classes are not those that a model was trained on.
+    """Raise InputError if the classes of a data set differ from those of a model.
 
     Args:
-        dataset: to evaluate the model on.
+        dataset: data set for the evaluation of the model.
         class_names: of the model, in the order of its logits.
-        checkpoint: the model's, for the message.
+        checkpoint: path of the model, for the message.
 
     Raises:
         InputError: number, names or order differ.
@@ -51,11 +51,11 @@ def check_classes(dataset: PointCloudDataset, class_names: Sequence[str], checkp
 def build_test_loader(
     dataset: PointCloudDataset, data: DataConfig, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
 ) -> BatchLoader:
-    """Return a loader in the order of the set. Its votes see the training scale and shift, its plain pass neither.
+    """Return a loader in the order of the set. Scale and shift of the training apply to its votes, not to plain passes.
 
     Args:
-        dataset: a split without augmentation of its own.
-        data: where scale and shift come from.
+        dataset: a split without augmentation.
+        data: config section with scale and shift.
         batch_size: clouds of one forward pass of one process.
         seed: of the votes.
         rank: this process, in [0, world_size).

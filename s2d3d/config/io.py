@@ -1,4 +1,4 @@
-"""YAML in, one line per problem out: strict reading, overrides, and the wording of what a schema refuses."""
+"""Strict reading of YAML files, overrides, and error messages with one line per problem."""
 
 import copy
 import re
@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 from ..errors import InputError, did_you_mean
 
 Loc = tuple[str | int, ...]
-"""A place in a config: the keys, and positions in lists, that lead to it."""
+"""A place in a config, as the path of keys and list positions."""
 
 _MAX_BYTES = 256 * 1024
 _MAX_DEPTH = 20
@@ -42,13 +42,13 @@ _WORDS = {
 
 
 class Problem(NamedTuple):
-    """What is wrong with the value at a place in the config."""
+    """A problem with the value at a place in the config."""
 
     loc: Loc
     text: str
 
     def line(self, where: str) -> str:
-        """Word the problem as one line that starts with the file or override it comes from."""
+        """Return the problem as one line that starts with its file or override."""
         path = ".".join(key if str(key).isprintable() else repr(key)[1:-1] for key in map(str, self.loc))
         return f"{where}: {path}: {self.text}" if path else f"{where}: {self.text}"
 
@@ -93,10 +93,10 @@ def read_yaml(path: str | Path) -> tuple[dict[str, object], list[str]]:
 
 
 def apply_overrides(mapping: dict, overrides: Sequence[str]) -> tuple[dict[Loc, str], list[str]]:
-    """Set `section.key=value` overrides in `mapping`, in place; of two for one key the later wins.
+    """Set `section.key=value` overrides in `mapping`, in place; for equal keys the last override is used.
 
     Returns:
-        Which override each place that was set comes from, and one line per problem.
+        The source override of each changed place, and one line per problem.
     """
     origins: dict[Loc, str] = {}
     lines: list[str] = []
@@ -125,12 +125,12 @@ def set_values(
 
     Args:
         mapping: the config so far.
-        values: what to set.
-        where: names the source of the values in errors.
-        origins: which source each place set so far comes from.
+        values: values to set.
+        where: name of their source in errors.
+        origins: the source of each place that was set so far.
 
     Returns:
-        `origins` with the places that were set, and one line per problem.
+        `origins` with the places set now, and one line per problem.
     """
     origins, lines = dict(origins), []
     for key, value in values.items():
@@ -149,7 +149,7 @@ def override_name(override: str) -> str:
 
 
 def raise_problems(problems: list[Problem]) -> None:
-    """Report several problems of a section at once, from inside a validator; `schema_problems` words them."""
+    """Several problems of a section, raised by a validator; `schema_problems` turns them into messages."""
     if problems:
         raise PydanticCustomError("problems", "several problems", {"problems": problems})
 
@@ -157,12 +157,13 @@ def raise_problems(problems: list[Problem]) -> None:
 def schema_problems(
     error: ValidationError, schema: type[BaseModel], whole: type[BaseModel] | None = None
 ) -> list[Problem]:
-    """Word what pydantic found: values by what they must be, unknown keys with the nearest valid one.
+    """Turn the errors of pydantic into messages: what each value must be, and the nearest valid key for unknown keys.
 
     Args:
-        error: of a mapping that is not as `schema` says.
+        error: of a mapping that does not match `schema`.
         schema: of the mapping.
-        whole: where the right place of an unknown key may be as well, if the mapping is a section; default `schema`.
+        whole: schema in which to look for the right place of an unknown key, if the mapping is a section; default
+            `schema`.
     """
     problems = []
     for item in error.errors(include_url=False):
@@ -183,7 +184,7 @@ def schema_problems(
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
-    """Word that a name is none of the known ones; short lists are shown."""
+    """Return a message for an unknown name; a short list of known names is shown."""
     known = sorted(known)
     hint = did_you_mean(name, known)
     listed = f" (known: {', '.join(known)})" if len(known) <= 20 else ""
@@ -191,7 +192,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
 
 
 def show(value: object) -> str:
-    """Return a value as short text on one line, the way YAML writes it."""
+    """Return a value as short text on one line, in YAML syntax."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     short = _SHORT.repr(value)
@@ -206,7 +207,7 @@ def one_line(error: object) -> str:
 def _set(
     mapping: dict, loc: tuple[str, ...], value: object, where: str, origins: dict[Loc, str]
 ) -> tuple[dict[Loc, str], list[str]]:
-    """Set one value in place; return the origins with its own, and a line if its place is none."""
+    """Set one value in place; return the origins including this one, and a line if the place does not exist."""
     section: dict = mapping
     made: dict[Loc, str] = {}
     for depth, part in enumerate(loc[:-1], 1):
@@ -235,13 +236,13 @@ _SHORT = _Short()
 
 
 class _Mark(Protocol):
-    """What the marks of PyYAML's two parsers have in common."""
+    """The common attributes of the marks of PyYAML's two parsers."""
 
     line: int
 
 
 class _Refused(yaml.YAMLError):
-    """Valid YAML that a config must not hold."""
+    """Valid YAML that is not allowed in a config."""
 
     def __init__(self, text: str, mark: _Mark | None) -> None:
         super().__init__(text)

@@ -1,4 +1,4 @@
-"""Keyword arguments as config keys: those of what a section names, such as a model, beside the section's own keys."""
+"""Keyword arguments as config keys. A section such as `model` also accepts the keywords of the object that it names."""
 
 import inspect
 import types
@@ -12,7 +12,7 @@ from .io import Problem, schema_problems
 from .types import Bool, Float, Int, Plain, Str
 
 Fields = Mapping[str, tuple[Any, Any]]
-"""By keyword, the type that a config value must have, and the default."""
+"""By keyword: type of the config value, and default."""
 
 _TYPES = {bool: Bool, int: Int, float: Float, str: Str}
 
@@ -21,8 +21,8 @@ def keyword_fields(defaults: Mapping[str, Any], annotations: Mapping[str, Any] |
     """Return the keywords that a config can set, with their types: by annotation or else by default.
 
     Args:
-        defaults: by keyword. One whose default no config can hold, such as a function, is left out.
-        annotations: by keyword; those of other types than config values are as if they were not there.
+        defaults: by keyword. A keyword whose default cannot be a config value, such as a function, is left out.
+        annotations: by keyword; annotations with other types than those of config values are ignored.
 
     Example:
         >>> list(keyword_fields({"depth": 4, "norm": print}))
@@ -39,16 +39,16 @@ def keyword_fields(defaults: Mapping[str, Any], annotations: Mapping[str, Any] |
 def resolve_keywords(
     section: type[BaseModel], values: dict[str, Any], fields: Fields | None, whole: type[BaseModel]
 ) -> tuple[dict[str, Any], list[Problem]]:
-    """Validate a section together with the keywords of what it names, and fill in their defaults.
+    """Validate a section together with the keywords of the named object, and fill in their defaults.
 
     Args:
-        section: with the keys that every such section has, `name` among them.
+        section: schema of the keys that every such section has, including `name`.
         values: as given.
-        fields: of the keywords; None: what the section names is not known, so neither are its keywords.
-        whole: schema of the config, where the right place of a key that is unknown here may be.
+        fields: of the keywords; None: the name is unknown, so the keywords are unknown too.
+        whole: schema of the config, in which to look for the right place of an unknown key.
 
     Returns:
-        The section's keys and the keywords, and what is wrong.
+        The section's keys, the keywords, and the problems.
     """
     own = {key: (field.annotation, field) for key, field in section.model_fields.items()}
     taken = [key for key in fields or {} if key in own]
@@ -96,7 +96,7 @@ def _of_default(default: Any) -> Any:
 
 
 def _declared(annotation: Any) -> Any:
-    """Return the type of config values for an annotation of plain types; None for any other."""
+    """Return the type of config values for an annotation of plain types; None for other annotations."""
     if isinstance(annotation, type):
         return _TYPES.get(annotation)
     origin, arguments = get_origin(annotation), get_args(annotation)

@@ -20,10 +20,10 @@ _RETIRED: dict[Loc, tuple[TypeAdapter[Any], object]] = {
     ("s2d", "average_moments"): (TypeAdapter(Bool), False),
     ("s2d", "rise_fraction"): (TypeAdapter(Float), 1.0),
 }
-"""Keys of options that were removed because they did not help: their type, and the value that had no effect."""
+"""Options that were removed because they did not help: type, and the value that had no effect."""
 _LAST_WITH_THEM = "6eb7082"
 _KEYS_OF_ALL_DATA_SETS = ("variant", "background")
-"""Keys of one data set that older versions wrote into the section `data` of every config; null for all others."""
+"""Keys of one data set that older versions wrote into every config; null for all other data sets."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -31,13 +31,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Args:
         path: a YAML file; every key without a default must be there.
-        overrides: such as `"train.epochs=10"`; the value is YAML. Of two for one key the later wins.
+        overrides: such as `"train.epochs=10"`; the value is YAML. A later override of the same key replaces an earlier
+            one.
 
     Returns:
         The validated config.
 
     Raises:
-        InputError: anything wrong; the message has one line per problem, and all problems.
+        InputError: the config is invalid; the message lists all problems, one per line.
 
     Example:
         >>> load_config("configs/modelnet_s2d.yaml", ["s2d.num_experts=8"]).s2d.num_experts
@@ -51,15 +52,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def load_layered_config(
     path: str | Path, layers: Mapping[str, Mapping[str, object]], overrides: Sequence[str] = ()
 ) -> Config:
-    """Read a config from a YAML file with layers of values on top, such as those of a study and of an arm of it.
+    """Read a config from a YAML file with layers of values on top, such as those of a study and one of its arms.
 
     Args:
         path: as for `load_config`.
-        layers: dotted key -> value, by the name that errors give the layer; later layers win.
-        overrides: as for `load_config`; they win over the layers.
+        layers: by name of the layer (for errors): dotted key -> value. Later layers take precedence.
+        overrides: as for `load_config`; they take precedence over the layers.
 
     Raises:
-        InputError: anything wrong; each line begins with the file, the layer or the override that the value is from.
+        InputError: the config is invalid; each line begins with the file, layer or override of the value.
 
     Example:
         >>> layers = {"arms.eight": {"s2d.num_experts": 8}}
@@ -78,15 +79,15 @@ def load_layered_config(
 
 
 def parse_config(mapping: Mapping[str, object], *, where: str, overrides: Sequence[str] = ()) -> Config:
-    """Validate a config that is a mapping already, such as the one stored in a checkpoint.
+    """Validate a config given as a mapping, such as the one stored in a checkpoint.
 
     Args:
-        mapping: what `Config.to_dict` returned; it is not changed.
-        where: what the mapping comes from, for error messages.
+        mapping: result of `Config.to_dict`; it is not changed.
+        where: source of the mapping, for error messages.
         overrides: as for `load_config`.
 
     Raises:
-        InputError: anything wrong; one line per problem.
+        InputError: the config is invalid; the message has one line per problem.
 
     Example:
         >>> config = load_config("configs/modelnet_s2d.yaml")
@@ -101,7 +102,7 @@ def parse_config(mapping: Mapping[str, object], *, where: str, overrides: Sequen
 
 
 def dump_config(config: Config) -> str:
-    """Write a config as YAML that `load_config` reads back to an equal one.
+    """Return a config as YAML text; `load_config` reads it back to an equal config.
 
     Example:
         >>> "num_experts: 4" in dump_config(load_config("configs/modelnet_s2d.yaml"))
@@ -136,7 +137,7 @@ def _validate(mapping: dict, where: str, origins: Mapping[Loc, str], lines: list
 
 
 def _drop_retired(mapping: dict) -> list[Problem]:
-    """Remove the keys that are gone from a config, in place; return those whose value had an effect."""
+    """Delete removed options from a config, in place; return those whose value had an effect."""
     problems = []
     for (section, key), (kind, idle) in _RETIRED.items():
         keys = mapping.get(section)
@@ -148,13 +149,13 @@ def _drop_retired(mapping: dict) -> list[Problem]:
                 continue
         except ValidationError:
             pass
-        text = f"was removed, for it did not help (docs/results.md), got {show(value)}; remove the key, or use commit"
+        text = f"was removed, it did not help (docs/results.md), got {show(value)}; remove the key, or use commit"
         problems.append(Problem((section, key), f"{text} {_LAST_WITH_THEM} of s2d3d"))
     return problems
 
 
 def _drop_idle(mapping: dict) -> None:
-    """Remove keys of another data set from the section `data`, in place, where they are null."""
+    """Delete null keys of other data sets from the section `data`, in place."""
     from ..datasets import dataset_reader, list_datasets
 
     data = mapping.get("data")

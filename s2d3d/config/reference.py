@@ -1,4 +1,4 @@
-"""The configuration reference, made from the schema, so that it cannot be out of date."""
+"""The configuration reference. It is generated from the schema."""
 
 import inspect
 import json
@@ -25,7 +25,7 @@ def config_reference() -> str:
     """
     parts = [
         "# Configuration reference",
-        "A config is a YAML file with these keys. Any can be replaced on the command line: `section.key=value`. "
+        "A config is a YAML file with these keys. The command line can replace each of them: `section.key=value`. "
         "Unknown keys, wrong types and values out of range are all reported at once, before data is touched. "
         "This page is made from the schema by `make docs`.",
     ]
@@ -36,7 +36,7 @@ def config_reference() -> str:
         parts += [f"## {prefix}", title, markdown_table(head, _rows(section, f"{prefix}."))]
     parts += [
         "## Keywords of the data sets",
-        "They stand in the section `data`, beside `name`. A data set that is not listed here has none.",
+        "They are additional keys of the section `data`. Data sets that are not listed have no keywords.",
     ]
     for name in list_datasets():
         reader = dataset_reader(name)
@@ -48,7 +48,7 @@ def config_reference() -> str:
         parts += [f"### {name}", markdown_table(head, own)] if own else []
     parts += [
         "## Keywords of the models",
-        "They stand in the section `model`, beside `name`. Defaults:",
+        "They are additional keys of the section `model`. Defaults:",
     ]
     for name in list_models(task="classify"):
         rows = [[f"`model.{key}`", f"`{_shown(value)}`"] for key, value in model_kwargs(name).items()]
@@ -65,7 +65,7 @@ def _sections(model: type[Section], prefix: str) -> Iterator[tuple[str, type[Sec
 
 
 def _rows(model: type[Section], prefix: str) -> list[list[str]]:
-    """Return key, default and meaning of the keys that are no sections themselves."""
+    """Return key, default and meaning of the keys that are not sections."""
     rows = []
     for name, field in model.model_fields.items():
         if _section_of(field) is None:
@@ -81,7 +81,7 @@ def _section_of(field: FieldInfo) -> type[Section] | None:
 
 
 def _arguments(docstring: str) -> dict[str, str]:
-    """Return by name what the section `Args` of a docstring says of an argument, as a sentence."""
+    """Return the descriptions in the section `Args` of a docstring by argument, each as a sentence."""
     found = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", docstring.partition("Args:\n")[2].partition("\n\n")[0], re.M)
     return {name: (text[:1].upper() + text[1:]).replace("None", "null") for name, text in found}
 

@@ -1,7 +1,7 @@
-"""The schema of a run's config: its sections, their keys and defaults, and what must hold between keys.
+"""The schema of a run's config: sections, keys, defaults, and constraints between keys.
 
-The section names and keys are the constructor keywords of what they configure. Modules never take a `Config`: the
-trainer and the tools read it and pass plain arguments on.
+Keys have the names of the constructor keywords that they set. Modules never take a `Config`: the trainer and the tools
+read it and pass plain arguments.
 """
 
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,16 +38,16 @@ class Section(BaseModel):
 
 
 class NamedSection(Section, extra="allow"):
-    """A section that names something, with the keyword arguments of what it names beside its own keys."""
+    """A section that names an object, with the object's keyword arguments in addition to its own keys."""
 
     @property
     def kwargs(self) -> dict[str, Any]:
-        """All keyword arguments of what the section names, none of the section's own keys."""
+        """All keyword arguments of the named object, without the section's own keys."""
         return dict(self.model_extra or {})
 
 
 class AugmentConfig(Section):
-    """Random changes of a training cloud; all of them are drawn per cloud."""
+    """Random augmentation of training clouds, drawn for each cloud."""
 
     scale: Interval | None = Field(
         (0.6666667, 1.5), description="Scale of each axis, uniform in [low, high], 0 < low <= high; null: none."
@@ -61,13 +61,13 @@ class AugmentConfig(Section):
 
 
 class DataConfig(NamedSection):
-    """Which clouds a run trains on and evaluates, and any keyword argument of the data set's reader beside it."""
+    """The clouds for training and evaluation, and keyword arguments of the data set's reader."""
 
     name: DatasetName = Field(description="Name of the dataset.")
     root: PathStr = Field(description="Folder that holds the dataset, relative to the working directory.")
-    num_points: Int = Field(1024, ge=1, description="Points of a cloud that the model gets, at least 1.")
+    num_points: Int = Field(1024, ge=1, description="Number of points per cloud, at least 1.")
     up_axis: Literal["y", "z"] | None = Field(
-        None, description="Axis that points up in the stored clouds; null: what the dataset declares."
+        None, description="Vertical axis of the stored clouds; null: the one that the dataset declares."
     )
     normalize: Bool = Field(True, description="Centre every cloud and scale it into the unit sphere.")
     classes: ClassNames | None = Field(None, description="Names of the classes to use, in this order; null: all.")
@@ -77,7 +77,7 @@ class DataConfig(NamedSection):
     )
     cache_dir: PathStr | None = Field(
         None,
-        description="Folder for derived files; null: beside the dataset, in the user's cache if that is read-only.",
+        description="Folder for derived files; null: next to the dataset, or the user's cache if that is read-only.",
     )
     allow_links: Bool = Field(
         False, description="Follow links that lead out of the dataset's folder, as in trees of git-annex or DVC."
@@ -88,7 +88,7 @@ class DataConfig(NamedSection):
         description="Largest split read into memory, 10^9 bytes; a larger one is read batch by batch, with a cache "
         "of this size.",
     )
-    augment: AugmentConfig = Field(AugmentConfig(), description="Random changes of a training cloud.")
+    augment: AugmentConfig = Field(AugmentConfig(), description="Random augmentation of training clouds.")
 
     @model_validator(mode="before")
     @classmethod
@@ -127,14 +127,14 @@ class DataConfig(NamedSection):
 
 
 class ModelConfig(NamedSection):
-    """Which backbone is trained: its name, and any keyword argument of its constructor beside it."""
+    """The backbone: its name, and keyword arguments of its constructor."""
 
     name: ModelName = Field(description="Name of the model.")
     pretrained: PathStr | None = Field(
-        None, description="Checkpoint whose weights the model starts from, published or ours; null: fresh weights."
+        None, description="Checkpoint with initial weights, published or of this package; null: random weights."
     )
     pretrained_up_axis: Literal["y", "z"] = Field(
-        "z", description="Axis that pointed up when `pretrained` was trained: 'z' for ours, 'y' for published ones."
+        "z", description="Vertical axis in the training of `pretrained`: 'z' for this package, 'y' for published files."
     )
 
     @model_validator(mode="before")
@@ -162,14 +162,14 @@ class S2DConfig(Section):
     kind: Literal["none", "rup", "topk"] = Field(
         "rup",
         description="'rup': Random Uniform Partition over experts, merged at the end; 'topk': the gated baseline, "
-        "whose experts stay; 'none': dense training, other keys unused.",
+        "not merged; 'none': dense training, other keys unused.",
     )
-    num_experts: Int = Field(4, ge=1, le=4096, description="Experts of a layer, in [1, 4096]; 1 is the dense FFN.")
-    targets: Names = Field(("*.mlp",), description="Glob patterns over module names: which FFNs may be replaced.")
+    num_experts: Int = Field(4, ge=1, le=4096, description="Experts per layer, in [1, 4096]; 1 is the dense FFN.")
+    targets: Names = Field(("*.mlp",), description="Glob patterns over module names: the FFNs that may be replaced.")
     every: Int = Field(2, ge=1, description="Replace every n-th match in module order, at least 1.")
     init: Literal["copy", "independent"] = Field(
         "copy",
-        description="'copy': all experts start as the dense FFN; 'independent': all but the first are drawn anew.",
+        description="'copy': all experts copy the dense FFN; 'independent': all but the first are random.",
     )
     init_noise: Float = Field(
         0.0, ge=0, description="Noise on the experts' initial weights, relative to each tensor's standard deviation."
@@ -186,22 +186,22 @@ class S2DConfig(Section):
         "'squared_lr': share_rate times (learning rate / optim.lr)^2: the experts keep their relative distance.",
     )
     stop_fraction: Float = Field(
-        1.0, gt=0, le=1, description="Share of the training after which EWA stops, in (0, 1]; below 1: early EWA."
+        1.0, gt=0, le=1, description="Fraction of the training after which EWA stops, in (0, 1]; below 1: early EWA."
     )
     lr_multiplier: Float = Field(
         1.0,
         gt=0,
         description="Factor on the learning rate of the experts, greater than 0; the schedule stays. With kind "
-        "'none': of the FFNs that would become experts.",
+        "'none': factor for the FFNs that would become experts.",
     )
-    top_k: Int = Field(2, ge=1, description="Experts of a token with kind 'topk', in [1, num_experts].")
+    top_k: Int = Field(2, ge=1, description="Number of experts per token with kind 'topk', in [1, num_experts].")
     balance_weight: Float = Field(0.01, ge=0, description="Weight of the load-balancing loss with kind 'topk'.")
     capacity_factor: Float | None = Field(
-        None, gt=0, description="Slots of an expert in training with kind 'topk', over those of equal load; null: any."
+        None, gt=0, description="Slots of an expert in training with kind 'topk', relative to equal load; null: any."
     )
 
     def mof(self) -> "MoFConfig":
-        """Return what `convert_to_mof_` needs; for kind 'none' what its sparse counterpart needs."""
+        """Return the settings for `convert_to_mof_`; for kind 'none', those of the sparse counterpart."""
         from ..s2d import MoFConfig
 
         return MoFConfig(
@@ -236,17 +236,17 @@ class TrainConfig(Section):
 
     epochs: Int = Field(300, ge=1, description="Passes over the training clouds, at least 1.")
     batch_size: Int = Field(
-        32, ge=1, description="Clouds of one optimizer update, over all processes and accumulation steps together."
+        32, ge=1, description="Clouds per optimizer update, in total over all processes and accumulation steps."
     )
-    accum_steps: Int = Field(1, ge=1, description="Backward passes of one update; divides batch_size.")
-    drop_last: Bool = Field(True, description="Drop the last batch of an epoch where it is incomplete.")
+    accum_steps: Int = Field(1, ge=1, description="Backward passes per update; must divide batch_size.")
+    drop_last: Bool = Field(True, description="Drop the last batch of an epoch if it is incomplete.")
     label_smoothing: Float = Field(0.0, ge=0, lt=1, description="Label smoothing of the loss, in [0, 1).")
     amp: Literal["none", "bf16"] = Field("none", description="Automatic mixed precision; 'none': float32.")
     compile: Bool = Field(False, description="Compile the model with torch.compile.")
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = Field(
         "default",
-        description="Mode of torch.compile. On a GPU, the others record the model as CUDA graphs, 'max-autotune' also "
-        "tries kernels for minutes; they need accum_steps 1. Not timed on a GPU yet.",
+        description="Mode of torch.compile. On a GPU, modes other than 'default' use CUDA graphs and need accum_steps "
+        "1; 'max-autotune' also tries kernels for minutes. Not timed on a GPU yet.",
     )
     ema_decay: Float | None = Field(
         None, gt=0, lt=1, description="Decay of a moving average of the weights, in (0, 1); null: none."
@@ -254,7 +254,7 @@ class TrainConfig(Section):
     device: DeviceName = Field("auto", description="'auto' (a GPU if there is one), 'cpu', 'cuda' or 'cuda:N'.")
     num_threads: Int | None = Field(None, ge=1, le=1024, description="CPU threads of torch; null: torch decides.")
     save_every: Int = Field(
-        1, ge=1, description="Epochs between checkpoints, best.pt included; the last epoch and every stop save anyway."
+        1, ge=1, description="Epochs between checkpoints, including best.pt; the last epoch and every stop are saved."
     )
     checkpoint_every: Int | None = Field(
         None, ge=1, description="Updates between checkpoints within an epoch; null: only at the end of epochs."
@@ -272,26 +272,26 @@ class EvalConfig(Section):
 
     split: Literal["test", "validation"] = Field(
         "test",
-        description="What the final evaluation scores: 'validation' is the part that data.val_fraction holds out, and "
-        "leaves the test split alone.",
+        description="Split of the final evaluation. 'validation': the part that data.val_fraction holds out; "
+        "the test split is then never scored.",
     )
     every: Int = Field(
         10, ge=0, description="Epochs between evaluations on the test split while training; 0: only at the end."
     )
-    batch_size: Int = Field(64, ge=1, description="Clouds of one forward pass, at least 1.")
+    batch_size: Int = Field(64, ge=1, description="Clouds per forward pass, at least 1.")
     votes: Int = Field(1, ge=1, description="Passes whose logits are averaged, at least 1; 1 is the plain pass.")
     recalibrate_batchnorm: Bool = Field(
-        True, description="Re-estimate BatchNorm statistics behind merged layers on training clouds."
+        True, description="Re-estimate BatchNorm statistics after merged layers on training clouds."
     )
 
 
 class LogConfig(Section):
-    """What a run says while it runs."""
+    """Progress and logging of a run."""
 
     interval: Int = Field(20, ge=1, description="Updates between refreshes of the progress display, at least 1.")
     progress: Bool = Field(True, description="Show progress bars on a terminal.")
     tensorboard: Bool = Field(False, description="Write TensorBoard events to tensorboard/ in the run folder.")
-    wandb: Str | None = Field(None, description="Project of Weights & Biases that the run is sent to; null: none.")
+    wandb: Str | None = Field(None, description="Weights & Biases project of the run; null: none.")
 
 
 class Config(Section):
@@ -308,7 +308,7 @@ class Config(Section):
     log: LogConfig = Field(LogConfig(), description="Progress and logging.")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the complete config, defaults included, in types that YAML and JSON know."""
+        """Return the complete config, including defaults, as plain types for YAML and JSON."""
         return self.model_dump(mode="json")
 
     @model_validator(mode="after")
@@ -353,7 +353,7 @@ class Config(Section):
 
 
 def _build_problems(model: str, kwargs: dict[str, Any], s2d: S2DConfig | None = None) -> list[Problem]:
-    """Build the model without memory for its weights, with experts if `s2d` is given, and word what it refuses."""
+    """Build the model without memory for its weights, with experts if `s2d` is given, and return its error messages."""
     import torch
 
     from ..models import create_model as build

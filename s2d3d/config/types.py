@@ -1,4 +1,4 @@
-"""Types of config values: strict where YAML is loose (a bool is no number), loose where YAML 1.1 surprises (`5e-4`)."""
+"""Types of config values. A bool is not accepted as a number; `5e-4`, which YAML 1.1 reads as text, is accepted."""
 
 import math
 import re
@@ -91,10 +91,10 @@ def _check_optimizer(name: str) -> str:
 
 
 def check_plain(value: object) -> object:
-    """Return a value that is text, a finite number, true, false, null or a list of these; lists as tuples.
+    """Return a value that is text, a finite number, true, false, null or a list of these; lists become tuples.
 
     Raises:
-        ValueError: it is anything else.
+        ValueError: the value has another type.
     """
     if isinstance(value, (list, tuple)):
         return tuple(check_plain(item) for item in value)

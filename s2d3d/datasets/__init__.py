@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InputError, did_you_mean
-from .base import PointCloudDataset, same_data, split_train_validation
+from .base import PointCloudDataset, same_data
 from .loader import BatchLoader
 from .modelnet40 import load_modelnet40, load_shapes
 from .scanobjectnn import check_keywords, load_scanobjectnn
+from .selection import split_train_validation
 from .stream import MEMORY_BUDGET_GB
 from .transforms import Transform, build_augmentation
 

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 
 from ..errors import InputError, did_you_mean, quoted
-from .base import PointCloudDataset, choose_shapes
+from .base import PointCloudDataset
 from .h5 import SEE, CloudFile, CloudLayout, check_up_axis, read_h5
 from .h5_checks import check_shapes
 from .links import check_inside
 from .prefix import cache_folders
+from .selection import choose_shapes
 from .stream import MEMORY_BUDGET_GB, StreamedClouds, exceeds_budget, open_clouds, shape_names
 from .transforms import Transform, turn_up_axis
 

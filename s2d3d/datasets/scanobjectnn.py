@@ -18,12 +18,13 @@ from typing import Literal
 import torch
 
 from ..errors import InputError, did_you_mean
-from .base import TRAIN, PointCloudDataset, choose_shapes
+from .base import TRAIN, PointCloudDataset
 from .h5 import SEE, CloudFile, CloudLayout, check_up_axis, read_h5
 from .h5_checks import check_shapes
 from .links import check_inside
 from .modelnet40 import SPLITS, read_class_names
 from .prefix import cache_folders
+from .selection import choose_shapes
 from .stream import MEMORY_BUDGET_GB, StreamedClouds, exceeds_budget, open_clouds
 from .transforms import Transform, turn_up_axis
 

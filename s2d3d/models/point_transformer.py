@@ -6,26 +6,15 @@ head); the FFN, which they lack, adds `norm` and `mlp` to each block.
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops.points import farthest_point_sample, gather_points, is_exporting, nearest_neighbours
+from ..ops.points import farthest_point_sample, gather_points
 from .layers import max_over_group
-
-if TYPE_CHECKING:
-
-    class _GatherSumContext(torch.autograd.function.FunctionCtx):
-        """What `_GatherSum` passes from forward to backward."""
-
-        saved_tensors: tuple[Tensor]
-        needs_input_grad: tuple[bool, bool, bool, bool, bool]
-        size: int
-        num_points: int
-
+from .vector_attention import Neighbourhood, VectorAttention, find_neighbours, gather_sum, narrow_linear
 
 MAX_DEPTH, MAX_STAGES = 1000, 16
 """Far beyond any model; a config or checkpoint with larger numbers would be built for hours before it is refused."""
@@ -165,27 +154,6 @@ class PointTransformer(nn.Module):
         return self.forward_head(self.forward_features(points))
 
 
-class Neighbourhood(NamedTuple):
-    """The k nearest points of each centre of B clouds, the centre itself included where it is one of the points."""
-
-    rows: Tensor
-    """(B * M * k,) int64: neighbours as rows of the (B * N, C) features of all clouds, centre by centre."""
-    offsets: Tensor
-    """(B * M * k, 3): their coordinates relative to the centre."""
-    size: int
-    """k."""
-
-
-def find_neighbours(centers: Tensor, xyz: Tensor, num_neighbors: int) -> Neighbourhood:
-    """Find the `num_neighbors` points of xyz (B, N, 3) that are nearest to each of centers (B, M, 3), or all N."""
-    batch, num_points, _ = xyz.shape
-    size = min(num_neighbors, num_points)
-    index = nearest_neighbours(centers, xyz, size)
-    offsets = gather_points(xyz, index) - centers.unsqueeze(2)
-    first = torch.arange(batch, device=index.device).view(-1, 1, 1) * num_points
-    return Neighbourhood((index + first).flatten(), offsets.flatten(0, 2), size)
-
-
 class Stage(nn.Sequential):
     """A transition down, and blocks that share one neighbour search."""
 
@@ -232,7 +200,7 @@ class TransitionDown(nn.Module):
     def forward(self, xyz: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map coordinates (B, N, 3) and features (B, N, C) to (B, M, 3) and (B, M, C'), M = max(1, N // stride)."""
         if self.stride == 1:
-            features = self.bn(_narrow_linear(x.flatten(0, 1), self.linear.weight, self.linear.bias))
+            features = self.bn(narrow_linear(x.flatten(0, 1), self.linear.weight, self.linear.bias))
             return xyz, F.relu(features, inplace=True).view(*x.shape[:2], -1)
         centers = self.keep_points(xyz)
         neighbourhood = find_neighbours(centers, xyz, self.num_neighbors)
@@ -240,56 +208,15 @@ class TransitionDown(nn.Module):
         of_points, bias = F.linear(x.flatten(0, 1), weight[:, 3:]), self.linear.bias
         if torch.is_autocast_enabled(x.device.type):  # the difference first: that of two rounded products is coarse
             pairs = gather_sum(
-                neighbourhood, of_points, None, _narrow_linear(neighbourhood.offsets, weight[:, :3], bias)
+                neighbourhood, of_points, None, narrow_linear(neighbourhood.offsets, weight[:, :3], bias)
             )
         else:
-            of_points = of_points + _narrow_linear(xyz.flatten(0, 1), weight[:, :3])
-            pairs = gather_sum(neighbourhood, of_points, _narrow_linear(-centers.flatten(0, 1), weight[:, :3], bias))
+            of_points = of_points + narrow_linear(xyz.flatten(0, 1), weight[:, :3])
+            pairs = gather_sum(neighbourhood, of_points, narrow_linear(-centers.flatten(0, 1), weight[:, :3], bias))
         grouped = self.bn(pairs)
         # The maximum first: ReLU does not change which is largest, and has less to do.
         pooled = max_over_group(grouped.unflatten(0, (-1, neighbourhood.size)))
         return centers, F.relu(pooled).view(*centers.shape[:2], -1)
-
-
-class VectorAttention(nn.Module):
-    """Attention among neighbours with a weight for each group of channels.
-
-    Weights are softmax_j(MLP(k_j - q_i + p_ij)), the output is sum_j w_ij (v_j + p_ij), where p_ij = MLP(x_j - x_i)
-    encodes the position of neighbour j relative to point i. Channels c, c + C / s, c + 2 C / s, ... share a weight.
-
-    Queries, keys and values are made of the N points and then gathered, and BatchNorm sees rows (B N k, C).
-
-    Source: Zhao et al. 2021, Point Transformer.
-    """
-
-    def __init__(self, channels: int, share_planes: int) -> None:
-        """Build it for `channels`, of which `share_planes` share a weight."""
-        super().__init__()
-        groups = channels // share_planes
-        self.share_planes = share_planes
-        self.linear_q = nn.Linear(channels, channels)
-        self.linear_k = nn.Linear(channels, channels)
-        self.linear_v = nn.Linear(channels, channels)
-        self.linear_p = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.ReLU(inplace=True), nn.Linear(3, channels))
-        self.linear_w = nn.Sequential(
-            nn.BatchNorm1d(channels), nn.ReLU(inplace=True), nn.Linear(channels, groups),
-            nn.BatchNorm1d(groups), nn.ReLU(inplace=True), nn.Linear(groups, groups),
-        )  # fmt: skip
-
-    def forward(self, x: Tensor, neighbourhood: Neighbourhood) -> Tensor:
-        """Map rows x (B N, C) to (B N, C)."""
-        *hidden, last = self.linear_p
-        assert isinstance(last, nn.Linear)
-        position = neighbourhood.offsets
-        for layer in hidden:
-            position = layer(position)
-        position = _narrow_linear(position, last.weight)
-        # Its bias joins keys and values before they are gathered: N rows instead of N k.
-        relation = gather_sum(neighbourhood, self.linear_k(x) + last.bias, -self.linear_q(x), position)
-        values = gather_sum(neighbourhood, self.linear_v(x) + last.bias, None, position)
-        weights = self.linear_w(relation).view(x.shape[0], neighbourhood.size, 1, -1).softmax(1)
-        values = values.view(x.shape[0], neighbourhood.size, self.share_planes, -1)
-        return (values * weights).sum(1).flatten(1)
 
 
 class Block(nn.Module):
@@ -318,68 +245,6 @@ class Block(nn.Module):
         if self.mlp is None or self.norm is None:  # both or neither
             return x
         return x + self.drop_path(self.mlp(self.norm(x)))
-
-
-def gather_sum(
-    neighbourhood: Neighbourhood, of_points: Tensor, of_centers: Tensor | None = None, of_pairs: Tensor | None = None
-) -> Tensor:
-    """Add the values of the neighbour, of the centre and of the pair, for each pair of a centre and a neighbour.
-
-    Args:
-        neighbourhood: the pairs.
-        of_points: (B N, C).
-        of_centers: (B M, C); None adds nothing.
-        of_pairs: (B M k, C); None adds nothing.
-
-    Returns:
-        (B M k, C) in the dtype of `of_points`.
-    """
-    others = (other if other is None else other.to(of_points.dtype) for other in (of_centers, of_pairs))
-    if torch.jit.is_tracing() or is_exporting():  # these have no place for a Python function
-        return _gather_sum(neighbourhood.rows, neighbourhood.size, of_points, *others)
-    return _GatherSum.apply(neighbourhood.rows, neighbourhood.size, of_points, *others)
-
-
-def _gather_sum(
-    rows: Tensor, size: int, of_points: Tensor, of_centers: Tensor | None, of_pairs: Tensor | None
-) -> Tensor:
-    result = of_points.index_select(0, rows)
-    if of_centers is not None:
-        result.view(-1, size, result.shape[1]).add_(of_centers.unsqueeze(1))
-    return result if of_pairs is None else result.add_(of_pairs)
-
-
-class _GatherSum(torch.autograd.Function):
-    """See `gather_sum`. In place where autograd would copy, because memory traffic is the whole cost."""
-
-    @staticmethod
-    def forward(
-        ctx: "_GatherSumContext",
-        rows: Tensor, size: int, of_points: Tensor, of_centers: Tensor | None, of_pairs: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(rows)
-        ctx.size, ctx.num_points = size, of_points.shape[0]
-        return _gather_sum(rows, size, of_points, of_centers, of_pairs)
-
-    @staticmethod
-    def backward(ctx: "_GatherSumContext", gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (rows,) = ctx.saved_tensors
-        gradient, (_, _, _, has_centers, has_pairs) = gradient.contiguous(), ctx.needs_input_grad
-        channels = gradient.shape[1]
-        # With an expanded index this is sorted and runs in parallel on a CPU; `index_add_` does neither.
-        index = rows.unsqueeze(1).expand(-1, channels)
-        of_points = gradient.new_zeros(ctx.num_points, channels).scatter_add_(0, index, gradient)
-        of_centers = gradient.view(-1, ctx.size, channels).sum(1) if has_centers else None
-        return None, None, of_points, of_centers, gradient if has_pairs else None
-
-
-def _narrow_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute `F.linear` for inputs of a few channels.
-
-    A transposed copy of the weight gives its gradient a layout that is several times faster on a CPU.
-    """
-    columns = weight.t().contiguous()
-    return torch.mm(x, columns) if bias is None else torch.addmm(bias, x, columns)
 
 
 def _head(width: int, head_dims: Sequence[int], num_classes: int, dropout: float) -> nn.Sequential:

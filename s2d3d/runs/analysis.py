@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..config.data import build_test_loader
 from ..config.load import Config
 from ..datasets import PointCloudDataset
-from ..datasets.base import stratified_fraction
+from ..datasets.selection import stratified_fraction
 from ..errors import InputError
 from ..evaluation.accuracy import ClassificationReport, evaluate
 from ..s2d import merge_experts

@@ -1,4 +1,4 @@
-"""Pictures: clouds drawn by Open3D or in a browser, plots by matplotlib, reports. Not needed to train or evaluate."""
+"""Pictures: clouds (Open3D or browser), plots (matplotlib) and reports. Training and evaluation do not need them."""
 
 from ..optional import optional
 

@@ -1,4 +1,4 @@
-"""The sheets of clouds that `tools/visualize.py` draws: what is shown, in which order, with which words and colours."""
+"""The sheets of clouds that `tools/visualize.py` draws: content, order, captions and colours."""
 
 from collections.abc import Callable, Sequence
 
@@ -21,7 +21,7 @@ EXPERT_COLORS = tuple(
     tuple(int(color[start : start + 2], 16) / 255 for start in (1, 3, 5))
     for color in ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#4d4d4d")
 )
-"""Of experts 0, 1, ...; Okabe and Ito's colours, which most colour-blind people tell apart. They repeat after eight."""
+"""Colours of experts 0, 1, ..., from Okabe and Ito, suitable for most colour-blind people. They repeat after eight."""
 
 
 def gallery_sheet(points: Tensor, labels: Tensor, class_names: Sequence[str], title: str) -> CloudSheet:
@@ -30,7 +30,7 @@ def gallery_sheet(points: Tensor, labels: Tensor, class_names: Sequence[str], ti
     Args:
         points: (n, N, 3), z up.
         labels: (n,) int64.
-        class_names: what the labels mean.
+        class_names: names of the labels.
         title: of the sheet.
 
     Example:
@@ -42,14 +42,14 @@ def gallery_sheet(points: Tensor, labels: Tensor, class_names: Sequence[str], ti
 
 
 def by_mistake(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """Order predictions, the worst first: wrong ones before right ones, then by the probability of the true class.
+    """Order predictions, worst first: wrong before right, then by the probability of the true class.
 
     Args:
         probabilities: (n, num_classes).
         labels: (n,) int64, the true classes.
 
     Returns:
-        (n,) int64 indices; equal ones keep their order.
+        (n,) int64 indices; the order of equal predictions is kept.
 
     Example:
         >>> by_mistake(torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]]), torch.tensor([0, 0, 0])).tolist()
@@ -68,8 +68,8 @@ def predictions_sheet(
         points: (n, N, 3), z up.
         labels: (n,) int64, the true classes.
         probabilities: (n, num_classes) of the model.
-        class_names: what the labels mean.
-        title: of the sheet, below the number of clouds recognised.
+        class_names: names of the labels.
+        title: of the sheet, below the number of recognised clouds.
 
     Example:
         >>> likely = torch.tensor([[0.9, 0.1], [0.8, 0.2]])
@@ -85,25 +85,25 @@ def predictions_sheet(
 
 
 def prediction_caption(probabilities: Tensor, class_names: Sequence[str], label: int) -> str:
-    """Return the true class, and below it what a model says, with its confidence: probabilities (num_classes,)."""
+    """Return the true class, and below it the prediction with its confidence: probabilities (num_classes,)."""
     confidence, guess = probabilities.max(0)
     verdict = "recognised" if int(guess) == label else f"taken for {class_names[int(guess)]}"
     return f"{class_names[label]}\n{verdict}, {100 * float(confidence):.0f} %"
 
 
 def patches_sheet(model: nn.Module, points: Tensor, captions: Sequence[str], title: str) -> CloudSheet:
-    """Show the groups that a model cuts clouds into: a colour for each, its centre large, other points grey.
+    """Show the groups of points of a model: one colour for each group, its centre large, other points grey.
 
-    Groups overlap; a point of several has the colour of the one whose centre is nearest.
+    Groups overlap. A point in several groups has the colour of the group with the nearest centre.
 
     Args:
         model: see `group_of_points`; its weights do not matter.
         points: (n, N, 3), z up.
-        captions: one for each cloud; how the points are shared is added.
+        captions: one for each cloud; the number of points in groups is added.
         title: of the sheet.
 
     Raises:
-        InputError: a model without groups.
+        InputError: the model has no groups.
 
     Example:
         >>> from s2d3d import create_model
@@ -124,18 +124,18 @@ def patches_sheet(model: nn.Module, points: Tensor, captions: Sequence[str], tit
 
 
 def group_of_points(model: nn.Module, points: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the groups of a model that cuts clouds into groups.
+    """Return the group of each point, for a model that divides clouds into groups.
 
     Args:
-        model: has a method `find_groups(points)`, as `PointBERT` has.
+        model: a model with a method `find_groups(points)`, such as `PointBERT`.
         points: (B, N, 3).
 
     Returns:
-        (B, N) int64: the group of each point, of several the one with the nearest centre, -1 for none; and the
-        centres (B, G, 3).
+        (B, N) int64, the group of each point: -1 without a group, and the one with the nearest centre if there are
+        several; and the centres (B, G, 3).
 
     Raises:
-        InputError: a model without groups.
+        InputError: the model has no groups.
     """
     find_groups = getattr(model, "find_groups", None)
     if find_groups is None:
@@ -148,22 +148,22 @@ def group_of_points(model: nn.Module, points: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def group_colors(count: int) -> NDArray[np.float64]:
-    """Return (count, 3) colours of which neighbours in the list are far apart.
+    """Return (count, 3) colours; neighbours in the list differ strongly.
 
-    Farthest point sampling puts successive centres far from each other, but any two groups may touch.
+    Farthest point sampling places successive centres far from each other, but any two groups may touch.
     """
     hues = 0.61803398875 * np.arange(count) % 1
     return colormaps["hsv"](hues)[:, :3] * np.where(np.arange(count)[:, None] % 2, 0.75, 1.0)
 
 
 def experts_sheet(points: Tensor, passes: Sequence[TokenExperts], captions: Sequence[str], title: str) -> CloudSheet:
-    """Show which expert each token went to: a row for each cloud, a column for each pass.
+    """Show the expert of each token: a row for each cloud, a column for each pass.
 
     The large balls are the tokens' positions; a point has the colour of the nearest token. Dropped tokens are black.
 
     Args:
         points: (n, N, 3), z up.
-        passes: of the same layer and clouds, as `trace_experts` returns them.
+        passes: results of `trace_experts` for one layer and these clouds.
         captions: one for each cloud.
         title: of the sheet.
 
@@ -189,18 +189,18 @@ def experts_sheet(points: Tensor, passes: Sequence[TokenExperts], captions: Sequ
 
 
 def point_saliency(model: nn.Module, points: Tensor, labels: Tensor | None = None) -> Tensor:
-    """Return how strongly a class score reacts to each point: the length of its gradient with respect to the point.
+    """Return the sensitivity of a class score to each point: the norm of its gradient with respect to the point.
 
     Args:
         model: points (B, N, 3) -> logits (B, num_classes), in eval mode, on the device of the points.
         points: (B, N, 3).
-        labels: (B,) int64, whose scores; default: the predicted classes.
+        labels: (B,) int64, classes of the scores; default: the predicted classes.
 
     Returns:
         (B, N), at least 0, in logits per unit of length.
 
-    Source: Simonyan et al. 2013, "Deep Inside Convolutional Networks", arXiv 1312.6034, section 3, which takes the
-    largest of the colour channels where this takes the length of the vector.
+    Source: Simonyan et al. 2013, "Deep Inside Convolutional Networks", arXiv 1312.6034, section 3. It uses the
+    maximum over colour channels; this function uses the norm of the vector.
 
     Example:
         >>> head = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
@@ -219,18 +219,18 @@ def point_saliency(model: nn.Module, points: Tensor, labels: Tensor | None = Non
 def saliency_sheet(
     points: Tensor, saliency: Tensor, captions: Sequence[str], title: str, marks: Sequence[str | None] | None = None
 ) -> CloudSheet:
-    """Show the saliency of points from dark to light; the lightest are also larger. Each cloud has its own scale.
+    """Show the saliency of points from dark to light; salient points are also larger. Each cloud has its own scale.
 
     Args:
         points: (n, N, 3), z up.
-        saliency: (n, N), at least 0, as `point_saliency` returns it.
+        saliency: (n, N), at least 0, result of `point_saliency`.
         captions: one for each cloud.
         title: of the sheet.
         marks: see `CloudSheet`.
     """
     colors, scales = [], []
     for values in saliency.double().cpu():
-        # A few points of a group's rim outshine all others: the scale ends at the 98th percentile.
+        # A few points at the rim of a group are much larger than all others: the scale ends at the 98th percentile.
         level = (values / values.quantile(0.98).clamp_min(1e-30)).clamp(max=1).numpy()
         colors.append(colormaps["inferno"](0.05 + 0.85 * level)[:, :3])
         scales.append(0.7 + 0.8 * level)
@@ -247,7 +247,7 @@ def corruptions_sheet(
     indices: Sequence[int],
     classify: Callable[[Tensor, int], tuple[str, bool]] | None = None,
 ) -> CloudSheet:
-    """Show clouds as they are and under each corruption: a row for each cloud.
+    """Show clouds unchanged and under each corruption: a row for each cloud.
 
     Args:
         points: (n, N, 3), z up, unit sphere.
@@ -255,11 +255,11 @@ def corruptions_sheet(
         severity: 1 (mild) to 5.
         title: of the sheet.
         seed: of the corrupted clouds.
-        indices: numbers of the clouds in their set, so that the clouds are those that an evaluation sees.
-        classify: given a cloud (M, 3) and its row, returns a second line for its caption and whether it is right.
+        indices: numbers of the clouds in their set, so that the corrupted clouds are the same as in an evaluation.
+        classify: takes a cloud (M, 3) and its row; returns a second line for its caption and whether it is right.
 
     Raises:
-        InputError: a severity outside 1 .. 5.
+        InputError: the severity is outside 1 .. 5.
 
     Example:
         >>> corruptions_sheet(torch.rand(1, 64, 3), ["noise"], 3, "title", seed=0, indices=[0]).captions[2]
@@ -284,7 +284,7 @@ def corruptions_sheet(
 
 
 def _distances(first: Tensor, second: Tensor) -> Tensor:
-    # The default of large sets goes through a matrix product, which is off by 1e-3 for near points.
+    # The default for large sets uses a matrix product, which has an error of 1e-3 for near points.
     return torch.cdist(first, second, compute_mode="donot_use_mm_for_euclid_dist")
 
 

@@ -1,19 +1,14 @@
-"""Point clouds as pictures: each point a small shaded ball, z up, seen from the front, the right and above.
+"""Pictures of point clouds. Each point is a small shaded ball; z is up; the view is from the front right and above.
 
-Open3D draws, with a screen or without one (EGL); it is imported when the first cloud is drawn, not before.
+Open3D draws them, with a screen or without one (EGL). It is imported when the first cloud is drawn.
 """
 
-import contextlib
-import ctypes
-import io
 import math
 import os
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -21,8 +16,9 @@ from matplotlib import colormaps
 from matplotlib.colors import to_rgb
 from numpy.typing import ArrayLike, NDArray
 
-from ..errors import InputError, first_line
+from ..errors import InputError
 from .grid import INK, check_counts, columns_for
+from .window import BACKGROUND, import_open3d, open_window
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,15 +29,12 @@ Clouds: TypeAlias = "Sequence[ArrayLike] | Tensor"
 VIEW = (-60.0, 20.0)
 """Azimuth of the camera about z, counted from +x towards +y, and its elevation above the ground; degrees."""
 
-BACKGROUND = (0.965, 0.970, 0.975)
-SYSTEM_PACKAGES = "libusb-1.0-0 libegl1 libgl1 libgl1-mesa-dri"
-
 _SUPERSAMPLING = 2
 _WINDOW = (1280, 800)
-_DISTANCE = 4.0  # of the camera, in radii of what it looks at
+_DISTANCE = 4.0  # of the camera, in radii of the scene
 _LIGHT = np.array([-0.44, 0.58, 0.68])  # unit vector to the light in view axes: from the left, above and in front
 _AMBIENT, _DIFFUSE = 0.55, 0.5
-_FOG = 0.4  # how far the farthest point fades into the background
+_FOG = 0.4  # fraction of the background colour in the farthest point
 
 Array = NDArray[np.float64]
 
@@ -51,7 +44,7 @@ def height_colors(points: ArrayLike, *, colormap: str = "viridis") -> Array:
 
     Args:
         points: (N, 3), z up.
-        colormap: a name that matplotlib knows.
+        colormap: name of a matplotlib colormap.
 
     Returns:
         (N, 3) RGB in [0, 1].
@@ -61,7 +54,7 @@ def height_colors(points: ArrayLike, *, colormap: str = "viridis") -> Array:
         (2, 3)
     """
     height = _check_cloud(points, 0)[:, 2]
-    # Without its ends the colormap is neither black nor as light as the background.
+    # The ends of the colormap are cut: they are almost black, or as light as the background.
     return colormaps[colormap](0.05 + 0.85 * _unit_range(height))[:, :3]
 
 
@@ -75,23 +68,23 @@ def render_clouds(
     view: tuple[float, float] = VIEW,
     centered: bool = True,
 ) -> list[NDArray[np.uint8]]:
-    """Draw each cloud into a square image, all to the same scale: the largest cloud fills its image.
+    """Draw each cloud into a square image. All have the same scale: the largest cloud fills its image.
 
     Args:
-        clouds: arrays or CPU tensors (N, 3), z up; N may differ, and may be 0, which gives an empty image.
-        colors: for each cloud (N, 3) RGB in [0, 1], one RGB for all its points, or None, which is `height_colors`.
+        clouds: arrays or CPU tensors (N, 3), z up; N may differ. N = 0 gives an empty image.
+        colors: for each cloud (N, 3) RGB in [0, 1], one RGB for all its points, or None for `height_colors`.
         scales: for each cloud (N,) sizes of its points relative to `point_size`, above 0, or None: all of one size.
-        size: pixels of an image's side.
-        point_size: diameter of a point in pixels; by default what suits the largest number of points.
+        size: side length of an image in pixels.
+        point_size: diameter of a point in pixels; by default it depends on the largest number of points.
         view: azimuth and elevation of the camera, degrees.
-        centered: put each cloud in the middle of its image; False keeps the clouds where they are relative to each
-            other, which shows shifts and parts of one cloud.
+        centered: put each cloud in the middle of its image. False keeps the relative positions of the clouds, for
+            example to show shifts or parts of one cloud.
 
     Returns:
         For each cloud (size, size, 3) uint8 RGB.
 
     Raises:
-        InputError: a cloud or colours of a wrong shape or range; open3d or what it needs is missing.
+        InputError: a cloud or colours have a wrong shape or range; open3d or one of its libraries is missing.
 
     Example:
         >>> images = render_clouds([torch.rand(1024, 3)], colors=[(0.8, 0.1, 0.1)])  # doctest: +SKIP
@@ -99,7 +92,7 @@ def render_clouds(
     scene = _prepare(clouds, colors, scales, size, point_size, view, centered)
     pixels = size * _SUPERSAMPLING
     images = []
-    with _window(pixels, pixels, visible=False) as visualizer:
+    with open_window(pixels, pixels, visible=False) as visualizer:
         for points, rgb, radii in zip(scene.points, scene.colors, scene.radii):
             visualizer.clear_geometries()
             if len(points):
@@ -124,17 +117,16 @@ def show_window(
     point_size: float | None = None,
     view: tuple[float, float] = VIEW,
 ) -> None:
-    """Show clouds in a window to turn and zoom, as `render_clouds` and `draw_grid` lay them out; returns when closed.
+    """Show a grid of clouds in a window that can be rotated and zoomed; returns when the window is closed.
 
     Args:
-        clouds: as in `render_clouds`, likewise `colors`, `scales`, `view` and `point_size` (of a cloud 320 pixels
-            large).
+        clouds: as in `render_clouds`; so are `colors`, `scales`, `view` and `point_size` (for a cloud of 320 pixels).
         captions: one for each cloud, or none.
-        columns: as in `draw_grid`, likewise `marks`.
+        columns: as in `draw_grid`; so are `marks`.
         title: of the window.
 
     Raises:
-        InputError: no screen; a wrong shape or range; open3d or what it needs is missing.
+        InputError: there is no screen; a shape or range is wrong; open3d or one of its libraries is missing.
 
     Example:
         >>> show_window([torch.rand(1024, 3)], ["noise"])  # doctest: +SKIP
@@ -147,7 +139,7 @@ def show_window(
     scene = _prepare(clouds, colors, scales, 320, point_size, view, True)
     columns = columns or columns_for(len(clouds))
     rows = math.ceil(len(clouds) / columns)
-    with _window(*_WINDOW, visible=True, title=title) as visualizer:
+    with open_window(*_WINDOW, visible=True, title=title) as visualizer:
         if visualizer is None:
             raise InputError(f"no screen for a window: the display cannot be opened; {no_screen}")
         half = 160 * scene.distance / scene.focal_length  # of a cloud's square
@@ -161,7 +153,7 @@ def show_window(
         wide, high = 2.1 * half * columns, 2.5 * half * rows
         distance = 3 * max(wide, high)
         _aim(visualizer, distance, 0.95 * distance * min(1 / high, _WINDOW[0] / _WINDOW[1] / wide))
-        while visualizer.poll_events():  # not run(), which does not notice Ctrl-C
+        while visualizer.poll_events():  # run() would not react to Ctrl-C
             visualizer.update_renderer()
             time.sleep(0.01)
 
@@ -187,7 +179,7 @@ def _prepare(
     view: tuple[float, float],
     centered: bool,
 ) -> _Scene:
-    """Turn the clouds into view axes, and find the scale at which the largest just fits."""
+    """Rotate the clouds into view axes, and choose the scale so that the largest fits its image."""
     if not len(clouds):
         raise InputError("no cloud to draw")
     if size < 16:
@@ -211,7 +203,7 @@ def _prepare(
     elif not point_size > 0:
         raise InputError(f"point_size is {point_size}, must be above 0 pixels")
     largest = point_size * max((float(factor.max(initial=0)) for factor in factors), default=1.0)
-    # Slopes of the lines of sight; the floor keeps a single point from being magnified without end.
+    # Slopes of the lines of sight; the lower bound limits the magnification of a single point.
     slope = np.abs(every[:, :2] / (distance - every[:, 2:])).max(initial=0.25 / _DISTANCE)
     focal_length = (0.47 * size - min(largest, 0.2 * size)) / slope
     return _Scene(
@@ -274,23 +266,23 @@ def _middle(points: Array) -> Array:
 
 
 def _unit_range(values: Array) -> Array:
-    """Map values to [0, 1]; equal ones to the middle."""
+    """Map values to [0, 1]; equal values to 0.5."""
     spread = np.ptp(values) if len(values) else 0.0
     return (values - values.min()) / spread if spread > 0 else np.full(len(values), 0.5)
 
 
 def _fade(colors: Array, points: Array) -> Array:
-    """Mix the colours of far points with the background, so that front and back of a sparse cloud stay apart."""
+    """Mix the colours of far points with the background, to separate front and back of a sparse cloud."""
     amount = _FOG * (1 - _unit_range(points[:, 2:].ravel()))[:, None]
     return (1 - amount) * colors + amount * np.array(BACKGROUND)
 
 
 def _balls(points: Array, colors: Array, radii: Array, pixels: float) -> Any:
-    """Build one mesh with a ball around each point, finer where a ball is large on the screen.
+    """Build one mesh with a ball around each point; larger balls have more triangles.
 
-    The shading is in the vertex colours: it needs no lights, and a colour comes out as given where light falls on it.
+    The shading is part of the vertex colours, so no lights are needed, and lit parts keep the given colour.
     """
-    o3d = _open3d()
+    o3d = import_open3d()
     ball = o3d.geometry.TriangleMesh.create_icosahedron()
     if pixels > 2.5:
         ball = ball.subdivide_loop(2 if pixels > 8 else 1)
@@ -308,7 +300,7 @@ def _balls(points: Array, colors: Array, radii: Array, pixels: float) -> Any:
 
 def _labels(middle: Array, half: float, caption: str, mark: str | None) -> list[Any]:
     """Build the caption and the frame of one cloud of a window."""
-    o3d = _open3d()
+    o3d = import_open3d()
     geometries = []
     for number, line in enumerate(filter(None, caption.splitlines())):
         text = o3d.t.geometry.TriangleMesh.create_text(line, depth=0.0).to_legacy()
@@ -328,10 +320,10 @@ def _labels(middle: Array, half: float, caption: str, mark: str | None) -> list[
 
 
 def _aim(visualizer: Any, distance: float, focal_ratio: float) -> None:
-    """Look from (0, 0, distance) at the origin; `focal_ratio` is the focal length over the height of the picture."""
+    """Look from (0, 0, distance) at the origin; `focal_ratio` is focal length / height of the picture."""
     control = visualizer.get_view_control()
     camera = control.convert_to_pinhole_camera_parameters()
-    # The size of the frame buffer, which on some screens is a multiple of what was asked for.
+    # The size of the frame buffer; on some screens it is a multiple of the requested size.
     width, height = camera.intrinsic.width, camera.intrinsic.height
     focal = focal_ratio * height
     camera.intrinsic.set_intrinsics(width, height, focal, focal, width / 2 - 0.5, height / 2 - 0.5)
@@ -342,71 +334,10 @@ def _aim(visualizer: Any, distance: float, focal_ratio: float) -> None:
 
 
 def _shrink(image: Array, size: int) -> NDArray[np.uint8]:
-    """Average whole blocks of pixels, which smooths the edges: (k size, k size, 3) in [0, 1] -> (size, size, 3)."""
+    """Average blocks of pixels to smooth the edges: (k size, k size, 3) in [0, 1] -> (size, size, 3)."""
     height, width = image.shape[:2]
     if height != width or height < size:
         raise InputError(f"open3d draws {width} x {height} pixels here, {size} x {size} are needed; lower the size")
     factor = height // size
     blocks = image[: size * factor, : size * factor].reshape(size, factor, size, factor, 3)
     return (blocks.mean((1, 3)) * 255 + 0.5).astype(np.uint8)
-
-
-def _open3d() -> ModuleType:
-    try:
-        import open3d
-    except ModuleNotFoundError as error:
-        raise InputError(f"pictures need open3d ({first_line(error)}); install it: pip install open3d") from error
-    except (ImportError, OSError) as error:
-        raise InputError(
-            f"open3d cannot be loaded ({first_line(error)}); "
-            f"install its system libraries: sudo apt-get install {SYSTEM_PACKAGES}"
-        ) from error
-    return open3d
-
-
-@contextlib.contextmanager
-def _window(width: int, height: int, *, visible: bool, title: str = "s2d3d") -> Iterator[Any]:
-    """Open an Open3D window, on no screen unless visible, and close it. None: visible, and there is no screen."""
-    o3d = _open3d()
-    visualizer = o3d.visualization.Visualizer()
-    with _captured_output() as output, o3d.utility.VerbosityContextManager(o3d.utility.VerbosityLevel.Info):
-        opened = visualizer.create_window(window_name=title, width=width, height=height, visible=visible)
-    try:
-        if not opened and not visible:
-            reasons = [line for line in output.getvalue().splitlines() if "EGL" in line and "WARNING" in line]
-            reason = reasons[0].split("WARNING] ")[-1].split("\x1b")[0].rstrip(".") if reasons else "no OpenGL"
-            raise InputError(
-                f"open3d finds nothing to draw with ({reason}); install a software renderer: "
-                f"sudo apt-get install {SYSTEM_PACKAGES}"
-            )
-        if not opened or (visible and "falling back to EGL" in output.getvalue()):
-            yield None
-            return
-        options = visualizer.get_render_option()
-        options.background_color = np.array(BACKGROUND)
-        options.light_on = False
-        options.mesh_show_back_face = True
-        with _captured_output(), o3d.utility.VerbosityContextManager(o3d.utility.VerbosityLevel.Error):
-            yield visualizer
-    finally:
-        with _captured_output():
-            visualizer.destroy_window()
-
-
-@contextlib.contextmanager
-def _captured_output() -> Iterator[io.StringIO]:
-    """Keep what Open3D and the libraries below it print away from stdout and stderr; Open3D's own lines are yielded.
-
-    Drivers write to the file descriptors; Open3D's log goes to `sys.stdout`.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    with tempfile.TemporaryFile() as sink, contextlib.ExitStack() as restore:
-        for descriptor in (1, 2):
-            saved = os.dup(descriptor)
-            restore.callback(os.close, saved)
-            restore.callback(os.dup2, saved, descriptor)
-            os.dup2(sink.fileno(), descriptor)
-        if os.name == "posix":
-            restore.callback(ctypes.CDLL(None).fflush, None)  # what C still holds back belongs into the sink
-        yield restore.enter_context(contextlib.redirect_stdout(io.StringIO()))

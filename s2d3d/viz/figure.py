@@ -1,4 +1,4 @@
-"""What all plots share: panels, colours, readable axes, and the files that figures are written to."""
+"""Common parts of all plots: panels, colours, axes, and writing figures to files."""
 
 import io
 import math
@@ -21,20 +21,20 @@ from ..errors import InputError
 Log = Sequence[Mapping[str, float]]
 """Rows of log.csv as numbers; a value that a row lacks is missing or NaN."""
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#4d4d4d", "#b8a800")
-"""Of the runs, in their order; Okabe and Ito's, the yellow darkened. They repeat after eight, with dashed lines."""
+"""Colours of the runs, in their order; from Okabe and Ito, with a darker yellow. After eight, lines are dashed."""
 SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def save_figure(figure: Figure, path: str | os.PathLike, *, dpi: int = 110) -> Path:
-    """Write a figure; its suffix chooses the format. The file appears whole or not at all.
+    """Write a figure atomically; the suffix of the path selects the format.
 
     Args:
-        figure: any.
-        path: ends in one of `SUFFIXES`; an existing file is replaced.
-        dpi: pixels of an inch in a PNG.
+        figure: the figure.
+        path: file with one of `SUFFIXES`; an existing file is replaced.
+        dpi: pixels per inch in a PNG.
 
     Raises:
-        InputError: another suffix.
+        InputError: the suffix is unknown.
 
     Example:
         >>> from s2d3d.viz.plots import throughput_figure
@@ -52,7 +52,7 @@ def save_figure(figure: Figure, path: str | os.PathLike, *, dpi: int = 110) -> P
 
 
 def figure_svg(figure: Figure) -> str:
-    """Return a figure as an SVG element whose text stays text and which names no other file: for a page.
+    """Return a figure as an SVG element for a page. Text stays text, and no other file is referenced.
 
     Example:
         >>> from s2d3d.viz.plots import throughput_figure
@@ -69,7 +69,7 @@ def figure_svg(figure: Figure) -> str:
 
 
 def _take_names_literally(figure: Figure) -> None:
-    """Let `$` in the name of a run or class be a `$`, and no formula."""
+    """Escape `$` in the name of a run or class, so that it is not read as a formula."""
     for text in figure.findobj(Text):
         assert isinstance(text, Text)
         text.set_parse_math(False)
@@ -81,10 +81,10 @@ def make_panels(rows: int, columns: int, width: float, height: float, **options:
 
 
 def finish(figure: Figure, *, legends: Sequence[Axes] | None = None) -> Figure:
-    """Add grids, readable ticks, and a legend to each panel that has something to tell apart.
+    """Add grids, readable ticks, and a legend to each panel with several labelled lines.
 
     Args:
-        figure: changed in place. A panel without a line says that it was not measured.
+        figure: changed in place. A panel without lines gets the text that it was not measured.
         legends: the panels that get a legend; default: all.
     """
     for panel in figure.axes:
@@ -100,7 +100,7 @@ def finish(figure: Figure, *, legends: Sequence[Axes] | None = None) -> Figure:
 
 
 def _label_plainly(axis: Axis) -> None:
-    """Label a logarithmic axis with numbers such as 2 or 0.05, where matplotlib would write 2 x 10^0."""
+    """Label a logarithmic axis with plain numbers such as 2 or 0.05, instead of 2 x 10^0."""
     low, high = axis.get_view_interval()
     decades = math.log10(high / low)
     if decades < 1:

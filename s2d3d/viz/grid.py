@@ -1,4 +1,4 @@
-"""Images with captions, put together into one PNG by matplotlib, without its global state."""
+"""A grid of images with captions as one PNG, drawn by matplotlib without its global state."""
 
 import io
 import math
@@ -31,21 +31,21 @@ def draw_grid(
 ) -> Path:
     """Write images as one PNG, row by row, with a caption below each.
 
-    The first line of a caption and of the title is bold. The file appears whole or not at all.
+    The first line of a caption and of the title is bold. The file is written atomically.
 
     Args:
-        images: (S, S, 3) uint8, as `render_clouds` makes them, all of one size.
-        captions: one for each image, all with room for the longest.
-        path: where to; an existing file is replaced.
-        columns: images of a row; by default the grid is about half again as wide as high.
-        marks: for each image the colour of its frame and caption, as matplotlib knows it, or None: no frame.
+        images: (S, S, 3) uint8 of equal size, such as the results of `render_clouds`.
+        captions: one for each image; all get the height of the longest.
+        path: file to write; an existing file is replaced.
+        columns: images per row; by default the grid is about 1.5 times as wide as high.
+        marks: for each image the matplotlib colour of its frame and caption, or None for no frame.
         title: above the grid.
 
     Returns:
         `path`.
 
     Raises:
-        InputError: no image, images of several sizes, or not one caption and mark for each.
+        InputError: there is no image, the sizes differ, or the number of captions or marks is wrong.
 
     Example:
         >>> draw_grid(render_clouds(clouds), ["chair", "table"], "clouds.png")  # doctest: +SKIP
@@ -69,7 +69,7 @@ def check_counts(what: str, count: int, captions: Sequence[str], marks: Sequence
 
 
 def columns_for(count: int) -> int:
-    """Choose the columns of a grid: about half again as wide as high, with few empty places."""
+    """Return the number of columns of a grid: about 1.5 times as wide as high, with few empty places."""
 
     def cost(columns: int) -> float:
         rows = math.ceil(count / columns)
@@ -85,10 +85,10 @@ def _layout(
     marks: Sequence[str | None],
     title: str | None,
 ) -> Figure:
-    """Lay the grid out to the pixel."""
+    """Draw the grid with exact pixel positions."""
     size, dpi = images[0].shape[0], 100
     rows, columns = math.ceil(len(images) / columns), min(columns, len(images))
-    # Below the floors no letter can be read.
+    # Smaller letters would not be readable.
     gap, line, title_line = round(0.05 * size), max(14, round(0.062 * size)), max(18, round(0.08 * size))
     below = line * max(len(caption.splitlines()) for caption in captions) + gap
     above = title_line * len(title.splitlines()) + gap if title else 0
@@ -118,7 +118,7 @@ def _layout(
 def _write(
     figure: Figure, x: float, y: float, text: str, line: float, colors: tuple[str, str], align: str
 ) -> list[Text]:
-    """Write lines, the first one bold, from (x, y) downwards; pixels from the top left, `line` from one to the next."""
+    """Write lines from (x, y) downwards, the first one bold; pixels from the top left, `line` is the line height."""
     width, height = figure.get_size_inches() * figure.dpi
     return [
         figure.text(
@@ -137,7 +137,7 @@ def _write(
 
 
 def _fit(texts: list[Text], width: float) -> None:
-    """Shrink texts, all by the same factor, until the widest has room."""
+    """Shrink all texts by the same factor until the widest one fits."""
     for _ in range(2):  # the width of hinted letters is not quite proportional to their size
         widest = max((text.get_window_extent().width for text in texts), default=0)
         if widest > width:

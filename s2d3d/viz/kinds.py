@@ -1,4 +1,4 @@
-"""What is drawn of clouds: where they come from, and a sheet of each kind, as `tools/visualize.py` asks for them."""
+"""The source of the clouds and the kinds of sheets of `tools/visualize.py`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,22 +34,22 @@ from .tokens import trace_experts
 
 MOST_CLOUDS = 400  # a PNG of about 7000 x 7000 pixels
 NUM_CLOUDS = {"predictions": 12, "patches": 6, "experts": 3, "saliency": 12, "corruptions": 3}
-"""Clouds of a sheet by its kind, where no number is asked for; a gallery has one of each class."""
+"""Default number of clouds by kind of sheet; a gallery has one of each class."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the clouds come from: a data set, the clouds chosen of it, and a model where a checkpoint is given.
+    """The source of the clouds: a data set, the chosen clouds, and a model if a checkpoint is given.
 
-    Files may be a data set without labels.
+    Clouds from files may have no labels.
 
     Attributes:
         chosen: indices (n,) of the clouds in `dataset`.
         points: the clouds (n, N, C), z up, on the CPU.
         labels: their classes (n,).
-        title: names the source on a sheet.
-        from_files: they are files that were named, no data set.
-        labelled: `labels` mean something.
+        title: name of the source on a sheet.
+        from_files: the clouds come from named files, not from a data set.
+        labelled: `labels` are valid.
     """
 
     config: Config
@@ -70,7 +70,7 @@ class Source:
         return [self.dataset.class_names[label] for label in self.labels]
 
     def verdict(self, shares: Tensor, row: int) -> tuple[str, bool]:
-        """Caption a cloud with what the model says, shares (num_classes,); and tell whether that is wrong."""
+        """Return a caption with the model's prediction, from shares (num_classes,), and whether it is wrong."""
         names, label = self.dataset.class_names, int(self.labels[row])
         if self.labelled:
             return prediction_caption(shares, names, label), int(shares.argmax()) != label
@@ -79,7 +79,7 @@ class Source:
 
     @property
     def network(self) -> nn.Module:
-        """The model, for what cannot be drawn without one."""
+        """The model, for sheets that need one."""
         assert self.model is not None, "the tool asks for a checkpoint"
         return self.model
 
@@ -102,23 +102,23 @@ def read_source(
     seed: int = 0,
     device: str = "auto",
 ) -> Source:
-    """Read the clouds of a sheet, and the model where a checkpoint is given.
+    """Read the clouds of a sheet, and the model if a checkpoint is given.
 
     Args:
         kind: of the sheet: "gallery" or one of `NUM_CLOUDS`.
-        config: describes the data set; None: that of the checkpoint, with `overrides`.
+        config: describes the data set; None: the config of the checkpoint, with `overrides`.
         checkpoint: sparse or dense.
-        overrides: `section.key=value`, of the config that the checkpoint holds.
-        files: clouds and meshes, or folders of them, in place of the data set.
-        up_axis: vertical of the files, "y" or "z"; None: z.
-        allow_missing: leave points of files out that are NaN or infinite, instead of refusing these files.
+        overrides: `section.key=value`, changes to the checkpoint's config.
+        files: clouds and meshes, or folders of them, instead of the data set.
+        up_axis: vertical axis of the files, "y" or "z"; None: z.
+        allow_missing: drop points of files that are NaN or infinite, instead of refusing these files.
         split: of the data set, "train" or "test".
-        num_clouds: how many; None: as many as is usual for the kind, all files.
+        num_clouds: number of clouds; None: the default of the kind, or all files.
         seed: of the choice of clouds.
         device: of the model.
 
     Raises:
-        InputError: checkpoint, data set or a file cannot be read; their classes differ; so many clouds are not there.
+        InputError: the checkpoint, the data set or a file cannot be read; their classes differ; there are fewer clouds.
     """
     place = choose_device(device)
     trained: TrainedModel | None = None
@@ -157,7 +157,7 @@ def read_source(
 def _read_files(
     config: Config, paths: Sequence[str], class_names: Sequence[str], *, up_axis: str, allow_missing: bool, seed: int
 ) -> tuple[PointCloudDataset, bool]:
-    """Read files as a data set; tell whether all of them lie in folders named after classes."""
+    """Read files as a data set; also return whether all of them are in folders named after classes."""
     files = find_files(paths)
     labels = folder_labels(files, class_names)
     dataset = load_files(
@@ -168,7 +168,7 @@ def _read_files(
 
 
 def gallery(source: Source) -> CloudSheet:
-    """Show clouds of every class in the order of the classes; files in theirs."""
+    """Show clouds of every class in the order of the classes; files keep their order."""
     data, dataset = source.config.data, source.dataset
     if source.from_files:
         title = f"{len(source.points)} files, {data.num_points} points each\ncolour shows height"
@@ -181,7 +181,7 @@ def gallery(source: Source) -> CloudSheet:
 
 
 def predictions(source: Source) -> tuple[CloudSheet, list[str]]:
-    """Show what the model takes the clouds for, wrong ones first; say it in lines as well."""
+    """Show the predictions for the clouds, wrong ones first; also return them as lines of text."""
     probabilities, names = source.probabilities(), source.dataset.class_names
     if not source.labelled:
         captions = [source.verdict(shares, row)[0] for row, shares in enumerate(probabilities)]
@@ -198,7 +198,7 @@ def predictions(source: Source) -> tuple[CloudSheet, list[str]]:
 
 
 def patches(source: Source) -> CloudSheet:
-    """Show the groups that become tokens."""
+    """Show the groups of points that become tokens."""
     model = source.network
     sizes = f"{getattr(model, 'num_group', 0)} groups of {getattr(model, 'group_size', 0)} points"
     title = f"{sizes}, each one token\n{source.title}; a colour for each group, centres large, grey in none"
@@ -206,7 +206,7 @@ def patches(source: Source) -> CloudSheet:
 
 
 def experts(source: Source, *, layer: str | None = None, passes: int = 4, seed: int = 0) -> CloudSheet:
-    """Show which expert each token goes to, pass after pass."""
+    """Show the expert of each token for each pass."""
     traced = trace_experts(
         source.network, source.points.to(source.device), layer=layer, passes=passes, seed=seed
     )  # fmt: skip
@@ -218,7 +218,7 @@ def experts(source: Source, *, layer: str | None = None, passes: int = 4, seed: 
 
 
 def saliency(source: Source) -> CloudSheet:
-    """Show which points the predicted class depends on."""
+    """Show the points on which the predicted class depends most."""
     parts = source.points.to(source.device).split(source.config.eval.batch_size)
     values = torch.cat([point_saliency(source.network, part).cpu() for part in parts])
     verdicts = [source.verdict(shares, row) for row, shares in enumerate(source.probabilities())]
@@ -229,7 +229,7 @@ def saliency(source: Source) -> CloudSheet:
 
 
 def corruptions(source: Source, severity: int) -> CloudSheet:
-    """Show clouds as they are and under each corruption, with the model's verdict where there is a model."""
+    """Show clouds unchanged and under each corruption, with the prediction if there is a model."""
 
     @torch.no_grad()
     def classify(cloud: Tensor, row: int) -> tuple[str, bool]:
@@ -249,7 +249,7 @@ def corruptions(source: Source, severity: int) -> CloudSheet:
 
 
 def choose_clouds(dataset: PointCloudDataset, count: int, seed: int) -> Tensor:
-    """Choose at random, but from the classes in turn, so that few clouds show many classes: (count,) indices."""
+    """Return (count,) random indices, drawn from the classes in turn, so that few clouds show many classes."""
     most = min(MOST_CLOUDS, len(dataset))
     if not 1 <= count <= most:
         limit = f"the {most} clouds of split '{dataset.split}'" if most == len(dataset) else f"{most}"

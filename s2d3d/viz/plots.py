@@ -1,6 +1,6 @@
-"""Plots of runs and studies: numbers in, a matplotlib figure out. No global state, no window; `save_figure` writes one.
+"""Plots of runs and studies as matplotlib figures, without global state or windows. `save_figure` writes a figure.
 
-Logs are the rows of log.csv as numbers; a value that a row lacks is missing or NaN.
+Logs are the rows of log.csv as numbers; absent values are missing or NaN.
 """
 
 import math
@@ -18,16 +18,16 @@ from .figure import save_figure as save_figure
 
 
 def training_curves(logs: Mapping[str, Log], final: Mapping[str, float] | None = None) -> Figure:
-    """Plot loss, accuracies and learning rate over the epochs, several runs over one another.
+    """Plot loss, accuracies and learning rate over the epochs, for one or several runs.
 
     Args:
-        logs: by the name of the run. Columns used, where they are there: `epoch`, `train_loss`, `train_oa`, `val_oa`,
+        logs: by the name of the run. Used columns, if present: `epoch`, `train_loss`, `train_oa`, `val_oa`,
             `test_oa` (fractions), `lr`.
-        final: by the name of a finished run, the OA of its final model on the test split, a fraction. It ends the
-            curve of the test accuracy, at the last epoch.
+        final: by the name of a finished run, the OA of its final model on the test split, a fraction. It is the last
+            point of the test accuracy curve.
 
     Raises:
-        InputError: no run, or no row.
+        InputError: there is no run, or a run has no row.
 
     Example:
         >>> figure = training_curves({"a": [{"epoch": 1, "train_loss": 2.0}, {"epoch": 2, "train_loss": 1.0}]})
@@ -53,15 +53,15 @@ def training_curves(logs: Mapping[str, Log], final: Mapping[str, float] | None =
 
 
 def confusion_figure(confusion: ArrayLike, class_names: Sequence[str], *, title: str = "") -> Figure:
-    """Plot a confusion matrix, each row as shares of its class; counts are written where there is room.
+    """Plot a confusion matrix, each row as fractions of its class; counts are written if there is room.
 
     Args:
         confusion: (C, C) counts, `confusion[true][predicted]`.
         class_names: C names.
-        title: above it.
+        title: above the matrix.
 
     Raises:
-        InputError: the shape does not fit the names, or a negative count.
+        InputError: the shape does not match the names, or a count is negative.
 
     Example:
         >>> figure = confusion_figure([[3, 1], [0, 0]], ["box", "mug"])
@@ -92,13 +92,13 @@ def confusion_figure(confusion: ArrayLike, class_names: Sequence[str], *, title:
 
 
 def class_accuracy_figure(per_class: Mapping[str, Mapping[str, float | None]]) -> Figure:
-    """Plot the accuracy of each class, a dot for each run; classes by the accuracy of the first run.
+    """Plot the accuracy of each class, a dot for each run. Classes are sorted by the accuracy of the first run.
 
     Args:
-        per_class: by the name of the run, then by class: a fraction in [0, 1], or None where there is no sample.
+        per_class: by the name of the run, then by class: a fraction in [0, 1], or None without samples.
 
     Raises:
-        InputError: no run, or no class.
+        InputError: there is no run, or no class.
 
     Example:
         >>> figure = class_accuracy_figure({"a": {"box": 0.5, "mug": 1.0}})
@@ -122,7 +122,7 @@ def class_accuracy_figure(per_class: Mapping[str, Mapping[str, float | None]]) -
 
 
 def divergence_figure(logs: Mapping[str, Log]) -> Figure:
-    """Plot how far the experts are from their mean, and the share rate that pulls them together, over the epochs.
+    """Plot the divergence of the experts from their mean, and the share rate, over the epochs.
 
     Args:
         logs: as for `training_curves`; columns `divergence` and `share_rate`. Runs without them are left out.
@@ -152,13 +152,14 @@ def divergence_figure(logs: Mapping[str, Log]) -> Figure:
 
 
 def corruption_figure(results: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Plot accuracy against the severity of each corruption, and of their mean; severity 0 is the clean set.
+    """Plot accuracy over severity, for each corruption and for their mean; severity 0 is the clean set.
 
     Args:
-        results: by the name of the run, as `tools/evaluate.py --corruption all --output FILE.json` writes them.
+        results: by the name of the run, the content of the file of `tools/evaluate.py --corruption all --output
+            FILE.json`.
 
     Raises:
-        InputError: no result.
+        InputError: there is no result.
 
     Example:
         >>> result = {"clean": {"oa": 0.9}, "corruptions": {"jitter": {"oa": [0.8, 0.7, 0.6, 0.5, 0.4]}}}
@@ -192,15 +193,15 @@ def corruption_figure(results: Mapping[str, Mapping[str, Any]]) -> Figure:
 def throughput_figure(
     values: Mapping[str, float], *, errors: Mapping[str, float] | None = None, unit: str = "clouds a second"
 ) -> Figure:
-    """Plot bars with their values written beside them, in the order given.
+    """Plot labelled bars with their values, in the given order.
 
     Args:
         values: by label, at least 0.
-        errors: by label, half the length of a bar's whisker, in the same unit.
-        unit: what the numbers are.
+        errors: by label, half the length of the error bar, in the same unit.
+        unit: unit of the values.
 
     Raises:
-        InputError: no value, or one that is negative or not finite.
+        InputError: there is no value, or a value is negative or not finite.
 
     Example:
         >>> figure = throughput_figure({"dense": 100.0, "S2D": 98.0})
@@ -230,7 +231,7 @@ def experts_figure(result: dict[str, Any]) -> Figure:
     """Plot divergence, accuracies and barriers over training, and the losses along lines between models.
 
     Args:
-        result: as `s2d3d.runs.analysis.analyze_run` returns it.
+        result: result of `s2d3d.runs.analysis.analyze_run`.
     """
     figure = Figure(figsize=(15, 8), layout="constrained")
     axes = figure.subplots(2, 3)
@@ -269,11 +270,11 @@ def _draw_accuracy(panel: Axes, checkpoints: list[dict[str, Any]]) -> None:
 
 
 def _draw_gap(panel: Axes, checkpoints: list[dict[str, Any]]) -> None:
-    """Draw what the mean gains over its experts against their divergence, and the square that curvature makes of it."""
+    """Draw the loss gap between the experts and their mean over the divergence, with a fitted square function."""
     measured = [(_mean_divergence(point), point["gap"]) for point in checkpoints]
     points = [(divergence, gap) for divergence, gap in measured if divergence > 0 and gap > 0]
-    panel.set(xlabel="divergence", ylabel="gap of loss, nats", title="Mean loss of the experts less that of their mean")
-    if not points:  # nothing that a logarithm could show
+    panel.set(xlabel="divergence", ylabel="gap of loss, nats", title="Mean loss of the experts minus loss of the mean")
+    if not points:  # no positive values for a logarithmic axis
         panel.plot(*zip(*measured), "o", label="checkpoints")
         return
     panel.loglog(*zip(*points), "o", label="checkpoints")
@@ -289,7 +290,7 @@ def _draw_contraction(panel: Axes, epochs: list[dict[str, float]]) -> None:
 
 
 def _draw_lines(panel: Axes, checkpoints: list[dict[str, Any]]) -> None:
-    """Draw each checkpoint's highest line between two experts, as excess over its ends."""
+    """Draw each checkpoint's line with the highest barrier between two experts, as excess over its ends."""
     for point in checkpoints:
         line = max(point["barriers"], key=lambda candidate: candidate["height"])
         first, last = line["losses"][0], line["losses"][-1]
@@ -305,7 +306,7 @@ def _draw_path(panel: Axes, lines: list[dict[str, Any]]) -> None:
         label = f"epoch {line['epochs'][0]} to {line['epochs'][1]}: barrier {line['height']:.3f}"
         panel.plot(line["positions"], line["losses"], "o-", markersize=3, label=label)
     if not lines:
-        panel.text(0.5, 0.5, "one checkpoint only\n(train.keep_every)", ha="center", transform=panel.transAxes)
+        panel.text(0.5, 0.5, "only one checkpoint\n(train.keep_every)", ha="center", transform=panel.transAxes)
     panel.set(xlabel="position between the checkpoints", ylabel="loss, nats", title="Lines between merged models")
 
 
@@ -316,12 +317,12 @@ def _mean_divergence(point: dict[str, Any]) -> float:
 def study_figure(summary: dict[str, Any]) -> Figure:
     """Plot each comparison's mean difference in OA, percentage points, with its intervals and single seeds.
 
-    The thick line is the 95 % paired t interval, the thin one beside it the bootstrap interval; grey dots are seeds.
-    With `along` the comparisons stand at the values of that config key, otherwise below each other. Comparisons
-    without a finished pair are left out.
+    The thick line is the 95 % paired t interval, the thin line next to it is the bootstrap interval, and grey dots are
+    seeds. With `along`, that config key is the x axis; otherwise each comparison has its own row. Comparisons without a
+    finished pair are left out.
 
     Args:
-        summary: as `s2d3d.studies.summary.summarize` returns it.
+        summary: result of `s2d3d.studies.summary.summarize`.
     """
     items = [item for item in summary["comparisons"] if item["n"]]
     places = {row["name"]: row["along"] for row in summary["rows"]}
@@ -359,7 +360,7 @@ def _draw_comparisons(panel: Axes, items: list[dict[str, Any]]) -> None:
 
 
 def _draw_along(panel: Axes, items: list[dict[str, Any]], places: dict[str, float], along: str) -> None:
-    """Draw the comparisons at the key's values, evenly spaced; those at one value stand side by side."""
+    """Draw the comparisons over the key's values, evenly spaced; those with the same value are side by side."""
     values = sorted({places[item["name"]] for item in items})
     for place, value in enumerate(values):
         here = [item for item in items if places[item["name"]] == value]

@@ -1,6 +1,6 @@
-"""Runs as one HTML page: accuracies, plots, a confusion matrix to click, the worst mistakes to turn, configs, machines.
+"""A report of runs as one HTML page: accuracies, plots, interactive confusion matrix and mistakes, configs, machines.
 
-The page holds all it needs: it opens from a disk, without a server or a network.
+The page contains everything it needs. It opens from a disk, without a server or a network.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,19 +30,19 @@ from .plots import (
 from .sheet import embed_json, fill_template, pack
 
 MOST_BYTES = 10_000_000
-"""A report may not be larger."""
+"""Maximum size of a report."""
 Rows = tuple[list[str], list[list[str]]]
 """Head and rows of a table."""
 TITLES = {
     "sparse": "before merge", "merged": "merged or dense", "routed": "routed", "recalibrated": "BatchNorm recalibrated",
     "voting": "voting", "ema": "moving average",
 }  # fmt: skip
-"""What metrics.json measures."""
+"""Names of the measurements in metrics.json."""
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a run's model says of a test set.
+    """The predictions of a run's model on a test set.
 
     Attributes:
         points: (n, N, 3), z up.
@@ -50,7 +50,7 @@ class Predictions:
         probabilities: (n, C) of the model.
         names: of the clouds, n.
         class_names: C.
-        source: of the set; runs of one source share its clouds in the page.
+        source: of the set; runs with the same source share its clouds in the page.
     """
 
     points: Tensor
@@ -70,22 +70,22 @@ def build_report(
     clouds_per_class: int = 12,
     points_per_cloud: int = 512,
 ) -> str:
-    """Make the page.
+    """Return the page as HTML.
 
     Args:
-        runs: at least one, with names of their own.
-        predictions: by the name of the run, for its clouds and mistakes; a run without them shows none.
+        runs: at least one, with different names.
+        predictions: by the name of the run, for its clouds and mistakes; a run without predictions shows none.
         title: default: the names of the runs.
-        num_mistakes: worst mistakes of each run in its gallery, at least 0.
-        clouds_per_class: clouds of each class to choose from in the confusion matrix, at least 0; a cloud of every
-            mistake that occurs is among them, also if that takes more.
-        points_per_cloud: of the clouds in the page; of larger ones a random part is kept.
+        num_mistakes: number of worst mistakes in the gallery of each run, at least 0.
+        clouds_per_class: number of clouds of each class behind the confusion matrix, at least 0. Each kind of mistake
+            has at least one cloud, so the number can be larger.
+        points_per_cloud: maximum number of points of a cloud in the page; larger clouds are subsampled at random.
 
     Returns:
         HTML of at most `MOST_BYTES` bytes.
 
     Raises:
-        InputError: no run, a name that occurs twice, a count below 0, or a page that gets too large.
+        InputError: there is no run, a name occurs twice, a count is below 0, or the page is too large.
 
     Example:
         >>> log = [{"epoch": 1, "train_loss": 2.0, "train_oa": 0.3}]
@@ -125,7 +125,7 @@ def build_report(
 
 
 def report_figures(runs: Sequence[RunRecord]) -> dict[str, Any]:
-    """Return the figures of a report by name, those for which the runs have numbers."""
+    """Return the figures of a report by name; figures without data are left out."""
     logs = {run.name: run.log for run in runs}
     tested = {run.name: run.final["oa"] for run in runs if run.final and run.metrics.get("split", "test") == "test"}
     figures = {"training": training_curves(logs, tested)}
@@ -139,7 +139,7 @@ def report_figures(runs: Sequence[RunRecord]) -> dict[str, Any]:
         figures["corruptions"] = corruption_figure(robust)
     speeds = {run.name: training_throughput(run.log, run.config.get("train", {}).get("batch_size", 1)) for run in runs}
     if any(speeds.values()):
-        unit = "clouds a second in training, median of the epochs, on the machine as it was loaded"
+        unit = "clouds per second in training, median over the epochs; depends on the load of the machine"
         figures["throughput"] = throughput_figure({name: speed for name, speed in speeds.items() if speed}, unit=unit)
     for run in runs:
         if run.analysis:
@@ -148,11 +148,11 @@ def report_figures(runs: Sequence[RunRecord]) -> dict[str, Any]:
 
 
 def choose_shown(predictions: Predictions, per_class: int) -> list[int]:
-    """Choose the clouds of each class that a page offers: the worst of each mistake that occurs, then the worst others.
+    """Choose the clouds of each class for the page: the worst of each kind of mistake, then the worst others.
 
     Args:
         predictions: of all clouds.
-        per_class: how many of a class, unless it has more kinds of mistakes; all are right ones and wrong ones alike.
+        per_class: number of clouds of a class, right and wrong ones; more if it has more kinds of mistakes.
 
     Returns:
         Indices, class by class, the worst first.
@@ -173,7 +173,7 @@ def choose_shown(predictions: Predictions, per_class: int) -> list[int]:
         first = list({int(guesses[index]): index for index in reversed(members)}.values())  # the worst of each guess
         others = [index for index in members if index not in first]
         room = max(0, per_class - len(first))
-        # Right ones count as well: otherwise a class of many mistakes would show nothing else.
+        # Right ones are included: otherwise a class with many mistakes would show only mistakes.
         right = [index for index in others if guesses[index] == label][: (room + 1) // 2]
         wrong = [index for index in others if guesses[index] != label][: room - len(right)]
         rest = [index for index in others if index not in right and index not in wrong]
@@ -190,7 +190,7 @@ def _explorer(
     points_per_cloud: int,
     points: dict[str, dict[str, Any]],
 ) -> dict[str, Any] | None:
-    """Return what the page needs to show a run's confusion matrix and clouds; their points are added to `points`."""
+    """Return the data of a run's confusion matrix and clouds for the page; their points are added to `points`."""
     if predictions is None:
         if run.final is None:
             return None
@@ -228,7 +228,7 @@ def _explorer(
 
 
 def _encode(cloud: Tensor, num_points: int, index: int) -> dict[str, Any]:
-    """Return a random part of a cloud as whole numbers of 16 bits about its middle, and their unit."""
+    """Return a random part of a cloud as 16-bit integers relative to its centre, and their unit."""
     kept = torch.randperm(len(cloud), generator=derived_generator("report", index))[:num_points]
     cloud = cloud[kept].double()
     cloud = cloud - (cloud.amax(0) + cloud.amin(0)) / 2
@@ -237,13 +237,13 @@ def _encode(cloud: Tensor, num_points: int, index: int) -> dict[str, Any]:
 
 
 def _plot(name: str, svg: str) -> str:
-    """Place a figure as an image, so that the names inside of several do not meet."""
+    """Embed a figure as an image, so that names inside several figures do not collide."""
     source = f"data:image/svg+xml;base64,{pack(np.frombuffer(svg.encode(), np.uint8), 'u1')}"
     return f'<figure class="plot"><img alt="{escape(name)}" src="{source}"></figure>'
 
 
 def summary_rows(runs: Sequence[RunRecord], predictions: Mapping[str, Predictions] | None = None) -> Rows:
-    """Return the accuracies, parameters and times of runs, a column for each; rows that no run has are left out."""
+    """Return the accuracies, parameters and times, with a column for each run; rows without any value are left out."""
     predictions = predictions or {}
     table: dict[str, list[str | None]] = {
         "model": [_get(run.config, "model.name") for run in runs],
@@ -277,7 +277,7 @@ def summary_rows(runs: Sequence[RunRecord], predictions: Mapping[str, Prediction
 
 
 def config_rows(runs: Sequence[RunRecord]) -> Rows:
-    """Return the keys of the configs in which runs differ, a column for each; all keys of a single run."""
+    """Return the config keys in which runs differ, with a column for each run; all keys of a single run."""
     configs = [flatten(run.config) for run in runs]
     keys = differing_keys(configs) if len(runs) > 1 else list(configs[0])
     rows = [[key, *(_text(config.get(key, "-")) for config in configs)] for key in keys]
@@ -285,7 +285,7 @@ def config_rows(runs: Sequence[RunRecord]) -> Rows:
 
 
 def environment_rows(runs: Sequence[RunRecord]) -> Rows:
-    """Return what the runs ran on, a column for each."""
+    """Return the machines and versions, with a column for each run."""
     environments = [flatten(run.environment) for run in runs]
     keys = list(dict.fromkeys(key for environment in environments for key in environment))
     rows = [[key, *(_text(environment.get(key, "-")) for environment in environments)] for key in keys]
@@ -293,7 +293,7 @@ def environment_rows(runs: Sequence[RunRecord]) -> Rows:
 
 
 def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, mark_differences: bool = False) -> str:
-    """Return a table, the first column as heads of the rows; rows whose values differ are marked if asked for.
+    """Return an HTML table whose first column holds the row headings; rows with different values can be marked.
 
     Example:
         >>> html_table(["", "a"], [["seed", "0"]])

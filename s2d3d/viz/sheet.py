@@ -1,4 +1,4 @@
-"""Captioned clouds as one sheet, and the forms it can be kept in: a picture, files for other viewers, a web page."""
+"""A sheet of clouds with captions, and its output formats: picture, files for other viewers, web page."""
 
 import base64
 import json
@@ -29,15 +29,15 @@ class CloudSheet:
 
     Attributes:
         clouds: arrays or CPU tensors (N, 3), z up; N may differ.
-        captions: one for each cloud; its first line is the more important.
-        title: of the whole; its first line is the more important.
+        captions: one for each cloud; the first line is bold.
+        title: of the sheet; the first line is bold.
         colors: for each cloud (N, 3) RGB in [0, 1], one RGB, or None: by height.
-        scales: for each cloud (N,) sizes of its points relative to the usual, or None.
-        marks: for each cloud the colour of its frame and caption, as matplotlib knows it, or None.
-        columns: clouds of a row; None chooses.
+        scales: for each cloud (N,) sizes of its points relative to the default, or None.
+        marks: for each cloud the matplotlib colour of its frame and caption, or None.
+        columns: clouds per row; None: chosen automatically.
 
     Raises:
-        InputError: no cloud, or not one caption, entry of colours, scales and marks for each.
+        InputError: there is no cloud, or the number of captions, colours, scales or marks is wrong.
 
     Example:
         >>> import torch
@@ -72,10 +72,10 @@ class CloudSheet:
 
 
 def sheet_paths(path: str | os.PathLike, num_clouds: int) -> list[Path]:
-    """Return the files that `write_sheet` makes: `path`, or numbered ones for several clouds as `.ply`.
+    """Return the files that `write_sheet` makes: `path`, or numbered files for several clouds as `.ply`.
 
     Raises:
-        InputError: the suffix is none of `SUFFIXES`.
+        InputError: the suffix is not one of `SUFFIXES`.
 
     Example:
         >>> [path.name for path in sheet_paths("out/cloud.ply", 12)][::11]
@@ -92,23 +92,23 @@ def sheet_paths(path: str | os.PathLike, num_clouds: int) -> list[Path]:
 
 
 def write_sheet(sheet: CloudSheet, path: str | os.PathLike, *, size: int = 320) -> list[Path]:
-    """Write a sheet in the form that the suffix of `path` names; each file appears whole or not at all.
+    """Write a sheet in the format of the suffix of `path`; each file is written atomically.
 
     - `.png`: a grid of pictures, drawn by Open3D.
-    - `.ply`: a file for each cloud, binary, with colours, for MeshLab, CloudCompare, Blender, Open3D and others; the
-      caption is a comment in its head. Sizes of points and frames are not kept.
-    - `.html`: a page to turn and zoom the clouds in; it holds all it needs (plotly), 5 MB and more.
+    - `.ply`: a binary file with colours for each cloud, for MeshLab, CloudCompare, Blender, Open3D and others; the
+      caption is a comment in its header. Point sizes and frames are not stored.
+    - `.html`: a page in which the clouds can be rotated and zoomed. It includes plotly and has at least 5 MB.
 
     Args:
-        sheet: what to write.
-        path: where to; existing files are replaced.
-        size: pixels of a cloud's side in a `.png`.
+        sheet: the sheet.
+        path: file to write; existing files are replaced.
+        size: side length of a cloud's image in a `.png`, in pixels.
 
     Returns:
-        The files written, see `sheet_paths`.
+        The written files, see `sheet_paths`.
 
     Raises:
-        InputError: another suffix, a wrong shape or range, or a package or system library that is missing.
+        InputError: the suffix is unknown, a shape or range is wrong, or a package or system library is missing.
 
     Example:
         >>> write_sheet(CloudSheet([torch.rand(64, 3)], ["noise"], "an example"), "noise.html")  # doctest: +SKIP
@@ -133,7 +133,7 @@ def encode_ply(points: ArrayLike, colors: ArrayLike, *, comment: str = "") -> by
     Args:
         points: (N, 3).
         colors: (N, 3) RGB in [0, 1].
-        comment: for the head of the file; its lines become one.
+        comment: for the header of the file; its lines are joined.
 
     Example:
         >>> encode_ply([[0, 0, 0]], [[1, 0, 0]])[:3]
@@ -156,8 +156,8 @@ def cloud_page(sheet: CloudSheet, *, at_once: int = 8) -> str:
     """Return a sheet as one HTML page that needs no server, no network and no other file.
 
     Args:
-        sheet: what to show.
-        at_once: about how many clouds are shown at a time, at least 1; browsers draw 16 scenes at most.
+        sheet: the sheet.
+        at_once: approximate number of clouds shown at a time, at least 1; browsers draw at most 16 scenes.
 
     Raises:
         InputError: plotly is missing.
@@ -192,7 +192,7 @@ def cloud_page(sheet: CloudSheet, *, at_once: int = 8) -> str:
 
 
 def pack(values: ArrayLike, dtype: str) -> str:
-    """Return numbers as base64 of their bytes, which a page reads as a typed array.
+    """Return numbers as base64 of their bytes; a page reads them as a typed array.
 
     Example:
         >>> pack([1, 2], "u1")
@@ -202,7 +202,7 @@ def pack(values: ArrayLike, dtype: str) -> str:
 
 
 def embed_json(content: Any) -> str:
-    """Return JSON that may stand in a script element of a page: no text can end it.
+    """Return JSON for a script element of a page; its text cannot end the element.
 
     Example:
         >>> embed_json("</script>")
@@ -212,7 +212,7 @@ def embed_json(content: Any) -> str:
 
 
 def fill_template(name: str, **parts: str) -> str:
-    """Return a page of this folder with each `{{part}}` replaced; the parts themselves are not looked into."""
+    """Return a page of this folder with each `{{part}}` replaced; the inserted parts are not searched."""
     pieces = resources.files(__package__).joinpath(name).read_text(encoding="utf-8").split("{{")
     text = [pieces[0]]
     for piece in pieces[1:]:

@@ -1,4 +1,4 @@
-"""Which expert each token of a cloud goes to, and where in space the token lies."""
+"""The expert and the position in space of each token of a cloud."""
 
 import contextlib
 from collections.abc import Iterator
@@ -15,12 +15,12 @@ from ..s2d.mof import ExpertLayer, Plan
 
 @dataclass(frozen=True)
 class TokenExperts:
-    """What one training pass did with the tokens of one expert layer.
+    """The experts of the tokens of one layer in one training pass.
 
     Attributes:
-        layer: its name.
-        experts: (B, T) int64, the expert of each token, of several the one with the greatest weight; -1: dropped.
-        positions: (B, T, 3), the tokens' places; tokens without one, such as the class token, are left out.
+        layer: name of the layer.
+        experts: (B, T) int64, the expert of each token; with several, the one with the largest weight; -1: dropped.
+        positions: (B, T, 3), positions of the tokens; tokens without one, such as the class token, are left out.
         num_experts: K.
     """
 
@@ -33,23 +33,23 @@ class TokenExperts:
 def trace_experts(
     model: nn.Module, points: Tensor, *, layer: str | None = None, passes: int = 1, seed: int = 0
 ) -> list[TokenExperts]:
-    """Run clouds through a sparse model and note where its tokens go.
+    """Run clouds through a sparse model and record the expert of each token.
 
-    The expert layers are in training mode, so that they partition the tokens of the whole batch; everything else is in
-    evaluation mode and no weight or statistic changes. The model's modes and the random state are restored.
+    The expert layers are in training mode, so that they partition the tokens of the whole batch. Everything else is in
+    evaluation mode, and no weight or statistic changes. The model's modes and the random state are restored.
 
     Args:
-        model: with expert layers and a method `token_positions(points, layer)`, such as `PointBERT` has.
+        model: a model with expert layers and a method `token_positions(points, layer)`, such as `PointBERT`.
         points: (B, N, 3), on the model's device.
         layer: name of an expert layer; default: the first.
-        passes: how often, at least 1; each draws its own partition.
+        passes: number of passes, at least 1; each draws its own partition.
         seed: of the partitions.
 
     Returns:
         One entry for each pass, on the CPU.
 
     Raises:
-        InputError: no expert layer, not that one, or a model that does not know where its tokens lie.
+        InputError: there is no expert layer, the named one does not exist, or the model has no token positions.
 
     Example:
         >>> from s2d3d import MoFConfig, convert_to_mof_, create_model
@@ -83,7 +83,7 @@ def trace_experts(
 
 
 def token_experts(plan: Plan) -> Tensor:
-    """Return the expert of each token (num_tokens,) on the CPU, of several the one with the greatest weight; -1: none.
+    """Return the expert of each token (num_tokens,) on the CPU; with several, that of the largest weight; -1: none.
 
     Example:
         >>> from s2d3d.s2d.dispatch import random_partition
@@ -103,7 +103,7 @@ def token_experts(plan: Plan) -> Tensor:
 
 @contextlib.contextmanager
 def _plans(layer: ExpertLayer) -> Iterator[list[Plan]]:
-    """Note the plans of a layer's calls."""
+    """Record the plans of a layer's calls."""
     plans: list[Plan] = []
     original = layer.draw
 
@@ -119,7 +119,7 @@ def _plans(layer: ExpertLayer) -> Iterator[list[Plan]]:
 
 
 def _token_positions(model: nn.Module, points: Tensor, layer: str) -> Tensor:
-    """Return the places (B, T, 3) of a layer's tokens, on the CPU."""
+    """Return the positions (B, T, 3) of a layer's tokens, on the CPU."""
     positions = getattr(model, "token_positions", None)
     if positions is None:
         raise InputError(

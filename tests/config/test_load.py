@@ -346,7 +346,7 @@ def test_a_key_that_was_removed_is_read_where_it_did_nothing(base, key, idle, wr
 
 
 def _removed(value: object) -> str:
-    text = f"was removed, for it did not help (docs/results.md), got {show(value)}"
+    text = f"was removed, it did not help (docs/results.md), got {show(value)}"
     return f"{text}; remove the key, or use commit 6eb7082 of s2d3d"
 
 

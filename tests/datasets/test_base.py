@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s2d3d.datasets import PointCloudDataset, build_augmentation, split_train_validation
-from s2d3d.datasets.base import select_classes, stratified_fraction
+from s2d3d.datasets.selection import select_classes, stratified_fraction
 from s2d3d.errors import InputError
 from s2d3d.ops.points import farthest_point_sample
 from s2d3d.random_state import derived_generator

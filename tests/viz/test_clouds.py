@@ -241,7 +241,7 @@ def test_a_window_without_a_screen_is_refused(drawing, monkeypatch, display):
 
 def test_a_window_shows_the_clouds_as_a_grid(drawing, monkeypatch):
     frames = []
-    open_window = module._window
+    open_window = module.open_window
 
     @contextlib.contextmanager
     def on_no_screen(width, height, **_):
@@ -260,7 +260,7 @@ def test_a_window_shows_the_clouds_as_a_grid(drawing, monkeypatch):
             yield Watched()
 
     monkeypatch.setenv("DISPLAY", ":0")
-    monkeypatch.setattr(module, "_window", on_no_screen)
+    monkeypatch.setattr(module, "open_window", on_no_screen)
     show_window([SQUARE, SQUARE], ["left", "right"], colors=[RED, BLUE], columns=2, marks=["lime", None], view=FRONT)
     image = (255 * frames[-1]).astype(int)
     r, g, b = np.moveaxis(image, -1, 0)
