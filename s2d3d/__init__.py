@@ -73,7 +73,7 @@ _HOMES = {
     "training.callbacks": ("Callback",),
     "training.trainer": ("Trainer",),
 }  # fmt: skip
-"""Public names by the module that defines them, which is imported when one of them is asked for first."""
+"""Public names by the module that defines them. The module is imported at the first use of one of its names."""
 _MODULES = {name: module for module, names in _HOMES.items() for name in names}
 _ROOMS = {module.partition(".")[0] for module in _HOMES}
 

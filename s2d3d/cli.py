@@ -1,7 +1,7 @@
-"""What the command lines in tools/ have in common: one way to fail, and the flags that mean the same everywhere.
+"""Common parts of the command lines in tools/: error handling, and flags with the same meaning everywhere.
 
-A tool imports at its top what it needs to read and check its arguments. The rest is imported in `run`, when the
-arguments are right: torch and the models take seconds to import, which neither `--help` nor a wrong path should cost.
+At its top, a tool imports only what it needs to check its arguments. The rest is imported in `run`, after the check:
+torch and the models take seconds to import, and `--help` or a wrong path must be fast.
 """
 
 import argparse
@@ -19,25 +19,25 @@ from .errors import InputError, TrainingError, printable
 
 Body = Callable[[argparse.Namespace], "int | None"]
 CLOUD_FILES = ".ply .pcd .off .obj .stl .glb .las .npy .npz .txt .xyz .csv .pts"
-"""Kinds of files that the tools read, for their help; the same as `datasets.files.SUFFIXES`."""
+"""File types that the tools read, for their help; equal to `datasets.files.SUFFIXES`."""
 
 
 def run_tool(parser: argparse.ArgumentParser, body: Body, argv: Sequence[str] | None) -> int:
-    """Parse, call and translate errors; the return value is the exit code of the process.
+    """Parse the arguments, call the tool and handle errors; return the exit code of the process.
 
-    A user's mistake ends as `error: ...` on stderr with exit code 1, wrong arguments as 2, Ctrl-C as 130, a reader that
-    went away (`| head`) as 141. `--debug` lets the traceback through.
+    A user error prints `error: ...` on stderr and gives exit code 1. Wrong arguments give 2, Ctrl-C gives 130, and a
+    closed pipe (`| head`) gives 141. `--debug` shows the traceback.
 
     Args:
         parser: the tool's arguments; `--debug` is added.
-        body: does the work; its return value is the exit code, None means 0.
-        argv: arguments without the program's name; None takes those of the process.
+        body: the tool; its return value is the exit code, None means 0.
+        argv: arguments without the program's name; None: those of the process.
     """
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     shorten_errors(parser)
     try:
         arguments = _parse(parser, argv)
-    except SystemExit as error:  # argparse leaves the process; in-process callers want the code
+    except SystemExit as error:  # argparse ends the process; in-process callers need the code
         return int(error.code or 0)
     try:
         with _messages_on_stderr():
@@ -59,7 +59,7 @@ def run_tool(parser: argparse.ArgumentParser, body: Body, argv: Sequence[str] | 
 
 
 def print_error(error: Exception) -> bool:
-    """Print an error as `error: ...` on stderr, one line for each problem; False for a fault of the program."""
+    """Print an error as `error: ...` on stderr, one line for each problem; return False for a bug of the program."""
     lines = _error_lines(error)
     for line in lines or ():
         print(f"error: {printable(line)}", file=sys.stderr)
@@ -74,29 +74,29 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 
 
 def add_files(parser: argparse.ArgumentParser, what: str) -> None:
-    """Add `--files`, which takes the place of the data set, and `--up-axis` of these files."""
-    parser.add_argument("--files", nargs="+", metavar="PATH", help=f"{what}; `predict --help` names the kinds")
-    parser.add_argument("--up-axis", choices=("y", "z"), help="vertical of the --files; default: z")
+    """Add `--files`, which replaces the data set, and `--up-axis` of these files."""
+    parser.add_argument("--files", nargs="+", metavar="PATH", help=f"{what}; `predict --help` lists the file types")
+    parser.add_argument("--up-axis", choices=("y", "z"), help="vertical axis of the --files; default: z")
     add_refuse_missing(parser)
 
 
 def add_refuse_missing(parser: argparse.ArgumentParser) -> None:
-    """Add `--refuse-missing`, which ends at a file with points that are not finite."""
+    """Add `--refuse-missing`, which makes points that are not finite an error."""
     parser.add_argument(
         "--refuse-missing", action="store_true",
-        help="refuse files with points that are NaN or infinite; default: leave these points out and say how many",
+        help="refuse files with points that are NaN or infinite; default: drop these points and report their number",
     )  # fmt: skip
 
 
 def check_overrides(overrides: Sequence[str], sections: Sequence[str]) -> None:
-    """Refuse overrides that a tool which reads a checkpoint would ignore.
+    """Refuse overrides that a tool for checkpoints would ignore.
 
     Args:
         overrides: as on the command line.
-        sections: those that the tool uses.
+        sections: the sections that the tool uses.
 
     Raises:
-        InputError: an override of another section; one line for each.
+        InputError: an override changes another section; one line for each.
     """
     if not overrides:
         return
@@ -115,16 +115,16 @@ def check_overrides(overrides: Sequence[str], sections: Sequence[str]) -> None:
 
 
 def refuse_existing(path: str | Path, force: bool, *, sources: Sequence[str | Path] = ()) -> Path:
-    """Return `path` as a place to write to.
+    """Check that an output file may be written, and return its path.
 
     Args:
-        path: a file.
-        force: it may exist, and is replaced.
-        sources: files that are read, and never replaced.
+        path: the output file.
+        force: replace an existing file.
+        sources: input files, which are never replaced.
 
     Raises:
-        InputError: it exists and `force` is not set; it is one of the sources, or a folder, a device or another thing
-            that is no file; its folder does not exist or cannot be written to.
+        InputError: the file exists and `force` is not set; the path is a source, a folder, a device or another non-file;
+            its folder does not exist or cannot be written to.
     """
     if not str(path):
         raise InputError("--output: is empty; name a file")
@@ -142,7 +142,7 @@ def refuse_existing(path: str | Path, force: bool, *, sources: Sequence[str | Pa
 
 
 def shorten_errors(parser: argparse.ArgumentParser) -> None:
-    """Let wrong arguments end in one line, as all other mistakes do, instead of the usage and a line."""
+    """Report wrong arguments in one line, like all other errors, without the usage text."""
 
     def error(message: str) -> NoReturn:
         parser.exit(2, f"error: {printable(message)}; see {parser.prog} --help\n")
@@ -155,14 +155,14 @@ def shorten_errors(parser: argparse.ArgumentParser) -> None:
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse with flags and overrides in any order, which plain argparse refuses and sub-commands rule out."""
+    """Parse flags and overrides in any order. Plain argparse refuses that, and sub-commands do not support it."""
     has_commands = any(action.nargs == argparse.PARSER for action in parser._actions)
     return parser.parse_args(argv) if has_commands else parser.parse_intermixed_args(argv)
 
 
 @contextlib.contextmanager
 def _messages_on_stderr() -> Iterator[None]:
-    """Show the package's log messages, plain, while a tool runs."""
+    """Show the package's log messages as plain text while a tool runs."""
     root = logging.getLogger()
     handler, level = logging.StreamHandler(sys.stderr), root.level
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -182,7 +182,7 @@ def _silence_stdout() -> None:
 
 
 def _error_lines(error: Exception) -> list[str] | None:
-    """Word an error for the user; None for one that is a fault of the program."""
+    """Return the message of an error for the user; None for a bug of the program."""
     text = str(error)
     if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory|not enough memory", text):
         wanted = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", text)

@@ -1,4 +1,4 @@
-"""The command `s2d3d`: every tool of the repository as a sub-command, also where only the wheel is installed."""
+"""The command `s2d3d`: the tools of the repository as sub-commands. It also works with only the wheel installed."""
 
 import argparse
 import importlib
@@ -19,24 +19,24 @@ COMMANDS = {
     "predict": "classify files: clouds and meshes",
     "merge": "merge the experts of a sparse checkpoint",
     "apply-ewa": "apply Experts Weights Averaging to a checkpoint once",
-    "prepare-data": "make, convert or fetch a data set",
+    "prepare-data": "make, convert or download a data set",
     "visualize": "draw clouds: data, predictions, patches, experts",
     "report": "put runs into one HTML page",
-    "analyze": "find out what the experts of a run did",
+    "analyze": "analyse the experts of a run",
     "few-shot": "run few-shot folds",
-    "study": "run arms times seeds, paired and resumable",
+    "study": "run and compare configurations over paired seeds",
     "benchmark": "measure speed and memory",
-    "export": "write a dense model as ONNX, TorchScript or torch.export program",
+    "export": "export a dense model as ONNX, TorchScript or torch.export program",
 }
-"""Sub-command -> what it does; the tool is the module of that name with underscores."""
+"""Description by sub-command. The tool is the module of the same name, with underscores."""
 HERE = Path(__file__).parent
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `s2d3d COMMAND ...` and return the exit code, as `python tools/COMMAND.py ...` does.
+    """Run `s2d3d COMMAND ...` like `python tools/COMMAND.py ...`, and return the exit code.
 
     Args:
-        argv: arguments without the program's name; None takes those of the process.
+        argv: arguments without the program's name; None: those of the process.
 
     Example:
         >>> main(["--version"])
@@ -50,13 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"s2d3d {__version__}")
-    parser.add_argument("--copy-configs", metavar="DIR", help="copy the shipped configs into a new folder, and end")
-    parser.add_argument("command", nargs="?", metavar="COMMAND", help="one of those below")
+    parser.add_argument("--copy-configs", metavar="DIR", help="copy the shipped configs into a new folder, and stop")
+    parser.add_argument("command", nargs="?", metavar="COMMAND", help="one of the commands below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command; see s2d3d COMMAND --help")
     given = list(sys.argv[1:] if argv is None else argv)
     shorten_errors(parser)
     try:
-        if given and given[0] in COMMANDS:  # argparse would take the command's own flags for those of this parser
+        if given and given[0] in COMMANDS:  # argparse would read the command's flags as flags of this parser
             name = given[0].replace("-", "_")
             if not tool_file(name).is_file():
                 parser.exit(1, f"error: {given[0]}: needs a clone of the repository; there: python tools/{name}.py\n")
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def copy_configs(folder: str, parser: argparse.ArgumentParser) -> None:
-    """Copy the shipped configs to a folder that does not exist; ends the program with a message where it does."""
+    """Copy the shipped configs to a new folder. If the folder exists, end the program with a message."""
     source = next(path for path in (HERE / "configs", HERE.parent / "configs") if path.is_dir())
     try:
         shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
@@ -82,13 +82,13 @@ def copy_configs(folder: str, parser: argparse.ArgumentParser) -> None:
 
 
 def tool_file(name: str) -> Path:
-    """Return where a tool is: in the wheel, which ships all but the benchmarks, or in the repository around it."""
+    """Return the place of a tool: in the wheel, which has all but the benchmarks, or in the repository."""
     packaged = HERE / "tools"
     return (packaged if packaged.is_dir() else HERE.parent / "tools") / f"{name}.py"
 
 
 def load_tool(name: str) -> ModuleType:
-    """Import a tool, which the wheel holds as a module of `s2d3d.tools`."""
+    """Import a tool. In the wheel, tools are modules of `s2d3d.tools`."""
     path = tool_file(name)
     if path.is_relative_to(HERE):
         return importlib.import_module(f"{__package__}.tools.{name}")

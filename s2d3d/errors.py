@@ -1,23 +1,23 @@
-"""What goes wrong in a user's hands, each with a message that a tool prints as it is."""
+"""Errors for the user. A tool prints their message unchanged."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Bad input from a user: a file, a key, a value. Says what, where, what to do; one line for each problem."""
+    """Bad input: a file, a key, a value. The message says what, where and what to do, one line for each problem."""
 
 
 class UnreadableError(InputError):
-    """A file that is damaged, cut short, or was never of the kind that is asked for."""
+    """A file that is damaged, truncated, or of the wrong type."""
 
 
 class TrainingError(RuntimeError):
-    """A training that cannot go on. Says at which step, and where its last good checkpoint lies."""
+    """A training that cannot continue. The message names the step and the last good checkpoint."""
 
 
 def printable(text: str) -> str:
-    """Escape what text from outside could do to a terminal, or what its encoding lacks.
+    """Escape control characters of external text, and characters that the terminal's encoding lacks.
 
     Example:
         >>> printable("red: \\x1b[31m")
@@ -27,7 +27,7 @@ def printable(text: str) -> str:
 
 
 def quoted(text: str, limit: int = 100) -> str:
-    """Return text from a file in quotes, on one line and no longer than a message can bear.
+    """Return text from a file in quotes, on one line, shortened for a message.
 
     Example:
         >>> quoted("a\\nb")
@@ -38,7 +38,7 @@ def quoted(text: str, limit: int = 100) -> str:
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:
-    """Return the first line of an error's text, to stand inside of a message; of an error without text its type.
+    """Return the first line of an error's text for use in a message, or its type if it has no text.
 
     Example:
         >>> first_line(RuntimeError("no such operator.\\n  at node 3"))

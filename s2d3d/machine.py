@@ -1,4 +1,4 @@
-"""The machine a run lives on: device, processes, threads, memory allocator, versions."""
+"""The machine of a run: device, processes, threads, memory allocator, versions."""
 
 import contextlib
 import ctypes
@@ -23,7 +23,7 @@ from .version import __version__
 
 DEVICE_NAMES = re.compile(r"auto|cpu|cuda(:\d+)?", re.ASCII)
 PEER_TIMEOUT = timedelta(minutes=10)
-"""How long a process waits for the others at one collective operation: for those that hang. Dead ones show at once."""
+"""Timeout of a collective operation, for processes that hang. A process that has ended is detected at once."""
 _PEER_GONE = re.compile(
     r"gloo|nccl|connection (closed|reset|refused|was)|timed? ?out|broken pipe|tcpstore|socket|process ?group", re.I
 )
@@ -31,7 +31,7 @@ _PEER_GONE = re.compile(
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where this process computes.
+    """Device and rank of this process.
 
     Attributes:
         device: of model and batches.
@@ -56,7 +56,7 @@ def start_runtime(device: str = "auto", num_threads: int | None = None) -> Runti
     """Choose the device and join the process group that torchrun announces (nccl on GPUs, gloo on CPUs).
 
     Raises:
-        InputError: a CUDA device is asked for and there is none, or not that one.
+        InputError: the requested CUDA device does not exist.
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
@@ -81,14 +81,14 @@ def stop_runtime(runtime: Runtime) -> None:
 
 @contextlib.contextmanager
 def watching_peers(runtime: Runtime, folder: Path | str) -> Iterator[None]:
-    """Turn what a collective operation raises when another process is gone into a message.
+    """Convert the errors of collective operations after another process has ended into one message.
 
     Args:
-        runtime: of this process; alone, nothing is done.
-        folder: of the run, to name in the message.
+        runtime: of this process; without other processes, nothing is done.
+        folder: of the run, for the message.
 
     Raises:
-        TrainingError: another process has ended, or has not answered for `PEER_TIMEOUT`.
+        TrainingError: another process has ended, or did not answer within `PEER_TIMEOUT`.
     """
     try:
         yield
@@ -99,17 +99,17 @@ def watching_peers(runtime: Runtime, folder: Path | str) -> Iterator[None]:
         reason = " ".join(str(error).split())[:160]
         raise TrainingError(
             f"process {runtime.rank} of {runtime.world_size}: another process of this run has ended or does not answer "
-            f"({reason}); see its message above, if it left one, and continue with --resume {folder}"
+            f"({reason}); see its message above, if there is one, and continue with --resume {folder}"
         ) from error
 
 
 def choose_device(name: str) -> torch.device:
-    """Turn "auto", "cpu", "cuda" or "cuda:N" into a device that exists; "cuda:N" becomes the current one.
+    """Convert "auto", "cpu", "cuda" or "cuda:N" to an existing device; "cuda:N" becomes the current device.
 
-    Kernels and events of others than torch, such as Triton's, belong to the current device.
+    Kernels and events of other libraries, such as Triton, use the current device.
 
     Raises:
-        InputError: the name is none of these, or there is no such GPU.
+        InputError: the name is unknown, or the GPU does not exist.
     """
     if not DEVICE_NAMES.fullmatch(name):
         raise InputError(f"device '{name}' is unknown; use auto, cpu, cuda or cuda:N")
@@ -126,11 +126,11 @@ def choose_device(name: str) -> torch.device:
 
 
 def keep_large_allocations() -> None:
-    """Let glibc keep freed activations instead of returning them to the system at every step.
+    """Make glibc keep freed activations instead of returning them to the system at every step.
 
-    Activations are larger than malloc's threshold for mapped memory, so that each step maps, zeroes page by page and
-    unmaps the same gigabytes. Raising the two thresholds keeps them in the heap. Nothing happens outside glibc, or
-    when the user has chosen an allocator or thresholds.
+    Activations are larger than malloc's threshold for mapped memory. Each step would therefore map, clear and unmap the
+    same gigabytes. Higher thresholds keep them in the heap. Nothing is changed without glibc, or if the user has chosen
+    an allocator or thresholds.
     """
     chosen = any(key.startswith("MALLOC_") for key in os.environ) or "LD_PRELOAD" in os.environ
     if chosen or platform.libc_ver()[0] != "glibc":
@@ -142,10 +142,10 @@ def keep_large_allocations() -> None:
 
 
 def watch_parent(act: Callable[[], object]) -> None:
-    """Call `act` in a thread once the process that started this one has ended, however it ended.
+    """Call `act` in a thread after the parent process has ended for any reason.
 
-    A process of `multiprocessing` waits for its parent itself. Any other one waits for the end of its stdin: a pipe
-    that the parent holds open while it lives.
+    A process of `multiprocessing` watches its parent directly. Any other process waits for the end of its stdin, a pipe
+    that the parent keeps open while it runs.
     """
 
     def wait() -> None:
@@ -161,7 +161,7 @@ def watch_parent(act: Callable[[], object]) -> None:
 
 
 def environment() -> dict[str, object]:
-    """Describe versions, hardware, code and command line of this process."""
+    """Return versions, hardware, code and command line of this process."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -177,13 +177,13 @@ def environment() -> dict[str, object]:
 
 
 def package_versions() -> dict[str, str | None]:
-    """Return the versions of the packages that matter for a result; None: not installed."""
+    """Return the versions of the packages that affect results; None: not installed."""
     packages = ("torch", "torch-scatter", "timm", "numpy", "h5py", "open3d", "pydantic")
     return {name: installed_version(name) for name in packages}
 
 
 def installed_version(package: str) -> str | None:
-    """Return the version of an installed package, None where it is not."""
+    """Return the version of a package, None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -191,7 +191,7 @@ def installed_version(package: str) -> str | None:
 
 
 def _git_commit() -> str | None:
-    """Return the commit of the checkout that this package runs from, with "+" when its files differ from it."""
+    """Return the commit of the package's checkout, with "+" if files differ from it."""
     here = Path(__file__).resolve().parent
     git = ["git", "-C", str(here)]
     try:

@@ -10,9 +10,9 @@ def markdown_table(
 
     Args:
         head: titles of the columns.
-        rows: cells, as many in each row as there are titles.
-        right: columns whose cells stand on the right.
-        padded: fill up the cells with spaces, so that the text reads well on a terminal too.
+        rows: cells, one for each title in each row.
+        right: columns that are right-aligned.
+        padded: pad the cells with spaces, so that the text is readable on a terminal.
 
     Example:
         >>> print(markdown_table(["name", "ms"], [["a", "1.0"], ["bcdef", "12.0"]], right=[1], padded=True))

@@ -1,4 +1,4 @@
-"""Packages that only some uses need: one way to say that one is missing, and how to install it."""
+"""Optional packages: a uniform error with the install command if one is missing."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,12 +8,12 @@ from .errors import InputError, first_line
 
 @contextlib.contextmanager
 def optional(package: str, what: str, *, extra: str) -> Iterator[None]:
-    """Turn a failing import of a package into one line that says what needs it and how to install it.
+    """Convert a failed import into one line that says what needs the package and how to install it.
 
     Args:
-        package: the name that its installer knows.
-        what: needs the package; begins the message.
-        extra: of s2d3d, which installs it.
+        package: name for the installer.
+        what: the part that needs the package; first words of the message.
+        extra: the extra of s2d3d that installs it.
 
     Raises:
         InputError: an import in the body fails.

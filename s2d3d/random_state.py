@@ -10,7 +10,7 @@ from torch import Generator
 
 
 def derived_generator(*keys: int | str) -> Generator:
-    """Make a CPU generator that is a function of the keys alone, on every machine and in every process.
+    """Make a CPU generator that depends only on the keys, not on the machine or the process.
 
     Example:
         >>> derived_generator(0, "epoch", 3).initial_seed() == derived_generator(0, "epoch", 3).initial_seed()
@@ -21,7 +21,7 @@ def derived_generator(*keys: int | str) -> Generator:
 
 
 def derived_rng(*keys: int | str) -> NumpyGenerator:
-    """Make a generator that is a function of the keys alone."""
+    """Make a generator that depends only on the keys."""
     return np.random.default_rng(
         int.from_bytes(hashlib.blake2b(repr(keys).encode(), digest_size=16).digest(), "little")
     )

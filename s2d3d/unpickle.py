@@ -31,7 +31,7 @@ _UNREADABLE = (
     AttributeError,
     AssertionError,
 )
-"""What torch raises on files that are damaged, or something else altogether."""
+"""Errors of torch for files that are damaged or of another type."""
 
 
 def load_data(
@@ -40,16 +40,16 @@ def load_data(
     map_location: torch.device | str = "cpu",
     allow: Iterable[Callable | tuple[Callable, str]] = (),
 ) -> Any:
-    """Read what `torch.save` wrote: tensors, plain Python values and what `allow` names.
+    """Read a file of `torch.save`: tensors, plain Python values and objects that `allow` names.
 
     Args:
         path: the file.
         map_location: device of the tensors.
-        allow: functions and classes that the pickle may call besides, as for `torch.serialization.safe_globals`.
+        allow: additional functions and classes that the pickle may call, as for `torch.serialization.safe_globals`.
 
     Raises:
         InputError: the file is missing.
-        UnreadableError: it is damaged, or its pickle calls for anything else.
+        UnreadableError: the file is damaged, or its pickle calls anything else.
 
     Example:
         >>> load_data("no/such.pt")
@@ -70,11 +70,11 @@ def load_data(
 
 
 def _check_sums(path: str | Path) -> None:
-    """Verify the checksums that `torch.save` wrote; torch does not, and would return changed weights.
+    """Verify the checksums that `torch.save` wrote. torch does not verify them and would return changed weights.
 
-    Parts that are compressed or overlap, which `torch.save` never writes, could unpack to far more than the file.
+    Compressed or overlapping parts are refused. `torch.save` never writes them, and they could unpack to huge sizes.
     """
-    if not zipfile.is_zipfile(path):  # the format of before torch 1.6 has none
+    if not zipfile.is_zipfile(path):  # the format before torch 1.6 has none
         return
     with zipfile.ZipFile(path) as archive:
         parts = archive.infolist()

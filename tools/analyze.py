@@ -1,4 +1,4 @@
-"""Show what the experts of an S2D run did over training: divergence, single experts, barriers between them."""
+"""Analyse the experts of an S2D run: divergence over training, accuracy of each expert, barriers between experts."""
 
 import argparse
 import sys
@@ -11,13 +11,15 @@ from s2d3d.cli import add_overrides, refuse_existing, run_tool
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="analyze.py", description=__doc__)
-    parser.add_argument("run", metavar="RUN", help="run folder of tools/train.py; more to see with train.keep_every=N")
+    parser.add_argument(
+        "run", metavar="RUN", help="run folder of tools/train.py; train.keep_every=N keeps more checkpoints"
+    )
     add_overrides(parser)
-    parser.add_argument("--output", metavar="DIR", help="where analysis.json and analysis.png go; default: RUN")
-    parser.add_argument("--shapes", type=int, default=500, metavar="N", help="test shapes to measure on")
-    parser.add_argument("--positions", type=int, default=5, metavar="N", help="positions on a line, with its ends")
+    parser.add_argument("--output", metavar="DIR", help="folder for analysis.json and analysis.png; default: RUN")
+    parser.add_argument("--shapes", type=int, default=500, metavar="N", help="number of test shapes")
+    parser.add_argument("--positions", type=int, default=5, metavar="N", help="positions on a line, including its ends")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--force", action="store_true", help="replace an analysis that is there")
+    parser.add_argument("--force", action="store_true", help="replace an existing analysis")
     return parser
 
 

@@ -42,9 +42,9 @@ def run(arguments: argparse.Namespace) -> None:
     for name in before:
         print(f"{name:<{width}}  {before[name]:>17.6f}  {after[name]:.6f}")
     if has_router(payload):
-        print("The experts stay apart behind their routers, so this changes the model.")
+        print("The experts have routers and are not merged, so this changes the model.")
     else:
-        print("The mean of the experts stays, so the merged model is unchanged by this.")
+        print("The mean of the experts is unchanged, and so is the merged model.")
     print(f"written to {output}")
 
 

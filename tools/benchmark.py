@@ -18,40 +18,42 @@ def build_parser() -> argparse.ArgumentParser:
     for name, title in SECTIONS.items():
         command = commands.add_parser(name, help=title)
         _add_settings(command)
-        command.add_argument("--output", metavar="FILE.json", help="write the results there as well")
+        command.add_argument("--output", metavar="FILE.json", help="also write the results to this file")
         command.add_argument("--force", action="store_true", help="replace the output if it exists")
-    everything = commands.add_parser("all", help="all of them, as a page and its numbers")
+    everything = commands.add_parser("all", help="all sections, written as a page and its numbers")
     _add_settings(everything)
     _add_page(everything)
-    page = commands.add_parser("report", help="the page from results that exist")
-    page.add_argument("inputs", nargs="+", metavar="FILE.json", help="results; of equal sections the later counts")
+    page = commands.add_parser("report", help="the page from existing results")
+    page.add_argument("inputs", nargs="+", metavar="FILE.json", help="results; of equal sections the last one is used")
     _add_page(page)
     latency = commands.add_parser("latency", help="a trained model: dense, merged, and exported in all formats")
     latency.add_argument("--checkpoint", required=True, metavar="FILE", help="a dense checkpoint, such as merged.pt")
     add_overrides(latency)
     latency.add_argument("--merge", action="store_true", help="merge the experts of a sparse checkpoint first")
-    latency.add_argument("--num-points", type=int, metavar="N", help="points of a cloud; default: data.num_points")
-    latency.add_argument("--clouds", type=int, default=64, metavar="N", help="test clouds to take (default: 64)")
+    latency.add_argument("--num-points", type=int, metavar="N", help="points per cloud; default: data.num_points")
+    latency.add_argument("--clouds", type=int, default=64, metavar="N", help="number of test clouds (default: 64)")
     latency.add_argument("--rounds", type=int, default=20, metavar="N", help="rounds of every comparison (default: 20)")
-    latency.add_argument("--output", metavar="FILE.md", help="write the tables there as well")
+    latency.add_argument("--output", metavar="FILE.md", help="also write the tables to this file")
     latency.add_argument("--force", action="store_true", help="replace the output if it exists")
     return parser
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads of a process; default torch's choice")
-    parser.add_argument("--rounds", type=int, metavar="N", help="rounds of every comparison; default its own number")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads per process; default: torch's choice")
+    parser.add_argument(
+        "--rounds", type=int, metavar="N", help="rounds of every comparison; default: depends on the comparison"
+    )
     parser.add_argument("--root", metavar="DATA", help="a folder in ModelNet40 layout, for the data path")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and inputs")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and inputs")
     parser.add_argument("--compile", action="store_true", help="measure compiled models as well")
-    parser.add_argument("--bf16", action="store_true", help="measure bf16 even without a unit for it")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works; no result")
+    parser.add_argument("--bf16", action="store_true", help="measure bf16 even without hardware support")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to check that it works; no valid results")
 
 
 def _add_page(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="FILE.md", help="the page; its numbers go to FILE.json")
-    parser.add_argument("--force", action="store_true", help="replace a file that this tool did not make")
+    parser.add_argument("--force", action="store_true", help="replace a file that another program made")
 
 
 def run(arguments: argparse.Namespace) -> None:

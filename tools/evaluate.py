@@ -20,11 +20,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__)
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a checkpoint, sparse or dense")
     add_overrides(parser)
-    add_files(parser, "instead of the data set files, or folders of them, each in a folder named after its class")
-    parser.add_argument("--votes", type=int, metavar="N", help="passes whose logits are averaged; default: eval.votes")
+    add_files(parser, "files or folders of files instead of the data set, each in a folder named after its class")
+    parser.add_argument(
+        "--votes", type=int, metavar="N", help="number of passes whose logits are averaged; default: eval.votes"
+    )
     parser.add_argument("--corruption", metavar="NAME:SEVERITY|all", help="corrupt the clouds; all: table and mCE")
-    parser.add_argument("--reference", metavar="FILE.json", help="for mCE; default: robustness.json of the dense twin")
-    parser.add_argument("--output", metavar="FILE.json", help="write the report there as well")
+    parser.add_argument(
+        "--reference", metavar="FILE.json", help="for mCE; default: robustness.json of the dense baseline"
+    )
+    parser.add_argument("--output", metavar="FILE.json", help="also write the report to this file")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--force", action="store_true", help="replace the output if it exists")
     return parser
@@ -61,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
     device = choose_device(arguments.device)
     corruption = parse_corruption(arguments.corruption) if arguments.corruption and not everything else None
     reference = arguments.reference
-    if everything and not arguments.files and not reference:  # the twin's file is about the test set
+    if everything and not arguments.files and not reference:  # the baseline's file is for the test set
         reference = find_reference(arguments.checkpoint)
     compared = read_robustness(reference) if reference else None
     keep_large_allocations()
@@ -92,7 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def read_dataset(arguments: argparse.Namespace, trained: "TrainedModel") -> "PointCloudDataset":
-    """Read the test split of the checkpoint's data set, or the files that are named instead."""
+    """Read the test split of the checkpoint's data set, or the named files."""
     from s2d3d.datasets.file_set import find_files, folder_labels, folder_name, load_files
 
     if not arguments.files:

@@ -1,5 +1,5 @@
-"""Write a merged or dense checkpoint as one file for other runtimes, and compare the two; benchmark.py latency times
-all formats."""
+"""Export a merged or dense checkpoint to one file for other runtimes, and compare the outputs. To time all formats, use
+benchmark.py latency."""
 
 import argparse
 import sys
@@ -16,11 +16,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="export.py", description=__doc__)
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a dense checkpoint, such as merged.pt")
     parser.add_argument("--output", required=True, metavar="FILE", help="file to write: .onnx, .pt or .pt2")
-    parser.add_argument("--format", choices=FORMATS, help="default: that of the output's suffix")
+    parser.add_argument("--format", choices=FORMATS, help="default: the format of the output's suffix")
     add_overrides(parser)
-    parser.add_argument("--num-points", type=int, metavar="N", help="points of a cloud; default: data.num_points")
+    parser.add_argument("--num-points", type=int, metavar="N", help="points per cloud; default: data.num_points")
     parser.add_argument(
-        "--clouds", type=int, default=64, metavar="N", help="test clouds to compare on (default: %(default)s)"
+        "--clouds",
+        type=int,
+        default=64,
+        metavar="N",
+        help="number of test clouds for the comparison (default: %(default)s)",
     )
     parser.add_argument("--merge", action="store_true", help="merge the experts of a sparse checkpoint first")
     parser.add_argument("--force", action="store_true", help="replace the output if it exists")

@@ -1,4 +1,4 @@
-"""Few-shot classification: train on a few shapes of a few classes, test on others, over several folds."""
+"""Few-shot classification: train on a few shapes of a few classes, test on other shapes, over several folds."""
 
 import argparse
 import sys
@@ -12,15 +12,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="few_shot.py", description=__doc__)
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, see configs/few_shot_*.yaml")
     add_overrides(parser)
-    parser.add_argument("--ways", type=int, default=5, metavar="N", help="classes of a fold")
-    parser.add_argument("--shots", type=int, default=10, metavar="N", help="training shapes of each class")
-    parser.add_argument("--queries", type=int, default=20, metavar="N", help="test shapes of each class")
+    parser.add_argument("--ways", type=int, default=5, metavar="N", help="classes per fold")
+    parser.add_argument("--shots", type=int, default=10, metavar="N", help="training shapes per class")
+    parser.add_argument("--queries", type=int, default=20, metavar="N", help="test shapes per class")
     parser.add_argument("--folds", type=int, default=10, metavar="N", help="repetitions")
     parser.add_argument(
-        "--output", required=True, metavar="FILE.json", help="results; folds that it holds already are not repeated"
+        "--output", required=True, metavar="FILE.json", help="results; existing folds in this file are not repeated"
     )
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; the same as train.device=")
-    parser.add_argument("--force", action="store_true", help="start anew: forget finished folds and their runs")
+    parser.add_argument("--force", action="store_true", help="start again: discard finished folds and their runs")
     return parser
 
 

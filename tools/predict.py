@@ -1,7 +1,7 @@
-"""Classify files, and folders of them: clouds and meshes of any origin, which have no label.
+"""Classify files or folders of files: clouds and meshes without labels.
 
-Each answer is printed as it comes. A file that cannot be read is named on stderr, the others are classified, and the
-exit code is 1. With labels: tools/evaluate.py.
+Each result is printed at once. A file that cannot be read is reported on stderr; the other files are classified, and
+the exit code is 1. For files with labels use tools/evaluate.py.
 """
 
 import argparse
@@ -18,11 +18,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="predict.py", description=__doc__)
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a checkpoint, sparse or dense")
     parser.add_argument("files", nargs="+", metavar="FILE", help=f"files, or folders of them: {CLOUD_FILES}")
-    parser.add_argument("--up-axis", choices=("y", "z"), default="z", help="vertical of the files (default: z)")
+    parser.add_argument("--up-axis", choices=("y", "z"), default="z", help="vertical axis of the files (default: z)")
     add_refuse_missing(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of the points drawn from meshes (default: 0)")
-    parser.add_argument("--top", type=int, default=3, metavar="N", help="classes named for each file (default: 3)")
-    parser.add_argument("--output", metavar="FILE.json", help="write all probabilities there as well")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the points sampled from meshes (default: 0)")
+    parser.add_argument(
+        "--top", type=int, default=3, metavar="N", help="number of classes to print for each file (default: 3)"
+    )
+    parser.add_argument("--output", metavar="FILE.json", help="also write all probabilities to this file")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--force", action="store_true", help="replace the output if it exists")
     return parser

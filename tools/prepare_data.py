@@ -1,4 +1,4 @@
-"""Make or check a data set: `shapes` generates the procedural one, `modelnet40` fetches or takes over a public copy of
+"""Make or check a data set: `shapes` generates the procedural one, `modelnet40` downloads or converts a public copy of
 ModelNet, `scan` simulates single-view scans of another set."""
 
 import argparse
@@ -19,10 +19,10 @@ def build_parser() -> argparse.ArgumentParser:
     shapes = commands.add_parser("shapes", help="generate the procedural data set from a seed")
     shapes.add_argument("--num-train", type=int, default=1200, help="training shapes (default: %(default)s)")
     shapes.add_argument("--num-test", type=int, default=360, help="test shapes (default: %(default)s)")
-    shapes.add_argument("--num-points", type=int, default=1024, help="points of a shape (default: %(default)s)")
+    shapes.add_argument("--num-points", type=int, default=1024, help="points per shape (default: %(default)s)")
     shapes.add_argument("--seed", type=int, default=0, help="seed of everything (default: %(default)s)")
 
-    modelnet40 = commands.add_parser("modelnet40", help="take over a public copy of ModelNet10 or ModelNet40")
+    modelnet40 = commands.add_parser("modelnet40", help="convert a public copy of ModelNet10 or ModelNet40")
     origin = modelnet40.add_mutually_exclusive_group(required=True)
     origin.add_argument("--from", dest="source", metavar="DIR", help="a public copy: HDF5, OFF meshes or text files")
     origin.add_argument(
@@ -30,15 +30,15 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="?",
         choices=ARCHIVES,
         const="modelnet40_ply_hdf5_2048",
-        help="fetch a public copy first, with resume and checksum (default: %(const)s)",
+        help="download a public copy first, with resume and checksum (default: %(const)s)",
     )
     modelnet40.add_argument(
-        "--downloads", metavar="DIR", help="where what is fetched is kept (default: downloads/ beside the output)"
+        "--downloads", metavar="DIR", help="folder for downloads (default: downloads/ next to the output)"
     )
     modelnet40.add_argument(
-        "--num-points", type=int, help=f"points of a shape, from meshes and text files (default: {DEFAULT_POINTS})"
+        "--num-points", type=int, help=f"points per shape, from meshes and text files (default: {DEFAULT_POINTS})"
     )
-    modelnet40.add_argument("--seed", type=int, help="of the choice of points (default: 0)")
+    modelnet40.add_argument("--seed", type=int, help="seed of the choice of points (default: 0)")
     modelnet40.add_argument("--workers", type=int, help="processes (default: the number of cores, at most 8)")
     modelnet40.add_argument("--up-axis", choices=("y", "z"), help="vertical of the points (default: data/README.md)")
 
@@ -54,18 +54,20 @@ def build_parser() -> argparse.ArgumentParser:
         "--variant-like",
         choices=PERTURBATIONS,
         default="PB_T50_RS",
-        help="whose boxes to imitate (default: %(default)s)",
+        help="variant whose boxes are simulated (default: %(default)s)",
     )
-    scan.add_argument("--num-points", type=int, help="points of a scan (default: those stored, at most 2048)")
-    scan.add_argument("--views", type=int, default=1, help="scans of each shape (default: %(default)s)")
+    scan.add_argument("--num-points", type=int, help="points per scan (default: number of stored points, at most 2048)")
+    scan.add_argument("--views", type=int, default=1, help="scans per shape (default: %(default)s)")
     scan.add_argument("--seed", type=int, default=0, help="seed of everything (default: %(default)s)")
-    scan.add_argument("--upsample", action="store_true", help="interpolate stored points, to have more than are stored")
+    scan.add_argument(
+        "--upsample", action="store_true", help="interpolate between stored points, to get more points than are stored"
+    )
     scan.add_argument("--workers", type=int, help="processes (default: 4, or the number of cores if that is smaller)")
     scan.add_argument("--up-axis", choices=("y", "z"), help="vertical of the points (default: data/README.md)")
 
     for command in (shapes, modelnet40, scan):
         command.add_argument("--output", required=True, metavar="DIR", help="folder to make")
-        command.add_argument("--force", action="store_true", help="replace the data set that is there")
+        command.add_argument("--force", action="store_true", help="replace an existing data set")
     return parser
 
 
@@ -103,7 +105,7 @@ def body(args: argparse.Namespace) -> None:
 
 
 def take_over(args: argparse.Namespace) -> dict[str, int]:
-    """Copy or convert a public copy of ModelNet, fetched first where that is asked for."""
+    """Copy or convert a public copy of ModelNet; download it first with --download."""
     from s2d3d.prepare.convert import convert_modelnet
     from s2d3d.prepare.folder import MARK, check_output, copy_modelnet40
 

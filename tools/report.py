@@ -1,4 +1,4 @@
-"""Report runs: one HTML page with accuracies, plots, mistakes to turn and configs; or the plots as files."""
+"""Report runs: one HTML page with accuracies, plots, interactive mistakes and configs; or the plots as files."""
 
 import argparse
 import itertools
@@ -27,16 +27,22 @@ def build_parser() -> argparse.ArgumentParser:
         "runs", nargs="+", metavar="RUN", help="run folders of tools/train.py; section.key=value replaces config values"
     )
     parser.add_argument("--output", metavar="FILE.html", help="the page, self-contained, below 10 MB")
-    parser.add_argument("--plots", metavar="DIR", help="write the plots there, as PNG files; no model is run for them")
     parser.add_argument(
-        "--num-mistakes", type=int, default=24, metavar="N", help="worst mistakes of each run; default: %(default)s"
+        "--plots", metavar="DIR", help="write the plots to this folder as PNG files; no model is run for them"
+    )
+    parser.add_argument(
+        "--num-mistakes",
+        type=int,
+        default=24,
+        metavar="N",
+        help="number of worst mistakes per run; default: %(default)s",
     )
     parser.add_argument(
         "--clouds-per-class", type=int, default=12, metavar="N",
-        help="clouds behind the confusion matrix; default: %(default)s; both 0: no model is run and no data read",
+        help="clouds per class behind the confusion matrix; default: %(default)s; both 0: run no model",
     )  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--force", action="store_true", help="replace what exists")
+    parser.add_argument("--force", action="store_true", help="replace existing files")
     return parser
 
 
@@ -78,7 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def split_arguments(items: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Tell run folders from overrides, which hold a `=` behind a dotted key."""
+    """Separate run folders from overrides, which have the form `section.key=value`."""
     overrides = [item for item in items if re.match(r"[a-z0-9_]+(\.[a-z0-9_]+)*=", item) and not Path(item).exists()]
     folders = [item for item in items if item not in overrides]
     if not folders:
@@ -90,7 +96,7 @@ def split_arguments(items: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def classify(record: "RunRecord", overrides: Sequence[str], device: "torch.device") -> "Predictions":
-    """Run the model that a run left on its test set, once."""
+    """Run the final model of a run on its test set, once."""
     from s2d3d.evaluation.accuracy import class_probabilities
     from s2d3d.runs.trained import open_trained
     from s2d3d.viz.report import Predictions
@@ -111,7 +117,7 @@ def classify(record: "RunRecord", overrides: Sequence[str], device: "torch.devic
 
 
 def plot_files(records: Sequence["RunRecord"], folder: Path, force: bool) -> dict[Path, "Figure"]:
-    """Return the figures by the file that each goes to, after checking that they may go there."""
+    """Return the figures by their output file, after a check that these files may be written."""
     from s2d3d.viz.plots import confusion_figure
     from s2d3d.viz.report import report_figures
 

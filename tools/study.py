@@ -1,6 +1,6 @@
-"""Run a study: arms times seeds, paired; then its tables and figure, from the results of the finished runs.
+"""Run a study: paired runs of several configurations and seeds. Then write tables and figure from the finished runs.
 
-With --overview, run nothing: bring the table of all studies of a folder up to date inside a page.
+With --overview, nothing is run; the table of all studies of a folder is updated in a page.
 """
 
 import argparse
@@ -27,33 +27,35 @@ def build_parser() -> argparse.ArgumentParser:
         "--jobs",
         type=int,
         metavar="N",
-        help="runs side by side, each a process of one thread; 1, the default: one after another in this process",
+        help="number of parallel runs, each a process with one thread; default 1: one after another in this process",
     )
-    parser.add_argument("--only", action="append", default=[], metavar="ARM", help="run this arm; may be given again")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="ARM", help="run only this configuration; may be repeated"
+    )
     parser.add_argument("--max-runs", type=int, metavar="N", help="start at most N runs now")
-    parser.add_argument("--report-only", action="store_true", help="run nothing: tables and figure from what is there")
     parser.add_argument(
-        "--dry-run", action="store_true", help="check all configs, list the runs that are missing, and stop"
+        "--report-only", action="store_true", help="run nothing; make tables and figure from the finished runs"
     )
+    parser.add_argument("--dry-run", action="store_true", help="check all configs, list the missing runs, and stop")
     parser.add_argument(
-        "--overview", metavar="FILE", help="run nothing: write the table of all studies of the folder STUDY into a page"
+        "--overview", metavar="FILE", help="run nothing; write the table of all studies of the folder STUDY into a page"
     )
-    parser.add_argument("--results", default="docs/results", metavar="DIR", help="folder of the results")
+    parser.add_argument("--results", default="docs/results", metavar="DIR", help="folder for the results")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; the same as train.device=")
     parser.add_argument(
         "--submitit",
         choices=("slurm", "local"),
-        help="start runs through submitit; --jobs: how many at a time",
+        help="start runs through submitit; --jobs: number of simultaneous runs",
     )
     parser.add_argument(
         "--submitit-option", action="append", default=[], metavar="KEY=VALUE",
-        help="such as slurm_partition=gpu, gpus_per_node=1, timeout_min=600; may be given again",
+        help="such as slurm_partition=gpu, gpus_per_node=1, timeout_min=600; may be repeated",
     )  # fmt: skip
     return parser
 
 
 def refuse_unused(arguments: argparse.Namespace) -> None:
-    """Refuse options that say what is to run where nothing is run."""
+    """Refuse options for runs in modes that run nothing."""
     runs = ["jobs", "max_runs", "submitit", "submitit_option"]
     unused = {"overview": [*runs, "only"], "report_only": [*runs, "only"], "dry_run": runs}
     for mode, options in unused.items():
@@ -93,14 +95,14 @@ def run_one(arguments: argparse.Namespace, study: Study) -> int:
     outcome = Outcome()
     if not arguments.report_only:
         jobs = arguments.jobs
-        if jobs is None and arguments.submitit != "slurm":  # a cluster queues what it has no room for
+        if jobs is None and arguments.submitit != "slurm":  # a cluster queues the jobs that do not fit
             jobs = 1
         outcome = run_study(
             study, results=arguments.results, only=arguments.only, max_runs=arguments.max_runs,
             launcher=_launcher(arguments, study.config.name), jobs=jobs,
         )  # fmt: skip
 
-    # Here, where the runs have ended: drawing takes a second to import.
+    # Imported after the runs, because drawing takes a second to import.
     from s2d3d.viz.figure import save_figure
     from s2d3d.viz.plots import study_figure
 
@@ -110,7 +112,7 @@ def run_one(arguments: argparse.Namespace, study: Study) -> int:
     results = Path(arguments.results)
     results.mkdir(parents=True, exist_ok=True)
     figure = results / f"{study.config.name}.png"
-    with locked(results):  # two that end at once: the page of the later one has the records of both
+    with locked(results):  # if two calls end together, the page of the later one has the records of both
         summary = summarize(study, read_records(results, study.cells))
         written = write_report(summary, results, command)
         save_figure(study_figure(summary), figure)

@@ -15,10 +15,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__)
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, see configs/")
     add_overrides(parser)
-    parser.add_argument("--resume", metavar="PATH", help="continue from a checkpoint, or the last one of a run folder")
+    parser.add_argument(
+        "--resume", metavar="PATH", help="continue from a checkpoint, or from the last checkpoint of a run folder"
+    )
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; the same as train.device=")
-    parser.add_argument("--dry-run", action="store_true", help="check the config, print it resolved, and stop")
-    parser.add_argument("--force", action="store_true", help="replace a run that output_dir holds")
+    parser.add_argument("--dry-run", action="store_true", help="check the config, print the resolved config, and stop")
+    parser.add_argument("--force", action="store_true", help="replace an existing run in output_dir")
     return parser
 
 

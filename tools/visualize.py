@@ -1,4 +1,4 @@
-"""Draw point clouds: of a data set, what a model says of them, how it cuts them up, what it looks at, corruptions."""
+"""Draw point clouds: a data set, predictions, groups and tokens of a model, saliency, corruptions."""
 
 import argparse
 import sys
@@ -18,29 +18,33 @@ MOST_PIXELS = 1024
 KINDS = ("gallery", "predictions", "patches", "experts", "saliency", "corruptions")
 NEEDS_MODEL = ("predictions", "patches", "experts", "saliency")
 OWN_FLAGS = {"passes": ("experts", 4), "layer": ("experts", None), "severity": ("corruptions", 3)}
-"""Flags of one kind alone, and their defaults."""
+"""Flags that only one kind has, and their defaults."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="visualize.py", description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--checkpoint", metavar="FILE", help="a model, and the data set that it was trained on")
+    source.add_argument("--checkpoint", metavar="FILE", help="a model; its training data set is used")
     source.add_argument("--config", metavar="FILE", help="a data set, without a model")
     add_overrides(parser)
-    add_files(parser, "draw files, or folders of them, instead of the data set")
+    add_files(parser, "draw files or folders of files instead of the data set")
     parser.add_argument("--kind", choices=KINDS, help="default: predictions of a checkpoint, gallery of a config")
     parser.add_argument(
-        "--output", metavar="FILE", help="FILE.png, FILE.ply (numbered files) or FILE.html (to turn in a browser)"
+        "--output", metavar="FILE", help="FILE.png, FILE.ply (numbered files) or FILE.html (interactive, for a browser)"
     )
-    parser.add_argument("--window", action="store_true", help="show the clouds in a window, to turn and zoom")
+    parser.add_argument("--window", action="store_true", help="show the clouds in an interactive window")
     parser.add_argument(
         "--num-clouds", type=int, metavar="N", help="default: 3 to 12, or one of each class in a gallery"
     )
     parser.add_argument("--split", choices=("train", "test"), default="test", help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="chooses the clouds, partitions; default: %(default)s")
-    parser.add_argument("--size", type=int, default=320, metavar="N", help="pixels of a cloud in a PNG; default: 320")
-    parser.add_argument("--passes", type=int, metavar="N", help="experts: training passes side by side; default: 4")
-    parser.add_argument("--layer", metavar="NAME", help="experts: an expert layer by its name; default: the first")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the choice of clouds and of partitions; default: %(default)s"
+    )
+    parser.add_argument(
+        "--size", type=int, default=320, metavar="N", help="side length of a cloud in a PNG, pixels; default: 320"
+    )
+    parser.add_argument("--passes", type=int, metavar="N", help="experts: number of training passes; default: 4")
+    parser.add_argument("--layer", metavar="NAME", help="experts: name of an expert layer; default: the first")
     parser.add_argument("--severity", type=int, metavar="N", help="corruptions: 1 (mild) to 5; default: 3")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--force", action="store_true", help="replace the output if it exists")
@@ -50,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> None:
     check_flags(arguments)
     if arguments.output is None and not arguments.window:
-        raise InputError("nowhere to draw to; give --output FILE.png, --window or both")
+        raise InputError("no output; give --output FILE.png, --window or both")
     config = None
     if arguments.checkpoint:
         require_checkpoint(arguments.checkpoint)
@@ -73,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def check_flags(arguments: argparse.Namespace) -> None:
-    """Fill in defaults, and refuse flags that the kind would ignore."""
+    """Set defaults, and refuse flags that the kind would ignore."""
     arguments.kind = arguments.kind or ("predictions" if arguments.checkpoint else "gallery")
     if arguments.kind in NEEDS_MODEL and not arguments.checkpoint:
         raise InputError(f"--kind {arguments.kind}: needs a model; give --checkpoint FILE instead of --config")
@@ -87,7 +91,7 @@ def check_flags(arguments: argparse.Namespace) -> None:
 
 
 def make_sheet(arguments: argparse.Namespace, config: Config | None) -> "CloudSheet":
-    """Read the clouds and lay them out; what a model takes them for goes to stdout as well."""
+    """Read the clouds and make the sheet; print predictions to stdout."""
     from s2d3d.viz import kinds
 
     source = kinds.read_source(
