@@ -1,4 +1,4 @@
 """Export: ONNX, TorchScript and torch.export files, and their comparison with PyTorch."""
 
 FORMATS = {"onnx": ".onnx", "torchscript": ".pt", "torch_export": ".pt2"}
-"""Format -> suffix of its files."""
+"""File suffix by format."""

@@ -1,4 +1,4 @@
-"""How far an exported file is from PyTorch, cloud by cloud, and where a tie between two points is the reason."""
+"""Comparison of an exported file with PyTorch for each cloud, with detection of ties between two points."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,25 +8,25 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 TOLERANCE = 1e-4
-"""Largest difference of a logit that right and wrong are told apart by."""
+"""Largest difference of a logit that counts as equal."""
 LAST_BIT = 2.0**-23
-"""Standard deviation of the jitter that breaks ties: the last bit of a coordinate near 1."""
+"""Standard deviation of the noise that breaks ties: the last bit of a coordinate near 1."""
 JITTERS = 32
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """An exported file against PyTorch on some clouds.
+    """Comparison of an exported file with PyTorch on some clouds.
 
-    A file and PyTorch round differently. Where two points are equally far from a third, up to that rounding, they may
-    choose different ones as its neighbour, and the logits differ by more than rounding. Such a cloud is a tie: PyTorch
-    itself gives the file's logits for the same cloud with its coordinates changed in their last bit.
+    A file and PyTorch round differently. If two points are equally far from a third one up to rounding, the file and
+    PyTorch may choose different neighbours, and the logits differ by more than rounding. Such a cloud is a tie: PyTorch
+    gives the file's logits if the last bit of the coordinates is changed.
 
     Attributes:
         error: (n,) largest difference of a logit of each cloud.
         same_class: (n,) bool, both predict the same class.
-        tie: (n,) bool, beyond the tolerance, and a tie.
-        tolerance: of a logit.
+        tie: (n,) bool, the difference exceeds the tolerance and a tie explains it.
+        tolerance: largest accepted difference of a logit.
     """
 
     error: Tensor
@@ -36,16 +36,16 @@ class Agreement:
 
     @property
     def wrong(self) -> int:
-        """Clouds beyond the tolerance without such an explanation."""
+        """Number of clouds beyond the tolerance that no tie explains."""
         return int((~(self.error <= self.tolerance) & ~self.tie).sum())
 
     def worst(self) -> float:
-        """Return the largest difference of a cloud without a tie, infinite where an output is not finite."""
+        """Return the largest difference over clouds without a tie, infinite if an output is not finite."""
         others = self.error[~self.tie]
         return float(others.nan_to_num(nan=torch.inf).max()) if len(others) else 0.0
 
     def summary(self) -> str:
-        """Say it in a line or two.
+        """Return the result as one or two lines of text.
 
         Example:
             >>> same_class, tie = torch.tensor([True, True]), torch.tensor([False, True])
@@ -75,17 +75,17 @@ def compare_exported(
     batch_size: int = 32,
     tolerance: float = TOLERANCE,
 ) -> Agreement:
-    """Compare a file with the model that it was made of.
+    """Compare an exported file with its model.
 
     Args:
         model: on the CPU, in eval mode.
         exported: the file, from `load_exported`, or another function from points to logits.
         points: (n, N, C) float32, n at least 1.
-        batch_size: clouds of one forward pass.
-        tolerance: of a logit.
+        batch_size: clouds per forward pass.
+        tolerance: largest accepted difference of a logit.
 
     Raises:
-        InputError: a number of points or channels that the file does not take.
+        InputError: the file does not accept this number of points or channels.
 
     Example:
         >>> import tempfile
@@ -110,7 +110,7 @@ def compare_exported(
 
 
 def _is_tie(model: nn.Module, cloud: Tensor, logits: Tensor, tolerance: float) -> bool:
-    """Tell whether PyTorch gives these logits for a cloud (N, C) changed in the last bit of its coordinates."""
+    """Return whether PyTorch gives these logits for a cloud (N, C) with changes in the last bit of its coordinates."""
     generator = torch.Generator().manual_seed(0)
     jitter = torch.randn(JITTERS, len(cloud), 3, generator=generator) * LAST_BIT
     changed = cloud.repeat(JITTERS, 1, 1)

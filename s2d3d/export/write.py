@@ -1,4 +1,4 @@
-"""A merged or dense model as one file for other runtimes: ONNX, TorchScript or a `torch.export` program."""
+"""Export of a merged or dense model to one file for other runtimes: ONNX, TorchScript or a `torch.export` program."""
 
 import contextlib
 import copy
@@ -40,27 +40,28 @@ def export_model(
     in_channels: int = 3,
     metadata: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a model for inference elsewhere: input `points` (B, N, C) float32, output `logits` (B, num_classes).
+    """Export a model for inference: input `points` (B, N, C) float32, output `logits` (B, num_classes).
 
-    BatchNorm is folded into the linear layers where possible. The number of clouds B is free. So is the number of
-    points N, from `min_points` of the metadata on: farthest point sampling is a loop in the file whose length follows
-    from N. One form alone keeps N = `num_points`: a Point Transformer as TorchScript, which unrolls that loop. (Also
-    one exported for so few points that fewer than two are left in its last stage.) The metadata says what is free.
+    BatchNorm is folded into the linear layers if possible. The number of clouds B is free. The number of points N is
+    free too, with the minimum `min_points` of the metadata: farthest point sampling is a loop in the file, and its
+    length depends on N. There are two exceptions with fixed N = `num_points`: a Point Transformer as TorchScript, which
+    unrolls that loop, and one exported for so few points that its last stage has fewer than two. The metadata lists the
+    free dimensions.
 
     Args:
-        model: dense or merged, on any device, in either mode. Left as it is.
-        path: replaced if it exists; its folder exists.
+        model: dense or merged, on any device, in either mode. It is not changed.
+        path: output file; an existing file is replaced, and its folder must exist.
         format: one of `FORMATS`: "onnx" (ONNX Runtime), "torchscript" (torch.jit.load), "torch_export"
             (torch.export.load).
-        num_points: points of a cloud, at least what the model needs.
+        num_points: points per cloud, at least the minimum of the model.
         in_channels: channels of a point, C.
-        metadata: what else the file should say: plain types, such as `class_names`, `up_axis`, `normalize`.
+        metadata: additional metadata as plain types, such as `class_names`, `up_axis`, `normalize`.
 
     Returns:
         The path.
 
     Raises:
-        InputError: the model has experts, the format is unknown, too few points, or a package is missing.
+        InputError: the model has experts, the format is unknown, there are too few points, or a package is missing.
 
     Example:
         >>> import tempfile
@@ -118,7 +119,7 @@ def example_clouds(model: nn.Module, num_points: int, in_channels: int = 3) -> t
 
 
 def fewest_points(network: nn.Module) -> int:
-    """Return how many points a cloud must have for a program of a free number of points; see the models' own method.
+    """Return the minimum number of points for a program with a free number of points; see the models' own method.
 
     Example:
         >>> from s2d3d import create_model
@@ -132,7 +133,7 @@ def fewest_points(network: nn.Module) -> int:
 
 
 def _keeps_a_share(network: nn.Module) -> bool:
-    """Tell whether the number of points that a model selects follows from that of the cloud, as N // 4 does."""
+    """Return whether the number of points that a model selects depends on that of the cloud, such as N // 4."""
     return getattr(network, "keeps_a_share", False)
 
 
@@ -141,7 +142,7 @@ class Exported:
 
     Attributes:
         path: of the file.
-        metadata: what `export_model` wrote.
+        metadata: the metadata that `export_model` wrote.
     """
 
     def __init__(self, path: str | Path, threads: int | None = None) -> None:
@@ -159,7 +160,7 @@ class Exported:
         """Classify points (B, N, C) float32.
 
         Raises:
-            InputError: a number of points or channels that the file does not take.
+            InputError: the file does not accept this number of points or channels.
         """
         self._check(points)
         with torch.no_grad():
@@ -178,14 +179,14 @@ class Exported:
 
 
 def load_exported(path: str | Path, *, threads: int | None = None) -> Exported:
-    """Read a file that `export_model` wrote, whatever its format; its suffix tells which.
+    """Read a file of `export_model`; its suffix gives the format.
 
     Args:
         path: the file.
-        threads: of ONNX Runtime; default: it decides. The others use those of torch.
+        threads: threads of ONNX Runtime, default: its own choice. The other formats use the threads of torch.
 
     Raises:
-        InputError: no such file, a foreign suffix, not a file of that format, or a package is missing.
+        InputError: the file does not exist, has an unknown suffix or another format, or a package is missing.
     """
     return Exported(path, threads)
 
@@ -194,7 +195,7 @@ def export_error(model: nn.Module, exported: Exported, points: Tensor) -> Tensor
     """Return the largest difference of the logits of each cloud between a model and its exported form, (B,).
 
     Args:
-        model: what was exported, on the CPU.
+        model: the exported model, on the CPU.
         exported: the file.
         points: (B, N, C) float32.
     """
@@ -204,7 +205,7 @@ def export_error(model: nn.Module, exported: Exported, points: Tensor) -> Tensor
 
 
 def _program(network: nn.Module, example: Tensor, least: int | None) -> torch.export.ExportedProgram:
-    """Return the graph for any number of clouds and, unless `least` is None, any number of points from that on."""
+    """Return the graph for any number of clouds and, unless `least` is None, any number of points >= `least`."""
     if "prefer_deferred_runtime_asserts_over_guards" not in inspect.signature(torch.export.export).parameters:
         raise InputError(f"torch {torch.__version__} is too old for this format; it needs torch 2.9 or newer")
     dimensions: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=MAX_BATCH)}
@@ -259,7 +260,7 @@ def _read_onnx(path: Path, threads: int | None) -> tuple[Any, dict[str, Any]]:
 
 
 def _unreadable(runtime: ModuleType) -> tuple[type[Exception], ...]:
-    """Return what ONNX Runtime raises for a file that it cannot read; these classes have no common base."""
+    """Return the errors of ONNX Runtime for unreadable files; these classes have no common base."""
     kinds = runtime.capi.onnxruntime_pybind11_state
     return kinds.Fail, kinds.InvalidProtobuf, kinds.InvalidGraph, kinds.InvalidArgument, kinds.NotImplemented
 
@@ -288,7 +289,7 @@ _READERS = {"onnx": _read_onnx, "torchscript": _read_torchscript, "torch_export"
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporters' remarks about themselves to themselves."""
+    """Suppress the exporters' own warnings and log messages."""
     noisy = [
         logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx", "torch.export", "torch._export")
     ]

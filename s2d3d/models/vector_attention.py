@@ -10,7 +10,7 @@ from ..ops.points import gather_points, is_exporting, nearest_neighbours
 if TYPE_CHECKING:
 
     class _GatherSumContext(torch.autograd.function.FunctionCtx):
-        """What `_GatherSum` passes from forward to backward."""
+        """The state that `_GatherSum` passes from forward to backward."""
 
         saved_tensors: tuple[Tensor]
         needs_input_grad: tuple[bool, bool, bool, bool, bool]
