@@ -123,7 +123,7 @@ def refuse_existing(path: str | Path, force: bool, *, sources: Sequence[str | Pa
         sources: input files, which are never replaced.
 
     Raises:
-        InputError: the file exists and `force` is not set; the path is a source, a folder, a device or another non-file;
+        InputError: the file exists and `force` is not set; it is a source, a folder, a device or not a file;
             its folder does not exist or cannot be written to.
     """
     if not str(path):
