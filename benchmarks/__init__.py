@@ -1,4 +1,4 @@
-"""Measurements of speed and memory: contestants in turn, their results checked equal, ratios round by round."""
+"""Measurements of speed and memory. Contestants run in turn, equal results are checked, ratios are taken per round."""
 
 import importlib
 from typing import TYPE_CHECKING
@@ -25,10 +25,10 @@ def measure_section(name: str, settings: "Settings") -> "Section":
 
     Args:
         name: one of `SECTIONS`.
-        settings: where and how.
+        settings: device, threads and extent of the measurement.
 
     Raises:
-        InputError: contestants that should compute the same do not, or a process of theirs dies.
+        InputError: contestants that should compute the same results do not, or one of their processes ends.
 
     Example:
         >>> import torch

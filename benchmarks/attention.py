@@ -1,4 +1,4 @@
-"""Vector attention among neighbours, the layer of Point Transformers, against plain and public ones."""
+"""Vector attention among neighbours, the layer of Point Transformers, compared with plain and public code."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""What `tools/benchmark.py` does once its arguments are read: measure, print, write results and pages."""
+"""The work of `tools/benchmark.py` after argument parsing: measure, print, write results and pages."""
 
 import argparse
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ def run_benchmark(arguments: argparse.Namespace) -> None:
                 continue
             sections.append(measure_section(name, settings))
             print(f"{section_text(sections[-1])}\n", flush=True)
-            write_results(numbers, sections)  # what was measured stays when a later section fails
+            write_results(numbers, sections)  # earlier results are kept if a later section fails
         _write(page, numbers, sections, _command(settings))
         return
     output = refuse_existing(arguments.output, arguments.force) if arguments.output is not None else None
@@ -99,7 +99,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 
 
 def _places(arguments: argparse.Namespace, sources: Sequence[str] = ()) -> tuple[Path, Path]:
-    """Return where page and numbers go; a page of this tool, and the numbers beside it, may be made anew."""
+    """Return the paths of page and numbers; existing files of this tool may be replaced."""
     page = Path(arguments.output)
     if page.suffix == ".json":
         raise InputError(f"{page}: is the name of the numbers; name the page, such as {page.with_suffix('.md')}")
@@ -112,7 +112,7 @@ def _places(arguments: argparse.Namespace, sources: Sequence[str] = ()) -> tuple
 
 
 def _command(settings: Settings) -> str:
-    """Return the command that makes the page again, without the folders of this machine."""
+    """Return the command that reproduces the page, without folders of this machine."""
     flags: dict[str, object] = {"--root DATA": settings.root, "--quick": settings.quick, "--compile": settings.compile}
     flags |= {"--bf16": settings.force_bf16, f"--seed {settings.seed}": settings.seed}
     flags |= {f"--rounds {settings.rounds}": settings.rounds, f"--device {settings.device}": True}

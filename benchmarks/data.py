@@ -1,4 +1,4 @@
-"""The data path alone: what it delivers against what training consumes, in one process without workers."""
+"""Throughput of the data path compared with the consumption of training, in one process without workers."""
 
 import time
 from dataclasses import replace

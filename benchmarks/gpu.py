@@ -1,4 +1,4 @@
-"""What is measured on a GPU alone: throughput at large batches, and several seeds side by side."""
+"""GPU-only measurements: throughput at large batches, and several seeds in parallel."""
 
 from functools import partial
 
@@ -16,7 +16,7 @@ from .versus import EXPERTS
 
 BATCHES = (512, 32)
 SMALL = BATCHES[1]
-"""The recipe's batch, where launching kernels takes long beside running them: CUDA graphs take part."""
+"""The recipe's batch size. Kernel launches dominate there, so CUDA graphs are measured too."""
 SEEDS = (1, 2, 4)
 EAGER, COMPILED, SPARSE = "dense, bf16", "dense, bf16, compiled", "S2D, bf16, compiled"
 GRAPHS, RECORDED = f"{COMPILED}, CUDA graphs", f"{COMPILED}, step recorded"
@@ -24,7 +24,7 @@ SPARSE_RECORDED = f"{SPARSE}, step recorded"
 
 
 def measure(settings: Settings) -> Section:
-    """Measure what a GPU alone can.
+    """Run the GPU-only measurements.
 
     Raises:
         InputError: there is no GPU, contestants of equal mathematics disagree, or a process dies.
@@ -105,7 +105,7 @@ def _side_by_side(count: int, kind: str) -> str:
 
 
 def _seeds_side_by_side(settings: Settings, spec: ModelSpec) -> Comparison:
-    """Time a step of 1, 2, 4 dense models at once, each on a stream of its own: plain, compiled, recorded."""
+    """Time a step of 1, 2, 4 dense models at once, each on a separate stream: plain, compiled, recorded."""
     compiled = spec.but(compile=True)
     builds = {
         "eager": partial(build_seeds, spec),
@@ -129,7 +129,7 @@ def _seeds_side_by_side(settings: Settings, spec: ModelSpec) -> Comparison:
 
 
 def build_seeds(spec: ModelSpec, count: int) -> Task:
-    """Make the task of one step of `count` runs of different seeds, each on a stream of its own."""
+    """Make the task of one step of `count` runs of different seeds, each on a separate stream."""
     torch._dynamo.config.recompile_limit = 64  # one entry for each seed, more than the default allows
     device = torch.device(spec.device)
     steps = [build_step(spec.but(seed=seed)).run for seed in range(count)]

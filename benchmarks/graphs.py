@@ -1,7 +1,7 @@
-"""Whole training steps as CUDA graphs: recorded once, replayed, several seeds side by side.
+"""Whole training steps as CUDA graphs: recorded once, replayed, several seeds in parallel.
 
-A step of a small batch is bound by the host that launches its kernels. A CUDA graph launches all of them at once. What
-the host decides anew at each update stands in tensors that the graph reads, see `TrainingStep.prepare`.
+With small batches, kernel launches on the host limit the speed of a step. A CUDA graph launches all kernels at once.
+Values that the host sets at each update are in tensors that the graph reads, see `TrainingStep.prepare`.
 """
 
 import contextlib
@@ -30,9 +30,9 @@ SPREAD = 0.02
 
 @contextlib.contextmanager
 def drawing_from(generator: torch.Generator) -> Iterator[None]:
-    """Let everything that draws from the default generator of a device draw from `generator` for a while.
+    """Make all draws from the default generator of a device use `generator` inside the context.
 
-    On a GPU the two share one state meanwhile, so that a graph under recording comes to hold that of `generator`.
+    On a GPU both generators then share one state, so that a graph recorded inside uses the state of `generator`.
     """
     if generator.device.type == "cpu":
         state = torch.default_generator.get_state()
@@ -54,20 +54,20 @@ def drawing_from(generator: torch.Generator) -> Iterator[None]:
 
 
 class RecordedStep:
-    """A training step recorded as a CUDA graph, on a stream and with random numbers of its own.
+    """A training step recorded as a CUDA graph, with its own stream and random numbers.
 
-    Each replay draws other partitions and drops other paths, as the state of `generator` moves on with it. Two graphs
-    that run at the same time must not share what a graph writes: each has its own stream, hence its own workspace of
-    the matrix library, its own memory pool, and its own generator. Where `torch.compile` records graphs of its own in
-    the same process (mode reduce-overhead), illegal memory accesses were seen: give each a process.
+    Each replay draws other partitions and drops other paths, because it advances the state of `generator`. Two graphs
+    that run at the same time must not write to the same memory. Each therefore has its own stream (and workspace of the
+    matrix library), memory pool and generator. Illegal memory accesses were seen when `torch.compile` recorded graphs
+    in the same process (mode reduce-overhead): use a separate process for each.
     """
 
     def __init__(self, step: TrainingStep, generator: torch.Generator) -> None:
-        """Record. Weights, buffers, optimizer, schedule and generator are afterwards as before.
+        """Record the step. Weights, buffers, optimizer, schedule and generator are unchanged afterwards.
 
         Args:
-            step: recordable, on a GPU, of which no update was made.
-            generator: of that GPU; what the modules draw comes from it.
+            step: recordable, on a GPU, before its first update.
+            generator: generator of that GPU for all draws of the modules.
         """
         self.step, self.generator = step, generator
         self.device = generator.device
@@ -94,19 +94,19 @@ class RecordedStep:
         generator.set_state(drawn)
 
     def launch(self, learning_rate: float = LEARNING_RATE) -> None:
-        """Start an update, which waits for what the current stream was given before."""
+        """Start an update after the earlier work of the current stream."""
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             self.step.prepare(learning_rate)
             self.graph.replay()
 
     def join(self) -> None:
-        """Let the current stream wait for the update."""
+        """Make the current stream wait for the update."""
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
 
 def run_side_by_side(recorded: Sequence[RecordedStep], learning_rate: float = LEARNING_RATE) -> None:
-    """Make an update of each; none waits for another."""
+    """Start one update of each graph in parallel."""
     for one in recorded:
         one.launch(learning_rate)
     for one in recorded:
@@ -126,7 +126,7 @@ def build_recorded(spec: ModelSpec, count: int = 1) -> Task:
 
 
 def record(step: TrainingStep, seed: int) -> RecordedStep:
-    """Record a step that draws from a generator of its own."""
+    """Record a step with its own generator."""
     return RecordedStep(step, torch.Generator(step.points.device).manual_seed(seed))
 
 

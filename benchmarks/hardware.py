@@ -1,4 +1,4 @@
-"""What a measurement was made on: processor, threads, allocator, versions; what its units attain."""
+"""The hardware and software of a measurement: processor, threads, allocator, versions, attained rates."""
 
 import os
 import platform
@@ -20,7 +20,7 @@ PACKAGES = (
     "mixture-of-experts", "st-moe-pytorch", "soft-moe-pytorch", "tutel", "transformers", "fpsample", "torch-cluster",
     "torch-geometric", "torch-pointcloud", "pyg-lib",
 )  # fmt: skip
-"""Public packages that are contestants where they are installed."""
+"""Public packages that are contestants if they are installed."""
 
 
 def hardware(device: torch.device, num_threads: int) -> dict[str, object]:
@@ -68,7 +68,7 @@ def cpu_flags() -> list[str]:
 
 
 def missing_bf16(device: torch.device) -> str | None:
-    """Return why bf16 is of no use on a device, None where it has units for it."""
+    """Return the reason why a device has no fast bf16, None if it has units for it."""
     if device.type == "cuda":
         return None if torch.cuda.is_bf16_supported(including_emulation=False) else "this GPU has no bf16 unit"
     found = set(cpu_flags()) & set(BF16_FLAGS)
@@ -76,7 +76,7 @@ def missing_bf16(device: torch.device) -> str | None:
 
 
 def num_threads(wanted: int | None) -> int:
-    """Return how many threads to compute with; default torch's own choice.
+    """Return the number of threads; default: torch's choice.
 
     Raises:
         InputError: below 1.
@@ -91,7 +91,7 @@ def matmul_rate(
 ) -> float:
     """Return the rate of a matrix product (rows, inner) x (inner, columns), GFLOP/s: the best of many short trials.
 
-    The best, because it serves as the limit of what a model could attain.
+    The best trial is used because it is the upper limit for a model.
 
     Args:
         rows: such as the tokens of a batch.

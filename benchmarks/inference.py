@@ -1,4 +1,4 @@
-"""Evaluation: ours against the reference modules, and merged against dense."""
+"""Evaluation: this package compared with the reference modules, and merged compared with dense."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Contestants in turn: equal results first, then rounds in which each of them runs once."""
+"""Interleaved timing: results are checked first, then each contestant runs once per round."""
 
 import logging
 import math
@@ -20,21 +20,21 @@ logger = logging.getLogger(__name__)
 KEPT, DEFAULT = "kept", "default"
 """Allocators of a worker process: glibc's with `keep_large_allocations`, and as the system has it."""
 Timer = Callable[[Callable[[], object], int], float]
-"""Runs something so many times and returns the seconds of one."""
+"""Runs a function a number of times and returns the seconds of one run."""
 
 
 class Skip(Exception):
-    """A contestant cannot take part; the text is the reason."""
+    """A contestant cannot be measured; the text is the reason."""
 
 
 @dataclass
 class Task:
-    """What a contestant does, built.
+    """The work of a contestant, ready to run.
 
     Attributes:
         run: the work that is timed.
-        outputs: results to compare with the base's, from the state that the task was built in; called once, first.
-        facts: numbers to report beside the times, asked for last.
+        outputs: returns results for the comparison with the base, from the initial state; called once, first.
+        facts: returns numbers to report in addition to the times; called last.
     """
 
     run: Callable[[], object]
@@ -44,16 +44,16 @@ class Task:
 
 @dataclass(frozen=True)
 class Contestant:
-    """One of those compared.
+    """One contestant of a comparison.
 
     Attributes:
-        name: in tables.
-        build: makes the task, when its turn comes; raises `Skip` where that is impossible. For a worker process it
-            must be picklable: a `functools.partial` of a function of a module.
-        same_math: its outputs must equal the base's. False: it computes something else, and says so in `note`.
-        tolerance: its own, such as that of a lower precision; None takes that of the comparison.
-        allocator: `KEPT` or `DEFAULT`; has a meaning in worker processes alone.
-        note: what a reader of the table should know.
+        name: name in tables.
+        build: makes the task; raises `Skip` if that is impossible. For a worker process it must be picklable: a
+            `functools.partial` of a module's function.
+        same_math: its outputs must equal those of the base. False: it computes something else; `note` explains it.
+        tolerance: its own tolerance, for example for a lower precision; None: that of the comparison.
+        allocator: `KEPT` or `DEFAULT`; used only in worker processes.
+        note: remark for readers of the table.
     """
 
     name: str
@@ -111,7 +111,7 @@ def local(timer: Timer) -> Start:
 
 
 def make_timer(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> Timer:
-    """Return a timer for work on `device`: a clock, on a GPU its own events, with the device idle at both ends."""
+    """Return a timer for work on `device`: a clock, or events on a GPU; the device is idle before and after."""
 
     def wall(run: Callable[[], object], repeat: int) -> float:
         started = clock()
@@ -175,7 +175,7 @@ class Comparison:
         return ratios(self.times[base or self.base], self.times[name])
 
     def missing(self, *names: str) -> str | None:
-        """Return why one of the contestants has no times, None when all have."""
+        """Return the reason why a contestant has no times, None if all have times."""
         reasons = (self.skipped.get(name, f"no contestant '{name}'") for name in names if name not in self.times)
         return next(reasons, None)
 
@@ -201,19 +201,19 @@ def interleave(
 
     Args:
         name: of the comparison.
-        contestants: different names, at least one.
-        start: `local(timer)`, or `workers(...)` for processes of their own.
+        contestants: at least one, with different names.
+        start: `local(timer)`, or `workers(...)` for separate processes.
         title: for readers.
-        base: name of the contestant that others are compared with; default the first. Where it cannot take part, the
-            next that can takes its place.
-        rounds: how often each runs, at least 1.
-        warmup: rounds before, not counted.
+        base: name of the contestant that others are compared with; default: the first. If it cannot be measured, the
+            next measurable one is the base.
+        rounds: number of rounds, at least 1.
+        warmup: number of rounds before, not counted.
         tolerance: largest absolute deviation of any output from the base's, for contestants of equal mathematics.
-        min_seconds: short work is repeated within its turn until it takes about so long; its time is the mean.
-        samples: items of one run, for throughput.
+        min_seconds: short work is repeated within its turn for about this time; its time is the mean.
+        samples: items per run, for throughput.
 
     Raises:
-        InputError: outputs deviate by more than the tolerance, names repeat, or nobody can take part.
+        InputError: outputs deviate by more than the tolerance, names repeat, or no contestant can be measured.
 
     Example:
         >>> from functools import partial
@@ -272,7 +272,7 @@ def interleave(
 
 
 def order(names: Sequence[str], index: int) -> list[str]:
-    """Return who runs when in round `index`: another first each round, the other way round after each full cycle.
+    """Return the order of round `index`: each round starts with another one; each full cycle reverses the direction.
 
     Example:
         >>> [order("abc", index) for index in (0, 1, 3)]
@@ -294,7 +294,7 @@ def deviation(outputs: Sequence[Tensor], base: Sequence[Tensor]) -> float:
 def _check_equal(
     name: str, contestants: Sequence[Contestant], runners: dict[str, Runner], base: str, tolerance: float
 ) -> dict[str, float | None]:
-    """Return how far each is from the base; refuse a comparison of what computes something else."""
+    """Return the deviation of each contestant from the base; refuse a comparison if results differ."""
     expected = runners[base].outputs()
     found: dict[str, float | None] = {}
     for contestant in contestants:

@@ -1,4 +1,4 @@
-"""What a classification costs: the dense architecture, the merged model and its exported files, in turn."""
+"""Latency of a classification: the dense architecture, the merged model and its exported files."""
 
 import tempfile
 from collections.abc import Callable
@@ -103,9 +103,9 @@ def model_forms(model: nn.Module, payload: dict[str, Any], num_points: int) -> d
 
 @torch.no_grad()
 def without_ties(forms: dict[str, Form], points: Tensor) -> Tensor:
-    """Return the clouds for which all forms agree: one in a hundred may hold a tie, see `Agreement`.
+    """Return the clouds for which all forms agree. About one in a hundred has a tie, see `Agreement`.
 
-    Where forms disagree on more than one in eight, all are returned, for `measure_latency` to refuse.
+    If the forms disagree on more than one in eight, all clouds are returned, so that `measure_latency` refuses them.
     """
     logits = torch.stack([torch.cat([form(batch) for batch in points.split(32)]) for form in forms.values()])
     agree = (logits - logits[0]).abs().amax((0, 2)) <= TOLERANCE

@@ -1,4 +1,4 @@
-"""The layer: RUP-MoF against the dense FFN and mixtures of experts; EWA and AdamW over stacked weights."""
+"""The layer: RUP-MoF compared with the dense FFN and mixtures of experts; EWA and AdamW over stacked weights."""
 
 import copy
 from collections.abc import Callable
@@ -90,7 +90,7 @@ def _layers(settings: Settings) -> Comparison:
 
 
 class LoopMoF(nn.Module):
-    """RUP-MoF as one would write it first: a list of FFNs, each called on its part of the tokens."""
+    """Naive RUP-MoF: a list of FFNs, each called on its part of the tokens."""
 
     def __init__(self, ffn: nn.Module, num_experts: int) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ def layer_task(
     """Make the task of one forward and backward pass.
 
     Args:
-        module: the layer; some return a tuple that the output leads.
+        module: the layer; some layers return a tuple whose first element is the output.
         x: tokens (B, T, C).
         device: where to compute.
         gradients: of its weights, summed over experts, in the layout of the dense FFN.
@@ -124,7 +124,7 @@ def layer_task(
     """
     module = module.to(device).train()
     tokens = x.to(device).detach().clone().requires_grad_()
-    # Divided by the tokens' root, so that gradients of weights are numbers about 1 as outputs are.
+    # Divided by the square root of the number of tokens, so that gradients of weights are about 1, like outputs.
     direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(device) / x[..., 0].numel() ** 0.5
 
     def run() -> Tensor:
@@ -137,7 +137,7 @@ def layer_task(
 
     def native_run() -> Tensor:
         chosen = dispatch.scatter_backend
-        # Of the function's own cache nothing is needed here.
+        # The function's own cache is not needed here.
         dispatch.scatter_backend = lambda: dispatch.native_scatter_sum  # type: ignore[assignment]
         try:
             return run()
@@ -155,7 +155,7 @@ def layer_task(
 
 
 def gradient_of(module: nn.Module, name: str) -> Tensor:
-    """Return the gradient that a backward pass left at a parameter, such as "fc1.weight"."""
+    """Return the gradient of a parameter, such as "fc1.weight", after a backward pass."""
     gradient = module.get_parameter(name).grad
     assert gradient is not None
     return gradient

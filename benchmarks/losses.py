@@ -1,4 +1,4 @@
-"""Whether bf16 learns as float32 does: the loss of the same training in both."""
+"""Training loss in bf16 compared with float32, for the same training."""
 
 import tempfile
 from pathlib import Path
@@ -21,9 +21,9 @@ def training_set(settings: Settings, *, num_points: int, stored_points: int | No
     """Read the training set at `settings.root`, or make procedural shapes, with the recipe's augmentation.
 
     Args:
-        settings: where the set is, and whether a tiny one will do.
-        num_points: points of a sample.
-        stored_points: of a procedural shape; default `num_points`.
+        settings: path of the set, and whether a tiny one is used.
+        num_points: points per sample.
+        stored_points: points per procedural shape; default `num_points`.
     """
     transform = build_augmentation(scale=(2 / 3, 3 / 2), shift=0.2)
     if settings.root is not None:
@@ -36,7 +36,7 @@ def training_set(settings: Settings, *, num_points: int, stored_points: int | No
 
 
 def loss_gap(spec: ModelSpec, settings: Settings) -> float:
-    """Return by how much the mean loss over 200 steps in bf16 differs from that in float32, as a fraction of it.
+    """Return the relative difference of the mean loss over 200 steps between bf16 and float32.
 
     Both start from the package's own initial weights and see the same batches, partitions and dropout.
     """

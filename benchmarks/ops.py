@@ -1,4 +1,4 @@
-"""Point operations: farthest point sampling and nearest neighbours against plain and public ones."""
+"""Point operations: farthest point sampling and nearest neighbours, compared with plain and public implementations."""
 
 from collections.abc import Callable
 from types import ModuleType
@@ -16,7 +16,7 @@ from .section import Section, Settings, new_section
 from .training import clouds
 
 CHECKED = 16
-"""Selections that are compared: rounding may order later ones, which are nearly as far as each other, differently."""
+"""Number of compared selections. Later points have almost equal distances, and rounding may change their order."""
 OURS, PLAIN, CLUSTER, POINTCLOUD = "ours", "plain reference", "torch_cluster", "torch-pointcloud"
 
 
@@ -105,7 +105,7 @@ def _pointcloud_operators() -> ModuleType:
 
 
 def farthest_from(xyz: Tensor, start: Tensor, samples: int) -> Tensor:
-    """Select farthest points of each cloud (B, N, 3) from a start (B,) of its own: indices (B, samples)."""
+    """Select farthest points of each cloud (B, N, 3) from its start point (B,): indices (B, samples)."""
     clouds_of = torch.arange(len(xyz), device=xyz.device)
     order = torch.arange(xyz.shape[1], device=xyz.device).repeat(len(xyz), 1)
     order[clouds_of, start], order[clouds_of, 0] = 0, start

@@ -1,7 +1,6 @@
-"""Public mixture-of-experts layers, where they are installed, at the size of the dense FFN that they stand for.
+"""Public mixture-of-experts layers, if they are installed, at the size of the dense FFN that they replace.
 
-All of them route tokens by a learned gate: they compute something else than the dense FFN, and only their time is
-compared.
+All of them route tokens with a learned gate. Their results differ from the dense FFN, so only their time is compared.
 """
 
 import importlib
@@ -28,7 +27,7 @@ class Package(NamedTuple):
 
 
 def packages() -> list[Package]:
-    """List the layers that are contestants where their package is installed."""
+    """List the layers that are contestants if their package is installed."""
     return [
         Package("mixture-of-experts top-2", _mixture_of_experts, "routed, capacity factor 1.25"),
         Package("st-moe-pytorch top-2", _st_moe, "routed, capacity factor 1.25, GEGLU experts of 2/3 width"),
@@ -45,7 +44,7 @@ INSTALL = {
     "tutel": "it is on no package index; "
     "pip install --no-build-isolation git+https://github.com/microsoft/tutel builds it",
 }
-"""How to install what `pip install NAME` does not."""
+"""Install commands of packages that `pip install NAME` does not install."""
 
 
 def require(module: str, package: str) -> ModuleType:

@@ -44,7 +44,7 @@ def submodule(package: ModuleType, name: str) -> ModuleType:
 
 
 def reference_model(name: str, num_classes: int, kwargs: dict[str, Any], seed: int) -> nn.Module:
-    """Build the reference module of a model of ours, with seeded weights as of a trained model.
+    """Build the reference module of one of our models, with seeded weights like those of a trained model.
 
     Raises:
         Skip: there is none.
@@ -57,9 +57,9 @@ def reference_model(name: str, num_classes: int, kwargs: dict[str, Any], seed: i
 
 
 def our_model(name: str, num_classes: int, kwargs: dict[str, Any], seed: int) -> nn.Module:
-    """Build a model of ours with the weights of its reference module where it has one, else with drawn ones.
+    """Build one of our models with the weights of its reference module if it has one, else with random weights.
 
-    `draw_weights_` depends on names and shapes of tensors alone, which are those of the reference.
+    `draw_weights_` depends only on names and shapes of tensors, which are those of the reference.
     """
     torch.manual_seed(seed)  # for what is drawn without a reference
     model = create_model(name, num_classes=num_classes, **kwargs)

@@ -1,4 +1,4 @@
-"""`docs/benchmarks.md` from results: every number in it comes from a JSON file that the tool wrote."""
+"""The page `docs/benchmarks.md`. Every number in it comes from a JSON file of the tool."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -66,10 +66,10 @@ def write_results(path: str | Path, sections: Iterable[Section]) -> None:
 
 
 def read_results(path: str | Path) -> list[Section]:
-    """Read what `write_results` wrote.
+    """Read a file of `write_results`.
 
     Raises:
-        InputError: the file is missing or something else.
+        InputError: the file is missing or has other content.
     """
     content = read_json(path, advice="results are made by: python tools/benchmark.py all --output FILE.md")
     try:
@@ -93,7 +93,7 @@ def merge_results(results: Iterable[Sequence[Section]]) -> list[Section]:
 
 
 def target_table(sections: Iterable[Section], targets: Sequence[Target] = TARGETS) -> str:
-    """Return every target with what was measured, whether it is hit, and why."""
+    """Return every target with its measurement, its state, and the reasons."""
     measures: dict[str, Measure] = {}
     for section in sections:
         measures |= section.measures
@@ -109,7 +109,7 @@ def report(sections: Sequence[Section], command: str) -> str:
 
     Args:
         sections: results.
-        command: what makes the page again.
+        command: the command that reproduces the page.
     """
     parts = [f"# Benchmarks\n\n{MARK}\n\nMade by `{command}`; the numbers behind it are in the JSON file beside it."]
     if any(section.settings["quick"] for section in sections):
@@ -130,5 +130,5 @@ def write_report(path: str | Path, sections: Sequence[Section], command: str) ->
 
 
 def is_ours(path: Path) -> bool:
-    """Tell whether a file is a page that this tool made, which may be made anew."""
+    """Return whether a file is a page of this tool, which may be replaced."""
     return path.is_file() and MARK in path.read_text(encoding="utf-8", errors="replace")

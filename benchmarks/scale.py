@@ -140,7 +140,7 @@ def _batch(settings: Settings) -> Series:
 
 
 def _plan(section: Section, settings: Settings) -> None:
-    """Note what plans for many ranks start from: bytes of state and exchange, arithmetic of a step."""
+    """Record the inputs for planning with many ranks: bytes of state and exchange, arithmetic of a step."""
     spec = spec_for(PUBLIC_BERT, settings)
     for name, own in (("dense", spec), ("s2d", spec.but(experts=EXPERTS))):
         exchanged, state = exchanged_bytes(own)

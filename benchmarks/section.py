@@ -1,4 +1,4 @@
-"""What the subcommands have in common: their settings, and the form of their results."""
+"""Common parts of the subcommands: their settings, and the form of their results."""
 
 import math
 import os
@@ -19,16 +19,16 @@ Choice = TypeVar("Choice")
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure.
+    """Settings of a measurement.
 
     Attributes:
         device: of all contestants.
         num_threads: of every process.
-        rounds: of every comparison; None lets each choose.
-        quick: tiny sizes and two rounds, to see that everything works; its numbers mean nothing.
+        rounds: of every comparison; None: each comparison has its own number.
+        quick: tiny sizes and two rounds, to check that everything works; its numbers have no meaning.
         root: a data set in ModelNet layout for the `data` section; None makes procedural shapes.
         compile: also measure compiled models.
-        force_bf16: measure bf16 even where there is no unit for it.
+        force_bf16: measure bf16 even without hardware support.
         seed: of weights and inputs.
         load_average: of the machine before anything is measured.
     """
@@ -62,13 +62,13 @@ class Settings:
         return local(self.timer)
 
     def apart(self) -> Start:
-        """Start each contestant in a process of its own."""
+        """Start each contestant in a separate process."""
         return workers(self.device, self.num_threads)
 
 
 @dataclass
 class Measure:
-    """One number of the result, or why there is none.
+    """One number of the result, or the reason why it is missing.
 
     Attributes:
         value: the median where it was measured in rounds.
@@ -85,12 +85,12 @@ class Measure:
 
 @dataclass
 class Series:
-    """A cost against a size.
+    """A cost as a function of a size.
 
     Attributes:
-        name: what grows.
-        title: what is timed.
-        expected: exponent that the arithmetic has for large sizes.
+        name: the size that grows.
+        title: the work that is timed.
+        expected: exponent of the arithmetic for large sizes.
         sizes: in ascending order.
         seconds: medians.
         rounds: seconds of every round, by size.
@@ -145,7 +145,7 @@ class Section:
         return self.hardware["device"]
 
     def add(self, key: str, value: float | Spread | None, reason: str | None = None) -> None:
-        """Note a measure under `<device>.<section>.<key>`; without a value, the reason."""
+        """Record a measure under `<device>.<section>.<key>`; without a value, the reason."""
         key = f"{self.device}.{self.name}.{key}"
         if value is None:
             self.measures[key] = Measure(reason=reason or "not measured")
@@ -155,17 +155,17 @@ class Section:
             self.measures[key] = Measure(float(value))
 
     def add_ratio(self, key: str, comparison: Comparison, name: str, base: str) -> None:
-        """Note the time of `name` over that of `base`, or why it is missing."""
+        """Record the time of `name` divided by that of `base`, or the reason why it is missing."""
         reason = comparison.missing(name, base)
         self.add(key, None if reason else comparison.ratio(name, base), reason)
 
     def add_speedup(self, key: str, comparison: Comparison, name: str, base: str) -> None:
-        """Note the time of `base` over that of `name`, or why it is missing."""
+        """Record the time of `base` divided by that of `name`, or the reason why it is missing."""
         reason = comparison.missing(name, base)
         self.add(key, None if reason else comparison.speedup(name, base), reason)
 
     def add_rate(self, key: str, comparison: Comparison, name: str) -> None:
-        """Note the samples of a second, or why it is missing."""
+        """Record the samples per second, or the reason why they are missing."""
         reason = comparison.missing(name)
         rates = None if reason else spread([comparison.samples / seconds for seconds in comparison.times[name]])
         self.add(key, rates, reason)
@@ -176,7 +176,7 @@ class Section:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Section":
-        """Return what `to_dict` made plain."""
+        """Return the object that `to_dict` converted."""
         parts = {
             "comparisons": [Comparison(**comparison) for comparison in content["comparisons"]],
             "series": [Series(**series) for series in content["series"]],
@@ -186,7 +186,7 @@ class Section:
 
 
 def new_section(name: str, title: str, settings: Settings) -> Section:
-    """Return an empty section that knows where and how it is measured."""
+    """Return an empty section with its hardware and settings."""
     plain = {**asdict(settings), "device": str(settings.device), "root": settings.root and settings.root.name}
     plain["load_average"] = [round(value, 2) for value in settings.load_average]
     return Section(name, title, hardware(settings.device, settings.num_threads), plain)

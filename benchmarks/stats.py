@@ -18,7 +18,7 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Summarise values by median and quartiles, which linear interpolation finds between them.
+    """Summarise values by median and quartiles, with linear interpolation.
 
     Raises:
         ValueError: there is none.
@@ -38,7 +38,7 @@ def spread(values: Sequence[float]) -> Spread:
 def ratios(values: Sequence[float], base: Sequence[float]) -> Spread:
     """Summarise the ratios of two series round by round.
 
-    What slows a whole round down slows both down, and cancels; it would not in a ratio of two medians.
+    A slowdown of a whole round affects both series and cancels. In a ratio of two medians it would not cancel.
 
     Args:
         values: one positive number a round.

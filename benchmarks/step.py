@@ -1,4 +1,4 @@
-"""The whole training step: dense against S2D, ours against the reference modules, and what memory it takes."""
+"""The whole training step: S2D compared with dense, this package compared with the reference modules, and memory."""
 
 from functools import partial
 from statistics import median
@@ -15,7 +15,7 @@ from .worker import WorkerRunner
 
 AGAIN = "ours, dense again"
 PROCESSES = 3
-"""Of each kind: what the allocator fragments differs from process to process by some 50 MiB."""
+"""Processes of each kind. Fragmentation by the allocator differs by about 50 MiB between processes."""
 
 
 def measure(settings: Settings) -> Section:
@@ -96,9 +96,9 @@ def _memory(section: Section, settings: Settings, spec: ModelSpec) -> None:
 
 
 def peak_of_steps(spec: ModelSpec, allocator: str, settings: Settings, steps: int = 3) -> float:
-    """Return the most bytes that a fresh process holds over a few training steps, above those before the model.
+    """Return the peak memory in bytes of a fresh process over a few training steps, minus that before the model.
 
-    On a CPU that is its resident memory, what the allocator keeps or fragments included; on a GPU, its tensors.
+    On a CPU this is resident memory, including memory that the allocator keeps or fragments; on a GPU, its tensors.
     """
     runner = WorkerRunner(spec.name, partial(build_step, spec), allocator, settings.device, settings.num_threads)
     try:

@@ -26,7 +26,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def comparison_table(comparison: Comparison) -> str:
-    """Return times, spreads and ratios of all contestants; those that did not take part, and why, follow."""
+    """Return times, spreads and ratios of all contestants, then the contestants that were not measured with reasons."""
     unit, factor = ("ms", 1e3) if comparison.time(comparison.base).median < 10 else ("s", 1.0)
     rows = []
     for name in comparison.times:
@@ -109,7 +109,7 @@ def hardware_lines(section: Section) -> list[str]:
 
 
 def _stands_alone(key: str) -> bool:
-    """Tell whether a measure says what no table says: rates, memory, limits, plans."""
+    """Return whether a measure is in no other table: rates, memory, limits, plans."""
     words = ("matmul_", "memory.", "limit_", "gflop", "plan.", "seeds_", "loss_gap", "weak_scaling")
     return any(word in key for word in words)
 

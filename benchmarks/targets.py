@@ -1,4 +1,4 @@
-"""What was asked for: each target with its bound, and what decides whether it is reached."""
+"""The performance targets: each with its bound and the reasons for the result."""
 
 import math
 import re
@@ -15,16 +15,16 @@ PLACEHOLDER = re.compile(r"\{([\w.]+):([^}]*)\}")
 
 @dataclass(frozen=True)
 class Target:
-    """A number asked for.
+    """A target number.
 
     Attributes:
         key: of the measure.
         title: for readers.
         sense: `AT_MOST`, `AT_LEAST` or `EQUALS`.
         bound: in the measure's unit.
-        unit: "x" for ratios, "%" for fractions, else as it is written behind the number.
-        why: what decides it; `{key:format}` stands for a measure.
-        missed: what to add where it is missed.
+        unit: "x" for ratios, "%" for fractions, else the text after the number.
+        why: the limiting factors; `{key:format}` is replaced by a measure.
+        missed: additional text if the target is missed.
     """
 
     key: str
@@ -38,7 +38,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A target with what became of it.
+    """A target with its result.
 
     Attributes:
         target: the target.
@@ -159,10 +159,10 @@ TARGETS: tuple[Target, ...] = (
 
 
 def judge(target: Target, measures: Mapping[str, Measure]) -> Verdict:
-    """Tell whether a target is reached.
+    """Return whether a target is reached.
 
     Args:
-        target: what was asked for.
+        target: the target.
         measures: of all sections, by key. A key that is missing was not measured.
 
     Example:

@@ -25,7 +25,7 @@ CLIP = 10.0
 LEARNING_RATE = 5e-4
 SHARE_RATE = 0.3
 BF16_TOLERANCE = 0.5
-"""Of a logit in bf16, whose numbers have 8 bits: enough to notice another model, no more."""
+"""Tolerance of a logit in bf16, which has 8 bits of precision: sufficient only to detect a different model."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class ModelSpec:
         name: of `create_model`.
         kwargs: keywords that differ from its defaults.
         source: "ours", "reference", or "torch-pointcloud" for that package's form of it.
-        experts: 0 for dense; otherwise every second FFN has so many.
-        merged: the experts are merged before.
+        experts: 0 for dense; otherwise the number of experts in every second FFN.
+        merged: the experts are merged before the measurement.
         folded: BatchNorm is folded into the linear layers, for evaluation.
         precision: "float32", or "bf16" for autocast.
         fused: use the fused AdamW; otherwise torch's default.
@@ -99,7 +99,7 @@ def build_model(spec: ModelSpec) -> nn.Module:
 
 
 class TrainingStep:
-    """A training step in two halves: `prepare` is the host's, `compute` never waits for it and may be recorded.
+    """A training step in two parts: `prepare` runs on the host; `compute` never synchronises and can be recorded.
 
     Attributes:
         model: in training mode, with experts where `spec` asks for them.
@@ -212,7 +212,7 @@ def autocast(spec: ModelSpec) -> torch.autocast:
 def logits_of(model: nn.Module, points: Tensor, precision: Callable[[], torch.autocast]) -> list[Tensor]:
     """Return the logits in evaluation and in training without dropout, where experts differ from their mean.
 
-    The latter always in float32: BatchNorm over the few clouds of a batch would blow up the rounding of bf16.
+    Training logits are always in float32: BatchNorm over the few clouds of a batch would amplify bf16 rounding errors.
     """
     with torch.no_grad():
         with precision():
@@ -224,7 +224,7 @@ def logits_of(model: nn.Module, points: Tensor, precision: Callable[[], torch.au
 
 @contextlib.contextmanager
 def without_dropping(model: nn.Module) -> Iterator[None]:
-    """Let dropout and drop path of a model, ours, a reference or a package's, drop nothing for a while."""
+    """Disable dropout and drop path of a model (ours, a reference or a package's) inside the context."""
     places = [
         (module, name)
         for module in model.modules()
@@ -260,7 +260,7 @@ def inference_flops(spec: ModelSpec) -> int:
 
 
 def expert_bytes(spec: ModelSpec) -> int:
-    """Return what the additional experts need in training: parameters, gradients and two moments of AdamW."""
+    """Return the memory of the additional experts in training: parameters, gradients and two moments of AdamW."""
     model = build_model(spec)
     layers = expert_layers(model)
     additional = sum(

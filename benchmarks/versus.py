@@ -1,4 +1,4 @@
-"""Ours against a reference module: who takes part, and what the arithmetic alone would allow."""
+"""Comparison of this package with a reference module: the contestants, and the limits given by the arithmetic."""
 
 from collections.abc import Callable
 from functools import partial
@@ -83,7 +83,7 @@ def add_versus(section: Section, settings: Settings, name: str, comparison: Comp
 def measure_package(section: Section, settings: Settings, name: str, work: str, build: Build, spec: ModelSpec) -> None:
     """Compare our dense model with torch-pointcloud's form of it, as users run it, and note the speed-up.
 
-    A comparison of its own: all processes of one are alive together, and need their memory.
+    This is a separate comparison, because all processes of a comparison are alive at the same time and need memory.
 
     Args:
         section: gets comparison and measure.

@@ -1,4 +1,4 @@
-"""Contestants in processes of their own, timed one at a time: allocator and threads are settings of a whole process."""
+"""Contestants in separate processes, timed one at a time. Allocator and threads are settings of a whole process."""
 
 import contextlib
 import multiprocessing
@@ -24,13 +24,13 @@ PRELOAD = ("__main__", "benchmarks.training", "benchmarks.parallel")
 
 
 def workers(device: torch.device, num_threads: int, *, ahead: bool | None = None) -> Start:
-    """Return what starts each contestant in a process of its own, which then waits for its turns.
+    """Return a function that starts each contestant in a separate process, which then waits for its turns.
 
     Args:
-        device: that all compute on.
+        device: device of all contestants.
         num_threads: of each process.
-        ahead: let all build, compute their outputs and run once side by side, before the first turn. None: on a GPU,
-            where most of that time is compiling.
+        ahead: let all contestants build, compute their outputs and run once in parallel before the first turn. None:
+            only on a GPU, where most of that time is compilation.
     """
     at_once = device.type == "cuda" if ahead is None else ahead
 
@@ -46,10 +46,10 @@ def workers(device: torch.device, num_threads: int, *, ahead: bool | None = None
 
 
 class WorkerRunner:
-    """Asks a process to build a task, and then to run it, again and again.
+    """Makes a process build a task and run it repeatedly.
 
-    The process is forked from a server that has imported the package and computed nothing, so that it starts fast and
-    its memory is its own.
+    The process is forked from a server that has only imported the package, so that it starts fast and shares no
+    computed data.
     """
 
     def __init__(
