@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from s2d3d.models.point_transformer import VectorAttention, find_neighbours
+from s2d3d.models.vector_attention import VectorAttention, find_neighbours
 from s2d3d.ops.points import nearest_neighbours
 
 from .interleave import Comparison, Contestant, Task, interleave

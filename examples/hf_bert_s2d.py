@@ -1,4 +1,4 @@
-"""Sparse-to-Dense training of a stock Hugging Face BERT to guess the next character, beside its dense twin.
+"""Sparse-to-Dense training of a stock Hugging Face BERT to guess the next character, compared with its dense baseline.
 
 Under a minute on one core:
 
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     torch.manual_seed(arguments.seed)
     dense = build_model()
-    sparse = copy.deepcopy(dense)  # the twins start from the same weights
+    sparse = copy.deepcopy(dense)  # both start from the same weights
     # 1. before the optimizer. In BERT the FFN is spread over `intermediate` and `output`: the target is the layer.
     names = convert_to_mof_(sparse, MoFConfig(num_experts=4, targets=("*.encoder.layer.*",), every=2))
     print(f"experts in {', '.join(names)}")
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stock = build_model()
     stock.load_state_dict(merged.state_dict(), strict=True)  # the class that transformers ships, no trace of experts
     for title, value in (
-        ("dense twin", accuracy(dense, test_text)),
+        ("dense baseline", accuracy(dense, test_text)),
         ("S2D before merge", before),
         ("S2D merged", accuracy(stock, test_text)),
     ):

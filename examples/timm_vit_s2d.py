@@ -1,4 +1,4 @@
-"""Sparse-to-Dense training of a stock timm vision transformer on handwritten digits, beside its dense twin.
+"""Sparse-to-Dense training of a stock timm vision transformer on handwritten digits, compared with its dense baseline.
 
 Under a minute on one core:
 
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     torch.manual_seed(arguments.seed)
     dense = build_model()
-    sparse = copy.deepcopy(dense)  # the twins start from the same weights
+    sparse = copy.deepcopy(dense)  # both start from the same weights
     names = convert_to_mof_(sparse, MoFConfig(num_experts=4, targets=("*.mlp",), every=2))  # 1. before the optimizer
     print(f"experts in {', '.join(names)}")
 
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stock = build_model()
     stock.load_state_dict(merged.state_dict(), strict=True)  # the class that timm ships, no trace of experts
     for title, value in (
-        ("dense twin", accuracy(dense, test_images, test_labels)),
+        ("dense baseline", accuracy(dense, test_images, test_labels)),
         ("S2D before merge", before),
         ("S2D merged", accuracy(stock, test_images, test_labels)),
     ):

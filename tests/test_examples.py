@@ -25,7 +25,7 @@ def test_example_trains_merges_and_loads_into_the_stock_class(name, repository, 
     read = (re.fullmatch(r"(.+?) +([\d,.]+)(?: %.*)?", row) for row in rows)
     values = {match[1]: float(match[2].replace(",", "")) for match in read}
     assert values.keys() == {
-        "dense twin",
+        "dense baseline",
         "S2D before merge",
         "S2D merged",
         "parameters while training",

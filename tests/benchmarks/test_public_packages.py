@@ -13,7 +13,7 @@ from benchmarks.presets import PUBLIC_BERT, PUBLIC_TRANSFORMER
 from benchmarks.section import Settings, new_section
 from benchmarks.training import build_inference, build_step
 from s2d3d import create_model
-from s2d3d.models.point_transformer import VectorAttention, find_neighbours
+from s2d3d.models.vector_attention import VectorAttention, find_neighbours
 
 CPU = torch.device("cpu")
 

@@ -15,8 +15,8 @@ from s2d3d import MoFConfig, Trainer, convert_to_mof_, load_checkpoint, load_mod
 from s2d3d.config.load import parse_config
 from s2d3d.errors import InputError
 from s2d3d.evaluation.batchnorm import batchnorms_behind
-from s2d3d.models import create_model, load_pretrained_, point_transformer
-from s2d3d.models.point_transformer import Neighbourhood, find_neighbours, gather_sum
+from s2d3d.models import create_model, load_pretrained_, point_transformer, vector_attention
+from s2d3d.models.vector_attention import Neighbourhood, find_neighbours, gather_sum
 from s2d3d.ops.points import nearest_neighbours
 
 ATOL = 2e-5
@@ -194,7 +194,7 @@ def test_neighbours_are_found_once_per_stage_and_transition(monkeypatch):
         sizes.append((query.shape[1], points.shape[1], number))
         return nearest_neighbours(query, points, number)
 
-    monkeypatch.setattr(point_transformer, "nearest_neighbours", counted)
+    monkeypatch.setattr(vector_attention, "nearest_neighbours", counted)
     model = create_model("point_transformer", num_classes=2).eval()
     with torch.no_grad():
         features = model.forward_features(clouds(1, 1024))
