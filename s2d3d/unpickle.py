@@ -92,6 +92,8 @@ def _reason(error: Exception) -> str:
         return f"it is more than data: its pickle calls {called[1]}, which is not done"
     text = str(error.strerror) if isinstance(error, OSError) else str(error)
     lines = [line.strip() for line in text.splitlines()]
-    lines = [line for line in lines if line and not line.startswith("Weights only load failed")]
+    lines = [
+        line for line in lines if line and not line.startswith(("Weights only load failed", "Please file an issue"))
+    ]
     detail = lines[0].partition(". ")[0].rstrip(".:") if lines else type(error).__name__
     return detail if detail.startswith("damaged") else f"truncated, damaged or something else: {detail}"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from s2d3d.atomic import write_json
 from s2d3d.cli import add_overrides, refuse_existing, run_tool
+from s2d3d.runs.folder import require_run
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -24,6 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    require_run(arguments.run)
     folder = Path(arguments.output or arguments.run)
     numbers, picture = (refuse_existing(folder / f"analysis.{kind}", arguments.force) for kind in ("json", "png"))
 

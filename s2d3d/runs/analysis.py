@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..atomic import read_json
 from ..config.data import build_test_loader
 from ..config.load import Config
 from ..datasets import PointCloudDataset
@@ -23,6 +24,7 @@ from ..s2d.ewa import expert_layers
 from .checkpoint import load_checkpoint, load_model, require_sparse
 from .folder import RunFolder
 from .log import read_log
+from .record import final_form
 from .trained import open_trained
 
 MOMENTUM = 0.9
@@ -59,7 +61,7 @@ def analyze_run(
         InputError: the run is not an RUP-MoF run with at least two experts, or its data is missing.
     """
     if num_shapes < 1 or num_positions < 3:
-        raise InputError(f"{num_shapes} shapes, {num_positions} positions: at least 1 and 3 are needed")
+        raise InputError(f"num_shapes is {num_shapes}, num_positions is {num_positions}; must be at least 1 and 3")
     run = RunFolder(folder)
     paths = _sparse_checkpoints(run)
     first = open_trained(next(iter(paths.values())), overrides)
@@ -90,7 +92,16 @@ def analyze_run(
         "epochs": epochs,
         "checkpoints": checkpoints,
         "between_checkpoints": between,
+        "final": _re_estimated(run),
     }
+
+
+def _re_estimated(run: RunFolder) -> dict[str, Any] | None:
+    """Return the saved model's accuracy and number of shapes, where BatchNorm statistics were re-estimated."""
+    metrics = read_json(run.metrics) if run.metrics.is_file() else {}
+    if not metrics or final_form(metrics) != "recalibrated":
+        return None
+    return {key: metrics["recalibrated"][key] for key in ("oa", "num_samples")}
 
 
 def analysis_table(result: dict[str, Any]) -> str:
@@ -113,8 +124,13 @@ def analysis_table(result: dict[str, Any]) -> str:
         "",
         "divergence: relative to the mean, over layers; gap: mean loss of the experts minus loss of the merged",
         "model, nats; barrier: the highest between two experts, nats",
-        "",
     ]
+    if final := result.get("final"):
+        lines += [
+            "merged OA is before BatchNorm statistics are re-estimated; the saved model has "
+            f"{100 * final['oa']:.2f} % of {final['num_samples']} shapes",
+        ]
+    lines += [""]
     if result["between_checkpoints"]:
         lines += [f"{'from':>5}  {'to':>5}  {'barrier':>8}   between merged models"]
         lines += [

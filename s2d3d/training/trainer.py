@@ -80,6 +80,9 @@ class Trainer:
             callbacks: called after updates, after epochs and at the end, in this order.
         """
         self.config, self.force, self.datasets, self.callbacks = config, force, datasets, tuple(callbacks)
+        for callback in self.callbacks:
+            if not isinstance(callback, Callback):
+                raise TypeError(f"a callback is {type(callback).__name__}, must be a subclass of s2d3d.Callback")
         self.folder, self.signals, self.loggers = RunFolder(config.output_dir), SignalWatch(), RunLoggers()
 
     def fit(self, resume: str | Path | None = None) -> Path:

@@ -43,4 +43,4 @@ def test_process_good_and_bad(spawn, run, tmp_path):
     assert {path.name for path in other.iterdir()} == {"analysis.json", "analysis.png"}
     bad = spawn("analyze", tmp_path)
     assert bad.returncode == 1 and bad.stdout == "" and bad.stderr.count("\n") == 1
-    assert bad.stderr.startswith("error: ") and "no such file; the folder of an S2D run is needed" in bad.stderr
+    assert bad.stderr.startswith("error: ") and "holds no config.yaml; the folder of a run is needed" in bad.stderr
