@@ -60,6 +60,7 @@ def merge_experts(
 
     Example:
         >>> import timm
+        >>> from s2d3d import convert_to_mof_
         >>> model = timm.create_model("vit_tiny_patch16_224", depth=2)
         >>> keys = model.state_dict().keys()
         >>> _ = convert_to_mof_(model)

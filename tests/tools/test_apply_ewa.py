@@ -27,7 +27,7 @@ def test_process_contracts_the_experts_and_keeps_the_merged_model(fork, trained,
     before, after = printed[LAYER]
     assert before > 1e-3 and after == pytest.approx(before * (1 - 0.3 * 4 / 3), abs=1e-6)
     assert process.stdout.splitlines()[-2:] == [
-        "The mean of the experts stays, so the merged model is unchanged by this.", f"written to {output}",
+        "The mean of the experts is unchanged, and so is the merged model.", f"written to {output}",
     ]  # fmt: skip
 
     for key, old in experts_of(trained.last).items():

@@ -221,7 +221,11 @@ def test_a_gpu_that_is_not_there(refuses, trained, tmp_path, no_gpu, name):
         ("data.classes=[torus, tours]", "unknown class 'tours'; did you mean 'torus'?"),
         ("train.batch_size=100", "batch_size is 100, more than the 96 shapes of split 'train': no full batch is left"),
         ("model.num_group=129", "a batch of 8 clouds of 128 points does not pass through point_bert_tiny: 128 points"),
-        ("s2d.num_experts=137", "a batch of 8 clouds of 128 points does not pass through point_bert_tiny: 136 tokens"),
+        (
+            "s2d.num_experts=137",
+            "a batch of 8 clouds of 128 points does not pass through point_bert_tiny: expert layer "
+            "'blocks.blocks.1.mlp': 136 tokens",
+        ),
     ],
 )
 def test_values_that_do_not_fit_the_data(refuses, trained, shapes_root, tmp_path, override, message):

@@ -272,7 +272,7 @@ def test_bad_input_is_one_line_and_no_file(visualize, checkpoint, case, tmp_path
     [
         (["--output", "a.png"], 2, "one of the arguments --checkpoint --config is required"),
         (["--checkpoint", "a", "--config", "b", "--output", "a.png"], 2, "not allowed with argument"),
-        (["--checkpoint", "a"], 1, "nowhere to draw to; give --output FILE.png, --window or both"),
+        (["--checkpoint", "a"], 1, "no output; give --output FILE.png, --window or both"),
         (["--checkpoint", "a", "--output", "a.png", "--split", "val"], 2, "invalid choice: 'val'"),
     ],
 )
