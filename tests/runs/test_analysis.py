@@ -168,7 +168,7 @@ def test_run_without_kept_models_or_logged_divergence(run):
 def test_what_is_refused(run, tiny_config, tmp_path):
     with pytest.raises(InputError, match=r"last\.pt: no such file; the folder of an S2D run is needed"):
         analyze_run(tmp_path / "nothing")
-    with pytest.raises(InputError, match="2 positions"):
+    with pytest.raises(InputError, match="num_positions is 2"):
         analyze_run(run.root, num_positions=2)
     with pytest.raises(
         InputError, match="was trained on 12 classes, this set has 2; give the data set of its training"
