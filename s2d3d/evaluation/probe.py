@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import InputError
+from ..models.mode import eval_mode
 from ..optional import optional
 from ..random_state import derived_generator
 
@@ -77,18 +78,14 @@ def model_features(
     tokens_of = getattr(model, "forward_features", None)
     if tokens_of is None:
         raise InputError(f"{type(model).__name__} has no forward_features, which a linear probe reads")
-    skipped, was_training = getattr(model, "num_prefix_tokens", 0), model.training
-    model.eval()
-    parts, labels = [], []
-    try:
+    skipped, parts, labels = getattr(model, "num_prefix_tokens", 0), [], []
+    with eval_mode(model):
         for points, label in tqdm(loader, desc="features", leave=False, disable=None if progress else True):
             tokens = tokens_of(points.to(device))[:, skipped:].float()
             mean, largest = tokens.mean(1), tokens.amax(1)
             vectors = {"mean+max": mean + largest, "max": largest, "concat": torch.cat([largest, mean], 1)}
             parts.append(vectors[kind].cpu())
             labels.append(torch.as_tensor(label).cpu())
-    finally:
-        model.train(was_training)
     if not parts:
         raise InputError("the loader yields no batch to compute features of")
     features = torch.cat(parts)
