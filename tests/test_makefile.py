@@ -98,7 +98,11 @@ def test_otherwise_torch_is_installed(make, tmp_path, df):
 
 def test_the_demo_ends_with_the_command_of_the_next_step(repository, tool):
     process = subprocess.run(
-        [shutil.which("make"), "-n", "VENV=venv", "demo"], cwd=repository, capture_output=True, text=True, timeout=60
+        [shutil.which("make"), "-n", "--no-print-directory", "VENV=venv", "demo"],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     command = shlex.split(process.stdout.splitlines()[-1].removeprefix("echo ").strip('" '))
     assert process.returncode == 0 and command[:2] == ["venv/bin/python", "tools/report.py"]
