@@ -353,17 +353,28 @@ class Config(Section):
 
 
 def _build_problems(model: str, kwargs: dict[str, Any], s2d: S2DConfig | None = None) -> list[Problem]:
-    """Build the model without memory for its weights, with experts if `s2d` is given, and return its error messages."""
+    """Build the model without memory for its weights, with experts if `s2d` is given, and return its error messages.
+
+    What could be built once is not built again: the runs of a study share it, and a name keeps its model.
+    """
     import torch
 
     from ..models import create_model as build
     from ..s2d import convert_to_mof_
 
     try:
+        experts = s2d.mof() if s2d else None
+        if (key := (model, repr(kwargs), repr(experts))) in _BUILT:
+            return []
         with torch.device("meta"):
             network = build(model, num_classes=2, **kwargs)
-            if s2d:
-                convert_to_mof_(network, s2d.mof())
+            if experts:
+                convert_to_mof_(network, experts)
     except (ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError) as error:
         return [Problem((), one_line(error) or type(error).__name__)]
+    _BUILT.add(key)
     return []
+
+
+_BUILT: set[tuple[str, str, str]] = set()
+"""Names, keyword arguments and experts of the models that this process could build."""

@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 import yaml
+from timm.layers import Mlp
 
+from s2d3d import models
 from s2d3d.config.io import show
 from s2d3d.config.load import Config, load_config, load_layered_config, parse_config
 from s2d3d.datasets import list_datasets
@@ -405,3 +407,31 @@ def test_errors_name_the_layer_that_a_value_is_from(base):
         "arm: output_dir.x: 'output_dir' is not a section",
         "override 'eval.batch_size=0': eval.batch_size: must be at least 1, got 0",
     }
+
+
+def test_a_model_is_built_once_for_all_configs_that_share_it(monkeypatch):
+    """The runs of a study differ in seeds and rates; what is refused is refused each time."""
+    built = []
+
+    class Counted(torch.nn.Module):
+        def __init__(self, num_classes: int, in_channels: int = 3, *, width: int = 8):
+            super().__init__()
+            built.append(width)
+            if width < 4:
+                raise ValueError("width is too small")
+            self.mlp = Mlp(width, 2 * width)
+
+    monkeypatch.setattr(models, "_MODELS", dict(models._MODELS))
+    models.register_model("counted", Counted)
+    one = changed("model", {"name": "counted"}) | {"s2d": {"every": 1}}
+    for seed, rate in ((0, 0.1), (1, 0.3)):
+        mapping = copy.deepcopy(one) | {"seed": seed}
+        mapping["s2d"]["share_rate"] = rate
+        assert parse_config(mapping, where="base").model.kwargs == {"width": 8}
+    assert built == [8, 8], "with experts and without"
+    mapping["s2d"]["num_experts"] = 2
+    parse_config(mapping, where="base")
+    assert built == [8, 8, 8]
+    mapping["model"]["width"] = 2
+    for _ in range(2):
+        assert lines_of(mapping) == ["a.yaml: model: width is too small"]
