@@ -101,6 +101,13 @@ def first_quick(commands):
     return [first, *(pytest.param(name, marks=pytest.mark.slow) for name in others)]
 
 
+def first_row_and_column_quick(names, kinds):
+    """All pairs: those with the first name or the first kind always, the others with the slow tests."""
+    pairs = [(name, kind) for name in names for kind in kinds]
+    first = names[0], next(iter(kinds))
+    return [pair if set(pair) & set(first) else pytest.param(*pair, marks=pytest.mark.slow) for pair in pairs]
+
+
 # Commands that write one file
 
 WRITERS = {
@@ -140,8 +147,7 @@ KINDS = {"file": _file, "link": _link, "pipe": _pipe, "folder": _folder, "like o
 OWN_PLACE = ("file", "link", "dangling", "pipe", "folder", "input", "link to input", "hard link to input")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize(("name", "kind"), first_row_and_column_quick(BESIDE, KINDS))
 @pytest.mark.parametrize("command", first_quick(WRITERS))
 def test_what_lies_beside_the_output_stays(attempt, command, name, kind):
     tool, *argv = WRITERS[command]

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -11,17 +12,22 @@ from s2d3d import Trainer, create_dataset, evaluate, load_checkpoint, load_model
 from s2d3d.datasets import BatchLoader
 from s2d3d.errors import InputError
 from s2d3d.runs.analysis import MOMENTUM, analysis_table, analyze_run
+from s2d3d.runs.folder import RunFolder
 from s2d3d.s2d.analysis import expert_divergence, expert_model, interpolate, predict_divergence
 
 
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory):
+    return tmp_path_factory.mktemp("stock") / "run"
+
+
 @pytest.fixture
-def run(tiny_config):
-    """The folder of a run of 3 epochs with 3 experts in both blocks, each epoch's model kept."""
-    trainer = Trainer(
-        tiny_config("train.epochs=3", "train.keep_every=1", "s2d.num_experts=3", "s2d.every=1", "optim.lr=0.02")
-    )
-    trainer.fit()
-    return trainer.folder
+def run(tiny_config, tmp_path, stock):
+    """The folder of a run of 3 epochs with 3 experts in both blocks, each epoch's model kept; trained once, copied."""
+    if not stock.exists():
+        options = ("train.epochs=3", "train.keep_every=1", "s2d.num_experts=3", "s2d.every=1", "optim.lr=0.02")
+        Trainer(tiny_config(*options, f"output_dir={stock}")).fit()
+    return RunFolder(shutil.copytree(stock, tmp_path / "run"))
 
 
 def log_rows(folder):

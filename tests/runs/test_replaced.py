@@ -101,8 +101,9 @@ def run_until(point: int, folder: RunFolder, fail: bool) -> bool:
 
 
 @pytest.mark.parametrize("fail", [True, False], ids=["fails", "stands"])
-def test_a_kill_at_any_change_loses_nothing(folder, tmp_path, fail):
-    """The old run comes back, or is kept, until the new one stands."""
+@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_kill_at_any_change_loses_nothing(folder, tmp_path, step, fail):
+    """The old run comes back, or is kept, until the new one stands. Quick: at every fifth moment."""
     backup, point = shutil.copytree(folder.root, tmp_path / "backup"), 1
     while not run_until(point, RunFolder(folder.root), fail):
         after = RunFolder(folder.root)
@@ -114,7 +115,7 @@ def test_a_kill_at_any_change_loses_nothing(folder, tmp_path, fail):
         assert stands or OLD.items() <= (found | kept).items(), f"point {point}: {sorted(found)}"
         shutil.rmtree(folder.root)
         shutil.copytree(backup, folder.root)
-        point += 1
+        point += step
     assert point > 40
 
 

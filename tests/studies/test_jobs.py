@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -159,17 +160,59 @@ def test_submitit_runs_a_study(write_study, tmp_path):
     assert set(read_records(tmp_path / "results", study.cells)) == {("dense", 0), ("s2d", 0)}
 
 
-def test_submitit_tells_a_failure_and_how_to_go_on(write_study, tmp_path):
-    submitit = pytest.importorskip("submitit")
-    from s2d3d.studies.worker import CellTask
+MESSAGE = """Job (task=0) failed during processing with trace:
+----------------------
+Traceback (most recent call last):
+  File "worker.py", line 1, in __call__
+s2d3d.errors.InputError: nowhere: no such folder; make it with: prepare_data.py
+----------------------
+You can check full logs with 'job.stderr(0)' and 'job.stdout(0)' or at paths:
+  - jobs/1_0_log.err"""
+"""What submitit says of a job that failed."""
 
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (None, ""),
+        (RuntimeError(MESSAGE), "s2d3d.errors.InputError: nowhere: no such folder; make it with: prepare_data.py"),
+        (RuntimeError("the job\nwas lost"), "was lost"),
+        (KeyError(), "KeyError"),
+    ],
+)
+def test_the_reason_of_a_failure_is_the_line_that_ends_its_traceback(cells, monkeypatch, tmp_path, error, reason):
+    pytest.importorskip("submitit")
+    polls, stops = iter([False, True]), []
+    job = SimpleNamespace(
+        done=lambda: next(polls), exception=lambda: error, paths=SimpleNamespace(stderr="1_0_log.err"),
+        cancel=lambda: stops.append(True),
+    )  # fmt: skip
+    launcher = SubmititLauncher("local", tmp_path / "jobs")
+    monkeypatch.setattr(launcher.executor, "submit", lambda task: job)
+    started = launcher.start(cells[0])
+    assert started.poll() is None
+    assert started.poll() == (f"{reason} (log: 1_0_log.err)" if error else "")
+    started.stop()
+    assert stops == [True]
+
+
+@pytest.mark.slow
+def test_submitit_tells_a_failure(write_study, tmp_path):
+    """In a process of its own, which imports torch only to fail."""
+    pytest.importorskip("submitit")
     study = load_study(write_study(seeds=[0]), ["data.root=nowhere"])
     launcher = SubmititLauncher("local", tmp_path / "jobs")
     outcome = run_study(study, results=tmp_path / "results", launcher=launcher, max_runs=1)
     assert outcome.exit_code == 1
     reason = outcome.failed["dense/seed0"]
     assert reason.startswith("s2d3d.errors.InputError: nowhere: no such folder; make it with") and "(log: " in reason
-    task = CellTask(cell_to_dict(study.cells[0]))
+
+
+def test_submitit_queues_a_preempted_run_again(cells):
+    submitit = pytest.importorskip("submitit")
+    from s2d3d.studies.worker import CellTask
+
+    task = CellTask(cell_to_dict(cells[0]))
     again = task.checkpoint()
     assert isinstance(again, submitit.helpers.DelayedSubmission) and again.function is task
 

@@ -67,7 +67,12 @@ def snapshot():
 
 LAUNCHER = """
 import json, os, runpy, sys, traceback
+import torch
 from s2d3d import *
+
+# Import what builds a model and draws numbers here, not in each child; building experts would import torch-scatter.
+load_config("configs/demo.yaml", ["s2d.kind=none"])
+torch.manual_seed(0)
 
 for line in sys.stdin:
     request = json.loads(line)
@@ -80,6 +85,7 @@ for line in sys.stdin:
     sys.argv = request["arguments"]
     code = 0
     try:
+        exec(request["prelude"])
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as stop:
         code = stop.code or 0
@@ -94,16 +100,20 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="session")
 def fork(repository, tmp_path_factory):
-    """Run a tool in a process of its own that has the package imported already, which is most of a short command."""
+    """Run a tool in a process of its own that has the package imported already, which is most of a short command.
+
+    `prelude` is code that the process runs first.
+    """
     streams = [tmp_path_factory.mktemp("streams") / name for name in ("out", "err")]
     launcher = subprocess.Popen(
         [sys.executable, "-c", LAUNCHER], cwd=repository, env={**os.environ, "PYTHONPATH": str(repository)},
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
     )  # fmt: skip
 
-    def run(name: str, *arguments: object) -> subprocess.CompletedProcess:
+    def run(name: str, *arguments: object, prelude: str = "") -> subprocess.CompletedProcess:
         command = [f"tools/{name}.py", *map(str, arguments)]
-        launcher.stdin.write(json.dumps({"arguments": command, "streams": list(map(str, streams))}) + "\n")
+        request = {"arguments": command, "streams": list(map(str, streams)), "prelude": prelude}
+        launcher.stdin.write(json.dumps(request) + "\n")
         code = int(launcher.stdout.readline())
         return subprocess.CompletedProcess(command, code, *(path.read_text() for path in streams))
 
@@ -116,13 +126,9 @@ def fork(repository, tmp_path_factory):
 def spawn(repository):
     """Run a tool in a new Python, as a user does."""
 
-    def run(name: str, *arguments: object, cwd: Path = repository, prelude: str = "") -> subprocess.CompletedProcess:
-        command = [sys.executable, f"tools/{name}.py"]
-        if prelude:
-            program = f"import runpy, sys; sys.argv.pop(0); {prelude}; runpy.run_path(sys.argv[0], run_name='__main__')"
-            command = [sys.executable, "-c", program, f"tools/{name}.py"]
+    def run(name: str, *arguments: object, cwd: Path = repository) -> subprocess.CompletedProcess:
+        command = [sys.executable, f"tools/{name}.py", *map(str, arguments)]
         environment = {**os.environ, "PYTHONPATH": str(repository)}
-        command += map(str, arguments)
         return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
 
     return run
@@ -140,13 +146,13 @@ def call(tool, capsys):
 
 
 @pytest.fixture(scope="session")
-def trained(spawn, repository, shapes_root, tmp_path_factory) -> Trained:
+def trained(fork, repository, shapes_root, tmp_path_factory) -> Trained:
     root = tmp_path_factory.mktemp("trained")
     folder = RunFolder(root / "run")
     overrides = [f"data.root={shapes_root}", f"output_dir={folder.root}", *TINY]
     config = root / "config.yaml"
     config.write_text(dump_config(load_config(repository / "configs" / "demo.yaml", overrides)))
-    process = spawn("train", config)
+    process = fork("train", config)
     assert process.returncode == 0, process.stderr
     return Trained(config, folder, process)
 

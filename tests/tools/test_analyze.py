@@ -1,6 +1,7 @@
 """tools/analyze.py: text, numbers and picture of an S2D run."""
 
 import json
+import shutil
 
 import matplotlib.image
 import pytest
@@ -9,11 +10,17 @@ from s2d3d import Trainer
 from s2d3d.runs.analysis import analysis_table, analyze_run
 
 
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory):
+    return tmp_path_factory.mktemp("stock") / "run"
+
+
 @pytest.fixture
-def run(tiny_config):
-    trainer = Trainer(tiny_config("train.keep_every=1", "s2d.num_experts=2"))
-    trainer.fit()
-    return trainer.folder.root
+def run(tiny_config, tmp_path, stock):
+    """A run whose models were kept; trained once and copied."""
+    if not stock.exists():
+        Trainer(tiny_config("train.keep_every=1", "s2d.num_experts=2", f"output_dir={stock}")).fit()
+    return shutil.copytree(stock, tmp_path / "run")
 
 
 def test_text_numbers_and_picture(call, run):
@@ -35,12 +42,12 @@ def test_text_numbers_and_picture(call, run):
     assert again.code == 1 and "analysis.json: exists already" in again.err
 
 
-def test_process_good_and_bad(spawn, run, tmp_path):
+def test_process_good_and_bad(fork, run, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
-    good = spawn("analyze", run, "--output", other, "--shapes", 12, "--positions", 3)
+    good = fork("analyze", run, "--output", other, "--shapes", 12, "--positions", 3)
     assert good.returncode == 0 and "merged OA" in good.stdout, good.stderr
     assert {path.name for path in other.iterdir()} == {"analysis.json", "analysis.png"}
-    bad = spawn("analyze", tmp_path)
+    bad = fork("analyze", tmp_path)
     assert bad.returncode == 1 and bad.stdout == "" and bad.stderr.count("\n") == 1
     assert bad.stderr.startswith("error: ") and "holds no config.yaml; the folder of a run is needed" in bad.stderr

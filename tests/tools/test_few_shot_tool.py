@@ -30,11 +30,11 @@ def test_second_call_repeats_nothing(tool, config_file, tmp_path, capsys):
     assert capsys.readouterr().out == first and merged.stat().st_mtime_ns == written
 
 
-def test_process_good_and_bad(spawn, tool, config_file, tmp_path):
+def test_process_good_and_bad(fork, tool, config_file, tmp_path):
     task = ("--ways", 2, "--shots", 2, "--queries", 1, "--folds", 1, "--output", tmp_path / "f.json")
-    good = spawn("few_shot", config_file, *task)
+    good = fork("few_shot", config_file, *task)
     assert good.returncode == 0 and "2-way 2-shot: OA " in good.stdout, good.stderr
-    bad = spawn("few_shot", config_file, *task, "train.max_steps=1")
+    bad = fork("few_shot", config_file, *task, "train.max_steps=1")
     assert bad.returncode == 1 and bad.stdout == ""
     assert bad.stderr == "error: train.max_steps: folds run to their last epoch, remove it\n"
     assert tool("few_shot").main([str(config_file), "--ways", "2"]) == 2  # no --output

@@ -58,10 +58,9 @@ def test_process_trains_merges_and_reports(trained):
     assert [line.split(":")[0] for line in lines[1:]] == [f"epoch {epoch}/10" for epoch in range(1, 11)]
 
 
-def test_without_torch_scatter_the_run_is_the_same(trained, spawn, tmp_path):
-    process = spawn(
-        "train", trained.config, f"output_dir={tmp_path / 'run'}", prelude="sys.modules['torch_scatter'] = None"
-    )
+def test_without_torch_scatter_the_run_is_the_same(trained, fork, tmp_path):
+    without = "assert 'torch_scatter' not in sys.modules; sys.modules['torch_scatter'] = None"
+    process = fork("train", trained.config, f"output_dir={tmp_path / 'run'}", prelude=without)
     assert process.returncode == 0, process.stderr
     folder = RunFolder(tmp_path / "run")
     warning = [line for line in process.stderr.splitlines() if "torch-scatter is not usable" in line]

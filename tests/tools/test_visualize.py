@@ -1,7 +1,6 @@
 """tools/visualize.py: the picture of a checkpoint's predictions, the gallery of a data set, and what is refused."""
 
 import logging
-import subprocess
 import sys
 
 import numpy as np
@@ -290,10 +289,9 @@ def test_a_window_without_a_screen_is_one_line(visualize, checkpoint, monkeypatc
     assert error.startswith("error: no screen for a window") and error.count("\n") == 1
 
 
-def test_process_draws_and_says_so_and_nothing_else(checkpoint, repository, tmp_path, drawing):
+def test_process_draws_and_says_so_and_nothing_else(fork, checkpoint, tmp_path, drawing):
     output = tmp_path / "picture.png"
-    command = [sys.executable, repository / "tools" / "visualize.py", "--checkpoint", checkpoint]
-    done = subprocess.run([*command, "--output", output], capture_output=True, text=True, timeout=600)
+    done = fork("visualize", "--checkpoint", checkpoint, "--output", output)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     *wrong, score, written = done.stdout.splitlines()
     assert score == f"{12 - len(wrong)} of 12 clouds recognised" and written == f"written to {output}"
@@ -301,13 +299,12 @@ def test_process_draws_and_says_so_and_nothing_else(checkpoint, repository, tmp_
     assert grid_of(output)[0] == (4, 3)
 
 
-def test_process_misses_open3d_only_when_it_draws(checkpoint, repository, tmp_path, monkeypatch):
+def test_process_misses_open3d_only_when_it_draws(fork, checkpoint, tmp_path):
     """The package loads, the model classifies; only then is open3d missed, in one line, and no file is left."""
     (tmp_path / "open3d.py").write_text("raise ImportError('libusb-1.0.so.0: cannot open shared object file')\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     output = tmp_path / "picture.png"
-    command = [sys.executable, repository / "tools" / "visualize.py", "--checkpoint", checkpoint, "--output", output]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    without = f"assert 'open3d' not in sys.modules; sys.path.insert(0, {str(tmp_path)!r})"
+    done = fork("visualize", "--checkpoint", checkpoint, "--output", output, prelude=without)
     assert done.returncode == 1 and "clouds recognised" in done.stdout
     assert done.stderr.startswith("error: open3d cannot be loaded (libusb-1.0.so.0: ") and done.stderr.count("\n") == 1
     assert "sudo apt-get install libusb-1.0-0 libegl1 libgl1 libgl1-mesa-dri" in done.stderr
