@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from hypothesis import settings
 
 from s2d3d import load_config
 from s2d3d.config.load import dump_config
@@ -15,6 +16,11 @@ from s2d3d.datasets.h5 import write_h5
 from s2d3d.prepare.shapes import write_shapes
 
 REPOSITORY = Path(__file__).parent.parent
+
+# `pytest --hypothesis-profile thorough` tries more examples, and new ones each time.
+settings.register_profile("quick", max_examples=25, deadline=None, derandomize=True)
+settings.register_profile("thorough", max_examples=200, deadline=None)
+settings.load_profile("quick")
 
 
 def pytest_addoption(parser):

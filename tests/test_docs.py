@@ -7,16 +7,15 @@ import importlib.util
 import io
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pytest
 import torch
 import yaml
-from nbclient import NotebookClient
 
 import s2d3d
 from s2d3d import Trainer, datasets, load_config, load_model, models
@@ -193,9 +192,10 @@ def test_the_simulated_step_of_the_mean_is_that_of_the_page(repository):
     assert [list(map(float, row)) for row in shown] == [[signal, pytest.approx(x, abs=0.02)] for signal, x in simulated]
 
 
-def test_a_backbone_and_a_data_set_of_one_s_own_train(blocks, tiny_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "_MODELS", dict(models._MODELS))
-    monkeypatch.setattr(datasets, "_DATASETS", dict(datasets._DATASETS))
+def test_a_backbone_and_a_data_set_of_one_s_own_train(blocks, tiny_config, tmp_path, monkeypatch, capsys):
+    known = dict(models._MODELS), dict(datasets._DATASETS)
+    monkeypatch.setattr(models, "_MODELS", dict(known[0]))
+    monkeypatch.setattr(datasets, "_DATASETS", dict(known[1]))
     backbone, reader, training, callback, command = blocks
     for block in (backbone, reader):
         body = [line for line in block.splitlines() if line and not line.startswith(("import ", "from "))]
@@ -229,9 +229,14 @@ def test_a_backbone_and_a_data_set_of_one_s_own_train(blocks, tiny_config, tmp_p
     assert type(model).__name__ == "Patchless"
     assert float((model(dataset.points).argmax(1) == dataset.labels).float().mean()) > 0.9
     (tmp_path / "my.py").write_text(backbone + reader + command)
-    evaluate = [sys.executable, "my.py", "evaluate", "--checkpoint", trainer.folder.merged]
-    process = subprocess.run(evaluate, capture_output=True, text=True, timeout=300)
-    assert process.returncode == 0 and "(8 samples)" in process.stdout, process.stderr
+    monkeypatch.setattr(models, "_MODELS", known[0])  # as in a process of its own
+    monkeypatch.setattr(datasets, "_DATASETS", known[1])
+    monkeypatch.setattr(sys, "argv", ["my.py", "evaluate", "--checkpoint", str(trainer.folder.merged)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path("my.py", run_name="__main__")
+    out, err = capsys.readouterr()
+    assert ended.value.code == 0 and "(8 samples)" in out, err
 
 
 def test_names_that_are_taken_are_refused():
@@ -271,22 +276,55 @@ def test_the_reference_names_every_key_with_its_default(repository):
             assert info.description.split(";")[0] in page, f"{key}.{name}"
 
 
-def test_the_notebook_runs_in_a_kernel(repository, tmp_path):
+@pytest.fixture
+def notebook(repository):
+    import nbformat
+
     notebook = nbformat.read(repository / "examples" / "quickstart.ipynb", as_version=4)
     nbformat.validate(notebook)
     assert all(not cell.get("outputs") for cell in notebook.cells), "kept without output"
+    return notebook
+
+
+def check_quickstart(said: str, folder: Path) -> None:
+    """Compare what the cells of the notebook print and write in `folder` with what they promise."""
+    assert f"s2d3d {s2d3d.__version__}" in said
+    assert len(re.findall(r"^\w+ +taken for \w+ +\d+ %$", said, flags=re.MULTILINE)) == 6
+    metrics = json.loads((folder / "quickstart" / "run" / "metrics.json").read_text())
+    assert metrics["merged"]["oa"] > 2 / 12, "it learns"
+    assert (folder / "quickstart" / "clouds.png").stat().st_size > 5000
+
+
+def test_the_cells_of_the_notebook_run(notebook, tmp_path, monkeypatch):
+    """One after another, in this process, on fewer shapes."""
+    import matplotlib.pyplot as plt
+
+    plt.switch_backend("agg")
+    shown = []
+    monkeypatch.setattr(plt, "show", lambda: shown.append(plt.gcf()))
+    monkeypatch.chdir(tmp_path)
+    cells = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    sizes = "num_train=240, num_test=120"
+    assert cells.count(sizes) == 1
+    cells = cells.replace(sizes, "num_train=96, num_test=48")
+    check_quickstart("\n".join(output_of(cells, "quickstart.ipynb")), tmp_path)
+    assert len(shown[0].axes) == 6
+    plt.close("all")
+
+
+@pytest.mark.slow  # a process that imports everything anew
+def test_the_notebook_runs_in_a_kernel(notebook, tmp_path):
+    from nbclient import NotebookClient
+
     client = NotebookClient(
         notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     )
     client.execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     said = "".join(output["text"] for output in outputs if output.output_type == "stream" and output.name == "stdout")
-    assert f"s2d3d {s2d3d.__version__}" in said
-    assert len(re.findall(r"^\w+ +taken for \w+ +\d+ %$", said, flags=re.MULTILINE)) == 6
-    metrics = json.loads((tmp_path / "quickstart" / "run" / "metrics.json").read_text())
-    assert metrics["merged"]["oa"] > 2 / 12, "it learns"
+    check_quickstart(said, tmp_path)
     (picture,) = (output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {}))
-    assert len(picture) > 5000 and (tmp_path / "quickstart" / "clouds.png").stat().st_size > 5000
+    assert len(picture) > 5000
 
 
 @pytest.mark.slow

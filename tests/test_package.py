@@ -1,10 +1,8 @@
 """The package as a whole: what importing it does, what it offers, and which room may know of which."""
 
 import ast
+import functools
 import inspect
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,23 +14,6 @@ from s2d3d import Trainer
 
 PACKAGE = Path(s2d3d.__file__).parent
 FOLDERS = sorted(path.name for path in PACKAGE.iterdir() if path.is_dir() and (path / "__init__.py").exists())
-
-
-def test_importing_is_silent_and_leaves_heavy_packages_alone(tmp_path):
-    program = (
-        "import sys, json; before = set(sys.modules); import s2d3d; import s2d3d.viz\n"
-        "for name in s2d3d.__all__: getattr(s2d3d, name)\n"
-        "with open(sys.argv[1], 'w') as file: json.dump(sorted(sys.modules.keys() - before), file)"
-    )
-    process = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "modules.json")], capture_output=True, text=True, cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)}, timeout=600,
-    )  # fmt: skip
-    assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
-    loaded = set(json.loads((tmp_path / "modules.json").read_text()))
-    assert "s2d3d.training.trainer" in loaded
-    assert loaded & {"open3d", "matplotlib.pyplot", "torch_scatter", "torchmetrics", "transformers"} == set()
-    assert [path.name for path in tmp_path.iterdir()] == ["modules.json"]
 
 
 # The public API
@@ -67,13 +48,19 @@ def test_public_names_are_documented_and_typed(name):
 # The rooms
 
 
-def modules() -> dict[str, ast.Module]:
-    """Parse each module of the package, by its dotted name below it; a folder is its `__init__`."""
-    trees = {}
-    for path in PACKAGE.rglob("*.py"):
-        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-        trees[name] = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-    return trees
+FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+"""The modules of the package by their dotted name below it; a folder is its `__init__`."""
+NAMES = {name.removesuffix(".__init__") for name in FILES}
+
+
+@functools.cache
+def tree_of(name: str) -> ast.Module:
+    return ast.parse(FILES[name].read_text(encoding="utf-8"), filename=str(FILES[name]))
+
+
+@functools.cache
+def module_imports(name: str) -> set[str]:
+    return imports_of(name, tree_of(name))
 
 
 def imports_of(name: str, tree: ast.Module) -> set[str]:
@@ -105,11 +92,6 @@ def is_type_checking(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
-MODULES = modules()
-NAMES = {name.removesuffix(".__init__") for name in MODULES}
-IMPORTS = {name: imports_of(name, tree) for name, tree in MODULES.items()}
-
-
 def rooms(names: set[str]) -> set[str]:
     """Of imported names, those of ours by room; a module beside the rooms is one itself."""
     return {name[1:].split(".")[0] for name in names if name.startswith(".")}
@@ -125,18 +107,18 @@ FLOORS = {
 
 
 def test_the_reader_of_imports_sees_them():
-    assert {"torch", "timm.utils", ".models", ".config.load", ".s2d"} <= IMPORTS["training.parts"]
-    assert rooms(IMPORTS["config.schema"]) >= {"models", "s2d"}, "inside of functions"
+    assert {"torch", "timm.utils", ".models", ".config.load", ".s2d"} <= module_imports("training.parts")
+    assert rooms(module_imports("config.schema")) >= {"models", "s2d"}, "inside of functions"
     example = ast.parse(
         "import s2d3d.runs.folder\nfrom s2d3d.models import x\nfrom .. import errors\nfrom . import clouds, y"
     )
     assert imports_of("viz.plots", example) == {".runs.folder", ".models", ".errors", ".viz.clouds", ".viz"}
 
 
-@pytest.mark.parametrize("name", IMPORTS)
+@pytest.mark.parametrize("name", FILES)
 def test_nothing_imports_the_package_from_above_or_the_tools(name):
     """`from s2d3d import x` inside of the package is an arrow to everything."""
-    roots = {target.split(".")[0] for target in IMPORTS[name]}
+    roots = {target.split(".")[0] for target in module_imports(name)}
     assert not roots & {"s2d3d", "tools", "tests", "benchmarks"}
 
 
@@ -145,17 +127,15 @@ def test_every_room_has_its_floor():
     assert set(FOLDERS) == {name.split(".")[0] for name in NAMES if "." in name}
 
 
-@pytest.mark.parametrize("name", [name for name in IMPORTS if name != "__init__"])
+@pytest.mark.parametrize("name", [name for name in FILES if name != "__init__"])
 def test_arrows_run_down(name):
     own = name.split(".")[0]
-    for room in rooms(IMPORTS[name]) - {own}:
+    for room in rooms(module_imports(name)) - {own}:
         assert FLOORS[room] < FLOORS[own], f"{name} -> {room}"
 
 
 def test_no_module_leads_back_to_itself():
-    arrows = {
-        name.removesuffix(".__init__"): {t[1:] for t in targets if t[1:] in NAMES} for name, targets in IMPORTS.items()
-    }
+    arrows = {name.removesuffix(".__init__"): {t[1:] for t in module_imports(name) if t[1:] in NAMES} for name in FILES}
     for name in arrows:
         reached, waiting = set(), list(arrows[name])
         while waiting:
@@ -168,9 +148,9 @@ def test_no_module_leads_back_to_itself():
 
 @pytest.mark.parametrize("room", ["training", "evaluation"])
 def test_training_and_evaluation_do_not_load_what_makes_data_or_pictures(room):
-    for name, tree in MODULES.items():
+    for name in FILES:
         if name.split(".")[0] == room:
-            top = ast.Module([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], [])
+            top = ast.Module([node for node in tree_of(name).body if isinstance(node, ast.Import | ast.ImportFrom)], [])
             assert not rooms(imports_of(name, top)) & {"prepare", "viz"}, name
 
 
@@ -179,8 +159,9 @@ def test_the_method_stands_alone():
 
     The file of GPU kernels needs Triton, which torch brings along where there are GPUs; nothing imports it elsewhere.
     """
-    for name, targets in IMPORTS.items():
+    for name in FILES:
         if name.split(".")[0] == "s2d":
+            targets = module_imports(name)
             kernels = {"triton"} if name.endswith("_triton") else set()
             allowed = {"torch", "torch_scatter"} | kernels | sys.stdlib_module_names
             assert rooms(targets) <= {"s2d"}, name
@@ -194,8 +175,8 @@ def test_the_package_never_prints():
     """`cli` words errors for the tools; everything else returns, logs or raises."""
     calls = {
         (name, node.lineno)
-        for name, tree in MODULES.items()
-        for node in ast.walk(tree)
+        for name in FILES
+        for node in ast.walk(tree_of(name))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     }
     assert {name for name, _ in calls} == {"cli"}

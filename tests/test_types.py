@@ -50,7 +50,14 @@ def test_mypy_finds_nothing(mypy):
 
 
 def test_mypy_finds_a_wrong_type(mypy, tmp_path):
-    """The check above can fail."""
+    """The check above can fail: the settings look into functions."""
+    (tmp_path / "wrong.py").write_text("def half(x: int) -> float:\n    return x / 2\n\n\nhalf('four')\n")
+    result = mypy(str(tmp_path / "wrong.py"))
+    assert result.returncode == 1 and 'has incompatible type "str"; expected "int"' in result.stdout, result.stdout
+
+
+@pytest.mark.slow  # reads the package and torch
+def test_mypy_finds_a_wrong_use_of_the_package(mypy, tmp_path):
     (tmp_path / "wrong.py").write_text("from s2d3d import MoFConfig\n\nMoFConfig(num_experts='four')\n")
     result = mypy(str(tmp_path / "wrong.py"))
     assert result.returncode == 1 and 'has incompatible type "str"; expected "int"' in result.stdout, result.stdout

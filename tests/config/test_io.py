@@ -203,10 +203,10 @@ def leaf_paths(mapping: dict, prefix: str = "") -> list[str]:
 
 
 PATHS = [path for path in leaf_paths(parse_config(BASE, where="base").to_dict()) if path not in COUNTS]
-QUICK = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@QUICK
+@SHARED
 @given(junk=JUNK)
 def test_junk_files_raise_input_errors_only(junk, tmp_path):
     path = tmp_path / "junk.yaml"
@@ -215,7 +215,7 @@ def test_junk_files_raise_input_errors_only(junk, tmp_path):
         load_config(path)
 
 
-@QUICK
+@SHARED
 @given(data=st.binary(max_size=40) | st.text(alphabet="abc:-[]{}&*!|>%@`'\"\n\t ?,#<0x_.e", max_size=40))
 def test_junk_bytes_raise_input_errors_only(data, tmp_path):
     path = tmp_path / "junk.yaml"
@@ -224,7 +224,7 @@ def test_junk_bytes_raise_input_errors_only(data, tmp_path):
         load_config(path)
 
 
-@QUICK
+@SHARED
 @given(path=st.sampled_from(PATHS), junk=JUNK, key=st.text(max_size=6))
 def test_junk_values_and_keys_raise_input_errors_only(path, junk, key):
     for mapping in (changed(path, junk), BASE | {key: junk}):
@@ -236,7 +236,7 @@ def test_junk_values_and_keys_raise_input_errors_only(path, junk, key):
             assert parse_config(yaml.safe_load(dump_config(config)), where="again") == config
 
 
-@QUICK
+@SHARED
 @given(override=st.text(max_size=20) | st.builds("{}={}".format, st.sampled_from(PATHS), st.text(max_size=8)))
 def test_junk_overrides_raise_input_errors_only(override, tmp_path):
     path = tmp_path / "base.yaml"

@@ -4,7 +4,7 @@ import resource
 import h5py
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from s2d3d.datasets.h5 import read_h5, write_h5
@@ -180,7 +180,6 @@ def test_the_budget_is_an_argument(write):
         read_h5(write(), max_bytes=383)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
 @given(changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4))
 def test_damage_is_an_input_error_or_harmless(tmp_path_factory, changes):
     path = tmp_path_factory.getbasetemp() / "damaged.h5"

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.svm import SVC
 
 from s2d3d import create_model
 from s2d3d.errors import InputError
@@ -43,6 +42,8 @@ def blobs(count: int, spread: float, seed: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def test_probe_chooses_c_on_training_data_and_is_fitted_to_all_of_it():
+    from sklearn.svm import SVC
+
     train, test = blobs(150, 0.4, 0), blobs(90, 0.4, 1)
     report = linear_probe(train, test, strengths=(0.001, 0.1, 10.0), progress=False)
     assert set(report.choice) == {0.001, 0.1, 10.0}

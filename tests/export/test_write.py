@@ -82,8 +82,8 @@ def folder(tmp_path_factory):
 
 EACH = pytest.mark.parametrize(
     "name",
-    ["point_bert_small", "point_transformer_tiny"]
-    + [pytest.param(name, marks=pytest.mark.slow) for name in ("point_bert_tiny", "point_mae")],
+    ["point_bert_tiny", "point_transformer_tiny"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("point_bert_small", "point_mae")],
 )
 
 
@@ -145,20 +145,25 @@ def test_a_tie_is_told_from_a_wrong_file():
 
 
 def test_metadata_and_the_model_itself_survive(folder):
-    before = copy.deepcopy(build("point_bert_small").state_dict())
-    metadata = load_exported(onnx_file("point_bert_small", folder)).metadata
+    before = copy.deepcopy(build("point_bert_tiny").state_dict())
+    metadata = load_exported(onnx_file("point_bert_tiny", folder)).metadata
     assert {key: metadata[key] for key in METADATA} == METADATA
-    assert (metadata["num_points"], metadata["num_classes"], metadata["in_channels"]) == (1024, 4, 3)
-    after = build("point_bert_small").state_dict()
+    assert (metadata["num_points"], metadata["num_classes"], metadata["in_channels"]) == (256, 4, 3)
+    after = build("point_bert_tiny").state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in after)
 
 
 @pytest.mark.parametrize(
     "name, format",
-    [(name, "torchscript") for name in MODELS]
+    [("point_bert_tiny", "torchscript"), ("point_transformer_tiny", "torchscript")]
     + [
-        pytest.param(name, "torch_export", marks=pytest.mark.slow)
-        for name in ("point_bert_tiny", "point_transformer_tiny")
+        pytest.param(name, format, marks=pytest.mark.slow)
+        for name, format in (
+            ("point_bert_small", "torchscript"),
+            ("point_mae", "torchscript"),
+            ("point_bert_tiny", "torch_export"),
+            ("point_transformer_tiny", "torch_export"),
+        )
     ],
 )
 def test_other_formats_equal_pytorch(tmp_path, name, format):
@@ -245,7 +250,7 @@ def test_the_example_classifies_files_without_torch(folder, files, repository, t
     program = "import sys, runpy; sys.modules.update(torch=None, open3d=None); sys.argv.pop(0); "
     process = subprocess.run(
         [sys.executable, "-c", program + "runpy.run_path(sys.argv[0], run_name='__main__')",
-         example, onnx_file("point_bert_small", folder), empty, *paths.values(), broken],
+         example, onnx_file("point_bert_tiny", folder), empty, *paths.values(), broken],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert process.returncode == 1, process.stderr
@@ -254,13 +259,13 @@ def test_the_example_classifies_files_without_torch(folder, files, repository, t
 
     def expected(points):
         with torch.no_grad():
-            shares = build("point_bert_small")(points[None]).softmax(1)[0]
+            shares = build("point_bert_tiny")(points[None]).softmax(1)[0]
         return f"{METADATA['class_names'][int(shares.argmax())]} ({100 * float(shares.max()):.1f} %)"
 
     points = normalize_unit_sphere(torch.from_numpy(cloud)[None])
-    thinned = points[0][farthest_prefix(points, 1024)[0].long()]
+    thinned = points[0][farthest_prefix(points, POINTS["point_bert_tiny"])[0].long()]
     assert [lines[str(paths[name])] for name in ("cloud.npy", "ascii.ply", "binary.ply")] == [expected(thinned)] * 3
-    square = runpy.run_path(str(example))["read_points"](paths["square.off"], 1024)
+    square = runpy.run_path(str(example))["read_points"](paths["square.off"], POINTS["point_bert_tiny"])
     assert (square.min(0) >= 0).all() and (square.max(0) <= (2, 1, 0)).all() and np.ptp(square, 0)[0] > 1.9
     flat = normalize_unit_sphere(torch.from_numpy(square).float()[None])[0]
     assert lines[str(paths["square.off"])] == lines[str(paths["square.ply"])] == expected(flat)

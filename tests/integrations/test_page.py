@@ -18,7 +18,7 @@ def weights(model) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
-@pytest.mark.parametrize(("number", "library"), enumerate(["transformers", "lightning", "accelerate"]))
+@pytest.mark.parametrize(("number", "library"), [*enumerate(["transformers", "lightning", "accelerate"])])
 def test_an_example_trains_averages_and_merges(number, library, repository, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = examples(repository)

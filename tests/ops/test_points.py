@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from s2d3d.ops.points import ORIGIN_RADIUS_SQ, farthest_point_sample, gather_points, group_points, nearest_neighbours
@@ -47,7 +47,6 @@ def test_fps_equals_the_naive_loop(number, skip_origin):
     assert selected.tolist() == [naive_fps(cloud, number, skip_origin) for cloud in points.tolist()]
 
 
-@settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(*[st.integers(-4, 4)] * 3), min_size=1, max_size=12), st.booleans(), st.data())
 def test_fps_of_lattice_points_breaks_ties_as_the_naive_loop(cloud, skip_origin, data):
     """Small integers make ties and duplicates common and every distance exact."""

@@ -17,7 +17,11 @@ from s2d3d.prepare.perturbations import PERTURBATIONS
 from s2d3d.prepare.scan import ScanOptions, ShapeSet, read_shapes, scan_shapes, write_scans
 from s2d3d.prepare.scan_view import OBJECT, fit_box, perturb, simulate_view, turned, unit_sphere
 
-open3d = pytest.importorskip("open3d")
+
+@pytest.fixture(autouse=True, scope="module")
+def _open3d():
+    """Not at the top: every process that collects the tests would import it, for seconds."""
+    pytest.importorskip("open3d")
 
 
 def sphere(count, seed=0):
@@ -96,6 +100,8 @@ def test_hidden_point_removal_agrees_with_ray_casting_on_a_chair(count):
     legs = [(x, y) for x in (-0.5, 0.4) for y in (-0.5, 0.4)]
     chair = [_block((-0.5, -0.5, 0), (0.5, 0.5, 0.1)), _block((-0.5, 0.4, 0.1), (0.5, 0.5, 1))]
     triangles = np.concatenate([*chair, *(_block((x, y, -0.8), (x + 0.1, y + 0.1, 0)) for x, y in legs)])
+    import open3d
+
     core = open3d.core
     caster = open3d.t.geometry.RaycastingScene()
     vertices = core.Tensor(triangles.reshape(-1, 3).astype(np.float32))

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from timm.layers import Mlp
 from torch import nn
@@ -51,7 +51,6 @@ def test_update_equals_the_formula_on_every_weight_and_bias(num_experts, share_r
 
 
 @given(num_experts=st.integers(2, 12), share_rate=st.floats(0, 1), seed=st.integers(0, 1000))
-@settings(deadline=None, max_examples=50)
 def test_mean_stays_and_deviations_shrink_by_the_closed_form(num_experts, share_rate, seed):
     torch.manual_seed(seed)
     layer = RUPMoF(Mlp(3, 4).double(), num_experts)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import nn
@@ -139,7 +139,6 @@ def test_evaluation_drops_nothing_so_a_sample_does_not_depend_on_its_batch():
     st.one_of(st.none(), st.integers(1, 8)),
     st.integers(0, 1000),
 )
-@settings(deadline=None, max_examples=60)
 def test_partition_gives_slots_in_order_of_choice_and_token(counts, capacity, seed):
     num_tokens, num_experts, top_k = counts
     generator = torch.Generator().manual_seed(seed)

@@ -2,17 +2,30 @@
 
 import csv
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
+from children import START
 
-from s2d3d import Callback, Trainer, convert_to_mof_, create_model, load_checkpoint, load_model, save_checkpoint
+from s2d3d import (
+    Callback,
+    Trainer,
+    convert_to_mof_,
+    create_model,
+    load_checkpoint,
+    load_config,
+    load_model,
+    save_checkpoint,
+)
 from s2d3d.config.load import dump_config
 from s2d3d.errors import InputError, TrainingError
+from s2d3d.runs.folder import RunFolder
 from s2d3d.training.signals import StoppedBySignal
 
 
@@ -32,11 +45,26 @@ def log_rows(folder):
         return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """A fork of a process whose torch has started several threads would wait for them for ever."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return RunFolder(tmp_path_factory.mktemp("uninterrupted") / "whole")
+
+
 @pytest.fixture
-def uninterrupted(tiny_config, tmp_path):
-    trainer = Trainer(tiny_config("train.epochs=4", f"output_dir={tmp_path / 'whole'}"))
-    trainer.fit()
-    return trainer
+def uninterrupted(tiny_config, whole):
+    """The folder of a run of 4 epochs that nothing happened to; it is trained once."""
+    if not whole.merged.exists():
+        Trainer(tiny_config("train.epochs=4", f"output_dir={whole.root}")).fit()
+    return whole
 
 
 def test_run_folder_is_complete_and_merge_changes_nothing(tiny_config):
@@ -77,16 +105,16 @@ def test_resume_after_a_stop_in_mid_epoch_is_bit_exact(tiny_config, uninterrupte
     assert not stopped.folder.merged.exists()
     resumed = Trainer(tiny_config("train.epochs=4"))
     resumed.fit(resume=stopped.folder.root)
-    assert_same_weights(weights(resumed.folder.last), weights(uninterrupted.folder.last))
-    assert_same_weights(weights(resumed.folder.merged), weights(uninterrupted.folder.merged))
-    assert log_rows(resumed.folder) == log_rows(uninterrupted.folder)
+    assert_same_weights(weights(resumed.folder.last), weights(uninterrupted.last))
+    assert_same_weights(weights(resumed.folder.merged), weights(uninterrupted.merged))
+    assert log_rows(resumed.folder) == log_rows(uninterrupted)
 
 
 def test_train_two_epochs_resume_two_is_bit_exact(tiny_config, uninterrupted):
     Trainer(tiny_config("train.epochs=4", "train.max_steps=12")).fit()
     resumed = Trainer(tiny_config("train.epochs=4"))
     resumed.fit(resume=resumed.folder.root)
-    assert_same_weights(weights(resumed.folder.last), weights(uninterrupted.folder.last))
+    assert_same_weights(weights(resumed.folder.last), weights(uninterrupted.last))
 
 
 def test_the_mode_of_compilation_arrives_and_may_change_on_resume(tiny_config, monkeypatch):
@@ -115,7 +143,7 @@ def test_signals_save_and_leave_with_the_conventional_code(tiny_config, uninterr
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "the handlers of before are back"
     resumed = Trainer(tiny_config("train.epochs=4"))
     resumed.fit(resume=struck.folder.last)
-    assert_same_weights(weights(resumed.folder.last), weights(uninterrupted.folder.last))
+    assert_same_weights(weights(resumed.folder.last), weights(uninterrupted.last))
 
 
 def test_a_signal_in_the_evaluation_of_the_last_epoch_is_obeyed(tiny_config):
@@ -143,31 +171,39 @@ def test_a_run_that_is_resumed_at_its_limit_makes_no_further_update(tiny_config)
     assert_same_weights(weights(first.folder.last), before)
 
 
-def test_kill_9_in_mid_epoch_resumes_bit_exact(tiny_config, uninterrupted, repository, tmp_path):
+class Waits(Callback):
+    """Says that update 10 is done, in the middle of an epoch, and goes no further."""
+
+    def __init__(self, done):
+        self.done = done
+
+    def on_update(self, trainer):
+        if trainer.progress.updates == 10:
+            self.done.set()
+            time.sleep(600)
+
+
+def train_and_wait(path, done):
+    torch.set_num_threads(1)
+    Trainer(load_config(path), callbacks=[Waits(done)]).fit()
+
+
+def test_kill_9_in_mid_epoch_resumes_bit_exact(tiny_config, uninterrupted, tmp_path):
     config = tiny_config("train.epochs=4", "train.checkpoint_every=4")
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(config))
-    # Updates are slowed down, so that the kill hits the middle of an epoch and not its end.
-    script = tmp_path / "slow.py"
-    script.write_text(
-        "import sys, time\n"
-        "from s2d3d import Callback, Trainer, load_config\n"
-        "class Slow(Callback):\n"
-        "    def on_update(self, trainer):\n"
-        "        print(trainer.progress.updates, flush=True)\n"
-        "        time.sleep(0.1)\n"
-        "Trainer(load_config(sys.argv[1]), callbacks=[Slow()]).fit()\n"
-    )
-    process = subprocess.Popen([sys.executable, script, path], stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.strip() == "10":
-            process.kill()
-            break
-    assert process.wait() == -signal.SIGKILL
+    context = multiprocessing.get_context(START)
+    done = context.Event()
+    process = context.Process(target=train_and_wait, args=(path, done))
+    process.start()
+    assert done.wait(300)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     resumed = Trainer(config)
     assert load_checkpoint(resumed.folder.last)["progress"]["updates"] == 8
     resumed.fit(resume=resumed.folder.root)
-    assert_same_weights(weights(resumed.folder.last), weights(uninterrupted.folder.last))
+    assert_same_weights(weights(resumed.folder.last), weights(uninterrupted.last))
 
 
 def test_two_processes_end_with_identical_weights_and_one_log(tiny_config, tmp_path):
@@ -339,8 +375,6 @@ def test_accumulation_has_the_gradient_of_the_whole_batch(tiny_config, tmp_path)
 
 @pytest.mark.real_data
 def test_real_modelnet40_trains_stops_and_resumes(repository, modelnet40_root, tmp_path):
-    from s2d3d import load_config
-
     overrides = [f"data.root={modelnet40_root}", f"output_dir={tmp_path / 'run'}", "data.fraction=0.02"]
     config = repository / "configs" / "modelnet_s2d_small.yaml"
     stopped = Trainer(load_config(config, [*overrides, "train.max_steps=2"]))
