@@ -306,7 +306,7 @@ def test_the_cells_of_the_notebook_run(notebook, tmp_path, monkeypatch):
     cells = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
     sizes = "num_train=240, num_test=120"
     assert cells.count(sizes) == 1
-    cells = cells.replace(sizes, "num_train=96, num_test=48")
+    cells = cells.replace(sizes, "num_train=240, num_test=48")
     check_quickstart("\n".join(output_of(cells, "quickstart.ipynb")), tmp_path)
     assert len(shown[0].axes) == 6
     plt.close("all")
