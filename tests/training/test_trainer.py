@@ -2,16 +2,17 @@
 
 import csv
 import json
+import logging
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
+import socket
 import time
 
 import pytest
 import torch
 from children import START
+from torch.multiprocessing import start_processes
 
 from s2d3d import (
     Callback,
@@ -206,44 +207,41 @@ def test_kill_9_in_mid_epoch_resumes_bit_exact(tiny_config, uninterrupted, tmp_p
     assert_same_weights(weights(resumed.folder.last), weights(uninterrupted.last))
 
 
+class Counts(Callback):
+    def __init__(self):
+        self.calls = []
+
+    def on_update(self, trainer):
+        self.calls.append("update")
+
+    def on_epoch(self, trainer):
+        self.calls.append("epoch")
+
+    def on_finish(self, trainer):
+        self.calls.append("finish")
+
+
+def train_rank(rank, folder, port):
+    """Train as one of two ranks that torchrun has started; tests/faults has torchrun itself."""
+    torch.set_num_threads(1)
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in own.items()})
+    logging.basicConfig(level=logging.INFO, filename=folder / "log", force=True)
+    trainer = Trainer(load_config(folder / "config.yaml"), callbacks=[counts := Counts()])
+    trainer.fit()
+    torch.save((trainer.model.state_dict(), counts.calls), folder / f"rank{trainer.runtime.rank}.pt")
+
+
 def test_two_processes_end_with_identical_weights_and_one_log(tiny_config, tmp_path):
-    path = tmp_path / "config.yaml"
-    path.write_text(dump_config(tiny_config()))
-    script = tmp_path / "rank.py"
-    script.write_text(
-        "import logging, sys, torch\n"
-        "from s2d3d import Callback, Trainer, load_config\n"
-        "class Counts(Callback):\n"
-        "    calls = []\n"
-        "    def on_update(self, trainer): self.calls.append('update')\n"
-        "    def on_epoch(self, trainer): self.calls.append('epoch')\n"
-        "    def on_finish(self, trainer): self.calls.append('finish')\n"
-        "logging.basicConfig(level=logging.INFO)\n"
-        "trainer = Trainer(load_config(sys.argv[1]), callbacks=[Counts()])\n"
-        "trainer.fit()\n"
-        "torch.save(trainer.model.state_dict(), f'{sys.argv[2]}/rank{trainer.runtime.rank}.pt')\n"
-        "torch.save(Counts.calls, f'{sys.argv[2]}/calls{trainer.runtime.rank}.pt')\n"
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--master_port=29611",
-        script,
-        path,
-        tmp_path,
-    ]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    (tmp_path / "config.yaml").write_text(dump_config(tiny_config()))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start_processes(train_rank, (tmp_path, port), nprocs=2, start_method=START)
+    (first, *calls), (second, *others) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert_same_weights(first, second)
-    for rank in (0, 1):
-        expected = [*["update"] * 6, "epoch"] * 2 + ["finish"]
-        assert torch.load(tmp_path / f"calls{rank}.pt") == expected, "every rank calls"
-    assert done.stderr.count("epoch 1/2:") == 1
+    assert calls == others == [[*["update"] * 6, "epoch"] * 2 + ["finish"]], "every rank calls"
+    assert (tmp_path / "log").read_text().count("epoch 1/2:") == 1
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["merged"]["num_samples"] == 36, "each test shape counts once"
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["progress"]["updates"] == 12
