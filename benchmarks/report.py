@@ -78,7 +78,9 @@ def read_results(path: str | Path) -> list[Section]:
                 f"{path}: results of format {content['format']}, this version reads {FORMAT}; measure again"
             )
         return [Section.from_dict(section) for section in content["sections"]]
-    except (KeyError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{path}: not results of tools/benchmark.py ({error})") from error
 
 

@@ -10,13 +10,23 @@ the surface of a mesh. More points than the model takes: farthest point sampling
 import argparse
 import json
 import sys
+import tokenize
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as runtime
 
-UNREADABLE = (runtime.Fail, runtime.InvalidProtobuf, runtime.InvalidGraph, runtime.InvalidArgument)
+UNREADABLE = (
+    runtime.Fail, runtime.InvalidProtobuf, runtime.InvalidGraph, runtime.InvalidArgument, runtime.NotImplemented,
+    runtime.RuntimeException, RuntimeError,
+)  # fmt: skip
+DAMAGED = (
+    OSError, EOFError, ValueError, LookupError, StopIteration, MemoryError, SyntaxError, TypeError, ArithmeticError,
+    RecursionError, tokenize.TokenError,
+)  # fmt: skip
+"""What NumPy and the readers here raise on files that are damaged: it depends on the byte."""
+MAX_POINTS = 1_000_000
 PLY_TYPES = {
     "char": "i1", "int8": "i1", "uchar": "u1", "uint8": "u1", "short": "i2", "int16": "i2", "ushort": "u2",
     "uint16": "u2", "int": "i4", "int32": "i4", "uint": "u4", "uint32": "u4", "float": "f4", "float32": "f4",
@@ -175,26 +185,60 @@ def main() -> int:
         session = onnxruntime.InferenceSession(str(arguments.model), providers=["CPUExecutionProvider"])
     except UNREADABLE as error:
         parser.error(f"{arguments.model}: not an ONNX file that this ONNX Runtime reads ({str(error).splitlines()[0]})")
-    texts = session.get_modelmeta().custom_metadata_map
-    if "num_points" not in texts:
-        parser.error(f"{arguments.model}: does not say how many points it takes; write it with tools/export.py")
-    metadata = {key: json.loads(texts[key]) for key in ("num_points", "class_names") if key in texts}
-    metadata |= {key: texts[key] for key in ("up_axis", "normalize") if key in texts}
+    try:
+        metadata = read_metadata(session.get_modelmeta().custom_metadata_map)
+        if [item.name for item in session.get_inputs()] != ["points"] or not session.get_outputs():
+            raise ValueError("does not take points and give logits; write it with tools/export.py")
+    except (ValueError, RecursionError) as error:
+        parser.error(f"{arguments.model}: {error}")
     failed = False
     for path in arguments.files:
         try:
             points = read_points(path, metadata["num_points"], arguments.seed)
             cloud = prepare(points, metadata, arguments.up_axis)
-        except (OSError, EOFError, ValueError, LookupError, StopIteration, MemoryError) as error:
-            print(f"error: {path}: {error or 'is cut short'}", file=sys.stderr)
+        except DAMAGED as error:
+            print(
+                f"error: {plain(path)}: {plain(str(error).splitlines()[0] if str(error) else 'is cut short')}",
+                file=sys.stderr,
+            )
             failed = True
             continue
-        logits = session.run(["logits"], {"points": cloud[None]})[0][0].astype(np.float64)
-        shares = np.exp(logits - logits.max())
+        try:
+            logits = np.asarray(session.run(["logits"], {"points": cloud[None]})[0], dtype=np.float64)
+        except (*UNREADABLE, ValueError, TypeError) as error:
+            parser.error(f"{arguments.model}: cannot be run on a cloud ({plain(str(error).splitlines()[0])})")
+        names = metadata.get("class_names") or [str(index) for index in range(logits.size)]
+        if logits.shape != (1, len(names)) or not np.isfinite(logits).all():
+            parser.error(f"{arguments.model}: gives no finite number for each of its {len(names)} classes")
+        shares = np.exp(logits[0] - logits.max())
         best = int(shares.argmax())
-        name = metadata["class_names"][best] if "class_names" in metadata else str(best)
-        print(f"{path}: {name} ({100 * shares[best] / shares.sum():.1f} %)")
+        print(f"{plain(path)}: {plain(names[best])} ({100 * shares[best] / shares.sum():.1f} %)")
     return int(failed)
+
+
+def read_metadata(texts: dict[str, str]) -> dict:
+    """Return what the file says about its input and classes, checked: the file may be a stranger's."""
+    if "num_points" not in texts:
+        raise ValueError("does not say how many points it takes; write it with tools/export.py")
+    try:
+        metadata = {key: json.loads(texts[key]) for key in ("num_points", "class_names") if key in texts}
+    except ValueError:
+        raise ValueError("its description is damaged; write it with tools/export.py") from None
+    metadata |= {key: texts[key] for key in ("up_axis", "normalize") if key in texts}
+    count, names = metadata["num_points"], metadata.get("class_names", ["any"])
+    if type(count) is not int or not 1 <= count <= MAX_POINTS:
+        raise ValueError(f"its num_points must be a whole number from 1 to {MAX_POINTS}; write it with tools/export.py")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError("its class_names are no list of names; write it with tools/export.py")
+    for key, known in (("up_axis", ("y", "z")), ("normalize", ("unit_sphere", "none"))):
+        if metadata.get(key, known[0]) not in known:
+            raise ValueError(f"its {key} must be one of {', '.join(known)}; write it with tools/export.py")
+    return metadata
+
+
+def plain(text: object) -> str:
+    """Escape what could steer the terminal."""
+    return str(text) if str(text).isprintable() else repr(str(text))[1:-1]
 
 
 if __name__ == "__main__":

@@ -17,6 +17,9 @@ MARK = ".s2d3d"
 """The file by which a workspace is known to be ours; locked by its writer, and holds the name of the target."""
 NEW, OLD = "new", "old"
 """Names in a workspace: what shall take the place of the target, and what stood there before."""
+MAX_DEPTH = 50
+"""Levels of the JSON that is read; what this package writes has ten."""
+_SYSTEM = ("/dev", "/proc", "/sys")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -228,6 +231,7 @@ def check_writable(folder: Path) -> None:
     Raises:
         InputError: as said.
     """
+    refuse_system_folder(folder)
     place = folder
     while not place.exists():
         place = place.parent
@@ -238,6 +242,17 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise InputError(f"{place}: cannot be written to ({error.strerror}); choose another place") from error
+
+
+def refuse_system_folder(folder: Path) -> None:
+    """Refuse a place where the system keeps devices and processes, not files.
+
+    Raises:
+        InputError: as said.
+    """
+    real = folder.resolve()
+    if any(real.is_relative_to(place) for place in _SYSTEM) and not real.is_relative_to("/dev/shm"):
+        raise InputError(f"{folder}: cannot be written to (the system keeps its own files there); choose another place")
 
 
 def check_parent(path: Path) -> None:
@@ -267,16 +282,19 @@ def write_json(path: str | Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
-def read_json(path: str | Path, *, advice: str = "write it again or remove it", missing: str = "") -> dict[str, Any]:
+def read_json(
+    path: str | Path, *, schema: Any = None, advice: str = "write it again or remove it", missing: str = ""
+) -> dict[str, Any]:
     """Read a JSON file that holds an object.
 
     Args:
         path: the file.
+        schema: a `TypedDict` that the content must match, see `stored.check_stored`.
         advice: what to do about a damaged file; ends the error message.
         missing: what to do about a missing file; default: `advice`.
 
     Raises:
-        InputError: the file is missing, is not JSON, or holds something other than an object.
+        InputError: the file is missing, is not JSON, or holds something other than an object of the schema.
 
     Example:
         >>> import tempfile
@@ -285,12 +303,39 @@ def read_json(path: str | Path, *, advice: str = "write it again or remove it", 
         >>> read_json(path)
         {'seed': 0}
     """
+    path = Path(path)
+    if path.exists() and not path.is_file():  # opening a pipe could wait for ever
+        raise InputError(f"{path}: is no regular file; {advice}")
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; {missing or advice}") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deeply
+    except ValueError as error:  # not UTF-8, not JSON
         raise InputError(f"{path}: not a JSON file ({error}); {advice}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds no JSON object; {advice}")
+    if schema is not None:
+        from .stored import check_stored
+
+        check_stored(content, schema, where=path, advice=advice)
+    return content
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON that is nested less than `MAX_DEPTH` deep.
+
+    Raises:
+        ValueError: it is not, or is no JSON.
+    """
+    try:
+        content = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    level, depth = [content] if isinstance(content, (dict, list)) else [], 0
+    while level:
+        depth += 1
+        inside = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+        level = [item for item in inside if isinstance(item, (dict, list))]
+        if depth > MAX_DEPTH:
+            raise ValueError("nested too deeply")
     return content

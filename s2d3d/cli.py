@@ -5,18 +5,19 @@ torch and the models take seconds to import, and `--help` or a wrong path must b
 """
 
 import argparse
-import contextlib
-import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from .atomic import check_parent
 from .errors import InputError, TrainingError, printable
+from .terminal import messages_on_stderr, open_streams, plain_stdout
 
+CLOSED_PIPE = 141
+"""Exit code of a process whose reader has gone, as a shell shows it."""
 Body = Callable[[argparse.Namespace], "int | None"]
 CLOUD_FILES = ".ply .pcd .off .obj .stl .glb .las .npy .npz .txt .xyz .csv .pts"
 """File types that the tools read, for their help; equal to `datasets.files.SUFFIXES`."""
@@ -26,7 +27,8 @@ def run_tool(parser: argparse.ArgumentParser, body: Body, argv: Sequence[str] | 
     """Parse the arguments, call the tool and handle errors; return the exit code of the process.
 
     A user error prints `error: ...` on stderr and gives exit code 1. Wrong arguments give 2, Ctrl-C gives 130, and a
-    closed pipe (`| head`) gives 141. `--debug` shows the traceback.
+    closed pipe (`| head`) gives 141; a tool that was given an --output finishes its work before that. `--debug` shows
+    the traceback.
 
     Args:
         parser: the tool's arguments; `--debug` is added.
@@ -35,23 +37,23 @@ def run_tool(parser: argparse.ArgumentParser, body: Body, argv: Sequence[str] | 
     """
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     shorten_errors(parser)
+    open_streams()
     try:
         arguments = _parse(parser, argv)
     except SystemExit as error:  # argparse ends the process; in-process callers need the code
         return int(error.code or 0)
     try:
-        with _messages_on_stderr():
+        with messages_on_stderr(), plain_stdout(go_on=getattr(arguments, "output", None) is not None) as output:
             code = body(arguments) or 0
-        sys.stdout.flush()
-        return code
+            output.flush()
+        return CLOSED_PIPE if output.closed_early else code
     except KeyboardInterrupt:
         if arguments.debug:
             raise
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        _silence_stdout()  # so that Python's own flush at the end does not fail again
-        return 141
+        return CLOSED_PIPE
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if arguments.debug or not print_error(error):
             raise
@@ -157,28 +159,17 @@ def shorten_errors(parser: argparse.ArgumentParser) -> None:
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse flags and overrides in any order. Plain argparse refuses that, and sub-commands do not support it."""
     has_commands = any(action.nargs == argparse.PARSER for action in parser._actions)
-    return parser.parse_args(argv) if has_commands else parser.parse_intermixed_args(argv)
+    parsed = parser.parse_args(argv) if has_commands else parser.parse_intermixed_args(argv)
+    for name, value in vars(parsed).items():
+        setattr(parsed, name, _at_home(value))
+    return parsed
 
 
-@contextlib.contextmanager
-def _messages_on_stderr() -> Iterator[None]:
-    """Show the package's log messages as plain text while a tool runs."""
-    root = logging.getLogger()
-    handler, level = logging.StreamHandler(sys.stderr), root.level
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    root.addHandler(handler)
-    root.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        root.removeHandler(handler)
-        root.setLevel(level)
-
-
-def _silence_stdout() -> None:
-    sink = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(sink, sys.stdout.fileno())
-    os.close(sink)
+def _at_home(value: object) -> object:
+    """Expand `~` at the beginning of paths, as a shell does not in `--output=~/a` or behind quotes."""
+    if isinstance(value, str):
+        return os.path.expanduser(value)
+    return [_at_home(item) for item in value] if isinstance(value, list) else value
 
 
 def _error_lines(error: Exception) -> list[str] | None:
@@ -192,4 +183,4 @@ def _error_lines(error: Exception) -> list[str] | None:
         return None
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return [f"{error.filename}: {error.strerror}"]
-    return text.splitlines() or [type(error).__name__]
+    return [line for line in text.split("\n") if line] or [type(error).__name__]

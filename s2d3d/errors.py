@@ -1,7 +1,7 @@
 """Errors for the user. A tool prints their message unchanged."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class InputError(ValueError):
@@ -35,6 +35,18 @@ def quoted(text: str, limit: int = 100) -> str:
     """
     shown = printable(text)
     return f"'{shown}'" if len(shown) <= limit else f"'{shown[:limit]}...'"
+
+
+def first_difference(theirs: Sequence[object], ours: Sequence[object]) -> str:
+    """Return where two lists of class names begin to differ.
+
+    Example:
+        >>> first_difference(["box", "mug"], ["box", "cup"])
+        "class 1 is 'mug' there and 'cup' here"
+    """
+    place = next((i for i, pair in enumerate(zip(theirs, ours)) if pair[0] != pair[1]), min(len(theirs), len(ours)))
+    there, here = (quoted(str(names[place]), 40) if place < len(names) else "none" for names in (theirs, ours))
+    return f"class {place} is {there} there and {here} here"
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:

@@ -27,4 +27,18 @@ def optional(package: str, what: str, *, extra: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
+        raise_if_interrupted(error)
         raise InputError(f'{what} needs {package} ({first_line(error)}): pip install "s2d3d[{extra}]"') from error
+
+
+def raise_if_interrupted(error: BaseException) -> None:
+    """Raise KeyboardInterrupt if a failed import is the trace of Ctrl-C: extension modules turn one into the other.
+
+    Example:
+        >>> raise_if_interrupted(ImportError("no such module"))
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, KeyboardInterrupt) or "KeyboardInterrupt" in str(cause):
+            raise KeyboardInterrupt from error
+        cause = cause.__cause__ or cause.__context__

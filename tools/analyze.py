@@ -42,10 +42,9 @@ def run(arguments: argparse.Namespace) -> None:
         num_positions=arguments.positions,
         device=choose_device(arguments.device),
     )
-    print(analysis_table(result))
     write_json(numbers, result)
     save_figure(experts_figure(result), picture)
-    print(f"written to {numbers} and {picture.name}")
+    print(f"{analysis_table(result)}\nwritten to {numbers} and {picture.name}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

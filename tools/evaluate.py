@@ -51,6 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
     from s2d3d import evaluate
     from s2d3d.config.data import build_test_loader
     from s2d3d.datasets.corruptions import CorruptedDataset, parse_corruption
+    from s2d3d.datasets.file_set import ChainedLoader
     from s2d3d.evaluation.robustness import (
         SEED,
         add_corruption_errors,
@@ -72,7 +73,11 @@ def run(arguments: argparse.Namespace) -> None:
     overrides = [*arguments.overrides, *([f"eval.votes={arguments.votes}"] if arguments.votes is not None else [])]
     trained = open_trained(arguments.checkpoint, overrides, device=device)
     model, config = trained.model, trained.config
-    dataset = read_dataset(arguments, trained)
+    groups = read_datasets(arguments, trained)
+    dataset = groups[0]
+    if len(groups) > 1 and arguments.corruption:
+        counts = ", ".join(str(group.num_points) for group in groups)
+        raise InputError(f"--corruption: the files hold {counts} points; score files of one number of points at once")
     votes = config.eval.votes
     make_loader = partial(build_test_loader, data=config.data, batch_size=config.eval.batch_size, seed=config.seed)
     progress = config.log.progress
@@ -87,7 +92,8 @@ def run(arguments: argparse.Namespace) -> None:
         print(robustness_table(result))
     else:
         dataset = CorruptedDataset(dataset, *corruption, seed=SEED) if corruption else dataset
-        report = evaluate(model, make_loader(dataset), device=device, votes=votes, progress=progress)
+        loader = make_loader(dataset) if len(groups) == 1 else ChainedLoader([make_loader(group) for group in groups])
+        report = evaluate(model, loader, device=device, votes=votes, progress=progress)
         result = {"corruption": arguments.corruption, **report.to_dict()} if corruption else report.to_dict()
         print(f"{report.table()}\n\n{report.confusions()}\n\n{report.summary()}")
     if output:
@@ -95,14 +101,14 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"written to {output}")
 
 
-def read_dataset(arguments: argparse.Namespace, trained: "TrainedModel") -> "PointCloudDataset":
-    """Read the test split of the checkpoint's data set, or the named files."""
-    from s2d3d.datasets.file_set import find_files, folder_labels, folder_name, load_files
+def read_datasets(arguments: argparse.Namespace, trained: "TrainedModel") -> "list[PointCloudDataset]":
+    """Read the test split of the checkpoint's data set, or the named files: a set for each number of points."""
+    from s2d3d.datasets.file_set import find_files, folder_labels, folder_name, group_files
 
     if not arguments.files:
         if arguments.up_axis:
             raise InputError("--up-axis: is for --files only; that of a data set is data.up_axis")
-        return trained.dataset()
+        return [trained.dataset()]
     class_names, config = trained.class_names, trained.config
     files = find_files(arguments.files)
     labels = folder_labels(files, class_names)
@@ -113,9 +119,10 @@ def read_dataset(arguments: argparse.Namespace, trained: "TrainedModel") -> "Poi
             f"{arguments.checkpoint}; name folders after classes, or classify without labels: tools/predict.py"
         )
     data = config.data
-    return load_files(
-        files, class_names, labels, num_points=data.num_points, up_axis=arguments.up_axis or "z",
-        normalize=bool(data.normalize), seed=config.seed, allow_missing=not arguments.refuse_missing,
+    return group_files(
+        files, class_names, labels, data.num_points, least=getattr(trained.model, "min_points", None),
+        up_axis=arguments.up_axis or "z", normalize=bool(data.normalize), seed=config.seed,
+        allow_missing=not arguments.refuse_missing,
     )  # fmt: skip
 
 

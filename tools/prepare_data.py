@@ -65,6 +65,10 @@ def build_parser() -> argparse.ArgumentParser:
     scan.add_argument("--workers", type=int, help="processes (default: 4, or the number of cores if that is smaller)")
     scan.add_argument("--up-axis", choices=("y", "z"), help="vertical of the points (default: data/README.md)")
 
+    for command in (modelnet40, scan):
+        command.add_argument(
+            "--allow-links", action="store_true", help="follow links that lead out of --from, as data.allow_links"
+        )
     for command in (shapes, modelnet40, scan):
         command.add_argument("--output", required=True, metavar="DIR", help="folder to make")
         command.add_argument("--force", action="store_true", help="replace an existing data set")
@@ -96,6 +100,7 @@ def body(args: argparse.Namespace) -> None:
             upsample=args.upsample,
             workers=args.workers,
             up_axis=args.up_axis,
+            allow_links=args.allow_links,
             force=args.force,
         )
     else:
@@ -128,6 +133,7 @@ def take_over(args: argparse.Namespace) -> dict[str, int]:
             seed=args.seed or 0,
             up_axis=args.up_axis,
             workers=args.workers,
+            allow_links=args.allow_links,
             force=args.force,
         )
     if args.num_points is not None:
@@ -137,7 +143,9 @@ def take_over(args: argparse.Namespace) -> dict[str, int]:
     for name in ("seed", "workers"):
         if getattr(args, name) is not None:
             raise InputError(f"--{name}: has no effect here, {source} is in HDF5 layout and is copied as it is")
-    return copy_modelnet40(source, output, up_axis=args.up_axis, force=args.force)
+    return copy_modelnet40(
+        source, output, up_axis=args.up_axis, allow_links=args.allow_links, force=args.force
+    )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

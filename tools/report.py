@@ -61,11 +61,12 @@ def run(arguments: argparse.Namespace) -> None:
         require_run(folder)
 
     from s2d3d.machine import choose_device, keep_large_allocations
-    from s2d3d.runs.record import read_runs
+    from s2d3d.runs.record import read_runs, require_whole
     from s2d3d.viz.figure import save_figure
     from s2d3d.viz.report import build_report
 
     records = read_runs(folders)
+    require_whole(records)
     plots = plot_files(records, Path(arguments.plots), arguments.force) if arguments.plots is not None else {}
     if arguments.output is not None:
         with_clouds = arguments.num_mistakes or arguments.clouds_per_class
@@ -75,12 +76,13 @@ def run(arguments: argparse.Namespace) -> None:
         page = build_report(
             records, said, num_mistakes=arguments.num_mistakes, clouds_per_class=arguments.clouds_per_class
         )
-        write_text(arguments.output, page)
-        print(f"written to {arguments.output}")
     for path, figure in plots.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         save_figure(figure, path)
         print(f"written to {path}")
+    if arguments.output is not None:  # last: a page that is there tells that nothing failed
+        write_text(arguments.output, page)
+        print(f"written to {arguments.output}")
 
 
 def split_arguments(items: Sequence[str]) -> tuple[list[str], list[str]]:

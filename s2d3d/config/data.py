@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..datasets import BatchLoader, PointCloudDataset, build_augmentation, create_dataset
-from ..errors import InputError
+from ..errors import InputError, first_difference
 from .schema import DataConfig
 
 
@@ -42,7 +42,8 @@ def check_classes(dataset: PointCloudDataset, class_names: Sequence[str], checkp
     """
     if list(dataset.class_names) != list(class_names):
         counts = f"{len(class_names)} classes, this set has {len(dataset.class_names)}"
-        other = counts if len(class_names) != len(dataset.class_names) else "other classes than this set has"
+        named = f"other classes than this set has ({first_difference(class_names, dataset.class_names)})"
+        other = named if len(class_names) == len(dataset.class_names) else counts
         raise InputError(
             f"{dataset.source}: {checkpoint} was trained on {other}; give the data set of its training by data.root=DIR"
         )

@@ -65,6 +65,8 @@ def read_yaml(path: str | Path) -> tuple[dict[str, object], list[str]]:
         InputError: the file cannot be read, is not YAML, or holds no mapping.
     """
     try:
+        if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):  # opening it could wait for ever
+            raise InputError(f"{path}: is a pipe or a device, expected a YAML file")
         with open(path, "rb") as file:
             data = file.read(_MAX_BYTES + 1)
     except FileNotFoundError:

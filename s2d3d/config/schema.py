@@ -52,10 +52,12 @@ class AugmentConfig(Section):
     scale: Interval | None = Field(
         (0.6666667, 1.5), description="Scale of each axis, uniform in [low, high], 0 < low <= high; null: none."
     )
-    shift: Float = Field(0.2, ge=0, description="Shift of each axis, uniform in [-shift, shift], cloud units; 0: none.")
+    shift: Float = Field(
+        0.2, ge=0, le=1e6, description="Shift of each axis, uniform in [-shift, shift], cloud units; 0: none."
+    )
     rotate: Bool = Field(False, description="Rotate by a random angle about the vertical axis.")
     jitter: Float = Field(
-        0.0, ge=0, description="Standard deviation of Gaussian noise on every point, cloud units; 0: none."
+        0.0, ge=0, le=1e6, description="Standard deviation of Gaussian noise on every point, cloud units; 0: none."
     )
     dropout: Float = Field(0.0, ge=0, lt=1, description="Largest fraction of points to drop, in [0, 1); 0: none.")
 

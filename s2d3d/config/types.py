@@ -1,13 +1,16 @@
 """Types of config values. A bool is not accepted as a number; `5e-4`, which YAML 1.1 reads as text, is accepted."""
 
 import math
+import os
 import re
+from collections import Counter
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, Strict
 
 from .io import show, unknown_name
 
+_SECOND_ORDER = ("adahessian",)
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
@@ -29,7 +32,7 @@ def _check_size(value: int) -> int:
 def _check_path(value: str) -> str:
     if not value or "\0" in value:
         raise ValueError(f"must be a path, got {show(value)}")
-    return value
+    return os.path.expanduser(value)
 
 
 def _check_device(value: str) -> str:
@@ -49,6 +52,8 @@ def _check_pair(value: object) -> object:
 def _check_interval(value: tuple[float, float]) -> tuple[float, float]:
     if not 0 < value[0] <= value[1]:
         raise ValueError(f"must be [low, high] with 0 < low <= high, got {show(list(value))}")
+    if value[0] < 1e-6 or value[1] > 1e6:
+        raise ValueError(f"must be [low, high] within 1e-6 and 1e6, got {show(list(value))}")
     return value
 
 
@@ -59,7 +64,7 @@ def _check_not_empty(value: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _check_unique(value: tuple[str, ...]) -> tuple[str, ...]:
-    twice = [name for index, name in enumerate(value) if name in value[:index]]
+    twice = [name for name, count in Counter(value).items() if count > 1]
     if twice:
         raise ValueError(f"names {show(twice[0])} twice")
     return value
@@ -84,7 +89,9 @@ def _check_model(name: str) -> str:
 def _check_optimizer(name: str) -> str:
     from timm.optim import list_optimizers
 
-    known = [optimizer for optimizer in list_optimizers() if isinstance(optimizer, str)]
+    known = [item for item in list_optimizers() if isinstance(item, str) and item not in _SECOND_ORDER]
+    if name in _SECOND_ORDER:
+        raise ValueError(f"{show(name)} needs second derivatives, which training does not compute; choose another")
     if name not in known:
         raise ValueError(unknown_name("optimizer", name, known))
     return name

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import math
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -281,6 +282,8 @@ def _share(points: Tensor) -> Tensor:
     /dev/shm, where asking for more than there is kills the process.
     """
     shm = Path("/dev/shm")
+    if not os.access(shm, os.W_OK):
+        return points.contiguous()
     if shm.is_dir() and shutil.disk_usage(shm).free < 2 * points.nbytes:
         return points.contiguous()
     return points.contiguous().share_memory_()

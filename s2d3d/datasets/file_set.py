@@ -2,13 +2,17 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import InputError
 from .base import PointCloudDataset
 from .files import SUFFIXES, read_cloud
+from .loader import BatchLoader
 
 
 def find_files(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
@@ -107,10 +111,59 @@ def load_files(
         torch.Size([1, 4, 3])
     """
     options = dict(up_axis=up_axis, normalize=normalize, seed=seed, allow_missing=allow_missing)
-    clouds = [read_cloud(file, num_points, **options) for file in files]  # type: ignore[arg-type]
-    dataset = PointCloudDataset(
-        torch.stack(clouds), torch.tensor(labels or [0] * len(files)), class_names, names=[file.name for file in files],
-        split="test", num_points=num_points, normalize=False, source="files",
-    )  # fmt: skip
-    dataset.normalized = normalize  # file by file, before points were chosen
+    (dataset,) = group_files(files, class_names, labels, num_points, **options)  # type: ignore[arg-type]
     return dataset
+
+
+def group_files(
+    files: Sequence[Path],
+    class_names: Sequence[str],
+    labels: Sequence[int] | None,
+    num_points: int,
+    *,
+    least: int | None = None,
+    normalize: bool = True,
+    **options: Any,
+) -> list[PointCloudDataset]:
+    """Read files as `load_files`, also such with fewer points: a set for each number of points, the largest first.
+
+    Args:
+        files: at least one.
+        class_names: of the model.
+        labels: class of each file, or None.
+        num_points: of a cloud with enough of them.
+        least: fewest points of a cloud, which then keeps what it has; see `read_cloud`.
+        normalize: as the model was trained.
+        **options: further keywords of `read_cloud`.
+
+    Raises:
+        InputError: a file that cannot be read, or has fewer points than allowed.
+    """
+    clouds = [read_cloud(file, num_points, least=least, normalize=normalize, **options) for file in files]
+    groups = []
+    for size in sorted({len(cloud) for cloud in clouds}, reverse=True):
+        places = [place for place, cloud in enumerate(clouds) if len(cloud) == size]
+        own = torch.tensor([labels[place] if labels else 0 for place in places])
+        dataset = PointCloudDataset(
+            torch.stack([clouds[place] for place in places]), own, class_names,
+            names=[files[place].name for place in places], split="test", num_points=size, normalize=False,
+            source="files",
+        )  # fmt: skip
+        dataset.normalized = normalize  # file by file, before points were chosen
+        groups.append(dataset)
+    return groups
+
+
+class ChainedLoader:
+    """Loaders of sets with different numbers of points, one after the other, for `evaluate`."""
+
+    def __init__(self, loaders: Sequence[BatchLoader]) -> None:
+        self.loaders = loaders
+        self.dataset = loaders[0].dataset  # whose classes are those of all
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return chain.from_iterable(self.loaders)
+
+    def vote(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of a vote, see `BatchLoader.vote`."""
+        return chain.from_iterable(loader.vote(number) for loader in self.loaders)

@@ -1,6 +1,7 @@
 """One reader and one writer for HDF5 files of point clouds, with every check in one place."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import h5py
 import numpy as np
 
 from ..atomic import replacing
-from ..errors import InputError
+from ..errors import InputError, printable
 from .h5_checks import (
     MAX_BYTES,
     READ_BYTES,
@@ -238,13 +239,24 @@ def _opened(path: Path) -> Iterator[h5py.File]:
     if not path.is_file():
         raise InputError(f"{path}: no such file; {SEE}")
     try:
-        with h5py.File(path, "r") as file:
+        path.open("rb").close()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); change its permissions, or copy it") from error
+    try:
+        with h5py.File(path, "r", locking=False) as file:  # reading needs no lock, and some file systems have none
             yield file
     except InputError:
         raise
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError, OverflowError) as error:
         # What h5py raises on a foreign, truncated or damaged file: the kind depends on the byte that is wrong.
-        reason = " ".join(str(error).split())
+        reason = printable(" ".join(str(error).split()))
+        if "already open for write" in reason:
+            raise InputError(
+                f"{path}: another program is writing it, or ended before it closed it; wait for that program, or fetch "
+                "the file again"
+            ) from error
+        if getattr(error, "errno", None) not in (None, errno.ENOENT):
+            raise InputError(f"{path}: cannot be read ({os.strerror(error.errno)}); copy it to another disk") from error  # type: ignore[union-attr]
         raise InputError(f"{path}: not an HDF5 file, truncated or damaged ({reason}); fetch it again, {SEE}") from error
 
 

@@ -18,6 +18,7 @@ def check_inside(path: Path, root: Path, *, allow_links: bool) -> Path:
     """
     if not allow_links and not path.resolve().is_relative_to(root.resolve()):
         raise InputError(
-            f"{path}: is a link out of the folder; copy the file into {root}, or set data.allow_links=true"
+            f"{path}: is a link out of the folder; copy the file into {root}, or set data.allow_links=true "
+            "(prepare_data: --allow-links)"
         )
     return path

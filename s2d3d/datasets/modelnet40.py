@@ -6,6 +6,7 @@ ply_data_train0.h5, ...             data (n, P, 3), label (n,) or (n, 1), option
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -148,9 +149,9 @@ def read_class_names(root: Path, *, allow_links: bool = False) -> list[str]:
     """
     path = check_inside(root / "shape_names.txt", root, allow_links=allow_links)
     names = _read_lines(path)
-    for index, name in enumerate(names):
-        if name in names[:index]:
-            raise InputError(f"{path}: class {quoted(name)} is listed twice; {SEE}")
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    if twice is not None:
+        raise InputError(f"{path}: class {quoted(twice)} is listed twice; {SEE}")
     return names
 
 
@@ -178,7 +179,7 @@ def list_files(root: Path, split: str, *, allow_links: bool = False) -> list[Pat
             `allow_links`.
     """
     list_path = check_inside(root / f"{split}_files.txt", root, allow_links=allow_links)
-    files: list[Path] = []
+    files: dict[Path, None] = {}
     for entry in _read_lines(list_path):
         relative = PurePosixPath(entry.replace("\\", "/"))
         if relative.is_absolute() or PureWindowsPath(entry).drive or ".." in relative.parts:
@@ -190,8 +191,8 @@ def list_files(root: Path, split: str, *, allow_links: bool = False) -> list[Pat
         check_inside(path, root, allow_links=allow_links)
         if path in files:
             raise InputError(f"{list_path}: {quoted(entry)} is listed twice; {SEE}")
-        files.append(path)
-    return files
+        files[path] = None
+    return list(files)
 
 
 def stored_up_axis(file: CloudFile | CloudLayout) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..atomic import replacing
+from ..atomic import parse_json, replacing
 from ..errors import InputError, did_you_mean, first_line
 from ..models import fold_batchnorm
 from ..models.mode import eval_mode
@@ -271,7 +271,7 @@ def _read_torchscript(path: Path, threads: int | None) -> tuple[Any, dict[str, A
         module = torch.jit.load(path, map_location="cpu", _extra_files=extra)
     except RuntimeError as error:
         raise InputError(f"{path}: not a TorchScript file ({first_line(error)})") from error
-    return module, json.loads(extra[_EXTRA] or "{}")
+    return module, _metadata(path, extra[_EXTRA])
 
 
 def _read_torch_export(path: Path, threads: int | None) -> tuple[Any, dict[str, Any]]:
@@ -280,7 +280,17 @@ def _read_torch_export(path: Path, threads: int | None) -> tuple[Any, dict[str, 
         program = torch.export.load(str(path), extra_files=extra)
     except (RuntimeError, ValueError, OSError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: not a program that torch.export.save wrote ({first_line(error)})") from error
-    return program.module(), json.loads(extra[_EXTRA] or "{}")
+    return program.module(), _metadata(path, extra[_EXTRA])
+
+
+def _metadata(path: Path, text: str | bytes) -> dict[str, Any]:
+    try:
+        content = parse_json(text.decode() if isinstance(text, bytes) else text or "{}")
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: its description is damaged; export the model again")
+    return content
 
 
 _WRITERS = {"onnx": _write_onnx, "torchscript": _write_torchscript, "torch_export": _write_torch_export}
@@ -316,6 +326,6 @@ def _rows(points: Tensor) -> np.ndarray:
 
 def _plain(text: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
+        return parse_json(text)
+    except ValueError:
         return text

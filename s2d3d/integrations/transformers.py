@@ -10,6 +10,7 @@ from typing import Any, cast
 from safetensors import safe_open
 from safetensors.torch import save_model
 from torch import nn
+from typing_extensions import TypedDict
 
 from ..atomic import read_json, write_json
 from ..errors import InputError
@@ -25,6 +26,10 @@ with optional("transformers", "s2d3d.integrations.transformers", extra="integrat
 MERGED = "merged"
 _FILE = "model.safetensors"
 _FUNCTION = "a function"
+
+
+class _Index(TypedDict):
+    weight_map: dict[str, str]
 
 
 class S2DCallback(TrainerCallback, ExportableState):
@@ -219,7 +224,7 @@ def _save_with_own_names(model: nn.Module, checkpoint: Path) -> None:
 def _saved_names(checkpoint: Path) -> set[str]:
     index = checkpoint / f"{_FILE}.index.json"
     if index.exists():
-        return set(read_json(index)["weight_map"])
+        return set(read_json(index, schema=_Index)["weight_map"])
     with safe_open(checkpoint / _FILE, framework="pt") as file:
         return set(file.keys())
 

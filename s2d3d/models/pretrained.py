@@ -1,7 +1,7 @@
 """Published checkpoint -> our state dict, with a report of what matched."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, first_difference
 from ..unpickle import load_data
 
-WRAPPINGS = ("base_model", "state_dict")
-"""Keys under which a file holds its weights: of the published checkpoints, and of our own."""
+WRAPPINGS = ("base_model", "state_dict", "model_state_dict", "model", "net")
+"""Keys under which a file holds its weights: of the published checkpoints, our own, and those of other trainers."""
+
+WRAPPERS = ("module.", "model.", "net.")
+"""What the wrappers of a whole model put in front of its keys: several processes, Lightning."""
 
 PRETRAINING_PREFIXES = ("transformer_q.", "MAE_encoder.")
 """What precedes the classifier's keys in pretraining checkpoints of Point-BERT and Point-MAE."""
@@ -31,9 +34,10 @@ class PretrainedReport:
         matched: keys of the model that now have the values of the file.
         missing: keys of the model that the file lacks; their values are unchanged.
         unexpected: keys of the file, as written there, that the model has no place for.
-        mismatched: keys of the model's last layer, which has another number of classes; their values are unchanged.
+        mismatched: keys of the model's last layer, which has other classes; their values are unchanged.
         turned: whether the file's weights were turned from y up to z up.
         published: whether the file has the layout of the published checkpoints, which were trained y up.
+        classes: how the classes that the file names differ from those of the model; empty if they do not.
     """
 
     path: Path
@@ -43,6 +47,7 @@ class PretrainedReport:
     mismatched: tuple[str, ...]
     turned: bool = False
     published: bool = False
+    classes: str = ""
 
     def summary(self) -> str:
         """Return one line: how many tensors matched, and what did not, counted by the first part of the key."""
@@ -51,23 +56,28 @@ class PretrainedReport:
         if self.turned:
             parts.append("turned from y up to z up")
         for text, keys in (
-            ("left fresh, another number of classes", self.mismatched),
+            (f"left fresh, {self.classes or 'another number of classes'}", self.mismatched),
             ("left fresh, not in the file", self.missing),
             ("in the file, not used", self.unexpected),
         ):
             if keys:
                 parts.append(f"{text}: {_count(keys)}")
+        if self.classes and not self.mismatched:
+            parts.append(self.classes)
         if self.published and not self.turned:
             parts.append("taken as trained z up, published files were trained y up: model.pretrained_up_axis=y")
         return "; ".join(parts)
 
 
-def load_pretrained_(model: nn.Module, path: str | Path, *, up_axis: str = "z") -> PretrainedReport:
+def load_pretrained_(
+    model: nn.Module, path: str | Path, *, up_axis: str = "z", class_names: Sequence[str] | None = None
+) -> PretrainedReport:
     """Load a published checkpoint, or one of ours, into a dense model, in place.
 
     It reads files of Point-BERT and Point-MAE, fine-tuned (`{"base_model": {"module.<key>": ...}, ...}`, with or
     without `module.`) and pretrained (keys behind `transformer_q.` or `MAE_encoder.`), checkpoints of this package,
-    and plain state dicts. Code in a file is never run.
+    and plain state dicts, also under the keys of `WRAPPINGS`, behind the prefixes of `WRAPPERS` or of torch.compile,
+    and in half precision. Code in a file is never run.
 
     Args:
         model: from `create_model`, not converted yet; it is unchanged when an error is raised.
@@ -75,9 +85,11 @@ def load_pretrained_(model: nn.Module, path: str | Path, *, up_axis: str = "z") 
         up_axis: the axis that pointed up in the clouds of the file's training. Data sets of this package are turned z
             up; with "y", as in the published checkpoints, the weights that see coordinates are turned alike, so that
             the model does with a cloud z up what the file's did with the same cloud y up.
+        class_names: of the model's outputs. A checkpoint of this package names its classes: where they are the same in
+            another order, the rows of the last layer are put in this order; where they are others, it stays fresh.
 
     Returns:
-        What matched. The last layer stays fresh where it has another number of classes.
+        What matched. The last layer stays fresh where it has another number of classes, or other ones.
 
     Raises:
         InputError: the file cannot be read, belongs to another model or to none of the kinds above, holds experts, or
@@ -98,9 +110,13 @@ def load_pretrained_(model: nn.Module, path: str | Path, *, up_axis: str = "z") 
     names = {key.removeprefix(prefix): key for key in file if key.startswith(prefix)}
     found = {key: file[names[key]] for key in own if key in names}
     _check_belongs(own, found, file, last.partition(".")[0], path)
-    mismatched = [key for key in found if last and key.startswith(f"{last}.") and _rows_differ(own[key], found[key])]
+    head = [key for key in found if last and key.startswith(f"{last}.")]
+    classes, rows = _compare_classes(content, class_names if head else None)
+    mismatched = [key for key in head if _rows_differ(own[key], found[key]) or (classes and rows is None)]
     matched = {key: tensor for key, tensor in found.items() if key not in mismatched}
     tensors = _check_tensors(own, matched, path)
+    if rows is not None:
+        tensors |= {key: tensors[key][rows] for key in head if key in tensors}
     model.load_state_dict(_turn_z_up(model, tensors) if up_axis == "y" else tensors, strict=False)
     used = {names[key] for key in found}
     return PretrainedReport(
@@ -111,6 +127,7 @@ def load_pretrained_(model: nn.Module, path: str | Path, *, up_axis: str = "z") 
         mismatched=tuple(mismatched),
         turned=up_axis == "y",
         published=bool(prefix) or "base_model" in content,
+        classes=classes,
     )
 
 
@@ -126,18 +143,43 @@ def numpy_scalars() -> list[Callable | tuple[Callable, str]]:
 
 
 def _unwrap(content: object, path: str | Path) -> dict[str, object]:
-    """Return the mapping from keys to weights in a file, without `module.` before the keys."""
+    """Return the mapping from keys to weights in a file, without what wrappers put before the keys."""
     if not isinstance(content, Mapping):
         raise InputError(f"{path}: holds a {type(content).__name__}, a checkpoint is a mapping from names to weights")
     if isinstance(content.get("s2d"), Mapping):
         merge = f"python tools/merge.py --checkpoint {path} --output FILE"
         raise InputError(f"{path}: has experts, pretrained weights must be dense; merge it first: {merge}")
-    inner = next((content[key] for key in WRAPPINGS if isinstance(content.get(key), Mapping)), content)
-    weights = {str(key).removeprefix("module."): value for key, value in inner.items()}
+    inner = next((content[key] for key in WRAPPINGS if _holds_weights(content.get(key))), content)
+    # torch.compile names the model, or a part of it, anew; "module." may stand before some of the keys only.
+    weights = {str(key).replace("_orig_mod.", "").removeprefix("module."): value for key, value in inner.items()}
+    while wrapper := next((p for p in WRAPPERS if weights and all(key.startswith(p) for key in weights)), ""):
+        weights = {key.removeprefix(wrapper): value for key, value in weights.items()}
     if not any(isinstance(value, Tensor) for value in weights.values()):
         known = ", ".join(f"'{key}'" for key in WRAPPINGS)
         raise InputError(f"{path}: no weights found, neither under {known} nor at the top: {_some(weights)}")
     return weights
+
+
+def _holds_weights(value: object) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(item, Tensor) for item in value.values())
+
+
+def _compare_classes(content: object, class_names: Sequence[str] | None) -> tuple[str, list[int] | None]:
+    """Compare the classes that a file names with those of the model.
+
+    Returns:
+        How they differ, empty if they do not or are unknown; the row of the file for each class of the model where only
+        the order differs.
+    """
+    theirs = content.get("class_names") if isinstance(content, Mapping) else None
+    if class_names is None or not isinstance(theirs, list) or theirs == list(class_names):
+        return "", None
+    if len(theirs) != len(class_names):
+        return "another number of classes", None
+    if sorted(map(str, theirs)) == sorted(class_names):
+        rows = [theirs.index(name) for name in class_names]
+        return "its classes have another order, the rows of the last layer were reordered", rows
+    return f"other classes ({first_difference(theirs, class_names)})", None
 
 
 def _check_belongs(
@@ -168,6 +210,9 @@ def _check_tensors(own: Mapping[str, Tensor], values: Mapping[str, object], path
             f"{path}: tensors of another shape ({len(other)}), such as '{key}': {shapes}; "
             "choose the model, and the options, that the file was trained with"
         )
+    for key, tensor in theirs.items():  # all tensors of a file may have been halved, counters too
+        if tensor.is_floating_point() and own[key].dtype == torch.int64 and torch.equal(tensor, tensor.round()):
+            theirs[key] = tensor.long()
     kinds = [key for key, tensor in theirs.items() if tensor.is_floating_point() != own[key].is_floating_point()]
     if kinds:
         raise InputError(f"{path}: '{kinds[0]}' is {theirs[kinds[0]].dtype}, the model has {own[kinds[0]].dtype}")

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ..atomic import claimed, sweep, write_text
+from ..atomic import claimed, parse_json, sweep, write_text
 from ..datasets.h5 import check_up_axis, write_h5
+from ..datasets.links import check_inside
 from ..datasets.mesh import read_off, sample_mesh
 from ..datasets.modelnet40 import SPLITS
 from ..datasets.precision import check_extent, to_single
@@ -51,15 +52,15 @@ class Source:
     shapes: dict[str, list[tuple[str, str, int]]]
 
 
-def find_source(folder: Path) -> Source | None:
+def find_source(folder: Path, *, allow_links: bool = False) -> Source | None:
     """Return what a folder holds; None if it has neither layout.
 
     Raises:
-        InputError: it has one of them, but is incomplete.
+        InputError: it has one of them, but is incomplete, or has links out of it that are not allowed.
     """
     for name in _TEXT_NAMES:
         if (folder / f"{name}_shape_names.txt").is_file():
-            return _text_source(folder, name)
+            return _text_source(folder, name, allow_links)
     classes = sorted({path.parent.parent.name for path in folder.glob("*/train/*.off")})
     if not classes:
         return None
@@ -71,7 +72,7 @@ def find_source(folder: Path) -> Source | None:
         ]
         for split in SPLITS
     }
-    return _complete(folder, Source("off", "z", classes, shapes))
+    return _complete(folder, Source("off", "z", classes, shapes), allow_links)
 
 
 def convert_modelnet(
@@ -82,6 +83,7 @@ def convert_modelnet(
     seed: int = 0,
     up_axis: str | None = None,
     workers: int | None = None,
+    allow_links: bool = False,
     force: bool = False,
 ) -> dict[str, int]:
     """Convert a folder of meshes or text files to HDF5 files in the layout of `modelnet40_ply_hdf5_2048`.
@@ -100,6 +102,7 @@ def convert_modelnet(
         seed: of the choice of points.
         up_axis: vertical of the files, "y" or "z", to record; default that of the layout.
         workers: processes; default the number of cores, at most 8.
+        allow_links: follow links that lead out of the folder.
         force: replace a data set that is there.
 
     Returns:
@@ -119,7 +122,7 @@ def convert_modelnet(
         raise InputError(f"workers is {workers}, must be at least 1")
     if up_axis is not None:
         check_up_axis(up_axis)
-    found = find_source(source) if source.is_dir() else None
+    found = find_source(source, allow_links=allow_links) if source.is_dir() else None
     if found is None:
         raise InputError(
             f"{source}: is no public copy of ModelNet: neither shape_names.txt (HDF5) nor class/train/*.off (meshes) "
@@ -196,8 +199,8 @@ def _claimed(work: Path, job: dict) -> Iterator[None]:
 
 
 def _is_job(text: str) -> bool:
-    with suppress(ValueError, RecursionError):
-        job = json.loads(text)
+    with suppress(ValueError):
+        job = parse_json(text)
         return isinstance(job, dict) and {"kind", "shapes", "source", "part"} <= job.keys()
     return False
 
@@ -246,10 +249,11 @@ def read_resampled(path: Path, num_points: int, rng: np.random.Generator) -> np.
     return np.concatenate([to_single(rows[:, :3]), rows[:, 3:].astype(np.float32)], axis=1)
 
 
-def _text_source(folder: Path, name: str) -> Source:
+def _text_source(folder: Path, name: str, allow_links: bool) -> Source:
     def lines(path: Path) -> list[str]:
         if not path.is_file():
             raise InputError(f"{path}: no such file; unpack the archive again")
+        check_inside(path, folder, allow_links=allow_links)
         return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
 
     classes = lines(folder / f"{name}_shape_names.txt")
@@ -258,13 +262,13 @@ def _text_source(folder: Path, name: str) -> Source:
         listing, shapes[split] = folder / f"{name}_{split}.txt", []
         for shape in lines(listing):
             kind = shape.rpartition("_")[0]
-            if kind not in classes:
+            if kind not in classes or "/" in shape:
                 raise InputError(f"{listing}: '{shape}' is of no class in {name}_shape_names.txt")
             shapes[split].append((f"{kind}/{shape}.txt", shape, classes.index(kind)))
-    return _complete(folder, Source("text", "y", classes, shapes))
+    return _complete(folder, Source("text", "y", classes, shapes), allow_links)
 
 
-def _complete(folder: Path, source: Source) -> Source:
+def _complete(folder: Path, source: Source, allow_links: bool) -> Source:
     for split, shapes in source.shapes.items():
         if not shapes:
             raise InputError(f"{folder}: no shape of split '{split}'; unpack the archive again")
@@ -273,6 +277,8 @@ def _complete(folder: Path, source: Source) -> Source:
             raise InputError(
                 f"{folder / missing[0]}: no such file, and {len(missing) - 1} more; unpack the archive again"
             )
+        for relative, _, _ in shapes:
+            check_inside(folder / relative, folder, allow_links=allow_links)
     return source
 
 

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from ..atomic import NEW, OLD, locked, workspace
+from ..atomic import NEW, OLD, locked, refuse_system_folder, workspace
 from ..datasets.h5 import check_up_axis, write_h5
 from ..datasets.modelnet40 import SPLITS, list_files, read_class_names, read_split, stored_up_axis
 from ..datasets.scanobjectnn import VARIANTS, relative_path
@@ -63,7 +63,12 @@ def take_place(fresh: Path, output: Path, force: bool, source: Path | None) -> N
 
 
 def copy_modelnet40(
-    source: str | os.PathLike, output: str | os.PathLike, *, up_axis: str | None = None, force: bool = False
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    up_axis: str | None = None,
+    allow_links: bool = False,
+    force: bool = False,
 ) -> dict[str, int]:
     """Check every file of a folder in ModelNet layout and write copies that record their vertical axis.
 
@@ -73,6 +78,7 @@ def copy_modelnet40(
         source: the folder as downloaded.
         output: folder to make; it appears whole or not at all.
         up_axis: vertical of the stored points; default what `stored_up_axis` says.
+        allow_links: follow links that lead out of the source.
         force: replace a data set that is there.
 
     Returns:
@@ -87,8 +93,8 @@ def copy_modelnet40(
     if not source.is_dir():
         raise InputError(f"{source}: no such folder; --from names the one that holds {MARK}")
     check_output(output, force, source)
-    class_names = read_class_names(source)
-    totals = {split: len(list_files(source, split)) for split in SPLITS}
+    class_names = read_class_names(source, allow_links=allow_links)
+    totals = {split: len(list_files(source, split, allow_links=allow_links)) for split in SPLITS}
     counts = dict.fromkeys(SPLITS, 0)
     with (
         new_folder(output, source=source, force=force) as folder,
@@ -97,7 +103,7 @@ def copy_modelnet40(
         (folder / MARK).write_text("".join(f"{name}\n" for name in class_names), encoding="utf-8")
         for split in SPLITS:
             entries = []
-            for number, (_, file) in enumerate(read_split(source, split)):
+            for number, (_, file) in enumerate(read_split(source, split, allow_links=allow_links)):
                 entries.append(f"ply_data_{split}{number}.h5")
                 write_h5(
                     folder / entries[-1],
@@ -116,6 +122,7 @@ def copy_modelnet40(
 
 def check_output(output: Path, force: bool, source: Path | None = None) -> None:
     """Raise InputError unless a data set may be made at `output` from what lies in `source`: see `new_folder`."""
+    refuse_system_folder(output)
     if source is not None and source.resolve().is_relative_to(output.resolve()):
         where = "is" if source.resolve() == output.resolve() else f"holds {source},"
         raise InputError(f"{output}: {where} the folder to read from; choose another --output")

@@ -7,7 +7,7 @@ neither the order of the shapes nor the number of processes matters. Clutter com
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ..datasets.h5 import check_up_axis, write_h5
 from ..datasets.h5_checks import check_shapes
+from ..datasets.links import check_inside
 from ..datasets.mesh import read_off, sample_by_area
 from ..datasets.modelnet40 import SPLITS, read_class_names, read_split, stored_up_axis
 from ..datasets.precision import check_extent
@@ -84,6 +85,7 @@ def write_scans(
     upsample: bool = False,
     workers: int | None = None,
     up_axis: str | None = None,
+    allow_links: bool = False,
     force: bool = False,
 ) -> dict[str, int]:
     """Scan every shape of a data set and write what `load_scanobjectnn` reads, with the classes of the source.
@@ -98,6 +100,7 @@ def write_scans(
         upsample: interpolate stored points, so that a scan may have more than are stored.
         workers: processes; default 4, or the number of cores if that is smaller. The result does not depend on it.
         up_axis: vertical of the stored points; default as `stored_up_axis` says, z for meshes.
+        allow_links: follow links that lead out of the source.
         force: replace a data set that is there.
 
     Returns:
@@ -130,7 +133,8 @@ def write_scans(
         )
     check_output(output, force, source)
     import_open3d()  # missing: say so before anything is read
-    class_names, shape_sets = read_shapes(source, up_axis)
+    read = partial(read_shapes, allow_links=True) if allow_links else read_shapes
+    class_names, shape_sets = read(source, up_axis)
     options = ScanOptions(_points_of_scan(source, shape_sets, num_points, upsample), variant, views, seed, upsample)
     attributes: dict[str, str | int | bool] = {
         "simulated": True,
@@ -158,7 +162,9 @@ def write_scans(
     return {shapes.split: len(shapes.names) * views for shapes in shape_sets}
 
 
-def read_shapes(source: Path, up_axis: str | None = None) -> tuple[list[str], list[ShapeSet]]:
+def read_shapes(
+    source: Path, up_axis: str | None = None, *, allow_links: bool = False
+) -> tuple[list[str], list[ShapeSet]]:
     """Read the shapes of both splits: points from a folder in ModelNet layout, else the paths of OFF meshes.
 
     Returns:
@@ -168,13 +174,13 @@ def read_shapes(source: Path, up_axis: str | None = None) -> tuple[list[str], li
         InputError: the folder is neither, a file is wrong, or a name occurs twice in a split.
     """
     if (source / MARK).is_file():
-        class_names = read_class_names(source)
-        shape_sets = [_read_points(source, split, up_axis) for split in SPLITS]
+        class_names = read_class_names(source, allow_links=allow_links)
+        shape_sets = [_read_points(source, split, up_axis, allow_links) for split in SPLITS]
     else:
         class_names = sorted({path.parent.parent.name for path in source.glob("*/train/*.off")})
         if not class_names:
             raise InputError(f"{source}: neither ModelNet layout ({MARK}) nor OFF meshes (class/train/*.off)")
-        shape_sets = [_find_meshes(source, class_names, split, up_axis or "z") for split in SPLITS]
+        shape_sets = [_find_meshes(source, class_names, split, up_axis or "z", allow_links) for split in SPLITS]
     for shapes in shape_sets:
         if len(shapes.names) < 2:
             raise InputError(
@@ -275,10 +281,10 @@ def _points_of_scan(source: Path, shape_sets: list[ShapeSet], num_points: int | 
     return num_points
 
 
-def _read_points(source: Path, split: str, up_axis: str | None) -> ShapeSet:
+def _read_points(source: Path, split: str, up_axis: str | None, allow_links: bool) -> ShapeSet:
     points: list[np.ndarray] = []
     labels, names = [], []
-    for path, file in read_split(source, split, extras=False):
+    for path, file in read_split(source, split, extras=False, allow_links=allow_links):
         if points and file.points.shape[1] != points[0].shape[1]:
             raise InputError(f"{path}: {file.points.shape[1]} points a shape, the files before it {points[0].shape[1]}")
         check_shapes(path, file.points)
@@ -288,8 +294,9 @@ def _read_points(source: Path, split: str, up_axis: str | None) -> ShapeSet:
     return ShapeSet(split, names, np.concatenate(labels), points=np.concatenate(points))
 
 
-def _find_meshes(source: Path, class_names: Sequence[str], split: str, up_axis: str) -> ShapeSet:
-    paths = [path for name in class_names for path in sorted((source / name / split).glob("*.off"))]
+def _find_meshes(source: Path, class_names: Sequence[str], split: str, up_axis: str, allow_links: bool) -> ShapeSet:
+    found = (path for name in class_names for path in sorted((source / name / split).glob("*.off")))
+    paths = [check_inside(path, source, allow_links=allow_links) for path in found]
     labels = np.array([class_names.index(path.parent.parent.name) for path in paths], dtype=np.int64)
     return ShapeSet(split, [path.stem for path in paths], labels, paths=paths, up_axis=up_axis)
 

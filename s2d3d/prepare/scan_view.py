@@ -11,6 +11,7 @@ from numpy.random import Generator
 
 from ..datasets.scanobjectnn import BACKGROUND
 from ..errors import InputError, first_line
+from ..optional import raise_if_interrupted
 from .perturbations import PERTURBATIONS, Perturbation
 
 OBJECT = 1
@@ -183,6 +184,7 @@ def import_open3d():
     try:
         import open3d
     except (ImportError, OSError) as error:  # OSError: a system library of it is missing
+        raise_if_interrupted(error)
         raise InputError(
             f"scanning needs Open3D, which cannot be imported ({first_line(error)}): pip install open3d"
         ) from error

@@ -1,6 +1,7 @@
 """Worker processes for the preparation of data; they end with the process that started them, however it ends."""
 
 import contextlib
+import logging
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
@@ -11,6 +12,8 @@ from typing import Any
 
 from ..errors import InputError
 from ..machine import watch_parent
+
+log = logging.getLogger(__name__)
 
 CHUNK = 8
 """Items that a worker is sent at once."""
@@ -44,7 +47,15 @@ def worker_pool(
     context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
     if os.name == "posix":
         context.set_forkserver_preload([module])
-    with ProcessPoolExecutor(workers, context, _start_worker, (start, arguments)) as pool:
+    try:
+        executor = ProcessPoolExecutor(workers, context, _start_worker, (start, arguments))
+    except OSError as error:  # no semaphores: /dev/shm is missing or read-only
+        log.warning("no worker processes (%s): %s in this one", error.strerror or error, doing)
+        if start is not None:
+            start(*arguments)
+        yield map
+        return
+    with executor as pool:
         try:
             yield partial(pool.map, chunksize=CHUNK)
         except BrokenProcessPool as error:

@@ -25,6 +25,7 @@ from .checkpoint import load_checkpoint, load_model, require_sparse
 from .folder import RunFolder
 from .log import read_log
 from .record import final_form
+from .schemas import Metrics
 from .trained import open_trained
 
 MOMENTUM = 0.9
@@ -98,7 +99,7 @@ def analyze_run(
 
 def _re_estimated(run: RunFolder) -> dict[str, Any] | None:
     """Return the saved model's accuracy and number of shapes, where BatchNorm statistics were re-estimated."""
-    metrics = read_json(run.metrics) if run.metrics.is_file() else {}
+    metrics = read_json(run.metrics, schema=Metrics) if run.metrics.is_file() else {}
     if not metrics or final_form(metrics) != "recalibrated":
         return None
     return {key: metrics["recalibrated"][key] for key in ("oa", "num_samples")}

@@ -57,6 +57,8 @@ class RunFolder:
             InputError: the folder holds a run, which `resume` does not belong to, and `force` is not set; the run holds
                 one of the files to read; or no folder can be made or written here.
         """
+        if self.root.resolve() == Path("/"):
+            raise InputError(f"{self.root}: is the root of the file system; choose another output_dir")
         present = self._present()
         if present and force and not self.owns(resume):
             self.replaced.check()

@@ -9,8 +9,10 @@ from ..atomic import read_json
 from ..config.load import load_config
 from ..datasets.corruptions import CORRUPTIONS, SEVERITIES
 from ..errors import InputError
+from ..stored import check_stored
 from .folder import FORMS, RunFolder, require_run
 from .log import read_log
+from .schemas import Analysis, Environment, Metrics, Robustness, WholeReport
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def _read(folder: RunFolder, name: str) -> RunRecord:
         name=name,
         config=load_config(folder.config).to_dict(),
         log=log,
-        environment=_read_json(folder.environment) or {},
+        environment=_read_json(folder.environment, Environment) or {},
         metrics=_read_metrics(folder.metrics),
         analysis=_read_analysis(folder.analysis),
         robustness=read_robustness(folder.robustness) if folder.robustness.is_file() else None,
@@ -110,12 +112,12 @@ def _read(folder: RunFolder, name: str) -> RunRecord:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    return read_json(path) if path.is_file() else None
+def _read_json(path: Path, schema: Any) -> dict[str, Any] | None:
+    return read_json(path, schema=schema) if path.exists() else None
 
 
 def _read_metrics(path: Path) -> dict[str, Any]:
-    metrics = _read_json(path) or {}
+    metrics = _read_json(path, Metrics) or {}
     if metrics:
         try:
             final_form(metrics)
@@ -125,12 +127,29 @@ def _read_metrics(path: Path) -> dict[str, Any]:
 
 
 def _read_analysis(path: Path) -> dict[str, Any] | None:
-    content = _read_json(path)
-    if content is not None:
-        lists = [content.get(key) for key in ("epochs", "checkpoints", "between_checkpoints")]
-        if not all(isinstance(entries, list) for entries in lists) or not lists[1]:
-            raise InputError(f"{path}: is not what tools/analyze.py writes; write it again or remove it")
+    if not path.exists():
+        return None
+    content = read_json(path)
+    lists = [content.get(key) for key in ("epochs", "checkpoints", "between_checkpoints")]
+    if not all(isinstance(entries, list) for entries in lists) or not lists[1]:
+        raise InputError(f"{path}: is not what tools/analyze.py writes; write it again or remove it")
+    check_stored(content, Analysis, where=path, advice="write it again with tools/analyze.py, or remove it")
     return content
+
+
+def require_whole(records: Sequence[RunRecord]) -> None:
+    """Refuse runs whose metrics.json lacks what tables and figures show.
+
+    Raises:
+        InputError: as said.
+    """
+    for record in records:
+        for form in FORMS:
+            if record.folder is not None and form in record.metrics:
+                where = f"{record.folder.metrics}: {form}"
+                check_stored(
+                    record.metrics[form], WholeReport, where=where, advice="it is not what tools/train.py writes"
+                )
 
 
 def find_reference(checkpoint: str | Path) -> Path | None:
@@ -162,6 +181,7 @@ def read_robustness(path: str | Path) -> dict[str, Any]:
     for key, value in (("clean.oa", clean), ("mean_oa", content.get("mean_oa"))):
         if not isinstance(value, float) or not 0 <= value <= 1:
             raise InputError(f"{path}: {key} is no accuracy in [0, 1]; it needs a file that --corruption all wrote")
+    check_stored(content, Robustness, where=path, advice="it needs a file that --corruption all wrote")
     return content
 
 

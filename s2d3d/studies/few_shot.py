@@ -24,6 +24,7 @@ from ..errors import InputError
 from ..random_state import derived_generator
 from ..runs.folder import RunFolder
 from ..runs.record import final_form
+from ..runs.schemas import Folds
 from ..training.trainer import Trainer
 
 
@@ -202,7 +203,7 @@ def _run_fold(config: Config, task: FewShotTask, fold: int, class_names: list[st
 def _finished(output: Path, header: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """Read the folds of an earlier call, after a check that it was the same experiment."""
     advice = "choose another --output or pass --force"
-    content = read_json(output, advice=advice)
+    content = read_json(output, schema=Folds, advice=advice)
     try:
         theirs = {key: content[key] for key in header}
         folds = {int(result["fold"]): result for result in content["folds"]}

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired
 
 import yaml
+from typing_extensions import TypedDict
 
 from ..atomic import read_json
 from ..config.compare import FOLDERS, SAME_RESULT, differences, flatten
@@ -13,6 +14,8 @@ from ..errors import InputError
 from ..runs.folder import RunFolder
 from ..runs.log import read_log
 from ..runs.record import FORMS, final_form
+from ..runs.schemas import Environment, Metrics
+from ..stored import Count, Finite, Share, Text, check_stored
 from .cell import Cell
 
 CURVE = ("train_loss", "train_oa", "val_oa", "share_rate", "divergence", "grad_norm")
@@ -21,6 +24,33 @@ _KEYS = {
     "study": str, "arm": str, "seed": int, "changes": dict, "config": dict, "split": str, "shapes": str, "updates": int,
     "train_seconds": float, "parameters": dict, "results": dict, "environment": dict, "curve": dict,
 }  # fmt: skip
+
+SCORED = ("split", "shapes", "epochs", "updates", "train_seconds", "parameters")
+"""What a record takes from metrics.json beside the results."""
+
+
+class _Result(TypedDict):
+    oa: Share
+    macc: Share
+    loss: Finite
+    num_samples: NotRequired[Count]
+    correct: Text
+
+
+class _Record(TypedDict):
+    arm: Text
+    seed: Count
+    split: Literal["test", "validation"]
+    updates: Count
+    train_seconds: Finite
+    parameters: dict[Text, Count]
+    kept: NotRequired[Text]
+    data_folder: NotRequired[Text]
+    same_run_as: NotRequired[Text]
+    results: dict[Text, _Result]
+    environment: Environment
+    curve: dict[Text, list[Finite | None]]
+
 
 _NO_TEST_CURVE = "no accuracy on the test split after each epoch"
 
@@ -35,17 +65,22 @@ def record_of_run(cell: Cell) -> dict[str, Any] | None:
     if not folder.metrics.is_file():
         return None
     check_folder(cell)
-    metrics = _read(folder.metrics)
-    if any(key not in metrics for key in ("split", "shapes")):
+    metrics = _read(folder.metrics, Metrics)
+    if any(key not in metrics for key in SCORED):
         raise InputError(f"{folder.metrics}: does not say what was scored; remove the run folder and run again")
     config = cell.config.to_dict()
     for key in FOLDERS:
         section, _, name = key.rpartition(".")
         del (config[section] if section else config)[name]
-    environment = _read(folder.environment)
+    environment = _read(folder.environment, Environment)
     log = read_log(folder.log)
     curve = {key: [row.get(key) for row in log] for key in CURVE}
     kept = final_form(metrics)
+    for form in FORMS:
+        if form in metrics:
+            check_stored(
+                metrics[form], _Result, where=f"{folder.metrics}: {form}", advice="remove the run folder and run again"
+            )
     if cell.config.eval.every:  # the last epoch is scored only at the end
         curve["test_oa"] = [*(row.get("test_oa") for row in log[:-1]), metrics[kept]["oa"]]
     record = {
@@ -55,7 +90,7 @@ def record_of_run(cell: Cell) -> dict[str, Any] | None:
         "changes": cell.changes,
         "config": config,
         "data_folder": cell.data_folder,
-        **{key: metrics[key] for key in ("split", "shapes", "epochs", "updates", "train_seconds", "parameters")},
+        **{key: metrics[key] for key in SCORED},
         "kept": kept,
         "results": {
             form: {key: metrics[form][key] for key in ("oa", "macc", "loss", "num_samples", "correct")}
@@ -93,6 +128,7 @@ def check_record(record: Mapping[str, Any]) -> None:
     if wrong or not results or not all(_is_result(result) for result in results.values()):
         what = f"its {', '.join(wrong)} is missing or wrong" if wrong else "its results do not add up"
         raise InputError(f"no record of a run, {what}")
+    check_stored(record, _Record, where="no record of a run", advice="it is damaged")
 
 
 def changed_since(record: Mapping[str, Any], cell: Cell, where: str) -> str:
@@ -199,5 +235,5 @@ def _is_result(result: object) -> bool:
     return isinstance(oa, (int, float)) and abs(correct.count("1") / len(correct) - oa) < 1e-9
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return read_json(path, advice="remove the run folder and run again")
+def _read(path: Path, schema: Any) -> dict[str, Any]:
+    return read_json(path, schema=schema, advice="remove the run folder and run again")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..atomic import locked, read_json, write_text
+from ..atomic import locked, parse_json, read_json, write_text
 from ..errors import InputError
 from .cell import Cell
 from .record import changed_since, check_record
@@ -137,8 +137,8 @@ def _read_file(path: Path) -> _Published:
 
 def _parse(line: str) -> dict[str, Any]:
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        record = parse_json(line)
+    except ValueError as error:
         raise InputError(f"not JSON ({error})") from None
     if not isinstance(record, dict):
         raise InputError("holds no JSON object")

@@ -1,12 +1,16 @@
 """The data loaders of a run: training batches, and the data on which models are evaluated."""
 
+import logging
 from dataclasses import dataclass
 
 from ..config.data import build_dataset, build_test_loader
 from ..config.load import Config
 from ..datasets import BatchLoader, PointCloudDataset, split_train_validation
+from ..datasets.orientation import look_turned
 from ..errors import InputError
 from ..machine import Runtime
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,11 @@ def build_loaders(
     train, test = datasets or (build_dataset(config.data, split, seed=config.seed) for split in ("train", "test"))
     if train.class_names != test.class_names:
         raise InputError(f"{config.data.root}: training and test split have different classes")
+    if runtime.is_main and look_turned(train, test):
+        logger.warning(
+            "%s: the test split looks turned against the training split, y for z; check the attribute up_axis of its "
+            "files, or set data.up_axis", config.data.root,
+        )  # fmt: skip
     validation = None
     if config.data.val_fraction:
         train, validation = split_train_validation(train, config.data.val_fraction, config.seed)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from ..atomic import read_json, write_json
 from ..config.load import Config, dump_config
@@ -17,6 +18,7 @@ from ..evaluation.accuracy import ClassificationReport
 from ..optional import optional
 from ..runs.folder import RunFolder
 from ..runs.record import final_form
+from ..stored import Text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -148,6 +150,10 @@ class TensorBoardLogger:
         self._writer.close()
 
 
+class _Note(TypedDict):
+    id: Text
+
+
 class WandbLogger:
     """Sends the run to Weights & Biases: rows by epoch, confusion figures, clouds, and the results as summary.
 
@@ -158,7 +164,7 @@ class WandbLogger:
     def __init__(self, config: Config, folder: RunFolder, history: Sequence[Mapping[str, Any]]) -> None:
         """Start or continue the run; arguments as for `TensorBoardLogger`."""
         self._wandb, note = _import("wandb"), folder.wandb
-        known = read_json(note) if note.is_file() else None
+        known = read_json(note, schema=_Note) if note.exists() else None
         self._run = self._wandb.init(
             project=config.log.wandb, name=folder.root.name, dir=str(folder.root), config=config.to_dict(),
             **({"id": known["id"], "resume": "allow"} if known else {}),

@@ -8,6 +8,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
+from ..errors import InputError, first_line
 from ..s2d.mof import ExpertLayer
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
@@ -49,6 +50,9 @@ def build_optimizer(
             and therefore applies to every update, including warm-up and the end.
         scaled: parameters to which the factor applies. None: those of the experts, without routers.
 
+    Raises:
+        InputError: the optimizer needs a GPU or a package that is not there.
+
     Example:
         >>> len(build_optimizer(nn.Linear(3, 2), name="adamw", lr=1e-3, weight_decay=0.05).param_groups)
         2
@@ -69,7 +73,10 @@ def build_optimizer(
         ]
     options: dict[str, Any] = {"fused": True} if name in ("adam", "adamw") else {}
     groups = [group for group in groups if group["params"]]
-    return create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=weight_decay, **options)
+    try:
+        return create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=weight_decay, **options)
+    except (AssertionError, ImportError, RuntimeError, TypeError) as error:  # without a GPU, or without its package
+        raise InputError(f"optimizer '{name}' cannot be made here ({first_line(error)}); choose another") from error
 
 
 def build_scheduler(

@@ -70,7 +70,9 @@ def build_model(config: Config, runtime: Runtime, class_names: list[str], *, pre
     model = create_model(config.model.name, num_classes=len(class_names), **config.model.kwargs)
     dense_parameters = count_parameters(model)
     if config.model.pretrained and pretrained:  # before the conversion, so that experts start as copies
-        report = load_pretrained_(model, config.model.pretrained, up_axis=config.model.pretrained_up_axis)
+        report = load_pretrained_(
+            model, config.model.pretrained, up_axis=config.model.pretrained_up_axis, class_names=class_names
+        )
         if runtime.is_main:
             logger.info(report.summary())
     mof = config.s2d.mof()

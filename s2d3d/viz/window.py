@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, first_line
+from ..optional import raise_if_interrupted
 
 BACKGROUND = (0.965, 0.970, 0.975)
 SYSTEM_PACKAGES = "libusb-1.0-0 libegl1 libgl1 libgl1-mesa-dri"
@@ -24,6 +25,7 @@ def import_open3d() -> ModuleType:
     except ModuleNotFoundError as error:
         raise InputError(f"pictures need open3d ({first_line(error)}); install it: pip install open3d") from error
     except (ImportError, OSError) as error:
+        raise_if_interrupted(error)
         raise InputError(
             f"open3d cannot be loaded ({first_line(error)}); "
             f"install its system libraries: sudo apt-get install {SYSTEM_PACKAGES}"

@@ -1,6 +1,7 @@
 """Configs: what is accepted, and that everything else is one clear line, all problems together."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -435,3 +436,33 @@ def test_a_model_is_built_once_for_all_configs_that_share_it(monkeypatch):
     mapping["model"]["width"] = 2
     for _ in range(2):
         assert lines_of(mapping) == ["a.yaml: model: width is too small"]
+
+
+# Places
+
+
+def test_a_home_folder_is_expanded(tiny_config, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = tiny_config("output_dir=~/runs/a", "data.cache_dir=~/cache", "data.root=~/data")
+    assert config.output_dir == f"{tmp_path}/runs/a" and config.data.cache_dir == f"{tmp_path}/cache"
+    assert config.data.root == f"{tmp_path}/data"
+
+
+def test_a_pipe_as_config_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.yaml")
+    with pytest.raises(InputError, match=r"a\.yaml: is a pipe or a device, expected a YAML file"):
+        load_config(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.augment.jitter=1e38", "data.augment.jitter: must be at most 1e+06"),
+        ("data.augment.shift=1e38", "data.augment.shift: must be at most 1e+06"),
+        ("data.augment.scale=[1, 1e38]", "data.augment.scale: must be \\[low, high\\] within"),
+        ("optim.name=adahessian", "optim.name: 'adahessian' needs second derivatives"),
+    ],
+)
+def test_values_that_no_training_survives(tiny_config, override, message):
+    with pytest.raises(InputError, match=message.replace("+", "[+]")):
+        tiny_config(override)

@@ -1,5 +1,10 @@
+import errno
+import fcntl
 import os
 import resource
+import subprocess
+import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -239,3 +244,43 @@ def test_a_full_disk_is_an_error_that_names_the_file(path, clouds):
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
+
+
+# Why a file cannot be opened
+
+
+def test_a_file_that_another_program_writes_is_not_called_damaged(tmp_path):
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w", libver="latest") as file:
+        file["data"], file["label"] = np.ones((2, 8, 3), np.float32), [0, 1]
+        file.swmr_mode = True
+        file.flush()
+        (tmp_path / "b.h5").write_bytes(path.read_bytes())  # as a program that was killed leaves it
+    with pytest.raises(InputError, match=r"b\.h5: another program is writing it, or ended before it closed it; wait"):
+        read_h5(tmp_path / "b.h5")
+
+
+def test_a_file_that_is_locked_is_read(tmp_path):
+    """Reading takes no lock: some file systems have none, and a reader elsewhere holds one for no harm."""
+    path = tmp_path / "a.h5"
+    write_h5(path, np.ones((2, 8, 3), np.float32), [0, 1])
+    with open(path, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        code = f"from s2d3d.datasets.h5 import read_h5; print(read_h5({str(path)!r}).label.tolist())"
+        process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.stdout == "[0, 1]\n", process.stderr
+
+
+def test_a_file_without_permission_says_so(tmp_path, monkeypatch):
+    path = tmp_path / "a.h5"
+    write_h5(path, np.ones((2, 8, 3), np.float32), [0, 1])
+    real = Path.open
+
+    def refused(self, *arguments, **options):
+        if self == path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(InputError, match=r"a\.h5: cannot be read \(Permission denied\); change its permissions"):
+        read_h5(path)

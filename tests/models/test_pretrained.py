@@ -125,6 +125,45 @@ def test_plain_state_dicts_and_our_own_checkpoints_load(write, tmp_path):
         assert deviation(ours, theirs, clouds()) < ATOL
 
 
+@pytest.mark.parametrize(
+    ("prefix", "key"),
+    [
+        ("_orig_mod.", None),
+        ("module._orig_mod.", "model"),
+        ("_orig_mod.module.", "net"),
+        ("net.module.", "model_state_dict"),
+        ("model.", "state_dict"),
+    ],
+)
+def test_files_of_other_trainers_load_whole(write, prefix, key):
+    theirs, ours = published_model(), our_model()
+    weights = {prefix + name: weight.half() for name, weight in theirs.state_dict().items()}
+    report = load_pretrained_(ours, write({key: weights, "epoch": 3} if key else weights))
+    assert len(report.matched) == 164 and not report.unexpected
+    expected = {name: weight.half().to(weight.dtype) for name, weight in theirs.state_dict().items()}
+    assert_same(ours.state_dict(), expected)
+
+
+def test_the_head_follows_the_names_of_the_classes(tmp_path):
+    """A head whose rows mean other classes is reordered or left fresh, and that is said."""
+    theirs, points = published_model(), clouds()
+    path = save_checkpoint(tmp_path / "ours.pt", our_payload(theirs))
+    with torch.no_grad():
+        expected = theirs(points)
+        for names, said in (("abcde", None), ("ecdab", "; its classes have another order, the rows of the last")):
+            ours = our_model()
+            report = load_pretrained_(ours, path, class_names=list(names))
+            assert len(report.matched) == 164 and (said is None or said in report.summary())
+            rows = ["abcde".index(name) for name in names]
+            assert torch.allclose(ours(points), expected[:, rows], atol=ATOL)
+    ours = our_model()
+    fresh = copy_of(ours)
+    report = load_pretrained_(ours, path, class_names=list("abXde"))
+    last = ("cls_head_finetune.3.weight", "cls_head_finetune.3.bias")
+    assert report.mismatched == last and all(torch.equal(ours.state_dict()[key], fresh[key]) for key in last)
+    assert "left fresh, other classes (class 2 is 'c' there and 'X' here): cls_head_finetune (2)" in report.summary()
+
+
 def test_point_bert_pretraining_loads_what_the_classifier_has(write):
     weights = published_model().state_dict()
     backbone = {key: value for key, value in weights.items() if not key.startswith("cls_head_finetune")}
@@ -313,8 +352,8 @@ REFUSED = {
     ),
     "a list": (lambda weights: list(weights.values()), "holds a list, a checkpoint is a mapping from names to weights"),
     "no weights": (lambda weights: {"epoch": 3, "lr": 0.1}, "no weights found, neither under .* top: 'epoch', 'lr'$"),
-    "nothing": (lambda weights: {}, "no weights found, neither under 'base_model', 'state_dict' nor .*: it is empty"),
-    "another wrapping": (lambda weights: {"net": weights}, "no weights found, .*: 'net'"),
+    "nothing": (lambda weights: {}, "no weights found, neither under 'base_model', .*'net' nor .*: it is empty"),
+    "another wrapping": (lambda weights: {"mine": weights}, "no weights found, .*: 'mine'"),
 }
 
 

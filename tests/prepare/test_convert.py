@@ -195,3 +195,24 @@ def test_text_far_from_the_origin_keeps_its_shape(tmp_path):
     assert far.dtype == near.dtype and np.array_equal(near[:, 3:], far[:, 3:])
     shift = far[:, :3] - near[:, :3]
     assert np.abs(shift - shift.mean(axis=0)).max() < 1e-6
+
+
+def test_links_out_of_the_source_need_permission(meshes, tmp_path):
+    """As in trees of git-annex: a mesh is a link to a store elsewhere."""
+    path = meshes / "tower" / "train" / "tower_2.off"
+    shutil.move(path, tmp_path / "store.off")
+    path.symlink_to(tmp_path / "store.off")
+    with pytest.raises(InputError, match=r"tower_2\.off: is a link out of the folder; .* --allow-links"):
+        convert_modelnet(meshes, tmp_path / "out", num_points=16, workers=1)
+    assert convert_modelnet(meshes, tmp_path / "out", num_points=16, workers=1, allow_links=True)["train"] == 10
+
+
+def test_without_semaphores_one_process_does_it_all(meshes, tmp_path, monkeypatch, caplog):
+    """/dev/shm may be missing or read-only."""
+
+    def refused(*arguments, **options):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("s2d3d.prepare.workers.ProcessPoolExecutor", refused)
+    assert convert_modelnet(meshes, tmp_path / "out", num_points=16, workers=2)["train"] == 10
+    assert "no worker processes (Read-only file system): converting in this one" in caplog.text

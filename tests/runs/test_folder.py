@@ -197,3 +197,9 @@ def test_check_writable_relative(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     check_writable(Path("runs/a"))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["/", "/dev", "/dev/null/run", "/proc/run", "/sys/run", "/dev/../dev/x"])
+def test_no_run_where_the_system_keeps_its_own(place):
+    with pytest.raises(InputError, match="choose another"):
+        RunFolder(place).check()

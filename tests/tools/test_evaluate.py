@@ -210,7 +210,8 @@ def test_data_that_is_not_there(refuses, trained, tmp_path):
 def test_another_data_set(refuses, trained, renamed_data):
     advice = "; give the data set of its training by data.root=DIR"
     assert refuses("evaluate", "--checkpoint", trained.merged, f"data.root={renamed_data}") == (
-        f"{renamed_data}: {trained.merged} was trained on other classes than this set has{advice}"
+        f"{renamed_data}: {trained.merged} was trained on other classes than this set has "
+        f"(class 11 is 'torus' there and 'doughnut' here){advice}"
     )
     assert refuses("evaluate", "--checkpoint", trained.merged, "data.classes=[torus, box]").endswith(
         f": {trained.merged} was trained on 12 classes, this set has 2{advice}"

@@ -8,6 +8,7 @@ import torch
 
 from s2d3d import create_dataset, load_model
 from s2d3d.datasets.files import SUFFIXES
+from s2d3d.datasets.transforms import normalize_unit_sphere
 
 CUBE = [(x, y, z) for x in (0, 1) for y in (0, 2) for z in (0, 1)]
 SQUARES = [(0, 1, 3, 2), (4, 6, 7, 5), (0, 4, 5, 1), (2, 3, 7, 6), (0, 2, 6, 4), (1, 5, 7, 3)]
@@ -110,3 +111,29 @@ def test_what_is_refused(refuses, trained, tmp_path):
         "visualize", "--checkpoint", trained.merged, "--output", tmp_path / "a.png", "--files", cloud, "--num-clouds", 0
     )
     assert line.startswith("--num-clouds is 0, must be between 1 and")
+
+
+def test_files_with_fewer_points_are_scored_with_what_they_have(call, trained, shapes_root, tmp_path):
+    """Each cloud as the model sees it alone, with its own number of points, and that is said."""
+    dataset = create_dataset("shapes", shapes_root, "test", num_points=128)
+    points, labels = dataset.batch(torch.arange(6), augment=False)
+    model, expected, names = load_model(trained.merged), [], dataset.class_names
+    for place, (cloud, label) in enumerate(zip(points, labels.tolist())):
+        few = cloud[: (128, 100, 60)[place % 3]].double().numpy()
+        folder = tmp_path / "mine" / names[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(folder / f"{place}.npy", few)
+        with torch.no_grad():
+            one = normalize_unit_sphere(torch.from_numpy(few).float()[None])
+            expected.append((label, int(model(one).argmax())))
+    output = tmp_path / "report.json"
+    result = call("evaluate", "--checkpoint", trained.merged, "--files", tmp_path / "mine", "--output", output)
+    assert result.code == 0 and result.err.count("points, the model takes 128; all are used") == 4
+    found = np.array(json.loads(output.read_text())["confusion"])
+    wanted = np.zeros_like(found)
+    for label, guess in expected:
+        wanted[label, guess] += 1
+    assert found.tolist() == wanted.tolist()
+    np.save(folder / "tiny.npy", points[0, :4].double().numpy())
+    result = call("evaluate", "--checkpoint", trained.merged, "--files", folder)
+    assert result.code == 1 and "tiny.npy: 4 points are fewer than the 16 that the model needs" in result.err

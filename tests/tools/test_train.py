@@ -300,9 +300,10 @@ def test_resuming_another_model(refuses, trained, tmp_path, override, theirs, ou
 
 
 def test_resuming_on_a_set_of_other_classes(refuses, trained, renamed_data, tmp_path):
+    difference = "class 11 is 'torus' there and 'doughnut' here"
     arguments = ["--resume", trained.last, f"output_dir={tmp_path / 'run'}", f"data.root={renamed_data}"]
     assert refuses("train", trained.config, *arguments) == (
-        f"{renamed_data}: {trained.last} was trained on other classes than this set has; "
+        f"{renamed_data}: {trained.last} was trained on other classes than this set has ({difference}); "
         "give the data set of its training by data.root=DIR"
     )
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from s2d3d import MoFConfig, Trainer, convert_to_mof_, create_model
+from s2d3d.errors import InputError
 from s2d3d.training.optim import build_optimizer, build_scheduler, no_decay_names
 
 TINY = dict(trans_dim=24, depth=2, num_heads=2, num_group=12, group_size=8, encoder_dims=24, encoder_width=8)
@@ -201,3 +202,8 @@ def test_squared_lr_schedule_keeps_the_ratio_to_the_squared_rate(tiny_config):
     assert len(trainer.history) == 3
     for row in trainer.history:
         assert row["share_rate"] == pytest.approx(0.2 * (row["lr"] / peak) ** 2, rel=1e-6)
+
+
+def test_an_optimizer_that_cannot_be_made_is_one_line():
+    with pytest.raises(InputError, match=r"optimizer 'fusedadam' cannot be made here .*; choose another"):
+        build_optimizer(nn.Linear(3, 2), name="fusedadam", lr=1e-3, weight_decay=0.0)
