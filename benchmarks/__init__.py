@@ -15,6 +15,7 @@ SECTIONS = {
     "data": "the data path against what training consumes",
     "scale": "cost against tokens, experts, width, points, batch and ranks",
     "inference": "evaluation: dense, merged, reference modules",
+    "files": "reading files of points, beside plyfile, pandas and NumPy",
     "gpu": "on a GPU alone: large batches, CUDA graphs, several seeds side by side",
 }
 """What can be measured, in the order of the page."""

@@ -3,7 +3,6 @@
 import re
 from array import array
 from collections.abc import Iterator, Sequence
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -109,13 +108,13 @@ def parse_lines(
     Raises:
         InputError: an empty field, or one that is no number; the message names its line.
     """
-    for block, first in _blocks(data, start, stop, line):
-        table = _parse_regular(block, separator, decimal_comma)
+    for begin, end, first in _blocks(data, start, stop, line):
+        table = _parse_regular(data, begin, end, separator, decimal_comma)
         if table is None:
-            yield _parse_each(block, separator, decimal_comma, first, where)
+            yield _parse_each(data[begin:end], separator, decimal_comma, first, where)
         else:
-            rows, columns = table.shape
-            yield table.ravel(), np.full(rows, columns), np.arange(first, first + rows)
+            rows = len(table[0])
+            yield np.stack(table, axis=1).ravel(), np.full(rows, len(table)), np.arange(first, first + rows)
 
 
 def parse_rows(
@@ -151,62 +150,80 @@ def parse_rows(
     keep = range(columns) if keep is None else keep
     room = count_lines(data, start, stop)
     found, filled = np.empty((len(keep), room)), 0
-    for block, first in _blocks(data, start, stop, line):
-        table = _parse_regular(block, separator, decimal_comma)
-        if table is None or table.shape[1] != columns:
-            flat, counts, numbers = _parse_each(block, separator, decimal_comma, first, where)
+    for begin, end, first in _blocks(data, start, stop, line):
+        table = _parse_regular(data, begin, end, separator, decimal_comma)
+        if table is None or len(table) != columns:
+            flat, counts, numbers = _parse_each(data[begin:end], separator, decimal_comma, first, where)
             wrong = counts != columns
             if wrong.any():
                 place = int(wrong.argmax())
                 raise InputError(
                     f"{where}: line {numbers[place]} holds {counts[place]} numbers, must be {columns} as in the others"
                 )
-            table = flat.reshape(-1, columns)
+            table = list(flat.reshape(-1, columns).T)
+        size = len(table[0])
         for row, column in enumerate(keep):
-            found[row, filled : filled + len(table)] = table[:, column]
-        filled += len(table)
+            found[row, filled : filled + size] = table[column]
+        filled += size
     return found[:, :filled].T
 
 
-def _blocks(data: bytes, start: int, stop: int | None, line: int) -> Iterator[tuple[bytes, int]]:
-    """Cut a text into blocks of whole lines; yield each with the number of its first line."""
+def _blocks(data: bytes, start: int, stop: int | None, line: int) -> Iterator[tuple[int, int, int]]:
+    """Cut a text into blocks of whole lines; yield where each begins and ends, and the number of its first line."""
     stop = len(data) if stop is None else stop
     while start < stop:
         end = stop if stop - start <= CHUNK else data.rfind(b"\n", start, start + CHUNK) + 1
         if not end:  # a line longer than a block
             end = data.find(b"\n", start, stop) + 1 or stop
-        block = data[start:end]
-        yield block, line
-        start, line = end, line + count_lines(block)
+        yield start, end, line
+        start, line = end, line + count_lines(data, start, end)
 
 
-def _parse_regular(block: bytes, separator: bytes | None, decimal_comma: bool) -> np.ndarray | None:
+class _Part:
+    """A part of a text as a file for pandas, which takes the bytes as they are: from `BytesIO` it would decode them."""
+
+    def __init__(self, data: bytes, start: int, stop: int) -> None:
+        self.data, self.at, self.stop = data, start, stop
+
+    def read(self, size: int) -> bytes:
+        start, self.at = self.at, min(self.stop, self.at + size)
+        return self.data[start : self.at]
+
+    def __iter__(self) -> Iterator[bytes]:
+        raise NotImplementedError("pandas asks for this method of a file, and does not call it")
+
+
+def _parse_regular(
+    data: bytes, start: int, stop: int, separator: bytes | None, decimal_comma: bool
+) -> list[np.ndarray] | None:
     """Parse a block of equal rows with the reader of pandas, four times as fast.
 
     Returns:
-        (rows, columns) float64, a row for each line; None if the block is small, or not such a block.
+        Columns (rows,) float64, a row for each line; None if the block is small, or not such a block.
     """
-    if len(block) < FAST_BYTES or any(mark in block for mark in (b"r", b"R", b'"')):  # true is a number to pandas
+    if stop - start < FAST_BYTES:
+        return None
+    if any(data.find(mark, start, stop) >= 0 for mark in (b"r", b"R", b'"')):  # true is a number to pandas
         return None
     try:
         from pandas import read_csv
     except ImportError:
         return None
-    block = block.replace(b",", b".") if decimal_comma else block
     if separator:
         separators = [separator.decode()]
     else:  # a run of blanks takes longer; with one blank where there are more, a field is empty
-        separators = [r"\s+"] if re.search(rb"  |\t| \n|\n |^ ", block[:200]) else [" ", r"\s+"]
+        separators = [r"\s+"] if re.search(rb"  |\t| \n|\n |^ ", data[start : start + 200]) else [" ", r"\s+"]
     for option in separators:
         try:
             # Not filtered: an empty field is an error, not NaN. Numbers are rounded exactly, as `float` does.
             table = read_csv(
-                BytesIO(block), sep=option, header=None, dtype=np.float64, na_filter=False, engine="c", quoting=3
-            )
+                _Part(data, start, stop), sep=option, header=None, dtype=np.float64, na_filter=False, engine="c",
+                quoting=3, low_memory=False, decimal="," if decimal_comma else ".",
+            )  # fmt: skip
         except (ValueError, OverflowError):  # ParserError and UnicodeDecodeError are among them
             continue
-        if len(table) == count_lines(block):
-            return table.to_numpy()
+        if len(table) == count_lines(data, start, stop):
+            return [table[column].to_numpy() for column in table]
     return None
 
 
