@@ -72,7 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
         top = (f"{names[i]} {100 * float(shares[i]):.1f} %" for i in best[: arguments.top])
         print(f"{printable(path)}: " + ", ".join(top), flush=True)
     if results:
-        print(f"{len(results)} files classified, {num_failed} not read; up axis {arguments.up_axis}")
+        noun = "file" if len(results) == 1 else "files"
+        print(f"{len(results)} {noun} classified, {num_failed} not read; up axis {arguments.up_axis}")
     if output and results:
         content = {"checkpoint": arguments.checkpoint, "up_axis": arguments.up_axis, "predictions": results}
         write_json(output, content)

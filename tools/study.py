@@ -4,6 +4,7 @@ With --overview, nothing is run; the table of all studies of a folder is updated
 """
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="number of parallel runs, each a process with one thread; default 1: one after another in this process",
     )
     parser.add_argument(
-        "--only", action="append", default=[], metavar="ARM", help="run only this configuration; may be repeated"
+        "--only", action="append", default=[], metavar="NAME", help="run only this configuration; may be repeated"
     )
     parser.add_argument("--max-runs", type=int, metavar="N", help="start at most N runs now")
     parser.add_argument(
@@ -107,8 +108,7 @@ def run_one(arguments: argparse.Namespace, study: Study) -> int:
     from s2d3d.viz.plots import study_figure
 
     publish_records(study, arguments.results)
-    given = "".join(f" {shlex.quote(override)}" for override in study.overrides)
-    command = f"python tools/study.py configs/studies/{Path(study.path).name}{given}"
+    command = shlex.join(["python", "tools/study.py", _as_named(study.path), *study.overrides])
     results = Path(arguments.results)
     results.mkdir(parents=True, exist_ok=True)
     figure = results / f"{study.config.name}.png"
@@ -121,6 +121,11 @@ def run_one(arguments: argparse.Namespace, study: Study) -> int:
     if outcome.failed:
         print(f"error: {len(outcome.failed)} runs failed: {', '.join(outcome.failed)}", file=sys.stderr)
     return outcome.exit_code
+
+
+def _as_named(path: str) -> str:
+    """Return the path of a study as its page names it: below the working directory where it lies there."""
+    return os.path.relpath(path) if Path(path).resolve().is_relative_to(Path.cwd()) else path
 
 
 def _launcher(arguments: argparse.Namespace, name: str) -> "Launcher | None":

@@ -222,7 +222,8 @@ def _predict_(epochs: list[dict[str, float]], config: Config, model: nn.Module) 
     """Add `contraction` and `predicted` divergence to the rows of the log; return how the prediction was fitted.
 
     The spread of the experts' updates is assumed to be proportional to the learning rate. Only the factor of
-    proportionality is fitted; the shape of the curve is not. Without the divergence in the log, nothing is predicted.
+    proportionality is fitted; the shape of the curve is not. If the log has the divergence of fewer than two epochs,
+    nothing is predicted.
     """
     num_experts = config.s2d.num_experts
     for row in epochs:
@@ -238,7 +239,7 @@ def _predict_(epochs: list[dict[str, float]], config: Config, model: nn.Module) 
     unit = predict_divergence(rates, shares, num_experts, correlation=MOMENTUM)
     at_end = [unit[int(row["updates"]) - 1] for row in epochs]
     pairs = [(row["divergence"], own) for row, own in zip(epochs, at_end) if row.get("divergence") and own > 0]
-    if not pairs:
+    if len(pairs) < 2:  # one number is met exactly by one fitted factor
         return None
     logs = [math.log(measured / own) for measured, own in pairs]
     mean = sum(logs) / len(logs)

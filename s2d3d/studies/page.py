@@ -102,7 +102,7 @@ def _arms_table(summary: Mapping[str, Any]) -> str:
     rows = []
     for row in summary["rows"]:
         each = [f"{100 * row['oa'][str(seed)]:.2f}" if str(seed) in row["oa"] else "empty" for seed in seeds]
-        form = "" if row["name"] == row["arm"] else f" (configuration {row['arm']}, {row['form']})"
+        form = _form(row)
         counts = row["parameters"] or {}
         seconds = "" if row["train_seconds_mean"] is None else f"{row['train_seconds_mean']:.0f}"
         updates = ", ".join(map(str, row["updates"]))
@@ -112,6 +112,13 @@ def _arms_table(summary: Mapping[str, Any]) -> str:
         ])  # fmt: skip
     note = "Deviations are those of a sample (n - 1). Seconds depend on the load of the machine: do not compare them."
     return f"{markdown_table(header, rows)}\n\n{note}"
+
+
+def _form(row: Mapping[str, Any]) -> str:
+    """Return which form of a run's model a row shows; empty for the usual one."""
+    if row["name"] != row["arm"]:
+        return f" (configuration {row['arm']}, {row['form']})"
+    return "" if row["form"] in (None, "merged", "routed") else f" ({row['form']})"
 
 
 def _comparisons_table(summary: Mapping[str, Any]) -> str:
