@@ -7,6 +7,7 @@ torch and the models take seconds to import, and `--help` or a wrong path must b
 import argparse
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import NoReturn
 
 from .atomic import check_parent
 from .errors import InputError, TrainingError, printable
+from .plugins import load_plugins
 from .terminal import messages_on_stderr, open_streams, plain_stdout
 
 CLOSED_PIPE = 141
@@ -31,11 +33,15 @@ def run_tool(parser: argparse.ArgumentParser, body: Body, argv: Sequence[str] | 
     the traceback.
 
     Args:
-        parser: the tool's arguments; `--debug` is added.
+        parser: the tool's arguments; `--debug` and `--plugin` are added.
         body: the tool; its return value is the exit code, None means 0.
         argv: arguments without the program's name; None: those of the process.
     """
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument(
+        "--plugin", action="append", default=[], metavar="FILE.py",
+        help="a Python file that registers models or data sets of your own; may be repeated",
+    )  # fmt: skip
     shorten_errors(parser)
     open_streams()
     try:
@@ -44,6 +50,7 @@ def run_tool(parser: argparse.ArgumentParser, body: Body, argv: Sequence[str] | 
         return int(error.code or 0)
     try:
         with messages_on_stderr(), plain_stdout(go_on=getattr(arguments, "output", None) is not None) as output:
+            load_plugins(arguments.plugin)
             code = body(arguments) or 0
             output.flush()
         return CLOSED_PIPE if output.closed_early else code
@@ -66,6 +73,20 @@ def print_error(error: Exception) -> bool:
     for line in lines or ():
         print(f"error: {printable(line)}", file=sys.stderr)
     return lines is not None
+
+
+def own_command(tool: str) -> str:
+    """Return the beginning of a command line that starts a tool as this process was started.
+
+    Args:
+        tool: its name as a subcommand, such as "train".
+    """
+    program = Path(sys.argv[0])
+    if program.name == "s2d3d":
+        return f"s2d3d {tool}"
+    here = Path(sys.executable).is_relative_to(Path.cwd())
+    python = os.path.relpath(sys.executable) if here else sys.executable
+    return shlex.join([python, "-m", "s2d3d", tool] if program.name == "__main__.py" else [python, str(program)])
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

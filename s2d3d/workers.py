@@ -10,8 +10,8 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import Any
 
-from ..errors import InputError
-from ..machine import watch_parent
+from .errors import InputError
+from .machine import watch_parent
 
 log = logging.getLogger(__name__)
 

@@ -1,23 +1,32 @@
 """Train a model, with experts (S2D) or without, then merge and evaluate it."""
 
 import argparse
+import json
+import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from s2d3d import Config, load_config
-from s2d3d.cli import add_overrides, run_tool
+from s2d3d.cli import add_overrides, own_command, run_tool
 from s2d3d.config.load import dump_config
 from s2d3d.errors import InputError
-from s2d3d.runs.folder import RunFolder
+from s2d3d.runs.folder import RunFolder, find_checkpoint
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__)
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, see configs/")
+    parser.add_argument(
+        "config", nargs="?", metavar="CONFIG", help="a YAML file, see configs/; with --resume default: that of the run"
+    )
     add_overrides(parser)
     parser.add_argument(
         "--resume", metavar="PATH", help="continue from a checkpoint, or from the last checkpoint of a run folder"
     )
+    parser.add_argument(
+        "--extend", type=int, metavar="EPOCHS",
+        help="with --resume: go on to this number of epochs in all; needs constant schedules",
+    )  # fmt: skip
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; the same as train.device=")
     parser.add_argument("--dry-run", action="store_true", help="check the config, print the resolved config, and stop")
     parser.add_argument("--force", action="store_true", help="replace an existing run in output_dir")
@@ -28,13 +37,18 @@ def run(arguments: argparse.Namespace) -> int:
     overrides = list(arguments.overrides)
     if arguments.device:
         overrides.append(f"train.device={arguments.device}")
-    config = load_config(arguments.config, overrides)
+    path = find_config(arguments, overrides)
+    if arguments.extend is not None:
+        if not arguments.resume:
+            raise InputError("--extend: is for a run that is continued; name it by --resume RUN")
+        overrides.append(f"train.epochs={arguments.extend}")
+    config = load_config(path, overrides)
     if arguments.dry_run:
         print(dump_config(config), end="")
         return 0
 
     if arguments.force:
-        keep_config(arguments.config, config)
+        keep_config(path, config)
 
     from s2d3d import Trainer
     from s2d3d.training.signals import StoppedBySignal
@@ -44,11 +58,28 @@ def run(arguments: argparse.Namespace) -> int:
         path = trainer.fit(resume=arguments.resume)
     except StoppedBySignal as stop:
         if trainer.runtime.is_main:
-            print(stop, file=sys.stderr)
+            command = f"{own_command('train')} --resume {shlex.quote(str(trainer.folder.root))}"
+            print(f"{stop.reason}; continue with: {command}", file=sys.stderr)
         return stop.exit_code
     if trainer.runtime.is_main and path != trainer.folder.last:
         print(trainer.summary())
     return 0
+
+
+def find_config(arguments: argparse.Namespace, overrides: list[str]) -> str:
+    """Return the path of the config: the one that is named, else that of the run to resume; may add to `overrides`."""
+    path, resume = arguments.config, arguments.resume
+    if path is not None and not ("=" in path and not Path(path).exists()) and not path.startswith("~"):
+        return path
+    if path is not None:  # the first override, where no config is named
+        overrides.insert(0, path)
+    if not resume:
+        raise InputError("CONFIG: is missing; name a YAML file, see configs/, or a run by --resume RUN")
+    folder = RunFolder(find_checkpoint(resume).parent.parent)
+    if not folder.config.is_file():
+        raise InputError(f"{folder.config}: no such file; name the config of the run before --resume")
+    overrides.insert(0, f"output_dir={json.dumps(str(folder.root))}")  # where the run is, wherever it was made
+    return str(folder.config)
 
 
 def keep_config(path: str, config: Config) -> None:

@@ -6,7 +6,7 @@ A list names keys, such as "train.device", and whole sections, such as "log".
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-FOLDERS = ("output_dir", "data.root", "data.cache_dir", "data.allow_links")
+FOLDERS = ("output_dir", "plugins", "data.root", "data.cache_dir", "data.allow_links")
 """Keys of file locations on the computing machine."""
 SAME_RESULT = (
     *FOLDERS, "data.memory_budget_gb", "train.device", "train.num_threads", "train.compile", "train.compile_mode",

@@ -97,6 +97,8 @@ def read_yaml(path: str | Path) -> tuple[dict[str, object], list[str]]:
 def apply_overrides(mapping: dict, overrides: Sequence[str]) -> tuple[dict[Loc, str], list[str]]:
     """Set `section.key=value` overrides in `mapping`, in place; for equal keys the last override is used.
 
+    `~section.key` removes a key that the mapping has, such as one of another model.
+
     Returns:
         The source override of each changed place, and one line per problem.
     """
@@ -104,6 +106,9 @@ def apply_overrides(mapping: dict, overrides: Sequence[str]) -> tuple[dict[Loc, 
     lines: list[str] = []
     for override in overrides:
         where = override_name(override)
+        if override.startswith("~"):
+            lines += _remove(mapping, override)
+            continue
         key, equals, text = override.partition("=")
         loc = tuple(part.strip() for part in key.split("."))
         if not equals or not all(loc):
@@ -118,6 +123,18 @@ def apply_overrides(mapping: dict, overrides: Sequence[str]) -> tuple[dict[Loc, 
         origins, problem = _set(mapping, loc, value, where, origins)
         lines += problem
     return origins, lines
+
+
+def _remove(mapping: dict, override: str) -> list[str]:
+    """Remove the key of a `~section.key` override, in place; return a line if there is none."""
+    *sections, last = override[1:].strip().split(".")
+    place: object = mapping
+    for section in sections:
+        place = place.get(section) if isinstance(place, dict) else None
+    if not isinstance(place, dict) or last not in place:
+        return [f"{override}: the config has no such key to remove"]
+    del place[last]
+    return []
 
 
 def set_values(

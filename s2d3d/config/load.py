@@ -1,6 +1,7 @@
 """Loading the config of a run from a YAML file, overrides or a checkpoint. Its schema is in `schema.py`."""
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,14 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from ..errors import InputError
+from ..plugins import load_plugins, loaded_plugins
 from .io import Loc, Problem, apply_overrides, read_yaml, schema_problems, set_values, show
-from .schema import Config
+from .schema import Config, OptimConfig
 from .types import Bool, Float
 
 __all__ = ["Config", "dump_config", "load_config", "load_layered_config", "parse_config"]
+
+log = logging.getLogger(__name__)
 
 _RETIRED: dict[Loc, tuple[TypeAdapter[Any], object]] = {
     ("s2d", "active_fraction"): (TypeAdapter(Float), 1.0),
@@ -32,7 +36,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Args:
         path: a YAML file; every key without a default must be there.
         overrides: such as `"train.epochs=10"`; the value is YAML. A later override of the same key replaces an earlier
-            one.
+            one. `"~model.depth"` removes a key. If only the epochs are replaced, a warm-up that takes them all is cut
+            to half of them, with a warning.
 
     Returns:
         The validated config.
@@ -46,6 +51,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     mapping, lines = read_yaml(path)
     origins, override_lines = apply_overrides(mapping, overrides)
+    _cut_warmup(mapping, origins)
+    _use_plugins(mapping, path)
     return _validate(mapping, str(path), origins, lines + override_lines)
 
 
@@ -75,11 +82,12 @@ def load_layered_config(
     own, override_lines = apply_overrides(mapping, overrides)
     hidden = {place for place in origins if any(place[: len(loc)] == loc for loc in own)}
     origins = {place: name for place, name in origins.items() if place not in hidden} | own
+    _use_plugins(mapping, path)
     return _validate(mapping, str(path), origins, lines + override_lines)
 
 
 def parse_config(mapping: Mapping[str, object], *, where: str, overrides: Sequence[str] = ()) -> Config:
-    """Validate a config given as a mapping, such as the one stored in a checkpoint.
+    """Validate a config given as a mapping, such as the one stored in a checkpoint. Its plugins are not imported.
 
     Args:
         mapping: result of `Config.to_dict`; it is not changed.
@@ -129,11 +137,34 @@ def _validate(mapping: dict, where: str, origins: Mapping[Loc, str], lines: list
     except ValidationError as error:
         problems += schema_problems(error, Config)
     for problem in problems:
+        if origins.keys() >= {("model", "name")} and problem.text.startswith("unknown key"):
+            problem = Problem(problem.loc, f"{problem.text}; remove it by ~{'.'.join(map(str, problem.loc))}")
         places = (problem.loc[:size] for size in range(len(problem.loc), 0, -1))
         lines.append(problem.line(next((origins[place] for place in places if place in origins), where)))
     if lines:
         raise InputError("\n".join(lines))
     return config
+
+
+def _cut_warmup(mapping: dict, origins: Mapping[Loc, str]) -> None:
+    """Cut a warm-up that fills the epochs of an override, in place: a short trial needs no second override."""
+    train, optim = mapping.get("train"), mapping.get("optim") or {}
+    if ("train", "epochs") not in origins or ("optim", "warmup_epochs") in origins or not isinstance(optim, dict):
+        return
+    epochs = train.get("epochs") if isinstance(train, dict) else None
+    warmup = optim.get("warmup_epochs", OptimConfig.model_fields["warmup_epochs"].default)
+    if type(epochs) is int and epochs > 0 and isinstance(warmup, (int, float)) and warmup >= epochs:
+        log.warning("optim.warmup_epochs: %g leaves nothing of %d epochs; cut to %g", warmup, epochs, epochs / 2)
+        mapping["optim"] = optim | {"warmup_epochs": epochs / 2}
+
+
+def _use_plugins(mapping: dict, path: str | Path) -> None:
+    """Import the plugins that a config names, and add to it those that the command line named."""
+    named = mapping.get("plugins") or []
+    if isinstance(named, (list, tuple)) and all(isinstance(name, str) for name in named):  # else the schema refuses
+        load_plugins(named, beside=Path(path).parent)
+        if others := [name for name in loaded_plugins() if name not in named]:
+            mapping["plugins"] = [*named, *others]
 
 
 def _drop_retired(mapping: dict) -> list[Problem]:

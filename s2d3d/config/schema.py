@@ -301,6 +301,9 @@ class Config(Section):
 
     seed: Int = Field(0, ge=0, le=2**32 - 1, description="Seed of all randomness, in [0, 2**32 - 1].")
     output_dir: PathStr = Field(description="Run folder: config, logs, checkpoints and the merged model.")
+    plugins: tuple[PathStr, ...] = Field(
+        (), description="Your Python files that register models or data sets; imported before names are looked up."
+    )
     data: DataConfig = Field(description="Which clouds.")
     model: ModelConfig = Field(description="Which backbone.")
     s2d: S2DConfig = Field(S2DConfig(), description="Sparse-to-Dense training.")

@@ -11,6 +11,7 @@ from .base import PointCloudDataset, same_data
 from .loader import BatchLoader
 from .modelnet40 import load_modelnet40, load_shapes
 from .scanobjectnn import check_keywords, load_scanobjectnn
+from .scans import check_scans, load_scans
 from .selection import split_train_validation
 from .stream import MEMORY_BUDGET_GB
 from .transforms import Transform, build_augmentation
@@ -66,6 +67,7 @@ class Reader:
 
 
 _DATASETS: dict[str, Reader] = {
+    "files": Reader(load_scans, check_scans),
     "modelnet40": Reader(load_modelnet40),
     "scanobjectnn": Reader(load_scanobjectnn, check_keywords),
     "shapes": Reader(load_shapes),

@@ -51,12 +51,14 @@ class PointCloudDataset(torch.utils.data.Dataset):
     Attributes:
         up_axis: "z", the vertical of `points`.
         stored_points: P.
+        skipped: a line for each file that the reader left out.
 
     Raises:
         InputError: no shapes, or P < N.
     """
 
     up_axis = "z"
+    skipped: Sequence[str] = ()
 
     def __init__(
         self,

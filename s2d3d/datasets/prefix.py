@@ -66,6 +66,17 @@ def cache_folders(root: Path, cache_dir: str | os.PathLike | None = None) -> lis
     return [root / ".fps_cache", user_cache / "s2d3d"]
 
 
+def can_hold(folder: Path) -> bool:
+    """Return whether a folder of the cache can be written, after making it; none is made in a read-only set."""
+    if folder.name.startswith(".") and not folder.exists() and not _is_writable(folder.parent):
+        return False
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
+
+
 def _content_hash(points: Tensor) -> str:
     digest = hashlib.blake2b(f"{points.dtype} {tuple(points.shape)}".encode(), digest_size=12)
     digest.update(points.contiguous().numpy().data)
@@ -87,11 +98,10 @@ def _read(path: Path, shape: tuple[int, int], stored_points: int) -> Tensor | No
 
 def _write(path: Path, selected: Tensor) -> bool:
     """Store a selection; return False if the folder cannot be written, which is not an error for a cache."""
-    if path.parent.name.startswith(".") and not path.parent.exists() and not _is_writable(path.parent.parent):
+    if not can_hold(path.parent):
         return False
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path.parent)
         try:
             with open(temporary, "wb") as file:

@@ -25,10 +25,10 @@ from ..datasets.precision import check_extent, to_single
 from ..datasets.text import parse_rows, read_bytes, split_fields
 from ..errors import InputError
 from ..random_state import derived_rng
+from ..workers import worker_pool
 from . import DEFAULT_POINTS
 from .folder import CONVERSION, MARK, check_output, foreign_files, take_place
 from .scan_view import unit_sphere
-from .workers import worker_pool
 
 PART = 512
 """Shapes of one HDF5 file, which is what a conversion that was stopped does not do again."""

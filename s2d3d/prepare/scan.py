@@ -25,11 +25,11 @@ from ..datasets.transforms import turn_up_axis
 from ..errors import InputError, did_you_mean
 from ..random_state import derived_rng
 from ..version import __version__
+from ..workers import worker_pool
 from . import DEFAULT_POINTS
 from .folder import MARK, check_output, new_folder
 from .perturbations import PERTURBATIONS
 from .scan_view import View, import_open3d, simulate_view, unit_sphere, upsample
-from .workers import worker_pool
 
 MIN_POINTS = 64
 MAX_CLUTTER = 3

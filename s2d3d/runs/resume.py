@@ -108,17 +108,34 @@ def check_same_run(state: dict[str, Any], config: Config, path: Path) -> None:
         path: for the message.
 
     Raises:
-        InputError: the checkpoint holds no training state, or a key outside `SAME_WEIGHTS` differs.
+        InputError: the checkpoint holds no training state, or a key outside `SAME_WEIGHTS` differs. More epochs are
+            allowed where the schedules are constant.
     """
     if any(key not in state for key in TRAINING_KEYS):
         raise InputError(f"{path}: holds a model but no training state; resume from checkpoints/last.pt")
     # Parsed, so that a key that came after the checkpoint has its default on both sides.
     stored = parse_config(state["config"], where=str(path))
     for key, (theirs, ours) in sorted(differences(stored.to_dict(), config.to_dict(), SAME_WEIGHTS).items()):
+        if key == "train.epochs" and ours > theirs:
+            if _can_be_extended(stored):
+                continue
+            start = f"model.pretrained={path.parent.parent / 'merged.pt'}, another output_dir"
+            raise InputError(
+                f"{path}: its schedule ends with epoch {theirs}, so it cannot go on to {ours}; start a new run from "
+                f"its weights: {start} and train.epochs={ours - theirs}"
+            )
         raise InputError(
             f"{path}: was trained with {key}={theirs!r}, the config says {ours!r}; "
             "resume with the run's own config.yaml"
         )
+
+
+def _can_be_extended(config: Config) -> bool:
+    """Return whether the epochs of a run do not depend on how many follow: with constant schedules."""
+    s2d = config.s2d
+    return config.optim.schedule == "constant" and (
+        s2d.kind != "rup" or (s2d.schedule == "constant" and s2d.stop_fraction == 1)
+    )
 
 
 def check_same_data(

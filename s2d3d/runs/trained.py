@@ -10,8 +10,10 @@ from torch import nn
 
 from ..config.data import build_dataset, check_classes
 from ..config.load import Config, parse_config
-from ..datasets import PointCloudDataset
-from ..errors import InputError
+from ..config.schema import DataConfig
+from ..datasets import PointCloudDataset, list_datasets
+from ..errors import InputError, printable, quoted
+from ..models import list_models
 from .checkpoint import build_model, load_checkpoint
 
 
@@ -40,13 +42,21 @@ class TrainedModel:
         """Read a split of the data set that the config names.
 
         Raises:
-            InputError: the data set cannot be read, or its classes differ from those of the model.
+            InputError: the data set cannot be read or is not registered, or its classes differ from those of the model.
         """
+        if name := _missing_dataset(self.payload, self.config):
+            plugins = self.payload["config"].get("plugins") or ["FILE.py"]
+            raise InputError(
+                f"{self.path}: was trained on the data set '{name}', which is unknown here; name the Python file that "
+                f"registers it by --plugin {printable(str(plugins[0]))}, or other data by data.name= and data.root="
+            )
         dataset = build_dataset(self.config.data, split, seed=self.config.seed)
         check_classes(dataset, self.class_names, self.path)
         return dataset
 
 
+UNKNOWN_DATA = "files"
+"""The data set that stands in a config for one that is not registered."""
 MAX_VOTES = 1000
 """Passes over a data set that a checkpoint may ask for; the caller may ask for more."""
 
@@ -54,6 +64,7 @@ MAX_VOTES = 1000
 def stored_config(payload: Mapping[str, Any], where: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Return the config that a checkpoint holds, as far as a file from elsewhere may decide about this machine.
 
+    A data set that is not registered here, because it is of a plugin, is replaced by the class folders of its root.
     `data.cache_dir`, where files would be written, is left out, and `eval.votes` is bounded; overrides may set both.
 
     Args:
@@ -66,13 +77,30 @@ def stored_config(payload: Mapping[str, Any], where: str | Path, overrides: Sequ
     """
     given = {override.partition("=")[0].strip() for override in overrides}
     stored = payload["config"]
-    if isinstance(stored.get("data"), dict) and "data.cache_dir" not in given:
-        stored = stored | {"data": {key: value for key, value in stored["data"].items() if key != "cache_dir"}}
+    if (name := payload["model"].get("name")) not in list_models() and (plugins := stored.get("plugins")):
+        raise InputError(
+            f"{where}: its model {quoted(str(name))} is unknown here; name the Python file that registers it by "
+            f"--plugin {printable(str(plugins[0]))}"
+        )
+    data = stored.get("data")
+    if isinstance(data, dict) and "data.cache_dir" not in given:
+        data = {key: value for key, value in data.items() if key != "cache_dir"}
+    if isinstance(data, dict) and "data.name" not in given and data.get("name") not in list_datasets():
+        shared = {key: value for key, value in data.items() if key in DataConfig.model_fields}
+        data = shared | {"name": UNKNOWN_DATA}
+    stored = stored | ({} if data is None else {"data": data})
     config = parse_config(stored, where=str(where), overrides=overrides)
     if config.eval.votes > MAX_VOTES and "eval.votes" not in given:
         asked = f"asks for {config.eval.votes} votes, a checkpoint may ask for {MAX_VOTES}"
         raise InputError(f"{where}: eval.votes: {asked}; give the number yourself by eval.votes=N")
     return config
+
+
+def _missing_dataset(payload: Mapping[str, Any], config: Config) -> str | None:
+    """Return the name of the checkpoint's data set if nothing in this process has registered it."""
+    stored = payload["config"].get("data")
+    name = stored.get("name") if isinstance(stored, dict) else None
+    return str(name) if config.data.name == UNKNOWN_DATA and name not in list_datasets() else None
 
 
 def open_trained(

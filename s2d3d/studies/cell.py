@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config.load import Config, parse_config
+from ..plugins import load_plugins
 
 
 @dataclass(frozen=True)
@@ -51,5 +52,6 @@ def cell_from_dict(plain: dict[str, Any]) -> Cell:
     Raises:
         InputError: the config is not valid.
     """
+    load_plugins(plain["config"].get("plugins", ()))  # in a worker of our own study
     config = parse_config(plain["config"], where=f"{plain['study']}/{plain['arm']}/seed{plain['seed']}")
     return Cell(config=config, **{name: plain[name] for name in _PLAIN})

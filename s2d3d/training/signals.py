@@ -14,7 +14,8 @@ class StoppedBySignal(Exception):
     """The run saved its state and stopped because of a signal."""
 
     def __init__(self, signum: int, checkpoint: Path) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}; continue with --resume {checkpoint}")
+        self.reason = f"stopped by {signal.Signals(signum).name}"
+        super().__init__(f"{self.reason}; continue with --resume {checkpoint}")
         self.exit_code = 128 + signum
 
 

@@ -1,0 +1,156 @@
+"""Folders named after classes: which files they hold, of which class and in which split."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..errors import InputError
+from ..random_state import derived_generator
+from .files import SUFFIXES
+from .links import check_inside
+
+SPLITS = ("train", "test")
+LAYOUTS = "ROOT/CLASS/FILE, ROOT/train/CLASS/FILE with ROOT/test/CLASS/FILE, or ROOT/CLASS/train/FILE with test"
+
+
+@dataclass(frozen=True)
+class ClassFolders:
+    """The files of a data set in class folders.
+
+    Attributes:
+        root: the folder.
+        class_names: in alphabetical order.
+        files: by split, each file below `root` and the number of its class, in the order of class and path.
+        ignored: number of files by suffix that are no clouds; "" stands for none.
+    """
+
+    root: Path
+    class_names: list[str]
+    files: dict[str, list[tuple[Path, int]]]
+    ignored: Counter[str]
+
+    def summary(self) -> str:
+        """Return one line: how many files of which kinds, in how many classes, and how they are split."""
+        suffixes = Counter(path.suffix.lower() for files in self.files.values() for path, _ in files)
+        parts = ", ".join(f"{len(files)} to {split}" for split, files in self.files.items())
+        ignored = f"; ignored, of other kinds: {_counts(self.ignored)}" if self.ignored else ""
+        total, classes = suffixes.total(), len(self.class_names)
+        return f"{self.root}: {total} files ({_counts(suffixes)}) in {classes} classes, {parts}{ignored}"
+
+
+def find_class_folders(
+    root: str | os.PathLike, *, test_fraction: float = 0.2, split_seed: int = 0, allow_links: bool = False
+) -> ClassFolders:
+    """Find the files of a data set in class folders, see `LAYOUTS`.
+
+    Where no folder is called train or test, a share of each class's files is the test split: at least one file, chosen
+    by `split_seed` and the file's path. Files are looked for in folders below the class folder too. Names that begin
+    with a dot are left out.
+
+    Args:
+        root: the folder.
+        test_fraction: share of the test split, in (0, 1), where the folders do not split the files.
+        split_seed: of that choice, independent of the training's seed.
+        allow_links: follow links that lead out of the folder.
+
+    Raises:
+        InputError: no folder, fewer than two classes, a class without a file to train on, files outside of class
+            folders, or a link out of the folder.
+
+    Example:
+        >>> import tempfile
+        >>> root = Path(tempfile.mkdtemp())
+        >>> for name in ("box/1.ply", "box/2.off", "mug/1.npy", "mug/2.xyz", "mug/notes.doc"):
+        ...     (root / name).parent.mkdir(exist_ok=True)
+        ...     (root / name).touch()
+        >>> found = find_class_folders(root, test_fraction=0.5)
+        >>> found.class_names, {split: len(files) for split, files in found.files.items()}, dict(found.ignored)
+        (['box', 'mug'], {'train': 2, 'test': 2}, {'.doc': 1})
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise InputError(
+            f"{root}: {'not a folder' if root.exists() else 'no such folder'}; name one with class folders"
+        )
+    ignored: Counter[str] = Counter()
+    by_class: dict[str, dict[str, list[Path]]] = {}  # class, then split, or "" where the files are not split
+    for path in _walk(root, root, frozenset(), allow_links):
+        if path.suffix.lower() not in SUFFIXES:
+            ignored[path.suffix.lower()] += 1
+            continue
+        split, class_name = _place(path.relative_to(root), path)
+        by_class.setdefault(class_name, {}).setdefault(split, []).append(path)
+    if len(by_class) < 2:
+        found = f"one class, '{next(iter(by_class))}'" if by_class else f"no file of {', '.join(SUFFIXES)}"
+        raise InputError(f"{root}: holds {found}; the files of at least two classes are needed, as {LAYOUTS}")
+    class_names = sorted(by_class)
+    is_split = {bool(split) for parts in by_class.values() for split in parts}
+    if len(is_split) == 2:
+        plain = next(parts[""][0] for parts in by_class.values() if "" in parts)
+        raise InputError(f"{plain}: lies neither in a train nor in a test folder, as other files do; move it into one")
+    if is_split == {False}:
+        by_class = {name: _divide(name, parts[""], root, test_fraction, split_seed) for name, parts in by_class.items()}
+    for name in class_names:
+        if "train" not in by_class[name]:
+            raise InputError(f"{root}: class '{name}' has files to test but none to train on; add some or remove it")
+    files = {
+        split: [(path, label) for label, name in enumerate(class_names) for path in by_class[name].get(split, [])]
+        for split in SPLITS
+    }
+    if not files["test"]:
+        raise InputError(f"{root}: holds a folder train but no test; add one, or move its class folders into {root}")
+    return ClassFolders(root, class_names, files, ignored)
+
+
+def _walk(folder: Path, root: Path, above: frozenset[str], allow_links: bool) -> Iterator[Path]:
+    """Yield the files below a folder in the order of their paths; a link to a folder above is not entered."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        text = f"{folder}: cannot be read ({error.strerror}); change its permissions or leave it out"
+        raise InputError(text) from None
+    for name in names:
+        path = folder / name
+        if name.startswith(".") or name == "__MACOSX":
+            continue
+        if path.is_symlink():
+            check_inside(path, root, allow_links=allow_links)
+        if path.is_dir():
+            yield from _walk(path, root, above | {real}, allow_links)
+        else:
+            yield path
+
+
+def _place(relative: Path, path: Path) -> tuple[str, str]:
+    """Return the split of a file, "" if no folder tells it, and its class."""
+    folders = relative.parts[:-1]
+    split = ""
+    if folders and folders[0] in SPLITS:
+        split, folders = folders[0], folders[1:]
+    elif len(folders) > 1 and folders[1] in SPLITS:
+        split, folders = folders[1], folders[:1]
+    if not folders:
+        raise InputError(f"{path}: lies in no class folder, so its class is unknown; move it: {LAYOUTS}")
+    return split, folders[0]
+
+
+def _divide(name: str, files: list[Path], root: Path, test_fraction: float, split_seed: int) -> dict[str, list[Path]]:
+    """Split the files of a class at random."""
+    if len(files) < 2:
+        raise InputError(f"{root}: class '{name}' has one file, {files[0]}; one to train and one to test are needed")
+    order = torch.randperm(len(files), generator=derived_generator(split_seed, "test files", name)).tolist()
+    count = min(max(1, round(len(files) * test_fraction)), len(files) - 1)
+    chosen = set(order[:count])
+    parts = {"train": [file for index, file in enumerate(files) if index not in chosen]}
+    return {**parts, "test": [file for index, file in enumerate(files) if index in chosen]}
+
+
+def _counts(counter: Counter[str]) -> str:
+    return ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in sorted(counter.items()))

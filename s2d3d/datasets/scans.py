@@ -1,0 +1,275 @@
+"""Class folders as a data set: files in any format that `read_points` reads, read once and kept as HDF5."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ..atomic import locked, workspace, write_json, write_text
+from ..errors import InputError, first_line
+from ..workers import worker_pool
+from .base import TRAIN, PointCloudDataset
+from .class_folders import ClassFolders, find_class_folders
+from .files import read_points
+from .h5 import write_h5
+from .modelnet40 import load_modelnet40
+from .precision import check_extent, is_single
+from .prefix import cache_folders, can_hold, farthest_prefix
+from .stream import MEMORY_BUDGET_GB
+from .transforms import Transform, normalize_unit_sphere
+
+log = logging.getLogger(__name__)
+
+LEAST_POINTS = 32
+"""A file with fewer points shows no shape."""
+_VERSION = 1
+"""Of what is kept; a higher one makes it anew."""
+_FILE_ROWS = 1024
+"""Clouds of one HDF5 file."""
+_MOST_POINTS = 65536
+"""A larger cloud is first thinned to this at random: farthest point sampling takes time in proportion to its size."""
+_PARALLEL_BYTES = 64_000_000
+"""Files that take more are read in several processes; below that, starting these takes longer."""
+
+
+def load_scans(
+    root: str | os.PathLike,
+    split: str,
+    *,
+    num_points: int = 1024,
+    transform: Transform | None = None,
+    up_axis: str | None = None,
+    normalize: bool = True,
+    classes: Sequence[str] | None = None,
+    fraction: float = 1.0,
+    seed: int = 0,
+    cache_dir: str | os.PathLike | None = None,
+    allow_links: bool = False,
+    memory_budget_gb: float = MEMORY_BUDGET_GB,
+    test_fraction: float = 0.2,
+    split_seed: int = 0,
+    short: Literal["repeat", "skip", "error"] = "repeat",
+    skip_unreadable: bool = False,
+) -> PointCloudDataset:
+    """Read one split of a folder whose class folders hold clouds and meshes, see `find_class_folders`.
+
+    Each file becomes 1.2 `num_points` points by farthest point sampling. Meshes are sampled by area, with a fixed seed.
+    The result is kept in `cache_dir` under a hash of the files' content, and read from there the next time.
+
+    Args:
+        root: the folder.
+        split: "train" or "test".
+        num_points: of a sample.
+        transform: augmentation.
+        up_axis: the vertical of the files, "y" or "z"; default "z".
+        normalize: centre the clouds and scale them into the unit sphere.
+        classes: keep these classes only, numbered in this order.
+        fraction: share of the training shapes of each class to keep, in (0, 1]; the test split is kept whole.
+        seed: chooses that share.
+        cache_dir: default `ROOT/.fps_cache`, or the user's cache if the folder cannot be written.
+        allow_links: follow links that lead out of the folder.
+        memory_budget_gb: 10^9 bytes; a split that takes more stays on the disk, see `StreamedClouds`.
+        test_fraction: share of each class's files for the test split, where no folder is called train or test.
+        split_seed: of that choice. It does not depend on `seed`, so runs with other seeds have the same test split.
+        short: what to do with a file of fewer than `num_points` points: repeat its points, skip it, or stop. A file of
+            fewer than 32 is unreadable.
+        skip_unreadable: leave out files that cannot be read, instead of stopping at the first.
+
+    Returns:
+        The split; its `skipped` has a line for each file left out.
+
+    Raises:
+        InputError: the folder is wrong, or a file is and may not be skipped; no place to keep what was read.
+
+    Example:
+        >>> train = load_scans("scans", "train", num_points=1024)  # doctest: +SKIP
+    """
+    found = find_class_folders(root, test_fraction=test_fraction, split_seed=split_seed, allow_links=allow_links)
+    say = split == TRAIN  # once, not for each split
+    if say:
+        log.info("%s", found.summary())
+    options = dict(num_points=num_points, normalize=normalize, short=short, skip_unreadable=skip_unreadable)
+    name = f"files_{_content_hash(found, options)}"
+    kept = None
+    for folder in cache_folders(Path(root), cache_dir):
+        if (folder / name).is_dir() or can_hold(folder):
+            kept = folder / name
+            break
+    if kept is None:
+        raise InputError(f"{root}: what is read from the files can be kept nowhere; name a folder by data.cache_dir=")
+    with locked(kept.parent):
+        if not kept.is_dir():
+            with workspace(kept) as work:
+                (work / "new").mkdir()
+                _write_set(work / "new", found, **options)
+                os.replace(work / "new", kept)
+    notes = json.loads((kept / "notes.json").read_text(encoding="utf-8"))
+    for text in notes["said"] if say else []:
+        log.warning("%s: %s", root, text)
+    dataset = load_modelnet40(
+        kept, split, num_points=num_points, transform=transform, up_axis=up_axis, normalize=False, classes=classes,
+        fraction=fraction, seed=seed, cache_dir=kept.parent, memory_budget_gb=memory_budget_gb,
+    )  # fmt: skip
+    dataset.source, dataset.skipped = str(root), tuple(notes["skipped"])
+    dataset.normalized = normalize  # file by file, before points were chosen
+    return dataset
+
+
+def check_scans(test_fraction: float, split_seed: int, short: str, skip_unreadable: bool) -> dict[str, str]:
+    """Return by keyword of `load_scans` what is wrong with its value."""
+    problems = {}
+    if not 0 < test_fraction < 1:
+        problems["test_fraction"] = f"must be above 0 and below 1, got {test_fraction:g}"
+    if split_seed < 0:
+        problems["split_seed"] = f"must be at least 0, got {split_seed}"
+    return problems
+
+
+def stored_points(num_points: int) -> int:
+    """Return how many points of each file are kept: those of which a training sample is drawn."""
+    return num_points * 6 // 5
+
+
+def read_stored(path: Path, num_points: int, normalize: bool) -> np.ndarray:
+    """Read a file as it is kept: put into the unit sphere, as `read_cloud` does, and thinned.
+
+    Args:
+        path: see `read_points`.
+        num_points: of a sample.
+        normalize: whether to put the cloud into the unit sphere.
+
+    Returns:
+        (M, 3) float32 with M at most `stored_points(num_points)`, in the order of farthest point sampling.
+
+    Raises:
+        InputError: as `read_points`; fewer than `LEAST_POINTS` points.
+    """
+    points = read_points(path, 2 * num_points)
+    if len(points) < LEAST_POINTS:
+        raise InputError(f"{path}: {len(points)} points show no shape; at least {LEAST_POINTS} are needed")
+    if normalize and not is_single(points):
+        points = points - points.mean(axis=0)
+    elif not normalize:
+        check_extent(points.astype(np.float32).astype(np.float64), f"{path}: not normalised")
+    cloud = torch.from_numpy(np.ascontiguousarray(points, dtype=np.float32))[None]
+    cloud = normalize_unit_sphere(cloud) if normalize else cloud
+    if cloud.shape[1] > _MOST_POINTS:
+        kept = np.random.default_rng(0).choice(cloud.shape[1], _MOST_POINTS, replace=False)
+        cloud = cloud[:, torch.from_numpy(np.sort(kept))]
+    chosen = farthest_prefix(cloud, min(cloud.shape[1], stored_points(num_points)))[0].long()
+    return cloud[0, chosen].numpy()
+
+
+def _try_read(path: Path, num_points: int, normalize: bool) -> np.ndarray | str:
+    """Read a file, or return why that fails; for worker processes, whose errors would lose their type."""
+    try:
+        return read_stored(path, num_points, normalize)
+    except (InputError, OSError, MemoryError) as error:
+        return first_line(error, limit=1000)
+
+
+def _write_set(
+    folder: Path, found: ClassFolders, *, num_points: int, normalize: bool, short: str, skip_unreadable: bool
+) -> None:
+    """Read all files and write them in the layout of `load_modelnet40`, with notes on what was left out."""
+    labelled = [(split, path, label) for split, files in found.files.items() for path, label in files]
+    parts = {split: _Part(folder, split) for split in found.files}
+    skipped, num_short = [], 0
+    read = partial(_try_read, num_points=num_points, normalize=normalize)
+    paths = [path for _, path, _ in labelled]
+    with worker_pool(_workers(paths), __name__, doing="reading") as spread:
+        clouds = tqdm(spread(read, paths), total=len(paths), desc="files (once)", disable=None, leave=False)
+        for (split, path, label), cloud in zip(labelled, clouds):
+            if isinstance(cloud, str):
+                if not skip_unreadable:
+                    raise InputError(f"{cloud}; mend it or take it away, or set data.skip_unreadable=true")
+                skipped.append(cloud)
+                continue
+            if len(cloud) < num_points:
+                text = f"{path}: {len(cloud)} points are fewer than data.num_points={num_points}"
+                if short == "error":
+                    raise InputError(f"{text}; lower it, or set data.short to repeat or skip")
+                if short == "skip":
+                    skipped.append(text)
+                    continue
+                num_short += 1
+            parts[split].add(np.resize(cloud, (stored_points(num_points), 3)), label, str(path.relative_to(found.root)))
+    for split, part in parts.items():
+        empty = [name for label, name in enumerate(found.class_names) if label not in part.classes]
+        if (empty and split == "train") or len(empty) == len(found.class_names):
+            raise InputError(
+                f"{found.root}: no file of class '{empty[0]}' is left to {split}; {len(skipped)} are left out, "
+                f"the first: {skipped[0]}"
+            )
+        part.finish()
+    write_text(folder / "shape_names.txt", "".join(f"{name}\n" for name in found.class_names))
+    said = []
+    if num_short:
+        said.append(f"{num_short} of {len(paths)} files have fewer than {num_points} points; their points are repeated")
+    if skipped:
+        said.append(f"{len(skipped)} of {len(paths)} files are left out, the first: {skipped[0]}")
+    write_json(folder / "notes.json", {"said": said, "skipped": sorted(skipped)})
+
+
+class _Part:
+    """Writes the clouds of one split, a file for every `_FILE_ROWS` of them."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self.classes: set[int] = set()
+        self._folder, self._split = folder, split
+        self._rows: list[tuple[np.ndarray, int, str]] = []
+        self._names: list[str] = []
+
+    def add(self, cloud: np.ndarray, label: int, name: str) -> None:
+        self._rows.append((cloud, label, name))
+        self.classes.add(label)
+        if len(self._rows) == _FILE_ROWS:
+            self._flush()
+
+    def finish(self) -> None:
+        """Write what is left, and the list of files."""
+        if self._rows:
+            self._flush()
+        write_text(self._folder / f"{self._split}_files.txt", "".join(f"{name}\n" for name in self._names))
+
+    def _flush(self) -> None:
+        clouds, labels, names = zip(*self._rows)
+        self._names.append(f"{self._split}{len(self._names)}.h5")
+        write_h5(self._folder / self._names[-1], np.stack(clouds), labels, names=names, up_axis="z")
+        self._rows.clear()
+
+
+def _workers(paths: Sequence[Path]) -> int:
+    """Return how many processes read: one for few bytes, else as many as there are processors."""
+    size = sum(path.stat().st_size for path in paths if path.is_file())
+    return min(os.cpu_count() or 1, 8) if size > _PARALLEL_BYTES else 1
+
+
+def _content_hash(found: ClassFolders, options: Mapping[str, object]) -> str:
+    """Return a hash of everything that what is kept depends on."""
+    digest = hashlib.blake2b(f"{_VERSION} {sorted(options.items())} {found.class_names}".encode(), digest_size=12)
+    labelled = [(split, path, label) for split, files in found.files.items() for path, label in files]
+    with ThreadPoolExecutor(4) as pool:
+        contents = pool.map(_file_hash, [path for _, path, _ in labelled])
+        for (split, path, label), content in zip(labelled, contents):
+            digest.update(os.fsencode(f"{split} {label} {path.relative_to(found.root)} ") + content)
+    return digest.hexdigest()
+
+
+def _file_hash(path: Path) -> bytes:
+    if not path.is_file():  # a FIFO would be waited for
+        return b"no file"
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).digest()  # type: ignore[arg-type]
+    except OSError as error:
+        return f"unreadable {error.errno}".encode()

@@ -1,0 +1,140 @@
+"""Files in class folders as a data set: the clouds are those of an independent reading, kept and found again."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from s2d3d import create_dataset
+from s2d3d.datasets import scans
+from s2d3d.errors import InputError
+
+
+def write(path, points):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npy":
+        np.save(path, points)
+    elif path.suffix == ".off":
+        path.write_text(f"OFF\n{len(points)} 0 0\n" + "\n".join(" ".join(map(repr, p)) for p in points.tolist()))
+    else:
+        np.savetxt(path, points, delimiter="," if path.suffix == ".csv" else " ")
+    return points
+
+
+@pytest.fixture
+def clouds(tmp_path):
+    """Two classes of six clouds of 40 to 90 points in four formats; return the folder and the points by path."""
+    rng, root, points = np.random.default_rng(0), tmp_path / "scans", {}
+    for name in ("ball", "rod"):
+        for index in range(6):
+            suffix = (".npy", ".xyz", ".off", ".csv")[index % 4]
+            cloud = rng.normal(size=(40 + 10 * index, 3)) * ((1, 1, 1) if name == "ball" else (0.1, 0.1, 2))
+            points[f"{name}/{index}{suffix}"] = write(root / name / f"{index}{suffix}", cloud + np.array([5, -3, 100]))
+    return root, points
+
+
+def unit_sphere(points):
+    points = points - points.mean(axis=0)
+    return points / np.linalg.norm(points, axis=1).max()
+
+
+def test_the_clouds_are_those_of_the_files(clouds):
+    root, points = clouds
+    train, test = (create_dataset("files", root, split, num_points=40) for split in ("train", "test"))
+    assert train.class_names == test.class_names == ["ball", "rod"]
+    assert sorted([*train.names, *test.names]) == sorted(points) and len(test) == 2
+    for dataset in (train, test):
+        for index, name in enumerate(dataset.names):
+            assert dataset.labels[index] == dataset.class_names.index(name.split("/")[0])
+            whole = unit_sphere(points[name])
+            own = dataset.points[index].double().numpy()
+            nearest = np.linalg.norm(own[:, None] - whole[None], axis=2).min(axis=1)
+            assert nearest.max() < 1e-5, name
+            assert len(np.unique(own, axis=0)) == min(len(whole), 48), "as many of them as there are, or are asked for"
+
+
+def test_what_was_read_is_kept_until_a_file_changes(clouds, monkeypatch):
+    root, points = clouds
+    first = create_dataset("files", root, "train", num_points=40)
+    read = []
+    monkeypatch.setattr(scans, "read_stored", lambda path, *_: read.append(path))
+    assert torch.equal(create_dataset("files", root, "train", num_points=40).points, first.points) and not read
+    monkeypatch.undo()
+    name = first.names[0]
+    write(root / name, points[name] * (1, 2, 1))
+    assert not torch.equal(create_dataset("files", root, "train", num_points=40).points[0], first.points[0])
+
+
+def test_a_folder_that_cannot_be_written_uses_the_users_cache(clouds, tmp_path, monkeypatch):
+    root, _ = clouds
+    root.chmod(0o555)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    try:
+        assert len(create_dataset("files", root, "train", num_points=40)) == 10
+    finally:
+        root.chmod(0o755)
+    assert list((tmp_path / "cache" / "s2d3d").glob("files_*/train0.h5")) and not (root / ".fps_cache").exists()
+
+
+def test_clouds_far_from_the_origin_keep_their_shape(clouds):
+    root, points = clouds
+    near = create_dataset("files", root, "train", num_points=40)
+    for name, cloud in points.items():
+        write(root / name, cloud + np.array([500_000, 5_400_000, 300]))
+    far = create_dataset("files", root, "train", num_points=40)
+    assert torch.allclose(near.points, far.points, atol=1e-5)
+
+
+def test_up_axis_turns_the_clouds(clouds):
+    root, _ = clouds
+    z, y = (create_dataset("files", root, "test", num_points=40, up_axis=axis) for axis in ("z", "y"))
+    x, up, depth = y.points.unbind(-1)
+    assert torch.allclose(z.points, torch.stack([x, depth, -up], -1), atol=1e-6)
+
+
+def test_short_clouds(clouds, caplog):
+    root, _ = clouds  # 40, 50, ..., 90 points; 60 are asked for
+    with caplog.at_level(logging.WARNING):
+        repeated = create_dataset("files", root, "train", num_points=60)
+    assert "4 of 12 files have fewer than 60 points; their points are repeated" in caplog.text
+    assert len(repeated) == 10 and not repeated.skipped
+    left = create_dataset("files", root, "train", num_points=60, short="skip")
+    assert len(left) + len(create_dataset("files", root, "test", num_points=60, short="skip")) == 8
+    assert len(left.skipped) == 4 and " points are fewer than data.num_points=60" in left.skipped[0]
+    with pytest.raises(InputError, match=r"\d0 points are fewer than data\.num_points=60; lower it"):
+        create_dataset("files", root, "train", num_points=60, short="error")
+
+
+def test_unreadable_files_stop_or_are_named(clouds):
+    root, _ = clouds
+    (root / "ball" / "0.npy").write_bytes(b"not numpy")
+    (root / "rod" / "few.xyz").write_text("0 0 0\n1 0 0\n0 1 0\n")
+    with pytest.raises(
+        InputError, match=r"(ball/0\.npy|rod/few\.xyz): .*; mend it or take it away, or set data\.skip_unreadable=true"
+    ):
+        create_dataset("files", root, "train", num_points=40)
+    train = create_dataset("files", root, "train", num_points=40, skip_unreadable=True)
+    assert sorted(line.split(": ")[0].removeprefix(f"{root}/") for line in train.skipped) == [
+        "ball/0.npy",
+        "rod/few.xyz",
+    ]
+    assert not {"ball/0.npy", "rod/few.xyz"} & set(train.names)
+    for path in (root / "rod").glob("*"):
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match="no file of class 'rod' is left to train"):
+        create_dataset("files", root, "train", num_points=40, skip_unreadable=True)
+
+
+def test_a_large_set_stays_on_the_disk(clouds):
+    root, _ = clouds
+    whole = create_dataset("files", root, "train", num_points=40)
+    streamed = create_dataset("files", root, "train", num_points=40, memory_budget_gb=1e-9)
+    rows = torch.arange(len(whole))
+    assert torch.equal(whole.batch(rows, augment=False)[0], streamed.batch(rows, augment=False)[0])
+
+
+@pytest.mark.parametrize("key, value", [("test_fraction", 0.0), ("test_fraction", 1.0), ("split_seed", -1)])
+def test_values_out_of_range(clouds, key, value):
+    with pytest.raises(InputError, match=key):
+        create_dataset("files", clouds[0], "train", num_points=40, **{key: value})

@@ -1,0 +1,97 @@
+"""Plugins: a user's file is imported where she names it, and a checkpoint alone never runs one."""
+
+import pytest
+
+from s2d3d import load_config
+from s2d3d.datasets import _DATASETS
+from s2d3d.errors import InputError
+from s2d3d.plugins import _LOADED, load_plugins
+
+DATA = """
+import torch
+from s2d3d import register_dataset
+from s2d3d.datasets import PointCloudDataset
+
+def read(root, split, *, num_points, transform=None, copies=8, **_):
+    points = torch.randn(2 * copies, 64, 3, generator=torch.Generator().manual_seed(int(split == "train")))
+    points[copies:, :, 2] *= 0.1
+    labels = torch.tensor([0] * copies + [1] * copies)
+    options = dict(split=split, num_points=num_points, transform=transform)
+    return PointCloudDataset(points, labels, ["ball", "plate"], **options)
+
+register_dataset("mine", read)
+"""
+
+
+@pytest.fixture
+def forgetting(monkeypatch):
+    """Forget what is registered and loaded in the test, as another process would have."""
+
+    def forget():
+        _DATASETS.pop("mine", None)
+        _LOADED.clear()
+
+    yield forget
+    forget()
+
+
+@pytest.fixture
+def plugin(tmp_path, forgetting):
+    path = tmp_path / "my_data.py"
+    path.write_text(DATA)
+    return path
+
+
+@pytest.fixture
+def config(tmp_path, plugin):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        f"output_dir: {tmp_path / 'run'}\nplugins: [my_data.py]\n"
+        "data: {name: mine, root: nowhere, num_points: 48, copies: 12}\n"
+        "model: {name: point_bert_tiny, depth: 1, trans_dim: 24, num_heads: 2, num_group: 8, group_size: 8}\n"
+        "s2d: {every: 1}\noptim: {warmup_epochs: 0}\ntrain: {epochs: 1, batch_size: 8}\n"
+    )
+    return path
+
+
+def test_a_checkpoint_works_without_its_plugin_and_names_it(config, plugin, forgetting, tool, tmp_path, capsys):
+    assert tool("train").main([str(config)]) == 0
+    forgetting()
+    plugin.write_text(f"raise SystemExit('a checkpoint ran it')\n{DATA}")
+    merged, cloud = str(tmp_path / "run" / "merged.pt"), tmp_path / "plate" / "a.xyz"
+    cloud.parent.mkdir()
+    cloud.write_text("\n".join(f"{x} {y} 0" for x in range(8) for y in range(8)))
+    capsys.readouterr()
+    assert tool("predict").main(["--checkpoint", merged, str(cloud)]) == 0
+    assert tool("evaluate").main(["--checkpoint", merged, "--files", str(cloud)]) == 0
+    assert tool("evaluate").main(["--checkpoint", merged]) == 1
+    advice = "the data set 'mine', which is unknown here; name the Python file that registers it by --plugin my_data.py"
+    assert advice in capsys.readouterr().err
+    plugin.write_text(DATA)
+    assert tool("evaluate").main(["--checkpoint", merged, "--plugin", str(plugin)]) == 0
+    assert "(24 samples)" in capsys.readouterr().out, "copies: 12, a key of the plugin's own"
+
+
+def test_the_command_lines_plugins_are_kept_in_the_config(config, plugin, forgetting):
+    text = config.read_text().replace("plugins: [my_data.py]\n", "")
+    config.write_text(text)
+    with pytest.raises(InputError, match="unknown dataset 'mine'"):
+        load_config(config)
+    load_plugins([plugin])
+    assert load_config(config).plugins == (str(plugin),)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("none.py", None, "no such plugin; name a Python file"),
+        ("bad.py", "import nothing_of_this_name", r"cannot be imported \(ModuleNotFoundError: No module named"),
+        ("bad.txt", "1", "is no Python file"),
+    ],
+)
+def test_plugins_that_cannot_be_used(tmp_path, name, content, message):
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InputError, match=f"{name}: {message}"):
+        load_plugins([path])
