@@ -37,18 +37,18 @@ def run(arguments: argparse.Namespace) -> int:
     overrides = list(arguments.overrides)
     if arguments.device:
         overrides.append(f"train.device={arguments.device}")
-    path = find_config(arguments, overrides)
+    source = find_config(arguments, overrides)
     if arguments.extend is not None:
         if not arguments.resume:
             raise InputError("--extend: is for a run that is continued; name it by --resume RUN")
         overrides.append(f"train.epochs={arguments.extend}")
-    config = load_config(path, overrides)
+    config = load_config(source, overrides)
     if arguments.dry_run:
         print(dump_config(config), end="")
         return 0
 
     if arguments.force:
-        keep_config(path, config)
+        keep_config(source, config)
 
     from s2d3d import Trainer
     from s2d3d.training.signals import StoppedBySignal

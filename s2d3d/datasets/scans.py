@@ -4,11 +4,11 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +39,15 @@ _MOST_POINTS = 65536
 """A larger cloud is first thinned to this at random: farthest point sampling takes time in proportion to its size."""
 _PARALLEL_BYTES = 64_000_000
 """Files that take more are read in several processes; below that, starting these takes longer."""
+
+
+class Options(NamedTuple):
+    """What `load_scans` asks for, as far as what is kept depends on it."""
+
+    num_points: int
+    normalize: bool
+    short: str
+    skip_unreadable: bool
 
 
 def load_scans(
@@ -97,7 +106,7 @@ def load_scans(
     say = split == TRAIN  # once, not for each split
     if say:
         log.info("%s", found.summary())
-    options = dict(num_points=num_points, normalize=normalize, short=short, skip_unreadable=skip_unreadable)
+    options = Options(num_points, normalize, short, skip_unreadable)
     name = f"files_{_content_hash(found, options)}"
     kept = None
     for folder in cache_folders(Path(root), cache_dir):
@@ -110,7 +119,7 @@ def load_scans(
         if not kept.is_dir():
             with workspace(kept) as work:
                 (work / "new").mkdir()
-                _write_set(work / "new", found, **options)
+                _write_set(work / "new", found, options)
                 os.replace(work / "new", kept)
     notes = json.loads((kept / "notes.json").read_text(encoding="utf-8"))
     for text in notes["said"] if say else []:
@@ -177,28 +186,27 @@ def _try_read(path: Path, num_points: int, normalize: bool) -> np.ndarray | str:
         return first_line(error, limit=1000)
 
 
-def _write_set(
-    folder: Path, found: ClassFolders, *, num_points: int, normalize: bool, short: str, skip_unreadable: bool
-) -> None:
+def _write_set(folder: Path, found: ClassFolders, options: Options) -> None:
     """Read all files and write them in the layout of `load_modelnet40`, with notes on what was left out."""
     labelled = [(split, path, label) for split, files in found.files.items() for path, label in files]
     parts = {split: _Part(folder, split) for split in found.files}
     skipped, num_short = [], 0
-    read = partial(_try_read, num_points=num_points, normalize=normalize)
+    num_points = options.num_points
+    read = partial(_try_read, num_points=num_points, normalize=options.normalize)
     paths = [path for _, path, _ in labelled]
     with worker_pool(_workers(paths), __name__, doing="reading") as spread:
         clouds = tqdm(spread(read, paths), total=len(paths), desc="files (once)", disable=None, leave=False)
         for (split, path, label), cloud in zip(labelled, clouds):
             if isinstance(cloud, str):
-                if not skip_unreadable:
+                if not options.skip_unreadable:
                     raise InputError(f"{cloud}; mend it or take it away, or set data.skip_unreadable=true")
                 skipped.append(cloud)
                 continue
             if len(cloud) < num_points:
                 text = f"{path}: {len(cloud)} points are fewer than data.num_points={num_points}"
-                if short == "error":
+                if options.short == "error":
                     raise InputError(f"{text}; lower it, or set data.short to repeat or skip")
-                if short == "skip":
+                if options.short == "skip":
                     skipped.append(text)
                     continue
                 num_short += 1
@@ -254,9 +262,9 @@ def _workers(paths: Sequence[Path]) -> int:
     return min(os.cpu_count() or 1, 8) if size > _PARALLEL_BYTES else 1
 
 
-def _content_hash(found: ClassFolders, options: Mapping[str, object]) -> str:
+def _content_hash(found: ClassFolders, options: Options) -> str:
     """Return a hash of everything that what is kept depends on."""
-    digest = hashlib.blake2b(f"{_VERSION} {sorted(options.items())} {found.class_names}".encode(), digest_size=12)
+    digest = hashlib.blake2b(f"{_VERSION} {options} {found.class_names}".encode(), digest_size=12)
     labelled = [(split, path, label) for split, files in found.files.items() for path, label in files]
     with ThreadPoolExecutor(4) as pool:
         contents = pool.map(_file_hash, [path for _, path, _ in labelled])
@@ -270,6 +278,6 @@ def _file_hash(path: Path) -> bytes:
         return b"no file"
     try:
         with open(path, "rb") as file:
-            return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).digest()  # type: ignore[arg-type]
+            return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).digest()
     except OSError as error:
         return f"unreadable {error.errno}".encode()

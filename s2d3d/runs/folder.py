@@ -22,7 +22,8 @@ class RunFolder:
 
     `config.yaml` (resolved), `environment.json`, `log.csv`, `metrics.json`, `checkpoints/last.pt`,
     `checkpoints/previous.pt` (what last.pt was before), `checkpoints/best.pt` and `merged.pt`, or `final.pt` where
-    experts stay (`s2d.kind: topk`); with `train.keep_every` also `checkpoints/epoch_NNN.pt`. A run that `--force`
+    experts stay (`s2d.kind: topk`); with `train.keep_every` also `checkpoints/epoch_NNN.pt`; `skipped_files.txt` if the
+    data set left out files. A run that `--force`
     replaces is kept in `replaced/` until an epoch of the new one is saved.
     """
 
@@ -41,6 +42,7 @@ class RunFolder:
         self.robustness = self.root / "robustness.json"
         self.analysis = self.root / "analysis.json"
         self.wandb = self.root / "wandb.json"
+        self.skipped = self.root / "skipped_files.txt"
         self.replaced = ReplacedRun(self.root)
         self._claim: int | None = None
         self._entered = False
@@ -161,7 +163,7 @@ class RunFolder:
     def _present(self) -> list[Path]:
         files = (
             self.config, self.environment, self.log, self.metrics, self.last, self.previous, self.best, self.aside,
-            self.merged, self.final,
+            self.merged, self.final, self.skipped,
         )  # fmt: skip
         return [path for path in (*files, *self.all_kept().values()) if path.exists()]
 

@@ -167,6 +167,8 @@ class Trainer:
                 self._keep_epoch(self.progress.is_best())
             write_text(self.folder.config, dump_config(cfg))
             write_json(self.folder.environment, environment())
+            if skipped := self.data.train.dataset.skipped:
+                write_text(self.folder.skipped, "".join(f"{line}\n" for line in skipped))
             self.loggers = open_loggers(cfg, self.folder, self.history)
             if self.folder.owns(checkpoint):  # it may hold epochs that were not saved and are repeated
                 self.folder.write_log(self.history, LOG_COLUMNS)
