@@ -34,13 +34,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if not arguments.config and not arguments.resume:
+        print(
+            "error: the following arguments are required: CONFIG, or --resume RUN; see train.py --help", file=sys.stderr
+        )
+        return 2
     overrides = list(arguments.overrides)
     if arguments.device:
         overrides.append(f"train.device={arguments.device}")
+    if arguments.extend is not None and not arguments.resume:
+        raise InputError("--extend: is for a run that is continued; name it by --resume RUN")
     source = find_config(arguments, overrides)
     if arguments.extend is not None:
-        if not arguments.resume:
-            raise InputError("--extend: is for a run that is continued; name it by --resume RUN")
         overrides.append(f"train.epochs={arguments.extend}")
     config = load_config(source, overrides)
     if arguments.dry_run:

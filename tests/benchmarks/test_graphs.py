@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from cases import quick
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -37,7 +38,7 @@ class Unrecorded:
 # Against the trainer
 
 
-@pytest.mark.parametrize("recordable", [False, True])
+@pytest.mark.parametrize("recordable", quick(1, [True, False]))
 def test_updates_equal_those_of_the_trainer(recordable, tiny_config, monkeypatch):
     """Warm-up, cosine and the rise of the share rate included, from the same weights, batches and random state."""
     config = tiny_config(
@@ -113,10 +114,10 @@ def fake_step(monkeypatch):
 
 @pytest.mark.parametrize(
     "spec",
-    [TINY, TINY.but(experts=3, precision="bf16"), SPARSE_TRANSFORMER.quick.but(experts=2)],
+    quick(1, [TINY, TINY.but(experts=3, precision="bf16"), SPARSE_TRANSFORMER.quick.but(experts=2)]),
     ids=["point_bert", "bf16", "point_transformer"],
 )
-@pytest.mark.parametrize("recordable", [False, True])
+@pytest.mark.parametrize("recordable", quick(1, [True, False]))
 def test_no_part_of_the_step_reads_a_value(spec, recordable, fake_step):
     """Forward, loss, backward, clipping, AdamW and EWA; the second update has gradients and moments of the first."""
     with fake_step(spec, recordable) as step:
@@ -130,10 +131,10 @@ def test_no_part_of_the_step_reads_a_value(spec, recordable, fake_step):
 
 @pytest.mark.parametrize(
     "read",
-    [
+    quick(1, [
         lambda x: x.item(), lambda x: bool(x > 1), lambda x: x.tolist(), lambda x: x.nonzero(), lambda x: x.cpu(),
         lambda x: x.numpy(), float,
-    ],
+    ]),
 )  # fmt: skip
 @pytest.mark.parametrize("place", ["clipping", "averaging"])
 def test_a_part_that_reads_a_value_is_noticed(place, read, fake_step, monkeypatch):
@@ -158,7 +159,7 @@ def without_gpu(monkeypatch):
     monkeypatch.setattr(graphs, "RecordedStep", Unrecorded)
 
 
-@pytest.mark.parametrize("spec", [TINY, TINY.but(experts=0)], ids=["S2D", "dense"])
+@pytest.mark.parametrize("spec", quick(1, [TINY.but(experts=0), TINY]), ids=["dense", "S2D"])
 def test_steps_that_are_recorded_right_pass(spec, without_gpu):
     check_recorded(spec, count=2)
     task = build_recorded(spec, count=2)
@@ -166,7 +167,9 @@ def test_steps_that_are_recorded_right_pass(spec, without_gpu):
     assert [tuple(logits.shape) for logits in task.outputs()] == [(2, training.NUM_CLASSES)] * 2
 
 
-@pytest.mark.parametrize("fault", ["share rate", "learning rate", "partition", "moments", "averaging", "clouds"])
+@pytest.mark.parametrize(
+    "fault", quick(2, ["share rate", "partition", "learning rate", "moments", "averaging", "clouds"])
+)
 def test_steps_that_are_recorded_wrong_are_refused(fault, without_gpu, monkeypatch):
     """Each fault is one that a graph would have: a number that was baked in, or a part that was left out."""
 

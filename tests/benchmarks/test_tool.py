@@ -64,6 +64,7 @@ def sections(everything) -> dict[str, Section]:
     return {section.name: section for section in read_results(everything[0].with_suffix(".json"))}
 
 
+@pytest.mark.slow
 def test_every_section_is_measured_and_shown(everything, sections):
     page, out = everything
     text = page.read_text()
@@ -76,6 +77,7 @@ def test_every_section_is_measured_and_shown(everything, sections):
     assert MARK in text and "The numbers mean nothing" in text
 
 
+@pytest.mark.slow
 def test_equal_mathematics_is_equal(sections):
     """Every contestant that is not marked as another computation was compared, and is close."""
     compared = 0
@@ -94,6 +96,7 @@ def test_equal_mathematics_is_equal(sections):
     assert len(routed) >= 2 and all(sections["layer"].comparisons[0].deviations[name] is None for name in routed)
 
 
+@pytest.mark.slow
 def test_every_target_is_decided_by_a_measure_that_exists(everything, sections):
     """A target whose key nobody measures would be "not measured" for ever, and no one would notice."""
     measures = {key: measure for section in sections.values() for key, measure in section.measures.items()}
@@ -108,6 +111,7 @@ def test_every_target_is_decided_by_a_measure_that_exists(everything, sections):
             assert verdict.measured == "not measured: no GPU was at hand"
 
 
+@pytest.mark.slow
 def test_series_have_exponents_and_ranks_scale(sections):
     series = sections["scale"].series
     assert [one.expected for one in series if one.name in ("tokens", "experts", "width", "batch")] == [1, 0, 2, 1]
@@ -118,6 +122,7 @@ def test_series_have_exponents_and_ranks_scale(sections):
     assert plan["s2d.exchanged_mib"] > plan["dense.exchanged_mib"]
 
 
+@pytest.mark.slow
 def test_page_again_from_its_numbers(everything, benchmark, tmp_path):
     page, _ = everything
     numbers = page.with_suffix(".json")
@@ -254,6 +259,7 @@ def test_farthest_points_from_any_start_are_those_of_a_loop():
         assert indices == chosen
 
 
+@pytest.mark.slow
 def test_targets_of_a_gpu_name_what_is_measured_there(monkeypatch):
     """Without a GPU: nothing is compiled or recorded, and seeds run one after another."""
 

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from cases import quick
 from safetensors.torch import load_file, load_model, save_file
 from torch import nn
 from transformers import (
@@ -128,7 +129,7 @@ def test_states_restored_by_the_trainer_do_not_matter(tmp_path):
     assert (ewa.num_steps, ewa.share_rate, ewa.stop_step) == (UPDATES, 0.25, 3)
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+@pytest.mark.parametrize("optim", quick(1, ["adamw_torch", "adamw_torch_fused"]))
 def test_skipped_steps_are_left_out_and_resumed_as_such(optim, tmp_path):
     """`global_step` counts them, EWA does not. A fused optimizer is called even then."""
 

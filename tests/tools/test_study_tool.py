@@ -118,6 +118,7 @@ def test_a_failing_run_makes_the_exit_code(call, write_study, results):
     assert "- bad: seed 0" in (results / "tiny.md").read_text(), "the tables are written all the same"
 
 
+@pytest.mark.slow
 def test_a_process_stops_with_its_study_and_goes_on_with_it(call, write_study, results, tmp_path):
     """SIGTERM to the study: its run saves and ends; the same command finishes it."""
     path = write_study(seeds=[0], common={"train.epochs": EPOCHS})

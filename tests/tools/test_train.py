@@ -6,7 +6,7 @@ import re
 import shutil
 
 import pytest
-import torch
+from weights import assert_same_weights
 
 from s2d3d import load_checkpoint, load_config
 from s2d3d.runs.folder import RunFolder
@@ -15,13 +15,6 @@ from s2d3d.runs.folder import RunFolder
 def accuracies(table: str) -> dict[str, str]:
     """Rows of the table that ends a run: title -> accuracy as printed."""
     return {line[:34].rstrip(): line[34:] for line in table.splitlines() if "OA" in line}
-
-
-def assert_same_weights(first, second):
-    first, second = (load_checkpoint(path)["state_dict"] for path in (first, second))
-    assert first.keys() == second.keys()
-    for key in first:
-        assert torch.equal(first[key], second[key]), key
 
 
 # What works
@@ -140,7 +133,7 @@ def test_debug_shows_the_traceback(tool, trained, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: CONFIG; see train.py --help"),
+        ([], "the following arguments are required: CONFIG, or --resume RUN; see train.py --help"),
         (["{config}", "--epochs", "5"], "unrecognized arguments: --epochs 5; see train.py --help"),
         (["{config}", "--resume"], "argument --resume: expected one argument; see train.py --help"),
     ],

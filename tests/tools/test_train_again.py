@@ -48,7 +48,7 @@ def test_other_schedules_name_the_way(tiny_config, tool, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "error: CONFIG: is missing; name a YAML file, see configs/, or a run by --resume RUN"),
+        (["seed=3"], "error: CONFIG: is missing; name a YAML file, see configs/, or a run by --resume RUN"),
         (["--extend", "3", "configs/demo.yaml"], "error: --extend: is for a run that is continued"),
         (["--resume", "nowhere"], "error: nowhere: no such checkpoint to resume from"),
     ],

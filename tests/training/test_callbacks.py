@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from cases import quick
+from weights import assert_same_weights
 
 from s2d3d import Callback, Trainer, load_checkpoint
 from s2d3d.s2d.analysis import expert_divergence
@@ -11,12 +13,6 @@ from s2d3d.s2d.analysis import expert_divergence
 
 def state_of(path):
     return load_checkpoint(path)["state_dict"]
-
-
-def assert_same_weights(first, second):
-    assert first.keys() == second.keys()
-    for key in first:
-        assert torch.equal(first[key], second[key]), key
 
 
 class Noting(Callback):
@@ -113,7 +109,7 @@ def test_a_resumed_run_calls_for_what_was_not_saved(tiny_config):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("event", ["on_update", "on_epoch"])
+@pytest.mark.parametrize("event", quick(1, ["on_update", "on_epoch"]))
 def test_an_error_ends_the_run_and_what_was_saved_before_continues(tiny_config, tmp_path, event):
     class Failure(Exception):
         pass

@@ -13,6 +13,7 @@ import pytest
 import torch
 from children import START
 from torch.multiprocessing import start_processes
+from weights import assert_same_weights
 
 from s2d3d import (
     Callback,
@@ -32,12 +33,6 @@ from s2d3d.training.signals import StoppedBySignal
 
 def weights(path):
     return load_checkpoint(path)["state_dict"]
-
-
-def assert_same_weights(first, second):
-    assert first.keys() == second.keys()
-    for key in first:
-        assert torch.equal(first[key], second[key]), key
 
 
 def log_rows(folder):

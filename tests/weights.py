@@ -1,0 +1,19 @@
+"""Comparing the weights of two models, bit for bit."""
+
+import os
+from collections.abc import Mapping
+
+import torch
+
+from s2d3d import load_checkpoint
+
+
+def assert_same_weights(first, second):
+    """Compare two state dicts, or those of two checkpoint files; the message names the tensor that differs."""
+    first, second = (
+        weights if isinstance(weights, Mapping) else load_checkpoint(os.fspath(weights))["state_dict"]
+        for weights in (first, second)
+    )
+    assert first.keys() == second.keys()
+    for key in first:
+        assert torch.equal(first[key], second[key]), key
