@@ -123,7 +123,7 @@ def test_outputs_that_cannot_be(refuses, unwritable, tmp_path):
     for output, message in {
         tmp_path / "file": f"{tmp_path}/file: exists and is not a folder; choose another --output",
         tmp_path / "file" / "set": f"{tmp_path}/file/set: cannot be made there (",
-        unwritable / "set": f"{unwritable}/set: cannot be made there (",
+        unwritable / "set": f"{unwritable}/set: cannot be written to (",
     }.items():
         assert refuses("prepare_data", "shapes", "--output", output).startswith(message)
 
