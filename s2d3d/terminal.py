@@ -82,7 +82,7 @@ def plain_stdout(*, go_on: bool) -> Iterator[Output]:
     """Let `print` write through an `Output` inside the context; see there."""
     open_streams()
     output = Output(sys.stdout, go_on=go_on)
-    with contextlib.redirect_stdout(output):  # type: ignore[type-var]  # it has what print needs
+    with contextlib.redirect_stdout(output):
         yield output
 
 

@@ -255,8 +255,9 @@ def _opened(path: Path) -> Iterator[h5py.File]:
                 f"{path}: another program is writing it, or ended before it closed it; wait for that program, or fetch "
                 "the file again"
             ) from error
-        if getattr(error, "errno", None) not in (None, errno.ENOENT):
-            raise InputError(f"{path}: cannot be read ({os.strerror(error.errno)}); copy it to another disk") from error  # type: ignore[union-attr]
+        number = getattr(error, "errno", None)
+        if number not in (None, errno.ENOENT):
+            raise InputError(f"{path}: cannot be read ({os.strerror(number)}); copy it to another disk") from error
         raise InputError(f"{path}: not an HDF5 file, truncated or damaged ({reason}); fetch it again, {SEE}") from error
 
 

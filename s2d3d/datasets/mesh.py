@@ -176,7 +176,7 @@ def read_obj(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
             if len(values) != 3 or None in values:
                 raise InputError(f"{path}: not an OBJ file: line {line} is no vertex: {_shown(text)}")
             vertices += values  # type: ignore[arg-type]
-        elif word == b"f":  # corners such as 3, 3/1/2 or -1, which counts from the last vertex so far
+        elif word in (b"f", b"fo"):  # corners such as 3, 3/1/2 or -1, which counts from the last vertex so far
             try:
                 found = [int(corner.partition(b"/")[0]) for corner in rest]
             except ValueError:

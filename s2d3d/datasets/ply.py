@@ -48,7 +48,9 @@ class _Element:
         return sum(np.dtype(item.counts or item.type).itemsize for item in self.properties)
 
     def place(self, name: str) -> int:
-        return next((i for i, item in enumerate(self.properties) if item.name == name), -1)
+        """Return where a property stands, -1 without it; X is taken for x where there is no x."""
+        names = [item.name for item in self.properties]
+        return names.index(name) if name in names else names.index(name.upper()) if name.upper() in names else -1
 
 
 def read_ply(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
@@ -138,7 +140,7 @@ def _take_line(words: list[str], order: str | None, elements: list[_Element]) ->
         item = _Property(words[-1], TYPES[words[-2]], None)
         if words[1] == "list":
             item = _Property(words[4], TYPES[words[3]], TYPES[words[2]])
-        if len(words) != (5 if item.counts else 3) or elements[-1].place(item.name) >= 0:
+        if len(words) != (5 if item.counts else 3) or item.name in (other.name for other in elements[-1].properties):
             raise ValueError
         elements[-1].properties.append(item)
     else:

@@ -201,7 +201,7 @@ def _find_layout(path: Path, data: bytes) -> _Layout:
         if len(fields) == 1 and fields[0].isdigit() and count is None:
             count = int(fields[0])
         elif all(value is None for value in values) and any(fields) and not named_in:
-            names, named_in = _words(text), line
+            names, named_in = _words(text) if separator is None else _named_fields(text, separator), line
         else:
             axes = _find_axes(path, names, len(fields), named_in)
             if len(fields) < 3:
@@ -260,6 +260,13 @@ def _comment_names(data: bytes) -> list[str] | None:
 def _words(text: bytes) -> list[str]:
     words = re.split(r'[\s,;"]+', text.decode("latin-1").strip().lstrip("#/%").strip(' \t"'))
     return [word.lower() for word in words if word]
+
+
+def _named_fields(text: bytes, separator: bytes) -> list[str]:
+    """Return the names in a header line, one a field: without quotes and units, as `x [m]` has them; "" without one."""
+    fields = text.decode("latin-1").strip().lstrip("#/%").removesuffix(separator.decode()).split(separator.decode())
+    names = [re.sub(r"\s*[\[(].*[\])]$", "", field.strip(' \t"')).lower() for field in fields]
+    return names if set("xyz") <= set(names) else _words(text)
 
 
 def _find_axes(path: Path, names: list[str] | None, columns: int, line: int) -> tuple[int, int, int]:

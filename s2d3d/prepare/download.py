@@ -150,7 +150,7 @@ def _part_file(path: Path) -> Iterator[BinaryIO]:
         except OSError:  # a file system without locks
             pass
         try:
-            yield file  # type: ignore[misc]
+            yield file
         finally:
             if not os.fstat(descriptor).st_size:
                 path.unlink(missing_ok=True)
@@ -182,7 +182,7 @@ def _receive(url: str, file: BinaryIO, have: int, timeout: float, least_speed: f
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, request, file, code, message, headers, new_url):  # type: ignore[no-untyped-def]
+    def redirect_request(self, request, file, code, message, headers, new_url):
         if urllib.parse.urlsplit(new_url).scheme not in ("http", "https"):
             raise InputError(_cannot(request.full_url, f"it redirects to {printable(new_url)}, which is not followed"))
         return super().redirect_request(request, file, code, message, headers, new_url)
@@ -191,7 +191,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 class _Deadline:
     """A connection that is cut if the reply has not begun in time: a byte now and then would hold it open."""
 
-    def getresponse(self):  # type: ignore[no-untyped-def]
+    def getresponse(self):
         def cut() -> None:
             with contextlib.suppress(OSError):
                 self.sock.shutdown(socket.SHUT_RDWR)  # type: ignore[attr-defined]
@@ -214,12 +214,12 @@ class _Secure(_Deadline, http.client.HTTPSConnection):
 
 
 class _HTTP(urllib.request.HTTPHandler):
-    def http_open(self, request):  # type: ignore[no-untyped-def]
+    def http_open(self, request):
         return self.do_open(_Plain, request)
 
 
 class _HTTPS(urllib.request.HTTPSHandler):
-    def https_open(self, request):  # type: ignore[no-untyped-def]
+    def https_open(self, request):
         return self.do_open(_Secure, request, context=self._context)  # type: ignore[attr-defined]
 
 

@@ -325,3 +325,52 @@ def test_the_example_names_a_model_that_it_cannot_use(repository, tmp_path, monk
             main()
         *_, last = capsys.readouterr().err.splitlines()
         assert stopped.value.code == 2 and f"{tmp_path}/{name}.onnx: {message}" in last
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        {},
+        {"num_points": "x"},
+        {"num_points": "[" * 100_000},
+        {"num_points": "1e3"},
+        {"num_points": "-5"},
+        {"num_points": "true"},
+        {"num_points": "1000000000000"},
+        {"num_points": "null"},
+        {"num_points": "128", "class_names": "{}"},
+        {"num_points": "128", "class_names": "[]"},
+        {"num_points": "128", "class_names": "[1, 2]"},
+        {"num_points": "128", "class_names": '"box"'},
+        {"num_points": "128", "up_axis": "w"},
+        {"num_points": "128", "normalize": "x" * 1000},
+    ],
+    ids=lambda texts: str(texts)[:40],
+)
+def test_the_example_refuses_hostile_descriptions(repository, texts):
+    read_metadata = runpy.run_path(str(repository / "examples" / "serve_onnx.py"))["read_metadata"]
+    with pytest.raises((ValueError, RecursionError)) as caught:
+        read_metadata(texts)
+    assert isinstance(caught.value, RecursionError) or len(str(caught.value)) < 200
+    good = {"num_points": "128", "class_names": '["box"]', "up_axis": "y", "normalize": "unit_sphere"}
+    assert read_metadata(good) == {
+        "num_points": 128,
+        "class_names": ["box"],
+        "up_axis": "y",
+        "normalize": "unit_sphere",
+    }
+
+
+def test_the_example_refuses_what_is_no_array_of_points(repository, tmp_path):
+    example = runpy.run_path(str(repository / "examples" / "serve_onnx.py"))
+    records = np.zeros(5, [("x", "f4"), ("y", "f4"), ("z", "f4")])
+    np.save(tmp_path / "records.npy", records)
+    np.savez(tmp_path / "zip.npz", records)
+    (tmp_path / "zip.npz").rename(tmp_path / "zip.npy")
+    np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
+    (tmp_path / "short.npy").write_bytes((tmp_path / "records.npy").read_bytes()[:40])
+    (tmp_path / "header.npy").write_bytes(b"\x93NUMPY\x01\x00\x10\x00" + b"(" * 16)
+    os.mkfifo(tmp_path / "pipe.npy")
+    for name in ("records", "zip", "objects", "short", "header", "pipe"):
+        with pytest.raises(example["DAMAGED"]):
+            example["read_points"](tmp_path / f"{name}.npy", 8)

@@ -44,7 +44,7 @@ def ply_file(
     if comment:
         head.insert(2, b"comment " + comment)
     head.append(b"end_header" + newline)
-    columns = {"x": points[:, 0], "y": points[:, 1], "z": points[:, 2]}
+    columns = dict(zip("xyzXYZ", np.tile(points.T, (2, 1))))
     table = np.empty(len(points), [(name, (order or "<") + kind) for name, kind in fields])
     for name, _ in fields:
         table[name] = columns.get(name, 7)
@@ -110,6 +110,9 @@ def ply(rng: np.random.Generator) -> Iterator[Variant]:
             content = ply_file(points, order, fields, faces=[[0, 1, 2], [0, 1, corner]])
             yield Variant(f"ply corner {what} {order}", ".ply", content, None)
         yield Variant(f"ply face of two {order}", ".ply", ply_file(points, order, fields, faces=[[0, 1]]), None)
+        yield Variant(
+            f"ply capitals {order}", ".ply", ply_file(points, order, [("X", "f8"), ("Y", "f8"), ("Z", "f8")]), points
+        )
     rows = ply_file(points, "", fields).split(b"\n")
     rows[20], rows[21] = rows[20].rsplit(b" ", 1)[0], rows[21] + b" 5"
     yield Variant("ply a field in another row", ".ply", b"\n".join(rows), None)

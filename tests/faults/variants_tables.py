@@ -38,6 +38,8 @@ def tables(rng: np.random.Generator) -> Iterator[Variant]:
         "header": "x y z\n" + text(fields),
         "capitals": "X,Y,Z\n" + text(fields, ","),
         "quoted": '"x";"y";"z"\n' + text(fields, ";"),
+        "units": "x [m];y (m);z [m]\n" + text(fields, ";"),
+        "index": ",x,y,z\n" + text([[str(place), *row] for place, row in enumerate(fields)], ","),
         "other order": "z y x\n" + text([row[::-1] for row in fields]),
         "comment names": "# z y x\n" + text([r[::-1] for r in fields]),
         "colours first": "r;g;b;x;y;z\n" + text([row[3:] + row[:3] for row in coloured], ";"),
