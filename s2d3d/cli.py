@@ -20,6 +20,12 @@ from .terminal import messages_on_stderr, open_streams, plain_stdout
 
 CLOSED_PIPE = 141
 """Exit code of a process whose reader has gone, as a shell shows it."""
+_NO_MEMORY = re.compile(
+    "out of memory|can't allocate memory|not enough memory|cannot allocate memory|failed to map segment"
+    "|can't start new thread",
+    re.IGNORECASE,
+)
+"""How libraries say it; under a limit of the address space imports and threads fail so."""
 Body = Callable[[argparse.Namespace], "int | None"]
 CLOUD_FILES = ".ply .pcd .off .obj .stl .glb .las .npy .npz .txt .xyz .csv .pts"
 """File types that the tools read, for their help; equal to `datasets.files.SUFFIXES`."""
@@ -61,7 +67,7 @@ def run_tool(parser: argparse.ArgumentParser, body: Body, argv: Sequence[str] | 
         return 130
     except BrokenPipeError:
         return CLOSED_PIPE
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError, ImportError) as error:
         if arguments.debug or not print_error(error):
             raise
         return 1
@@ -196,11 +202,11 @@ def _at_home(value: object) -> object:
 def _error_lines(error: Exception) -> list[str] | None:
     """Return the message of an error for the user; None for a bug of the program."""
     text = str(error)
-    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory|not enough memory", text):
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(text):
         wanted = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", text)
         detail = f" ({wanted[1]} more were needed)" if wanted else ""
         return [f"out of memory{detail}; use a smaller batch, a smaller model or fewer points"]
-    if isinstance(error, RuntimeError) and not isinstance(error, TrainingError):
+    if isinstance(error, (RuntimeError, ImportError)) and not isinstance(error, TrainingError):
         return None
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return [f"{error.filename}: {error.strerror}"]

@@ -37,7 +37,14 @@ def test_the_exit_code_is_that_of_the_body(capsys, value, code):
         (PermissionError(errno.EACCES, "Permission denied", "runs/a/last.pt"), ["runs/a/last.pt: Permission denied"]),
         (OSError(errno.ENOSPC, "No space left on device"), ["[Errno 28] No space left on device"]),
         (ValueError(), ["ValueError"]),
-        (MemoryError(), ["out of memory; use a smaller batch, a smaller model or fewer points"]),
+        *[
+            (error, ["out of memory; use a smaller batch, a smaller model or fewer points"])
+            for error in (
+                MemoryError(),
+                ImportError("libtorch.so: failed to map segment from shared object"),
+                RuntimeError("can't start new thread"),
+            )
+        ],
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has"),
             ["out of memory (20.00 MiB more were needed); use a smaller batch, a smaller model or fewer points"],
@@ -58,7 +65,9 @@ def test_memory_that_torch_cannot_get(capsys):
     assert capsys.readouterr().err == f"error: out of memory ({needed}); {advice}\n"
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), KeyError("a"), TypeError("b"), AssertionError()])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes differ"), ImportError("no x"), KeyError("a"), TypeError("b"), AssertionError()]
+)
 def test_faults_of_the_program_are_not_hidden(error):
     with pytest.raises(type(error)):
         run(failing(error))
