@@ -283,7 +283,9 @@ class EvalConfig(Section):
     batch_size: Int = Field(64, ge=1, description="Clouds per forward pass, at least 1.")
     votes: Int = Field(1, ge=1, description="Passes whose logits are averaged, at least 1; 1 is the plain pass.")
     recalibrate_batchnorm: Bool = Field(
-        True, description="Re-estimate BatchNorm statistics after merged layers on training clouds."
+        True,
+        description="Re-estimate BatchNorm statistics on training clouds: of layers behind experts, and of all "
+        "layers after fewer than about 110 updates.",
     )
 
 

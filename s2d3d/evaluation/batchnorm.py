@@ -13,6 +13,9 @@ from ..models import create_model
 from ..models.mode import eval_mode
 from ..s2d import MoFConfig, convert_to_mof_
 
+FORGOTTEN = 1e-5
+"""Weight of the initial statistics below which they do not matter."""
+
 
 def batchnorms_behind(model: nn.Module, module_name: str) -> list[_BatchNorm]:
     """Return the BatchNorm layers registered after a module, which may therefore receive its output."""
@@ -93,6 +96,25 @@ def norms_behind_experts(
     """
     converted = converted or names_of_experts(config, mof)
     return batchnorms_behind(model, converted[0]) if converted else []
+
+
+def unsettled_norms(model: nn.Module, updates: int) -> list[_BatchNorm]:
+    """Return the BatchNorm layers whose statistics still hold too much of their initial values.
+
+    Each update leaves 1 - momentum of what was there before. The initial mean 0 and variance 1 are forgotten when their
+    weight is at most `FORGOTTEN`: after 110 updates with the usual momentum of 0.1.
+
+    Args:
+        model: after its training.
+        updates: training passes of each layer.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(3)
+        >>> unsettled_norms(norm, 109) == [norm], unsettled_norms(norm, 110)
+        (True, [])
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    return [norm for norm in norms if norm.momentum is not None and (1 - norm.momentum) ** updates > FORGOTTEN]
 
 
 def names_of_experts(config: Config, mof: MoFConfig) -> list[str]:

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..config.load import Config
 from ..evaluation.accuracy import ClassificationReport
-from ..evaluation.batchnorm import norms_behind_experts, recalibrate_batchnorm_
+from ..evaluation.batchnorm import norms_behind_experts, recalibrate_batchnorm_, unsettled_norms
 from ..machine import Runtime
 from ..s2d import merge_experts
 from .loaders import Loaders
@@ -16,10 +16,17 @@ from .task import Classification
 
 
 def end_model(
-    config: Config, runtime: Runtime, data: Loaders, parts: ModelParts, task: Classification, ema: ModelEmaV3 | None
+    config: Config,
+    runtime: Runtime,
+    data: Loaders,
+    parts: ModelParts,
+    task: Classification,
+    ema: ModelEmaV3 | None,
+    updates: int,
 ) -> tuple[nn.Module, dict[str, ClassificationReport], str]:
     """Merge the trained model, re-estimate its BatchNorm statistics if the config says so, and evaluate each form.
 
+    Re-estimated are the layers behind experts, and all layers that `updates` were too few for, see `unsettled_norms`.
     A model whose experts have a router is not merged. It is evaluated with its experts.
 
     Returns:
@@ -31,10 +38,47 @@ def end_model(
     reports[kept] = task.evaluate(model, scored)
     if ema:
         reports["ema"] = task.evaluate(final(ema.module), scored)
-    if config.eval.recalibrate_batchnorm and (norms := norms_behind_experts(model, config, parts.converted, parts.mof)):
-        recalibrate_batchnorm_(model, data.plain_train, device=runtime.device, layers=norms)
-        kept = "recalibrated"
-        reports[kept] = task.evaluate(model, scored)
+    if config.eval.recalibrate_batchnorm:
+        norms = norms_behind_experts(model, config, parts.converted, parts.mof)
+        norms += [norm for norm in unsettled_norms(model, updates) if norm not in norms]
+        if recalibrate_batchnorm_(model, data.plain_train, device=runtime.device, layers=norms):
+            kept = "recalibrated"
+            reports[kept] = task.evaluate(model, scored)
     if config.eval.votes > 1:
         reports["voting"] = task.evaluate(model, scored, votes=config.eval.votes)
     return model, reports, kept
+
+
+LEARNED, CHANCE = 0.6, 1.5
+"""A training accuracy from which a model has learned; a score of so many times the largest class's share is chance."""
+
+
+def doubt(
+    model: nn.Module, reports: dict[str, ClassificationReport], kept: str, data: Loaders, task: Classification,
+    train_oa: float,
+) -> str:  # fmt: skip
+    """Return one line if a model that has learned its training clouds scores like chance, with the cause; else empty.
+
+    Args:
+        model: the final model.
+        reports: its evaluations.
+        kept: the form of the final model.
+        data: the loaders.
+        task: evaluates.
+        train_oa: accuracy in the batches of the last epoch, in [0, 1].
+    """
+    score, labels = reports[kept].oa, data.scored.dataset.labels
+    chance = float(labels.bincount().max()) / len(labels)
+    if train_oa < max(LEARNED, CHANCE * chance) or score > CHANCE * chance:
+        return ""
+    own = task.evaluate(model, data.plain_train).oa
+    found = f"learned {100 * train_oa:.0f} % of its training clouds, yet scores {100 * score:.0f} %, which is chance"
+    if own < CHANCE * chance:
+        return (
+            f"warning: the model {found}, and {100 * own:.0f} % on its training clouds in evaluation mode: what its "
+            "layers do differs between training and evaluation; train longer, or set eval.recalibrate_batchnorm=true"
+        )
+    return (
+        f"warning: the model {found}, and {100 * own:.0f} % on its training clouds in evaluation mode: training and "
+        "test clouds differ; compare their vertical axis, classes and kinds with s2d3d visualize --split"
+    )

@@ -27,7 +27,7 @@ from ..runs.resume import Progress, check_same_data, check_same_run, read_run, r
 from ..runs.training_state import checked_progress, checked_state
 from ..s2d import balance_loss
 from .callbacks import Callback
-from .ending import end_model
+from .ending import doubt, end_model
 from .loaders import build_loaders
 from .loggers import RunLoggers, check_loggers, open_loggers
 from .parts import build_model, describe, ema_of, ewa_of, optimizer_of, scheduler_of, try_batch
@@ -324,7 +324,11 @@ class Trainer:
     def _finish_run(self) -> Path:
         """Evaluate the sparse model, merge it, evaluate the merged model, and write the model and the results."""
         cfg, scored = self.config, self.data.scored
-        model, reports, kept = end_model(cfg, self.runtime, self.data, self.parts, self.task, self.ema)
+        model, reports, kept = end_model(
+            cfg, self.runtime, self.data, self.parts, self.task, self.ema, self.progress.updates
+        )
+        if line := doubt(model, reports, kept, self.data, self.task, self.history[-1]["train_oa"]):
+            logger.warning(line)
         path = self.folder.final if self.parts.routed else self.folder.merged
         if self.runtime.is_main:
             save_checkpoint(path, self._payload(model))

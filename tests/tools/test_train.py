@@ -263,7 +263,7 @@ def test_output_that_is_a_file(refuses, trained, tmp_path, below):
 
 def test_output_that_cannot_be_written(refuses, trained, unwritable):
     line = refuses("train", trained.config, f"output_dir={unwritable}/run")
-    assert line.startswith(f"{unwritable}: cannot be written to (") and line.endswith("; choose another place")
+    assert line.startswith(f"{unwritable}/run: cannot be written to (") and line.endswith("; choose another place")
 
 
 # Mistakes with --resume

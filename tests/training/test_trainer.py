@@ -339,7 +339,7 @@ def test_options_of_training(tiny_config):
         )
     )
     trainer.fit()
-    assert set(trainer.reports) == {"sparse", "merged", "ema", "voting"}
+    assert set(trainer.reports) == {"sparse", "merged", "ema", "recalibrated", "voting"}, "after 12 updates"
     assert trainer.reports["voting"].votes == 3
     rows = log_rows(trainer.folder)
     assert all(row["val_oa"] for row in rows) and rows[0]["test_oa"]
