@@ -1,0 +1,49 @@
+"""The page on own data: its commands as they stand, on a small folder of scans."""
+
+import shlex
+
+import numpy as np
+import pytest
+
+from s2d3d.console import main
+
+SHORT = ["train.epochs=2", "data.num_points=64", "model.depth=2", "model.num_group=8", "model.group_size=8"]
+
+
+@pytest.fixture
+def scans(tmp_path, monkeypatch, repository):
+    """Balls and rods in mixed formats, and a folder with a new one; the working directory has them and configs."""
+    rng = np.random.default_rng(0)
+    for name, size in (("ball", (1, 1, 1)), ("rod", (0.1, 0.1, 2))):
+        for index in range(10):
+            cloud, path = rng.normal(size=(80, 3)) * size, tmp_path / "scans" / name / str(index)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if index % 2:
+                np.save(path.with_suffix(".npy"), cloud)
+            else:
+                np.savetxt(path.with_suffix(".xyz"), cloud)
+    (tmp_path / "new").mkdir()
+    np.savetxt(tmp_path / "new" / "unknown.csv", cloud, delimiter=",")
+    (tmp_path / "configs").symlink_to(repository / "configs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("skipped", [("export",), pytest.param((), marks=pytest.mark.slow)])
+def test_the_five_commands_of_the_page(skipped, scans, repository, capsys):
+    page = (repository / "docs" / "own_data.md").read_text()
+    commands = [line.split()[1:] for line in page.splitlines() if line.startswith("    s2d3d ")]
+    assert [command[0] for command in commands] == [
+        "train", "evaluate", "predict", "report", "export", "train", "train"
+    ]  # fmt: skip
+    for command in commands[:5]:
+        if command[0] in skipped:
+            continue
+        extra = SHORT if command[0] == "train" else []
+        assert main([*command, *extra]) == 0, shlex.join(command)
+    out = capsys.readouterr().out
+    assert "(4 samples)" in out and "unknown.csv: " in out
+    assert (scans / "report.html").is_file() and (scans / "scans.onnx").is_file() == ("export" not in skipped)
+    assert main(commands[5]) == 0
+    assert main([*commands[6]]) == 1
+    assert "model.pretrained=runs/scans/merged.pt" in capsys.readouterr().err
