@@ -4,7 +4,7 @@ import io
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -60,7 +60,7 @@ def measure(settings: Settings) -> Section:
 
 
 def _compare(
-    section: Section, settings: Settings, key: str, path: Path, others: dict[str, Callable[[Path], np.ndarray]]
+    section: Section, settings: Settings, key: str, path: Path, others: Mapping[str, Callable[[Path], np.ndarray]]
 ) -> None:
     def contestant(name: str, read: Callable[[Path], np.ndarray], note: str) -> Contestant:
         def build() -> Task:

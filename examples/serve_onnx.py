@@ -221,7 +221,7 @@ def read_metadata(texts: dict[str, str]) -> dict:
     if "num_points" not in texts:
         raise ValueError("does not say how many points it takes; write it with tools/export.py")
     try:
-        metadata = {key: json.loads(texts[key]) for key in ("num_points", "class_names") if key in texts}
+        metadata: dict = {key: json.loads(texts[key]) for key in ("num_points", "class_names") if key in texts}
     except ValueError:
         raise ValueError("its description is damaged; write it with tools/export.py") from None
     metadata |= {key: texts[key] for key in ("up_axis", "normalize") if key in texts}
