@@ -29,12 +29,16 @@ OPTIONAL = {
 OPTIONAL_IN_TESTS = [requirement for extra, needed in OPTIONAL.items() if extra != "wandb" for requirement in needed]
 
 
+CLONE_ONLY = [("s2d3d.tools", "benchmark"), ("s2d3d.tools", "zoo")]
+"""Tools that need `benchmarks`, which is part of a clone alone."""
+
+
 class BuildWithoutBenchmarks(build_py):
-    """Leave out of the wheel the one tool that needs a clone of the repository."""
+    """Leave out of the wheel the tools that need a clone of the repository."""
 
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
         modules = super().find_package_modules(package, package_dir)
-        return [module for module in modules if module[:2] != ("s2d3d.tools", "benchmark")]
+        return [module for module in modules if module[:2] not in CLONE_ONLY]
 
 
 setup(
@@ -90,6 +94,7 @@ setup(
             "nbclient>=0.8",
             "ipykernel>=6",
         ],
+        "zoo": ["transformers>=5", "vit-pytorch>=1.26", "torch-pointcloud>=0.0.18", "torch-geometric>=2.8"],
         "bench": [
             "mixture-of-experts>=0.2.3",
             "st-moe-pytorch>=0.1.8",

@@ -26,6 +26,7 @@ COMMANDS = {
     "few-shot": "run few-shot folds",
     "study": "run and compare configurations over paired seeds",
     "benchmark": "measure speed and memory",
+    "zoo": "try the conversion on many model families",
     "export": "export a dense model as ONNX, TorchScript or torch.export program",
 }
 """Description by sub-command. The tool is the module of the same name, with underscores."""

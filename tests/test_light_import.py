@@ -31,6 +31,7 @@ TOOLS = {
     "study": ["no/such.yaml", "--dry-run"],
     "train": ["no/such.yaml", "seed=3"],
     "visualize": ["--checkpoint", "no/such.pt", "--output", "out.png"],
+    "zoo": ["--output", "no/such/page.md"],
 }
 """By tool, arguments that name a config, a checkpoint or a run that is not there, or lack one."""
 

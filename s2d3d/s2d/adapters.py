@@ -224,8 +224,17 @@ def _block_of(ffn: FFN, modules: dict[str, nn.Module], inside: set[int], is_bloc
             continue
         arms = [name for name in [ffn.name, *_ancestors(ffn.name)] if name.startswith(f"{block}.")]
         arm = next((name for name in reversed(arms) if not isinstance(modules[name], _CONTAINERS)), ffn.name)
+        if arm != ffn.name and _routes(modules[arm], inside):
+            return False
         return is_pair or not any(_mixes(m) for m in modules[arm].modules() if id(m) not in own)
     return False
+
+
+def _routes(module: nn.Module, inside: set[int]) -> bool:
+    """Tell a mixture of experts of the model's own, FFNs in a list and a router: each FFN sees some of the tokens."""
+    lists = [m for m in module.modules() if isinstance(m, _CONTAINERS[::2]) and len(m) > 1]
+    several = any(all(any(id(part) in inside for part in m.modules()) for m in item.children()) for item in lists)
+    return several and any(_mixes(m) for m in module.modules() if id(m) not in inside)
 
 
 def _mixes(module: nn.Module) -> bool:

@@ -14,11 +14,13 @@ import torch
 from torch import nn
 
 from .adapters import FFN, EntryLinear, ExitLinear, LinearPair, find_block_ffns, find_ffn, find_ffns
-from .linear import StackedLinear, drop_hooks_, is_linear, linear_parameters
+from .linear import StackedLinear, drop_hooks_, is_linear, linear_parameters, results_of
 from .merge import is_sparse, mark_no_weight_decay_, replace_
 from .moe import TopKMoE, check_top_k
 from .mof import ExpertLayer, RUPMoF
-from .probe import FAILURES, Call, Layout, Trials, check_state, copied_call, differ, first_line, pinned, quiet
+from .probe import Layout, Trials
+from .state import check_state
+from .trial import FAILURES, Call, copied_call, differ, first_line, pinned, quiet
 
 KINDS = ("rup", "topk")
 _NAMED = ("*.mlp",)
@@ -307,14 +309,15 @@ def _run(model: nn.Module, call: Call, what: str) -> Any:
 
 def _copied(model: nn.Module) -> nn.Module:
     """Copy a model, sharing its parameters, without hooks."""
-    copied = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    copied = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()} | results_of(model))
     for module in copied.modules():
         drop_hooks_(module)
     return copied
 
 
 def _refused(model: nn.Module, ffn: FFN, error: TypeError, trials: Trials) -> TypeError:
-    others = [name for name in _candidates(model, trials) if name != ffn.name]
+    kind = type(model.get_submodule(ffn.name))  # others of this class would be refused as well
+    others = [name for name in _candidates(model, trials) if type(model.get_submodule(name)) is not kind]
     hint = f"; modules that could become experts: {_listed(others)}" if others and "name each" not in str(error) else ""
     return TypeError(f"module '{ffn.name}' cannot become experts: {error}{hint}")
 
@@ -384,5 +387,8 @@ def _nothing_to_convert(model: nn.Module, config: MoFConfig, num_matches: int, t
         )
     candidates = _candidates(model, trials)
     if not candidates:
-        return f"no module matches {wanted}, and the model has no FFN to convert"
+        return (
+            f"no module matches {wanted}, and the model has no FFN to convert "
+            "(one that is called with more than its tokens: name it in targets and pass a sample input, example=)"
+        )
     return f"no module matches {wanted}; modules that could become experts: {_listed(candidates)}"

@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parameter import is_lazy
 
 from .dispatch import combine, dispatch
 
 if TYPE_CHECKING:
     from .mof import ExpertLayer, Plan
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class StackedLinear(nn.Module):
@@ -36,8 +35,8 @@ class StackedLinear(nn.Module):
         """
         super().__init__()
         self.num_experts = num_experts
-        self.input_first = not isinstance(linear, (nn.Linear, *_CONVOLUTIONS))
-        self.channels_first = isinstance(linear, _CONVOLUTIONS)
+        self.input_first = not isinstance(linear, (nn.Linear, *CONVOLUTIONS))
+        self.channels_first = isinstance(linear, CONVOLUTIONS)
         self.in_features, self.out_features = linear_features(linear)
         weight, bias = linear_parameters(linear)
         self.weight = self._stack(weight)
@@ -140,7 +139,9 @@ def is_linear(module: nn.Module) -> bool:
     """
     if isinstance(module, nn.Linear):
         return True
-    if isinstance(module, _CONVOLUTIONS):
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
+    if isinstance(module, CONVOLUTIONS):
         unpadded = isinstance(module.padding, str) or not any(module.padding)
         return {*module.kernel_size, *module.stride, module.groups} == {1} and unpadded
     weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
@@ -153,7 +154,7 @@ def linear_features(linear: nn.Module) -> tuple[int, int]:
     """Return the input and output features of a linear layer."""
     if isinstance(linear, nn.Linear):
         return linear.in_features, linear.out_features
-    if isinstance(linear, _CONVOLUTIONS):
+    if isinstance(linear, CONVOLUTIONS):
         return linear.in_channels, linear.out_channels
     rows, columns = linear_parameters(linear)[0].shape
     return rows, columns
@@ -162,28 +163,6 @@ def linear_features(linear: nn.Module) -> tuple[int, int]:
 def linear_parameters(linear: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None]:
     """Return the weight and the bias, None without one, of a linear layer, see `is_linear`."""
     return linear.get_parameter("weight"), linear._parameters.get("bias")
-
-
-def check_linear(linear: nn.Module, name: str) -> None:
-    """Refuse a linear layer that is more than its weight and bias; raises TypeError with the way out."""
-    stock = next((kind for kind in (nn.Linear, *_CONVOLUTIONS) if isinstance(linear, kind)), None)
-    if stock is not None and type(linear).forward is not stock.forward:
-        raise TypeError(f"holds a {type(linear).__name__}, which is more than an nn.{stock.__name__}")
-    for key in ("weight", "bias"):
-        parameter = linear._parameters.get(key)
-        if parameter is None:
-            continue
-        if is_lazy(parameter):
-            raise TypeError(f"holds the lazy layer '{name}': run the model once before its conversion")
-        if (
-            type(parameter) is not nn.Parameter
-            or type(parameter.data) is not Tensor
-            or not parameter.is_floating_point()
-        ):
-            kind = type(parameter.data).__name__ if parameter.is_floating_point() else str(parameter.dtype)
-            raise TypeError(f"has a {key} of kind {kind} in '{name}': convert before quantizing or sharding the model")
-        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
-            raise TypeError(f"has a gradient hook on '{name}.{key}': register it on the experts, after the conversion")
 
 
 def mean_over_experts(stacked: Tensor) -> Tensor:
@@ -201,6 +180,12 @@ def take_hooks_(module: nn.Module, source: nn.Module) -> None:
 def drop_hooks_(module: nn.Module) -> None:
     """Take a module's own forward and backward hooks off, and leave those of its children."""
     take_hooks_(module, nn.Identity())
+
+
+def results_of(module: nn.Module) -> dict[int, Tensor]:
+    """Return a memo for `copy.deepcopy`, which refuses what a forward pass left in attributes: without their graph."""
+    values = [value for m in module.modules() for value in vars(m).values()]
+    return {id(value): value.detach() for value in values if isinstance(value, Tensor) and value.grad_fn is not None}
 
 
 HOOKS = tuple(key for key in vars(nn.Identity()) if "hook" in key and "state_dict" not in key)

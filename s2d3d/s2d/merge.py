@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .adapters import EntryLinear, PairPart
-from .linear import StackedLinear
+from .linear import StackedLinear, results_of
 from .moe import TopKMoE
 from .mof import ExpertLayer
 
@@ -82,7 +82,7 @@ def merge_experts(
     if inplace:
         replace_(model, merged)
     else:  # the memo hands deepcopy the dense layers instead of the experts, which are thus never copied
-        model = copy.deepcopy(model, {id(layer): ffn for layer, ffn in merged.items()})
+        model = copy.deepcopy(model, {id(layer): ffn for layer, ffn in merged.items()} | results_of(model))
     for module in model.modules():
         if isinstance(module.__dict__.get("no_weight_decay"), NoWeightDecay):
             del module.__dict__["no_weight_decay"]

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .dispatch import Partition, combine, dispatch, random_partition
-from .linear import StackedLinear, drop_hooks_, is_linear, take_hooks_
-from .probe import Layout, check_state, probe_ffn
+from .linear import StackedLinear, drop_hooks_, is_linear, results_of, take_hooks_
+from .probe import Layout, probe_ffn
+from .state import check_state
 
 
 class Plan(NamedTuple):
@@ -65,7 +66,8 @@ class ExpertLayer(nn.Module):
         self.layout = (
             probe_ffn(ffn, num_experts, RUPMoF, routed=not self.averaged_in_eval) if layout is None else layout
         )
-        template = copy.deepcopy(ffn, {id(m): StackedLinear(m, num_experts) for m in ffn.modules() if is_linear(m)})
+        stacked = {id(m): StackedLinear(m, num_experts) for m in ffn.modules() if is_linear(m)}
+        template = copy.deepcopy(ffn, stacked | results_of(ffn))
         for _, module in template.named_modules():
             if isinstance(module, StackedLinear):
                 object.__setattr__(module, "_owner", self)  # not a sub-module
@@ -132,7 +134,8 @@ class ExpertLayer(nn.Module):
 
     def averaged_expert(self) -> nn.Module:
         """Return the mean of the experts as an FFN of the original class, with keys as before the conversion."""
-        ffn = copy.deepcopy(self._template, {id(layer): layer.averaged_linear() for _, layer in self.stacked_layers()})
+        linears = {id(layer): layer.averaged_linear() for _, layer in self.stacked_layers()}
+        ffn = copy.deepcopy(self._template, linears | results_of(self._template))
         take_hooks_(ffn, self)
         return ffn
 
@@ -180,6 +183,8 @@ class ExpertLayer(nn.Module):
             template._modules[name] = self._modules[name]
         elif name in self.__dict__ and not name.startswith("_") and not hasattr(type(self), name):
             setattr(template, name, value)  # kept by the merge
+            if isinstance(value, Tensor) and self.averaged_in_eval:  # a mask, say, which has the shape of the tokens
+                self.layout = self.layout._replace(in_slots=False)
 
     def __getattr__(self, name: str) -> Any:
         template = self.__dict__.get("_template")

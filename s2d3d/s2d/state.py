@@ -1,0 +1,108 @@
+"""What an FFN may consist of, so that experts can take its place."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from .linear import CONVOLUTIONS, is_linear, linear_features
+from .trial import differ, noise, quiet, randomised
+
+_ADAPTERS = ("lora", "adapter", "base_layer")
+_PARAMETRIZED = ("parametrizations", "weight_g", "weight_v", "weight_orig", "weight_u", "_mask")
+
+
+def check_state(ffn: nn.Module) -> None:
+    """Refuse an FFN with state that experts cannot have, or whose forward method is not that of its class.
+
+    Raises:
+        TypeError: it has no linear layer, a linear layer that is more than its weight and bias (parametrized,
+            quantized, with an adapter), or parameters or buffers that belong neither to a linear layer nor to a norm;
+            or `forward` was replaced on the instance. The message names the part and the way out.
+    """
+    kind = getattr(ffn, "shown_as", type(ffn).__name__)
+    if any(isinstance(m, torch.jit.ScriptModule) for m in ffn.modules()):
+        raise TypeError(f"{kind} is compiled by TorchScript: convert before torch.jit")
+    linears = {name: m for name, m in ffn.named_modules() if is_linear(m)}
+    if not linears or is_linear(ffn):
+        raise TypeError(f"{kind} is not an FFN with nn.Linear layers inside: name another module in targets")
+    for name, module in ffn.named_modules():
+        if "forward" in vars(module):
+            place = f"forward of '{name}'" if name else "forward"
+            raise TypeError(
+                f"the {place} was replaced on the instance of {kind}, and would go on using the dense weights: "
+                "convert before torch.compile, accelerate or other wrappers patch the model"
+            )
+    _check_others(ffn, kind, linears)
+    uses = [id(parameter) for m in set(linears.values()) for parameter in m.parameters()]
+    if len(set(uses)) < len(uses):
+        raise TypeError(f"{kind} has linear layers that share a parameter, experts would untie them: untie them first")
+    for name, linear in linears.items():
+        try:
+            _check_linear(linear, name)
+        except TypeError as error:
+            raise TypeError(f"{kind} {error}") from None
+
+
+def _check_others(ffn: nn.Module, kind: str, linears: dict[str, nn.Module]) -> None:
+    """Refuse state that belongs to no linear layer and that experts cannot share."""
+    shallow = all(any(m is child for child in ffn.children()) for m in linears.values())  # deeper: may be attention's
+    norms = [m for m in ffn.modules() if (_is_norm(m) if shallow else isinstance(m, nn.modules.batchnorm._BatchNorm))]
+    owned = [m._parameters.get(key) for m in linears.values() for key in ("weight", "bias")]
+    known = {id(tensor) for m in norms for tensor in [*m._parameters.values(), *m._buffers.values()]}
+    known |= {id(tensor) for tensor in owned}
+    foreign = [name for name, tensor in [*ffn.named_parameters(), *ffn.named_buffers()] if id(tensor) not in known]
+    adapters = [name for name, _ in ffn.named_modules() if any(word in name.lower() for word in _ADAPTERS)]
+    if not foreign and not adapters:
+        return
+    way = "name the module inside that holds linear and norm layers alone, or leave it out of targets"
+    if any(word in name for name in foreign for word in _PARAMETRIZED):
+        way = "remove the parametrization (weight norm, spectral norm, pruning), convert, and train without it"
+    elif adapters or any(word in name.lower() for name in foreign for word in _ADAPTERS):
+        way = "merge or remove the adapters (LoRA), convert, and add adapters to the merged model"
+    raise TypeError(f"{kind} holds state outside its linear layers ({', '.join(foreign or adapters)}): {way}")
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Tell a norm layer, of torch or with the form of one: its state is shared by the experts."""
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)):
+        return True
+    if "norm" not in type(module).__name__.lower() or any(True for _ in module.children()):
+        return False
+    return all(sum(size > 1 for size in parameter.shape) < 2 for parameter in module.parameters())
+
+
+def _check_linear(linear: nn.Module, name: str) -> None:
+    """Refuse a linear layer that is more than its weight and bias."""
+    if linear._parameters.get("weight") is None:
+        raise TypeError(f"has no parameter '{name}.weight': convert before its weight is replaced")
+    for key in ("weight", "bias"):
+        parameter = linear._parameters.get(key)
+        if parameter is None:
+            continue
+        if is_lazy(parameter):
+            raise TypeError(f"holds the lazy layer '{name}': run the model once before its conversion")
+        if (
+            type(parameter) is not nn.Parameter
+            or type(parameter.data) is not Tensor
+            or not parameter.is_floating_point()
+        ):
+            kind = type(parameter.data).__name__ if parameter.is_floating_point() else str(parameter.dtype)
+            raise TypeError(f"has a {key} of kind {kind} in '{name}': convert before quantizing or sharding the model")
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise TypeError(f"has a gradient hook on '{name}.{key}': register it on the experts, after the conversion")
+    stock = next((kind for kind in (nn.Linear, *CONVOLUTIONS) if isinstance(linear, kind)), None)
+    if stock is not None and type(linear).forward is not stock.forward and not _maps_as(linear, stock):
+        way = f"replace it by an nn.{stock.__name__} first"
+        raise TypeError(f"holds a {type(linear).__name__}, which is more than an nn.{stock.__name__}: {way}")
+
+
+def _maps_as(linear: nn.Module, stock: type[nn.Module]) -> bool:
+    """Tell whether a linear layer with a forward method of its own computes what its base class does."""
+    with quiet(linear):
+        made = randomised(linear)
+        places = [1] * (made.weight.dim() - 2)
+        x = noise((3, linear_features(made)[0], *places), 0, made.weight)
+        try:
+            return all(differ(made.train(mode)(x), stock.forward(made, x)) <= 1 for mode in (True, False))
+        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
+            return False

@@ -1,0 +1,54 @@
+"""Try the conversion on many model families and write the compatibility page."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `benchmarks` is part of a clone, not of the package
+
+from s2d3d.cli import refuse_existing, run_tool
+from s2d3d.errors import InputError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="zoo.py", description=__doc__)
+    parser.add_argument("--output", metavar="FILE.md", help="write the page to this file; default: print the rows")
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="families, such as 'timm:*vit*'")
+    parser.add_argument("--force", action="store_true", help="replace the output if it exists")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    output = None if arguments.output is None else refuse_existing(arguments.output, arguments.force)
+
+    from tqdm import tqdm
+
+    from benchmarks.zoo import families
+    from benchmarks.zoo.check import examine
+    from benchmarks.zoo.page import page
+    from s2d3d.atomic import write_text
+    from s2d3d.machine import environment
+
+    names = [family for family in families() if any(fnmatch(family.title, only) for only in arguments.only)]
+    if not names:
+        raise InputError(f"--only: no family matches {', '.join(arguments.only)}")
+    rows = []
+    for family in tqdm(names, unit="family", disable=None):
+        rows.append(examine(family))
+        if output is None:
+            print(rows[-1].line())
+    if output is not None:
+        write_text(output, page(rows, str(environment()["git_commit"])))
+    wrong = [row.name for row in rows if row.status == "wrong"]
+    if wrong:
+        raise InputError(f"trained wrong: {', '.join(wrong)}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_tool(build_parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
