@@ -14,7 +14,7 @@ from s2d3d.errors import InputError
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="zoo.py", description=__doc__)
-    parser.add_argument("--output", metavar="FILE.md", help="write the page to this file; default: print the rows")
+    parser.add_argument("--output", metavar="FILE.md", help="also write the page to this file")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="families, such as 'timm:*vit*'")
     parser.add_argument("--force", action="store_true", help="replace the output if it exists")
     return parser
@@ -37,8 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
     rows = []
     for family in tqdm(names, unit="family", disable=None):
         rows.append(examine(family))
-        if output is None:
-            print(rows[-1].line())
+        print(rows[-1].line(), flush=True)
     if output is not None:
         write_text(output, page(rows, str(environment()["git_commit"])))
     wrong = [row.name for row in rows if row.status == "wrong"]
