@@ -108,7 +108,7 @@ def _gradients(dense: nn.Module, sparse: nn.Module) -> Iterator[tuple[Tensor, Te
         other = sparse.get_submodule(name)
         other = other.stacked if isinstance(other, PairPart) else other
         for key, parameter in module.named_parameters(recurse=False):
-            if parameter.grad is None:
+            if parameter.grad is None or not parameter.numel():
                 continue
             gradient = getattr(other, key).grad
             assert gradient is not None, f"{name}.{key} is not used"

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from fnmatch import fnmatch
+from multiprocessing import Pool
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `benchmarks` is part of a clone, not of the package
@@ -16,6 +17,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="zoo.py", description=__doc__)
     parser.add_argument("--output", metavar="FILE.md", help="also write the page to this file")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="families, such as 'timm:*vit*'")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="families at a time (default: 1)")
     parser.add_argument("--force", action="store_true", help="replace the output if it exists")
     return parser
 
@@ -25,8 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
-    from benchmarks.zoo import families
-    from benchmarks.zoo.check import examine
+    from benchmarks.zoo import examine_named, families
     from benchmarks.zoo.page import page
     from s2d3d.atomic import write_text
     from s2d3d.machine import environment
@@ -35,9 +36,10 @@ def run(arguments: argparse.Namespace) -> None:
     if not names:
         raise InputError(f"--only: no family matches {', '.join(arguments.only)}")
     rows = []
-    for family in tqdm(names, unit="family", disable=None):
-        rows.append(examine(family))
-        print(rows[-1].line(), flush=True)
+    with Pool(arguments.processes) as pool:
+        for row in tqdm(pool.imap(examine_named, [family.title for family in names]), total=len(names), disable=None):
+            rows.append(row)
+            print(row.line(), flush=True)
     if output is not None:
         write_text(output, page(rows, str(environment()["git_commit"])))
     wrong = [row.name for row in rows if row.status == "wrong"]

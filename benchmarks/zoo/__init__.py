@@ -1,6 +1,7 @@
 """Which model families convert: tiny models of public packages, tried one by one (docs/compatibility.md)."""
 
 from . import hugging_face, other_families, point_families, timm_families
+from .check import Row, examine
 from .family import Family
 
 DEFAULT = """
@@ -16,3 +17,8 @@ transformers:mixtral transformers:t5 transformers:dinov2 transformers:segformer
 def families() -> list[Family]:
     """List all families; the packages are imported when one is built."""
     return [*other_families.families(), *point_families.families(), *timm_families.families(), *hugging_face.families()]
+
+
+def examine_named(title: str) -> Row:
+    """Try the family of a title; by name, because the functions that build models do not travel to other processes."""
+    return examine(next(family for family in families() if family.title == title))

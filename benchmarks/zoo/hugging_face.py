@@ -38,7 +38,7 @@ pegasus_x plbart prophetnet switch_transformers t5 t5gemma umt5
 """.split()  # noqa: SIM905
 VISION = """
 aimv2_vision_model beit clip_vision_model convnext convnextv2 cvt data2vec-vision deit dinov2
-dinov2_with_registers dinov3_vit dpt focalnet glpn hiera ijepa levit mlcd_vision_model mobilevit mobilevitv2
+dinov2_with_registers dinov3_vit dpt focalnet glpn ijepa levit mlcd_vision_model mobilevit mobilevitv2
 poolformer pvt pvt_v2 sam_vision_model segformer siglip_vision_model swiftformer swin swinv2 vit vit_mae
 vit_msn vitdet yolos
 """.split()  # noqa: SIM905
@@ -124,7 +124,7 @@ def _shrunk(config: Any) -> Any:
         if hasattr(inner, "to_dict"):
             _shrunk(inner)
         elif key in TINY and isinstance(value, (int, float)) and not isinstance(value, bool):
-            setattr(config, key, TINY[key])
+            setattr(config, key, type(value)(TINY[key]))
         elif isinstance(value, float) and any(
             word in key for word in ("drop", "jitter", "mask_time_prob", "mask_feature_prob")
         ):

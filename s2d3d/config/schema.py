@@ -167,7 +167,11 @@ class S2DConfig(Section):
         "not merged; 'none': dense training, other keys unused.",
     )
     num_experts: Int = Field(4, ge=1, le=4096, description="Experts per layer, in [1, 4096]; 1 is the dense FFN.")
-    targets: Names = Field(("*.mlp",), description="Glob patterns over module names: the FFNs that may be replaced.")
+    targets: Names | None = Field(
+        ("*.mlp",),
+        description="Glob patterns over module names: the FFNs that may be replaced; null: the FFN of each transformer "
+        "block, found by structure.",
+    )
     every: Int = Field(2, ge=1, description="Replace every n-th match in module order, at least 1.")
     init: Literal["copy", "independent"] = Field(
         "copy",

@@ -85,6 +85,7 @@ def test_model_section_is_filled_with_the_models_own_defaults():
         ("train.ema_decay", 0.999, 0.999),
         ("s2d.share_rate", 0.75, 0.75),
         ("s2d.targets", ["*.0.mlp", "*.1.mlp"], ("*.0.mlp", "*.1.mlp")),
+        ("s2d.targets", None, None),
         ("s2d.lr_multiplier", 2, 2.0),
         ("seed", 2**32 - 1, 2**32 - 1),
         ("eval.every", 0, 0),

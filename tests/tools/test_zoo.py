@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from benchmarks.training_pass import Residual
-from benchmarks.zoo import DEFAULT, families
+from benchmarks.zoo import DEFAULT, examine_named, families
 from benchmarks.zoo.check import Row, examine
 from benchmarks.zoo.family import Family
 from benchmarks.zoo.page import page
@@ -21,7 +21,7 @@ EXPECTED = {"timm:convnextv2_atto": "refused", "transformers:mixtral": "refused"
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("title", DEFAULT)
 def test_cheap_families_of_every_kind(title):
-    row = examine(FAMILIES[title])
+    row = examine_named(title)
     assert row.status == EXPECTED.get(title, "exact"), row.line()
     if row.status == "exact":
         assert row.num_ffns > 0 and row.strict and row.training_error < 1e-4 and row.merge_error < 1e-4
