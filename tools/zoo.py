@@ -1,6 +1,7 @@
 """Try the conversion on many model families and write the compatibility page."""
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from fnmatch import fnmatch
@@ -35,9 +36,11 @@ def run(arguments: argparse.Namespace) -> None:
     names = [family for family in families() if any(fnmatch(family.title, only) for only in arguments.only)]
     if not names:
         raise InputError(f"--only: no family matches {', '.join(arguments.only)}")
-    rows = []
-    with Pool(arguments.processes) as pool:
-        for row in tqdm(pool.imap(examine_named, [family.title for family in names]), total=len(names), disable=None):
+    titles, rows = [family.title for family in names], []
+    with contextlib.ExitStack() as stack:
+        apart = arguments.processes > 1
+        tried = stack.enter_context(Pool(arguments.processes)).imap if apart else map
+        for row in tqdm(tried(examine_named, titles), total=len(titles), disable=None):
             rows.append(row)
             print(row.line(), flush=True)
     if output is not None:
