@@ -208,7 +208,7 @@ REFUSED = [
     ("s2d.num_expert", 4, "s2d.num_expert: unknown key; did you mean 'num_experts'?"),
     ("s2d.kind", "rups", "s2d.kind: must be 'none', 'rup' or 'topk', got 'rups'; did you mean 'rup'?"),
     ("s2d.kind", None, "s2d.kind: must be 'none', 'rup' or 'topk', got null"),
-    ("s2d.targets", "*.mlp", "s2d.targets: must be a list, got '*.mlp'"),
+    ("s2d.targets", "*.mlp", "s2d.targets: must be a list (or null), got '*.mlp'"),
     ("s2d.targets", [], "s2d.targets: must not be empty"),
     ("s2d.targets", [""], "s2d.targets.0: must not be empty, got ''"),
     ("s2d.share_rate", 1.1, "s2d.share_rate: must be at most 1, got 1.1"),
