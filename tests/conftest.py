@@ -13,6 +13,7 @@ from hypothesis import settings
 from s2d3d import load_config
 from s2d3d.config.load import dump_config
 from s2d3d.datasets.h5 import write_h5
+from s2d3d.evaluation import batchnorm
 from s2d3d.prepare.shapes import write_shapes
 
 REPOSITORY = Path(__file__).parent.parent
@@ -141,6 +142,14 @@ def drawing():
         render_clouds([[[0.0, 0.0, 0.0]]], size=16)
     except InputError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def enough_updates():
+    """Take the few updates of a tiny run for enough, so that BatchNorm statistics stay those of the training."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batchnorm, "FORGOTTEN", 1.0)
+        yield
 
 
 CLASSES = ("apple", "boat", "chair")

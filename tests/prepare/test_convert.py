@@ -213,6 +213,6 @@ def test_without_semaphores_one_process_does_it_all(meshes, tmp_path, monkeypatc
     def refused(*arguments, **options):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("s2d3d.prepare.workers.ProcessPoolExecutor", refused)
+    monkeypatch.setattr("s2d3d.workers.ProcessPoolExecutor", refused)
     assert convert_modelnet(meshes, tmp_path / "out", num_points=16, workers=2)["train"] == 10
     assert "no worker processes (Read-only file system): converting in this one" in caplog.text

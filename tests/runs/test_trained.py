@@ -11,6 +11,8 @@ from s2d3d.runs.trained import open_trained
 from s2d3d.s2d import is_sparse
 from s2d3d.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("enough_updates")
+
 V1 = Path(__file__).parent / "fixtures" / "checkpoint_v1.pt"
 
 

@@ -23,6 +23,8 @@ from s2d3d.training import task as task_module
 from s2d3d.training.loaders import build_loaders
 from s2d3d.training.parts import build_model
 
+pytestmark = pytest.mark.usefixtures("enough_updates")
+
 ARMS = {
     "dense": {"s2d.kind": "none"},
     "s2d": {},

@@ -13,6 +13,8 @@ from s2d3d import Trainer
 from s2d3d.errors import InputError
 from s2d3d.training.loggers import CLOUDS, tag
 
+pytestmark = pytest.mark.usefixtures("enough_updates")
+
 
 def log_csv(folder):
     """Return {(column, epoch): value} of log.csv, without empty cells."""

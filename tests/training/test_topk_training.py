@@ -10,6 +10,8 @@ from s2d3d import TopKMoE, Trainer, evaluate, is_sparse, load_checkpoint, load_c
 from s2d3d.errors import InputError
 from s2d3d.s2d.analysis import expert_divergence
 
+pytestmark = pytest.mark.usefixtures("enough_updates")
+
 TOPK = ("s2d.kind=topk", "s2d.share_rate=0.0")
 
 
