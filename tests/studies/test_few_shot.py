@@ -218,8 +218,9 @@ def test_more_classes_or_shapes_than_there_are(config, tmp_path):
 
 def test_output_of_another_experiment_is_refused(config, tiny_config, trained, tmp_path):
     output = tmp_path / "folds.json"
+    fold = {"fold": 0, "oa": 0.5, "macc": 0.5, "loss": 1.0, "classes": ["a", "b", "c"]}
     header = {"ways": 3, "shots": 4, "queries": 2, "config": config.to_dict()}
-    output.write_text(json.dumps(summarize(header, {0: {"fold": 0, "oa": 0.5, "macc": 0.5}})))
+    output.write_text(json.dumps(summarize(header, {0: fold})))
     with pytest.raises(InputError, match="holds folds with shots=4, this call has 5"):
         list(run_folds(config, FewShotTask(3, 5, 2), folds=1, output=output))
     other = config.model_copy(update={"optim": config.optim.model_copy(update={"lr": 0.5})})
@@ -229,7 +230,7 @@ def test_output_of_another_experiment_is_refused(config, tiny_config, trained, t
     del before["s2d"]["stop_fraction"]  # came since
     before["s2d"]["rise_fraction"] = 1.0  # went since
     before["log"]["interval"] = 7  # does not alter a run
-    output.write_text(json.dumps(summarize({**header, "config": before}, {0: {"fold": 0, "oa": 0.5, "macc": 0.5}})))
+    output.write_text(json.dumps(summarize({**header, "config": before}, {0: fold})))
     assert [fold["oa"] for fold in run_folds(config, TASK, folds=1, output=output)] == [0.5]
     output.write_text('{"folds": 3}')
     with pytest.raises(InputError, match="is not a file of few-shot folds"):
