@@ -233,7 +233,7 @@ def test_output_of_another_experiment_is_refused(config, tiny_config, trained, t
     output.write_text(json.dumps(summarize({**header, "config": before}, {0: fold})))
     assert [fold["oa"] for fold in run_folds(config, TASK, folds=1, output=output)] == [0.5]
     output.write_text('{"folds": 3}')
-    with pytest.raises(InputError, match="is not a file of few-shot folds"):
+    with pytest.raises(InputError, match="folds is 3, which s2d3d does not write"):
         list(run_folds(config, TASK, folds=1, output=output))
     stopping = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 3})})
     with pytest.raises(InputError, match=r"train\.max_steps"):
