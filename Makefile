@@ -25,8 +25,9 @@ demo: $(VENV)/.s2d3d data/shapes/train_files.txt
 	@echo "next, one page with curves, confusion matrix and mistakes:"
 	@echo "    $(RUN) tools/report.py runs/demo --output runs/demo/report.html"
 
+# Bytecode is kept, whatever the environment says: without it, each process that a test starts compiles the package anew.
 test: $(VENV)/.s2d3d $(VENV)/.browser
-	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(TEST_PROCESSES) --dist worksteal
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(TEST_PROCESSES) --dist worksteal
 
 # Thorough fault injection and fuzzing; half an hour. Notes go to docs/results, the table to docs/reliability.md.
 faults: $(VENV)/.s2d3d
