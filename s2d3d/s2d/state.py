@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .linear import CONVOLUTIONS, is_linear, linear_features
+from .linear import CONVOLUTIONS, is_linear, linear_features, linear_parameters
 from .trial import differ, noise, quiet, randomised
 
 _ADAPTERS = ("lora", "adapter", "base_layer")
@@ -100,8 +100,8 @@ def _maps_as(linear: nn.Module, stock: type[nn.Module]) -> bool:
     """Tell whether a linear layer with a forward method of its own computes what its base class does."""
     with quiet(linear):
         made = randomised(linear)
-        places = [1] * (made.weight.dim() - 2)
-        x = noise((3, linear_features(made)[0], *places), 0, made.weight)
+        weight = linear_parameters(made)[0]
+        x = noise((3, linear_features(made)[0], *[1] * (weight.dim() - 2)), 0, weight)
         try:
             return all(differ(made.train(mode)(x), stock.forward(made, x)) <= 1 for mode in (True, False))
         except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):

@@ -50,7 +50,7 @@ def family(make, inputs=lambda batch: torch.randn(batch, 7, 8)):
 
 def test_a_fault_of_the_training_pass_is_called_wrong(monkeypatch):
     check = importlib.import_module("benchmarks.zoo.check")
-    monkeypatch.setattr(check, "pass_error", lambda *_: 0.02)
+    monkeypatch.setattr(check, "pass_error", lambda *_, **__: 0.02)
     assert examine(family(plain)).status == "wrong"
 
 
