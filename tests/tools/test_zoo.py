@@ -84,3 +84,11 @@ def test_the_command_writes_the_page_and_refuses_to_replace_it(tmp_path, tool, c
     assert "exists already" in capsys.readouterr().err
     assert main(["--only", "nothing"]) == 1
     assert "no family matches nothing" in capsys.readouterr().err
+
+
+def test_the_page_in_docs_has_every_family_and_none_is_wrong(repository):
+    text = (repository / "docs" / "compatibility.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    for name in FAMILIES.values():
+        assert any(line.startswith(f"| {name.name} |") for line in rows), name.title
+    assert ", 0 wrong," in text and not any("| wrong |" in line or "| wrong:" in line for line in rows[12:])
