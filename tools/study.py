@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 from s2d3d.atomic import locked
 from s2d3d.cli import add_overrides, run_tool
 from s2d3d.errors import InputError
-from s2d3d.studies.plan import Study, load_study
 
 if TYPE_CHECKING:
     from s2d3d.studies.jobs import Launcher
+    from s2d3d.studies.plan import Study
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -69,6 +69,9 @@ def refuse_unused(arguments: argparse.Namespace) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     refuse_unused(arguments)
+
+    from s2d3d.studies.plan import load_study
+
     overrides = list(arguments.overrides)
     if arguments.device:
         overrides.append(f"train.device={arguments.device}")
@@ -82,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     return run_one(arguments, load_study(arguments.study, overrides))
 
 
-def run_one(arguments: argparse.Namespace, study: Study) -> int:
+def run_one(arguments: argparse.Namespace, study: "Study") -> int:
     from s2d3d.studies.jobs import Outcome
     from s2d3d.studies.page import report_lines, write_report
     from s2d3d.studies.run import missing_cells, publish_records, run_study

@@ -6,12 +6,14 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from s2d3d import Config, load_config
 from s2d3d.cli import add_overrides, own_command, run_tool
-from s2d3d.config.load import dump_config
 from s2d3d.errors import InputError
 from s2d3d.runs.folder import RunFolder, find_checkpoint
+
+if TYPE_CHECKING:
+    from s2d3d.config.load import Config
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,6 +41,9 @@ def run(arguments: argparse.Namespace) -> int:
             "error: the following arguments are required: CONFIG, or --resume RUN; see train.py --help", file=sys.stderr
         )
         return 2
+
+    from s2d3d.config.load import dump_config, load_config
+
     overrides = list(arguments.overrides)
     if arguments.device:
         overrides.append(f"train.device={arguments.device}")
@@ -87,8 +92,10 @@ def find_config(arguments: argparse.Namespace, overrides: list[str]) -> str:
     return str(folder.config)
 
 
-def keep_config(path: str, config: Config) -> None:
+def keep_config(path: str, config: "Config") -> None:
     """Refuse to replace a config that is read by another one: `--force` writes the resolved config of the new run."""
+    from s2d3d.config.load import dump_config
+
     own = RunFolder(config.output_dir).config
     if own.is_file() and own.samefile(path) and own.read_text(encoding="utf-8") != dump_config(config):
         text = "is the config that is read, and --force would replace it by another one"

@@ -5,13 +5,12 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from s2d3d import load_config
 from s2d3d.cli import add_files, add_overrides, check_overrides, refuse_existing, run_tool
-from s2d3d.config.load import Config
 from s2d3d.errors import InputError
 from s2d3d.runs.folder import require_checkpoint
 
 if TYPE_CHECKING:
+    from s2d3d.config.load import Config
     from s2d3d.viz.sheet import CloudSheet
 
 MOST_PIXELS = 1024
@@ -60,6 +59,8 @@ def run(arguments: argparse.Namespace) -> None:
         require_checkpoint(arguments.checkpoint)
         check_overrides(arguments.overrides, ("data", "eval", "seed"))
     else:
+        from s2d3d.config.load import load_config
+
         config = load_config(arguments.config, arguments.overrides)
 
     from s2d3d.viz.sheet import sheet_paths, write_sheet
@@ -90,7 +91,7 @@ def check_flags(arguments: argparse.Namespace) -> None:
             raise InputError(f"--{name}: is for --kind {kind} only")
 
 
-def make_sheet(arguments: argparse.Namespace, config: Config | None) -> "CloudSheet":
+def make_sheet(arguments: argparse.Namespace, config: "Config | None") -> "CloudSheet":
     """Read the clouds and make the sheet; print predictions to stdout."""
     from s2d3d.viz import kinds
 
