@@ -227,12 +227,17 @@ def _changed(stored: object, cell: Cell, where: str) -> str:
 def _is_result(result: object) -> bool:
     if not isinstance(result, dict) or not isinstance(result.get("correct"), str):
         return False
-    correct, oa = result["correct"], result.get("oa")
+    correct, oa = result["correct"], result.get("oa", 0)
     if not correct or set(correct) - set("01"):
         return False
-    if not all(isinstance(result.get(key), (int, float)) for key in ("macc", "loss")):
+    if not all(_is_number(result.get(key)) for key in ("oa", "macc", "loss")):
         return False
-    return isinstance(oa, (int, float)) and abs(correct.count("1") / len(correct) - oa) < 1e-9
+    return bool(abs(correct.count("1") / len(correct) - oa) < 1e-9)
+
+
+def _is_number(value: object) -> bool:
+    """Tell whether a value is a number that a float can hold."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
 
 
 def _read(path: Path, schema: Any) -> dict[str, Any]:
