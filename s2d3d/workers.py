@@ -21,7 +21,13 @@ CHUNK = 8
 
 @contextlib.contextmanager
 def worker_pool(
-    workers: int, module: str, *, doing: str, start: Callable[..., None] | None = None, arguments: tuple = ()
+    workers: int,
+    module: str,
+    *,
+    doing: str,
+    remedy: str = "try fewer --workers",
+    start: Callable[..., None] | None = None,
+    arguments: tuple = (),
 ) -> Iterator[Callable[..., Iterator[Any]]]:
     """Yield a `map` that computes in worker processes and returns results in order; with one worker, in this process.
 
@@ -29,6 +35,7 @@ def worker_pool(
         workers: processes, at least 1.
         module: which each process has imported before it starts.
         doing: what a process does, for the message when one dies: "scanning".
+        remedy: what the user can do then.
         start: called in each process before its first item; not with one worker.
         arguments: of `start`.
 
@@ -59,7 +66,7 @@ def worker_pool(
         try:
             yield partial(pool.map, chunksize=CHUNK)
         except BrokenProcessPool as error:
-            raise InputError(f"a {doing} process died, perhaps for lack of memory; try fewer --workers") from error
+            raise InputError(f"a {doing} process died, perhaps for lack of memory; {remedy}") from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

@@ -67,6 +67,12 @@ def test_a_checkpoint_works_without_its_plugin_and_names_it(config, plugin, forg
     assert tool("evaluate").main(["--checkpoint", merged]) == 1
     advice = "the data set 'mine', which is unknown here; name the Python file that registers it by --plugin my_data.py"
     assert advice in capsys.readouterr().err
+    folders = tmp_path / "scans"
+    for place in ("ball/0", "ball/1", "plate/0", "plate/1"):
+        (folders / place).parent.mkdir(parents=True, exist_ok=True)
+        (folders / f"{place}.xyz").write_text(cloud.read_text())
+    assert tool("evaluate").main(["--checkpoint", merged, "data.name=files", f"data.root={folders}"]) == 0
+    assert "(2 samples)" in capsys.readouterr().out, "other data, as the message says"
     plugin.write_text(DATA)
     assert tool("evaluate").main(["--checkpoint", merged, "--plugin", str(plugin)]) == 0
     assert "(24 samples)" in capsys.readouterr().out, "copies: 12, a key of the plugin's own"

@@ -1,20 +1,19 @@
 """Class folders as a data set: files in any format that `read_points` reads, read once and kept as HDF5."""
 
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..atomic import locked, workspace, write_json, write_text
+from ..atomic import locked, read_json, workspace, write_json, write_text
 from ..errors import InputError, first_line
 from ..workers import worker_pool
 from .base import TRAIN, PointCloudDataset
@@ -24,8 +23,7 @@ from .h5 import write_h5
 from .modelnet40 import load_modelnet40
 from .precision import check_extent, is_single
 from .prefix import cache_folders, can_hold, farthest_prefix
-from .stream import MEMORY_BUDGET_GB
-from .transforms import Transform, normalize_unit_sphere
+from .transforms import normalize_unit_sphere
 
 log = logging.getLogger(__name__)
 
@@ -55,19 +53,14 @@ def load_scans(
     split: str,
     *,
     num_points: int = 1024,
-    transform: Transform | None = None,
-    up_axis: str | None = None,
     normalize: bool = True,
-    classes: Sequence[str] | None = None,
-    fraction: float = 1.0,
-    seed: int = 0,
     cache_dir: str | os.PathLike | None = None,
     allow_links: bool = False,
-    memory_budget_gb: float = MEMORY_BUDGET_GB,
     test_fraction: float = 0.2,
     split_seed: int = 0,
     short: Literal["repeat", "skip", "error"] = "repeat",
     skip_unreadable: bool = False,
+    **shared: Any,
 ) -> PointCloudDataset:
     """Read one split of a folder whose class folders hold clouds and meshes, see `find_class_folders`.
 
@@ -78,20 +71,15 @@ def load_scans(
         root: the folder.
         split: "train" or "test".
         num_points: of a sample.
-        transform: augmentation.
-        up_axis: the vertical of the files, "y" or "z"; default "z".
         normalize: centre the clouds and scale them into the unit sphere.
-        classes: keep these classes only, numbered in this order.
-        fraction: share of the training shapes of each class to keep, in (0, 1]; the test split is kept whole.
-        seed: chooses that share.
         cache_dir: default `ROOT/.fps_cache`, or the user's cache if the folder cannot be written.
         allow_links: follow links that lead out of the folder.
-        memory_budget_gb: 10^9 bytes; a split that takes more stays on the disk, see `StreamedClouds`.
         test_fraction: share of each class's files for the test split, where no folder is called train or test.
         split_seed: of that choice. It does not depend on `seed`, so runs with other seeds have the same test split.
         short: what to do with a file of fewer than `num_points` points: repeat its points, skip it, or stop. A file of
             fewer than 32 is unreadable.
         skip_unreadable: leave out files that cannot be read, instead of stopping at the first.
+        **shared: further keywords of `load_modelnet40`; the vertical `up_axis` of the files is "z" by default.
 
     Returns:
         The split; its `skipped` has a line for each file left out.
@@ -121,13 +109,10 @@ def load_scans(
                 (work / "new").mkdir()
                 _write_set(work / "new", found, options)
                 os.replace(work / "new", kept)
-    notes = json.loads((kept / "notes.json").read_text(encoding="utf-8"))
+    notes = read_json(kept / "notes.json", advice="remove its folder, it is made anew")
     for text in notes["said"] if say else []:
         log.warning("%s: %s", root, text)
-    dataset = load_modelnet40(
-        kept, split, num_points=num_points, transform=transform, up_axis=up_axis, normalize=False, classes=classes,
-        fraction=fraction, seed=seed, cache_dir=kept.parent, memory_budget_gb=memory_budget_gb,
-    )  # fmt: skip
+    dataset = load_modelnet40(kept, split, num_points=num_points, normalize=False, cache_dir=kept.parent, **shared)
     dataset.source, dataset.skipped = str(root), tuple(notes["skipped"])
     dataset.normalized = normalize  # file by file, before points were chosen
     return dataset
@@ -194,7 +179,7 @@ def _write_set(folder: Path, found: ClassFolders, options: Options) -> None:
     num_points = options.num_points
     read = partial(_try_read, num_points=num_points, normalize=options.normalize)
     paths = [path for _, path, _ in labelled]
-    with worker_pool(_workers(paths), __name__, doing="reading") as spread:
+    with worker_pool(_workers(paths), __name__, doing="reading", remedy="free some and start again") as spread:
         clouds = tqdm(spread(read, paths), total=len(paths), desc="files (once)", disable=None, leave=False)
         for (split, path, label), cloud in zip(labelled, clouds):
             if isinstance(cloud, str):

@@ -133,9 +133,8 @@ def check_same_run(state: dict[str, Any], config: Config, path: Path) -> None:
 def _can_be_extended(config: Config) -> bool:
     """Return whether the epochs of a run do not depend on how many follow: with constant schedules."""
     s2d = config.s2d
-    return config.optim.schedule == "constant" and (
-        s2d.kind != "rup" or (s2d.schedule == "constant" and s2d.stop_fraction == 1)
-    )
+    averaging = s2d.kind == "none" or (s2d.schedule == "constant" and s2d.stop_fraction == 1)
+    return config.optim.schedule == "constant" and averaging
 
 
 def check_same_data(

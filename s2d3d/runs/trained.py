@@ -26,12 +26,14 @@ class TrainedModel:
         payload: the content of the checkpoint, see `load_checkpoint`.
         config: of its run, with the overrides.
         model: in eval mode.
+        unknown_data: name of its data set if nothing in this process has registered it; `config` then has another.
     """
 
     path: str
     payload: dict[str, Any]
     config: Config
     model: nn.Module
+    unknown_data: str | None = None
 
     @property
     def class_names(self) -> list[str]:
@@ -44,11 +46,11 @@ class TrainedModel:
         Raises:
             InputError: the data set cannot be read or is not registered, or its classes differ from those of the model.
         """
-        if name := _missing_dataset(self.payload, self.config):
+        if name := self.unknown_data:
             plugins = self.payload["config"].get("plugins") or ["FILE.py"]
             raise InputError(
-                f"{self.path}: was trained on the data set '{name}', which is unknown here; name the Python file that "
-                f"registers it by --plugin {printable(str(plugins[0]))}, or other data by data.name= and data.root="
+                f"{self.path}: was trained on the data set {quoted(name)}, which is unknown here; name the Python file "
+                f"that registers it by --plugin {printable(str(plugins[0]))}, or other data by data.name= and data.root="
             )
         dataset = build_dataset(self.config.data, split, seed=self.config.seed)
         check_classes(dataset, self.class_names, self.path)
@@ -85,7 +87,7 @@ def stored_config(payload: Mapping[str, Any], where: str | Path, overrides: Sequ
     data = stored.get("data")
     if isinstance(data, dict) and "data.cache_dir" not in given:
         data = {key: value for key, value in data.items() if key != "cache_dir"}
-    if isinstance(data, dict) and "data.name" not in given and data.get("name") not in list_datasets():
+    if isinstance(data, dict) and data.get("name") not in list_datasets():
         shared = {key: value for key, value in data.items() if key in DataConfig.model_fields}
         data = shared | {"name": UNKNOWN_DATA}
     stored = stored | ({} if data is None else {"data": data})
@@ -96,11 +98,12 @@ def stored_config(payload: Mapping[str, Any], where: str | Path, overrides: Sequ
     return config
 
 
-def _missing_dataset(payload: Mapping[str, Any], config: Config) -> str | None:
-    """Return the name of the checkpoint's data set if nothing in this process has registered it."""
+def _unknown_data(payload: Mapping[str, Any], overrides: Sequence[str]) -> str | None:
+    """Return the name of the checkpoint's data set if nothing has registered it and no override names another."""
     stored = payload["config"].get("data")
     name = stored.get("name") if isinstance(stored, dict) else None
-    return str(name) if config.data.name == UNKNOWN_DATA and name not in list_datasets() else None
+    known = name is None or name in list_datasets()
+    return None if known or any(item.partition("=")[0].strip() == "data.name" for item in overrides) else str(name)
 
 
 def open_trained(
@@ -125,4 +128,4 @@ def open_trained(
     payload = load_checkpoint(path)
     config = stored_config(payload, path, overrides)
     model = build_model(payload, where=str(path), merge=merge).to(device)
-    return TrainedModel(str(path), payload, config, model)
+    return TrainedModel(str(path), payload, config, model, _unknown_data(payload, overrides))

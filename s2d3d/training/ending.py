@@ -49,15 +49,16 @@ def end_model(
     return model, reports, kept
 
 
-LEARNED, CHANCE = 0.6, 1.5
-"""A training accuracy from which a model has learned; a score of so many times the largest class's share is chance."""
+NEAR_CHANCE, LEARNED = 0.1, 0.5
+"""Shares of the way from chance, the share of the largest class, to 1: below the first a score is near chance, from the
+second on a model has learned its training clouds."""
 
 
 def doubt(
     model: nn.Module, reports: dict[str, ClassificationReport], kept: str, data: Loaders, task: Classification,
     train_oa: float,
 ) -> str:  # fmt: skip
-    """Return one line if a model that has learned its training clouds scores like chance, with the cause; else empty.
+    """Return one line if a model that has learned its training clouds scores near chance, with the cause; else empty.
 
     Args:
         model: the final model.
@@ -69,11 +70,12 @@ def doubt(
     """
     score, labels = reports[kept].oa, data.scored.dataset.labels
     chance = float(labels.bincount().max()) / len(labels)
-    if train_oa < max(LEARNED, CHANCE * chance) or score > CHANCE * chance:
+    near, learned = (chance + share * (1 - chance) for share in (NEAR_CHANCE, LEARNED))
+    if train_oa < learned or score > near:
         return ""
     own = task.evaluate(model, data.plain_train).oa
-    found = f"learned {100 * train_oa:.0f} % of its training clouds, yet scores {100 * score:.0f} %, which is chance"
-    if own < CHANCE * chance:
+    found = f"learned {100 * train_oa:.0f} % of its training clouds, yet scores {100 * score:.0f} %, near chance"
+    if own <= near:
         return (
             f"warning: the model {found}, and {100 * own:.0f} % on its training clouds in evaluation mode: what its "
             "layers do differs between training and evaluation; train longer, or set eval.recalibrate_batchnorm=true"

@@ -327,7 +327,8 @@ class Trainer:
         model, reports, kept = end_model(
             cfg, self.runtime, self.data, self.parts, self.task, self.ema, self.progress.updates
         )
-        if line := doubt(model, reports, kept, self.data, self.task, self.history[-1]["train_oa"]):
+        line = doubt(model, reports, kept, self.data, self.task, self.history[-1].get("train_oa", 0.0))
+        if line and self.runtime.is_main:
             logger.warning(line)
         path = self.folder.final if self.parts.routed else self.folder.merged
         if self.runtime.is_main:

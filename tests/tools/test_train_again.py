@@ -36,6 +36,14 @@ def test_constant_schedules_can_be_extended_to_the_run_of_that_length(tiny_confi
     assert all(torch.equal(ours[key], whole[key]) for key in whole)
 
 
+def test_a_routed_run_whose_averaging_rises_has_no_constant_schedule(tiny_config, tool, capsys):
+    """Its experts are averaged as well, by a rate that depends on the number of epochs."""
+    config = tiny_config("optim.schedule=constant", "s2d.kind=topk", "s2d.schedule=linear", "train.epochs=2")
+    Trainer(config).fit()
+    assert tool("train").main(["--resume", config.output_dir, "--extend", "3"]) == 1
+    assert "its schedule ends with epoch 2" in capsys.readouterr().err
+
+
 def test_other_schedules_name_the_way(tiny_config, tool, capsys):
     config = tiny_config()
     Trainer(config).fit()
