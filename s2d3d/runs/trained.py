@@ -50,7 +50,8 @@ class TrainedModel:
             plugins = self.payload["config"].get("plugins") or ["FILE.py"]
             raise InputError(
                 f"{self.path}: was trained on the data set {quoted(name)}, which is unknown here; name the Python file "
-                f"that registers it by --plugin {printable(str(plugins[0]))}, or other data by data.name= and data.root="
+                f"that registers it by --plugin {printable(str(plugins[0]))}, or other data by data.name= and "
+                "data.root="
             )
         dataset = build_dataset(self.config.data, split, seed=self.config.seed)
         check_classes(dataset, self.class_names, self.path)
