@@ -69,6 +69,10 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--allow-links", action="store_true", help="follow links that lead out of --from, as data.allow_links"
         )
+        command.add_argument(
+            "--skip-others", action="store_true",
+            help="leave out clouds in --from that have no place in its layout; default: count them and stop",
+        )  # fmt: skip
     for command in (shapes, modelnet40, scan):
         command.add_argument("--output", required=True, metavar="DIR", help="folder to make")
         command.add_argument("--force", action="store_true", help="replace an existing data set")
@@ -101,6 +105,7 @@ def body(args: argparse.Namespace) -> None:
             workers=args.workers,
             up_axis=args.up_axis,
             allow_links=args.allow_links,
+            skip_others=args.skip_others,
             force=args.force,
         )
     else:
@@ -134,6 +139,7 @@ def take_over(args: argparse.Namespace) -> dict[str, int]:
             up_axis=args.up_axis,
             workers=args.workers,
             allow_links=args.allow_links,
+            skip_others=args.skip_others,
             force=args.force,
         )
     if args.num_points is not None:
@@ -144,7 +150,8 @@ def take_over(args: argparse.Namespace) -> dict[str, int]:
         if getattr(args, name) is not None:
             raise InputError(f"--{name}: has no effect here, {source} is in HDF5 layout and is copied as it is")
     return copy_modelnet40(
-        source, output, up_axis=args.up_axis, allow_links=args.allow_links, force=args.force
+        source, output, up_axis=args.up_axis, allow_links=args.allow_links, skip_others=args.skip_others,
+        force=args.force,
     )  # fmt: skip
 
 

@@ -37,9 +37,9 @@ class ClassFolders:
         """Return one line: how many files of which kinds, in how many classes, and how they are split."""
         suffixes = Counter(path.suffix.lower() for files in self.files.values() for path, _ in files)
         parts = ", ".join(f"{len(files)} to {split}" for split, files in self.files.items())
-        ignored = f"; ignored, of other kinds: {_counts(self.ignored)}" if self.ignored else ""
+        ignored = f"; ignored, of other kinds: {count_suffixes(self.ignored)}" if self.ignored else ""
         total, classes = suffixes.total(), len(self.class_names)
-        return f"{self.root}: {total} files ({_counts(suffixes)}) in {classes} classes, {parts}{ignored}"
+        return f"{self.root}: {total} files ({count_suffixes(suffixes)}) in {classes} classes, {parts}{ignored}"
 
 
 def find_class_folders(
@@ -78,7 +78,7 @@ def find_class_folders(
         )
     ignored: Counter[str] = Counter()
     by_class: dict[str, dict[str, list[Path]]] = {}  # class, then split, or "" where the files are not split
-    for path in _walk(root, root, frozenset(), allow_links):
+    for path in walk_files(root, root, allow_links=allow_links):
         if path.suffix.lower() not in SUFFIXES:
             ignored[path.suffix.lower()] += 1
             continue
@@ -106,8 +106,20 @@ def find_class_folders(
     return ClassFolders(root, class_names, files, ignored)
 
 
-def _walk(folder: Path, root: Path, above: frozenset[str], allow_links: bool) -> Iterator[Path]:
-    """Yield the files below a folder in the order of their paths; a link to a folder above is not entered."""
+def walk_files(folder: Path, root: Path, *, allow_links: bool, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """Yield the files below a folder in the order of their paths; a link to a folder above is not entered.
+
+    Names that begin with a dot are left out.
+
+    Args:
+        folder: where to look.
+        root: folder of the data set.
+        allow_links: follow links that lead out of `root`.
+        above: real paths of the folders above.
+
+    Raises:
+        InputError: a folder cannot be read, or a link leads out of `root` and may not.
+    """
     real = os.path.realpath(folder)
     if real in above:
         return
@@ -123,7 +135,7 @@ def _walk(folder: Path, root: Path, above: frozenset[str], allow_links: bool) ->
         if path.is_symlink():
             check_inside(path, root, allow_links=allow_links)
         if path.is_dir():
-            yield from _walk(path, root, above | {real}, allow_links)
+            yield from walk_files(path, root, allow_links=allow_links, above=above | {real})
         else:
             yield path
 
@@ -152,5 +164,6 @@ def _divide(name: str, files: list[Path], root: Path, test_fraction: float, spli
     return {**parts, "test": [file for index, file in enumerate(files) if index in chosen]}
 
 
-def _counts(counter: Counter[str]) -> str:
+def count_suffixes(counter: Counter[str]) -> str:
+    """Return one text, such as "3 .off, 1 without suffix"."""
     return ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in sorted(counter.items()))

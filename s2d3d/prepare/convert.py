@@ -7,6 +7,7 @@ modelnet40_shape_names.txt, modelnet40_train.txt, class/*.txt    modelnet40_norm
 """
 
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,10 +29,13 @@ from ..random_state import derived_rng
 from ..workers import worker_pool
 from . import DEFAULT_POINTS
 from .folder import CONVERSION, MARK, check_output, foreign_files, take_place
+from .left_out import TRAIN_AS_IT_IS, check_left_out, find_left_out
 from .scan_view import unit_sphere
 
 PART = 512
 """Shapes of one HDF5 file, which is what a conversion that was stopped does not do again."""
+log = logging.getLogger(__name__)
+
 _TEXT_NAMES = ("modelnet40", "modelnet10")
 
 
@@ -84,6 +88,7 @@ def convert_modelnet(
     up_axis: str | None = None,
     workers: int | None = None,
     allow_links: bool = False,
+    skip_others: bool = False,
     force: bool = False,
 ) -> dict[str, int]:
     """Convert a folder of meshes or text files to HDF5 files in the layout of `modelnet40_ply_hdf5_2048`.
@@ -103,13 +108,15 @@ def convert_modelnet(
         up_axis: vertical of the files, "y" or "z", to record; default that of the layout.
         workers: processes; default the number of cores, at most 8.
         allow_links: follow links that lead out of the folder.
+        skip_others: leave out files that have no place in the layout, see `check_left_out`.
         force: replace a data set that is there.
 
     Returns:
         Number of shapes of each split.
 
     Raises:
-        InputError: the folder is in neither layout, a file is damaged, `output` exists, an argument is out of range.
+        InputError: the folder is in neither layout or holds further clouds, a file is damaged, `output` exists, an
+            argument is out of range.
 
     Example:
         >>> convert_modelnet("ModelNet10", "data/modelnet10")  # doctest: +SKIP
@@ -124,11 +131,15 @@ def convert_modelnet(
         check_up_axis(up_axis)
     found = find_source(source, allow_links=allow_links) if source.is_dir() else None
     if found is None:
+        clouds = find_left_out(source)[0] if source.is_dir() else []
+        other = f"class folders need no conversion: {TRAIN_AS_IT_IS}{source}" if clouds else "see data/README.md"
         raise InputError(
             f"{source}: is no public copy of ModelNet: neither shape_names.txt (HDF5) nor class/train/*.off (meshes) "
-            "nor modelnet40_shape_names.txt (text); see data/README.md"
+            f"nor modelnet40_shape_names.txt (text); {other}"
         )
     check_output(output, force, source)
+    used = [source / relative for shapes in found.shapes.values() for relative, _, _ in shapes]
+    summary = check_left_out(source, used, skip_others=skip_others)
     work = output.parent / f".{output.name}.partial"
     vertical = up_axis or found.up_axis
     job = {**asdict(found), "source": str(source.resolve()), "up_axis": vertical}
@@ -163,6 +174,7 @@ def convert_modelnet(
         (work / MARK).write_text("".join(f"{name}\n" for name in found.class_names), encoding="utf-8")
         take_place(work, output, force, source)
     (output / CONVERSION).unlink()
+    log.info("%s", summary)
     return counts
 
 

@@ -1,5 +1,6 @@
 """Folders that appear whole or not at all, and checked copies of public data sets."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,6 +13,9 @@ from ..datasets.h5 import check_up_axis, write_h5
 from ..datasets.modelnet40 import SPLITS, list_files, read_class_names, read_split, stored_up_axis
 from ..datasets.scanobjectnn import VARIANTS, relative_path
 from ..errors import InputError
+from .left_out import check_left_out
+
+log = logging.getLogger(__name__)
 
 MARK = "shape_names.txt"
 CONVERSION = "conversion.json"
@@ -68,6 +72,7 @@ def copy_modelnet40(
     *,
     up_axis: str | None = None,
     allow_links: bool = False,
+    skip_others: bool = False,
     force: bool = False,
 ) -> dict[str, int]:
     """Check every file of a folder in ModelNet layout and write copies that record their vertical axis.
@@ -79,13 +84,14 @@ def copy_modelnet40(
         output: folder to make; it appears whole or not at all.
         up_axis: vertical of the stored points; default what `stored_up_axis` says.
         allow_links: follow links that lead out of the source.
+        skip_others: leave out files that the source does not list, see `check_left_out`.
         force: replace a data set that is there.
 
     Returns:
         Number of shapes of each split.
 
     Raises:
-        InputError: `source` is wrong, or `output` exists.
+        InputError: `source` is wrong or holds further clouds, or `output` exists.
     """
     source, output = Path(source), Path(output)
     if up_axis is not None:
@@ -94,7 +100,9 @@ def copy_modelnet40(
         raise InputError(f"{source}: no such folder; --from names the one that holds {MARK}")
     check_output(output, force, source)
     class_names = read_class_names(source, allow_links=allow_links)
-    totals = {split: len(list_files(source, split, allow_links=allow_links)) for split in SPLITS}
+    files = {split: list_files(source, split, allow_links=allow_links) for split in SPLITS}
+    summary = check_left_out(source, [path for paths in files.values() for path in paths], skip_others=skip_others)
+    totals = {split: len(paths) for split, paths in files.items()}
     counts = dict.fromkeys(SPLITS, 0)
     with (
         new_folder(output, source=source, force=force) as folder,
@@ -117,6 +125,7 @@ def copy_modelnet40(
                 counts[split] += len(file.label)
                 bar.update()
             (folder / f"{split}_files.txt").write_text("".join(f"data/{output.name}/{entry}\n" for entry in entries))
+    log.info("%s", summary)
     return counts
 
 

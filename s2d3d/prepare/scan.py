@@ -4,6 +4,7 @@ A view is a function of the seed, the split, the shape's name and the number of 
 neither the order of the shapes nor the number of processes matters. Clutter comes from the same split.
 """
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from ..datasets.h5 import check_up_axis, write_h5
 from ..datasets.h5_checks import check_shapes
 from ..datasets.links import check_inside
 from ..datasets.mesh import read_off, sample_by_area
-from ..datasets.modelnet40 import SPLITS, read_class_names, read_split, stored_up_axis
+from ..datasets.modelnet40 import SPLITS, list_files, read_class_names, read_split, stored_up_axis
 from ..datasets.precision import check_extent
 from ..datasets.scanobjectnn import OBJECT_ONLY, relative_path
 from ..datasets.transforms import turn_up_axis
@@ -28,8 +29,11 @@ from ..version import __version__
 from ..workers import worker_pool
 from . import DEFAULT_POINTS
 from .folder import MARK, check_output, new_folder
+from .left_out import check_left_out
 from .perturbations import PERTURBATIONS
 from .scan_view import View, import_open3d, simulate_view, unit_sphere, upsample
+
+log = logging.getLogger(__name__)
 
 MIN_POINTS = 64
 MAX_CLUTTER = 3
@@ -86,6 +90,7 @@ def write_scans(
     workers: int | None = None,
     up_axis: str | None = None,
     allow_links: bool = False,
+    skip_others: bool = False,
     force: bool = False,
 ) -> dict[str, int]:
     """Scan every shape of a data set and write what `load_scanobjectnn` reads, with the classes of the source.
@@ -101,6 +106,7 @@ def write_scans(
         workers: processes; default 4, or the number of cores if that is smaller. The result does not depend on it.
         up_axis: vertical of the stored points; default as `stored_up_axis` says, z for meshes.
         allow_links: follow links that lead out of the source.
+        skip_others: leave out files that have no place in the layout, see `check_left_out`.
         force: replace a data set that is there.
 
     Returns:
@@ -135,6 +141,7 @@ def write_scans(
     import_open3d()  # missing: say so before anything is read
     read = partial(read_shapes, allow_links=True) if allow_links else read_shapes
     class_names, shape_sets = read(source, up_axis)
+    summary = check_left_out(source, _files(source, shape_sets, allow_links), skip_others=skip_others)
     options = ScanOptions(_points_of_scan(source, shape_sets, num_points, upsample), variant, views, seed, upsample)
     attributes: dict[str, str | int | bool] = {
         "simulated": True,
@@ -159,6 +166,7 @@ def write_scans(
                 up_axis="y",
                 attributes=attributes,
             )
+    log.info("%s", summary)
     return {shapes.split: len(shapes.names) * views for shapes in shape_sets}
 
 
@@ -279,6 +287,13 @@ def _points_of_scan(source: Path, shape_sets: list[ShapeSet], num_points: int | 
             "pass --upsample to interpolate between stored points"
         )
     return num_points
+
+
+def _files(source: Path, shape_sets: list[ShapeSet], allow_links: bool) -> list[Path]:
+    """Return the files that hold the shapes."""
+    if (source / MARK).is_file():
+        return [path for split in SPLITS for path in list_files(source, split, allow_links=allow_links)]
+    return [path for shapes in shape_sets for path in shapes.paths or ()]
 
 
 def _read_points(source: Path, split: str, up_axis: str | None, allow_links: bool) -> ShapeSet:

@@ -140,3 +140,82 @@ def test_sources_that_are_none(refuses, data_copy, tmp_path):
     line = refuses("prepare_data", "modelnet40", "--from", data_copy, "--output", data_copy, "--force")
     assert line == f"{data_copy}: is the folder to read from; choose another --output"
     shutil.rmtree(data_copy)
+
+
+# Files that a layout has no place for
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Five classes of 40 clouds in four formats; of one class ten files have the folders of ModelNet."""
+    root, rng = tmp_path / "mixed", np.random.default_rng(0)
+    for name in ("airplane", "bottle", "chair", "lamp", "sofa"):
+        for index in range(40):
+            suffix = (".ply", ".npy", ".off", ".xyz")[index % 4]
+            inside = {2: "train", 6: "test"}.get(index % 20 if name == "chair" else 0, "")
+            path, cloud = root / name / inside / f"{index}{suffix}", rng.normal(size=(12, 3))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows = "".join("{} {} {}\n".format(*row) for row in cloud)
+            if suffix == ".npy":
+                np.save(path, cloud)
+            elif suffix == ".off":
+                path.write_text(f"OFF\n12 2 0\n{rows}3 0 1 2\n3 3 4 5\n")
+            elif suffix == ".ply":
+                names = "".join(f"property float {axis}\n" for axis in "xyz")
+                path.write_text(f"ply\nformat ascii 1.0\nelement vertex 12\n{names}end_header\n{rows}")
+            else:
+                path.write_text(rows)
+    (root / "lamp" / "photo.jpg").touch()
+    return root
+
+
+@pytest.mark.parametrize("command", ["modelnet40", "scan"])
+def test_mixed_files_are_counted_and_not_dropped(refuses, mixed, tmp_path, command):
+    line = refuses("prepare_data", command, "--from", mixed, "--output", tmp_path / "set")
+    assert line == (
+        f"{mixed}: 196 of 200 files have no place in the layout and are left out (50 .npy, 46 .off, 50 .ply, 50 .xyz; "
+        "airplane 40, bottle 40, chair 36, lamp 40, sofa 40); nothing is left of airplane, bottle, lamp, sofa; convert "
+        f"without them by --skip-others, or train on the folder as it is: s2d3d train configs/files.yaml data.root={mixed}"
+    )
+
+
+def test_mixed_files_are_left_out_on_demand_and_counted_all_the_same(call, mixed, tmp_path):
+    arguments = ["--from", mixed, "--output", tmp_path / "set", "--num-points", 16, "--workers", 1, "--skip-others"]
+    result = call("prepare_data", "modelnet40", *arguments)
+    assert (result.code, result.out) == (0, f"{tmp_path}/set: 2 training and 2 test shapes\n")
+    said, read = result.err.splitlines()[:2]
+    assert said.startswith(f"{mixed}: 196 of 200 files have no place in the layout and are left out (50 .npy, 46 .off")
+    assert read == f"{mixed}: 4 files (4 .off); ignored, of other kinds: 1 .jpg"
+    assert create_dataset("modelnet40", tmp_path / "set", "train", num_points=16).class_names == ["chair"]
+
+
+def test_class_folders_of_another_layout_name_the_way_to_train(refuses, mixed, tmp_path):
+    shutil.rmtree(mixed / "chair")
+    line = refuses("prepare_data", "modelnet40", "--from", mixed, "--output", tmp_path / "set")
+    assert line.startswith(f"{mixed}: is no public copy of ModelNet: ")
+    assert line.endswith(f"; class folders need no conversion: s2d3d train configs/files.yaml data.root={mixed}")
+
+
+@pytest.mark.parametrize("name", ["ply_data_train7.h5", "chair.off"])
+def test_a_copy_counts_files_that_no_list_names(refuses, call, data_copy, tmp_path, name):
+    shutil.copyfile(data_copy / "ply_data_train0.h5", data_copy / name)
+    line = refuses("prepare_data", "modelnet40", "--from", data_copy, "--output", tmp_path / "set")
+    count = len(list(data_copy.glob("ply_data_*0.h5"))) + 1
+    assert line.startswith(f"{data_copy}: 1 of {count} files have no place in the layout and are left out (1 .")
+    assert "in no class 1); convert without them by --skip-others" in line
+    result = call("prepare_data", "modelnet40", "--from", data_copy, "--output", tmp_path / "set", "--skip-others")
+    assert result.code == 0 and "96 training and 36 test shapes" in result.out
+
+
+def test_texts_that_no_list_names_are_counted(refuses, tmp_path):
+    root, rng = tmp_path / "resampled", np.random.default_rng(0)
+    (root / "cup").mkdir(parents=True)
+    for index in range(3):
+        np.savetxt(root / "cup" / f"cup_{index}.txt", rng.normal(size=(8, 6)), delimiter=",")
+    (root / "modelnet40_shape_names.txt").write_text("cup\n")
+    (root / "modelnet40_train.txt").write_text("cup_0\n")
+    (root / "modelnet40_test.txt").write_text("cup_1\n")
+    line = refuses("prepare_data", "modelnet40", "--from", root, "--output", tmp_path / "set", "--num-points", 8)
+    assert line.startswith(
+        f"{root}: 1 of 3 files have no place in the layout and are left out (1 .txt; cup 1); convert"
+    )
