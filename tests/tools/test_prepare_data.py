@@ -175,7 +175,8 @@ def test_mixed_files_are_counted_and_not_dropped(refuses, mixed, tmp_path, comma
     assert line == (
         f"{mixed}: 196 of 200 files have no place in the layout and are left out (50 .npy, 46 .off, 50 .ply, 50 .xyz; "
         "airplane 40, bottle 40, chair 36, lamp 40, sofa 40); nothing is left of airplane, bottle, lamp, sofa; convert "
-        f"without them by --skip-others, or train on the folder as it is: s2d3d train configs/files.yaml data.root={mixed}"
+        "without them by --skip-others, or train on the folder as it is: "
+        f"s2d3d train configs/files.yaml data.root={mixed}"
     )
 
 
