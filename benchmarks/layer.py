@@ -8,11 +8,12 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from s2d3d.s2d import RUPMoF, TopKMoE, apply_ewa_, dispatch
+from s2d3d.s2d import MoFConfig, RUPMoF, TopKMoE, apply_ewa_, convert_to_mof_, dispatch
 
 from .interleave import Comparison, Contestant, Task, interleave
 from .packages import Package, packages
 from .section import Section, Settings, new_section
+from .training_pass import Residual
 
 EXPERTS = 4
 LAYERS = 6
@@ -26,11 +27,12 @@ def measure(settings: Settings) -> Section:
         InputError: contestants of equal mathematics disagree.
     """
     section = new_section("layer", "One layer, averaging, optimizer", settings)
-    section.comparisons += [_layers(settings), _averaging(settings), _optimizers(settings)]
-    layers, averaging, optimizers = section.comparisons
+    section.comparisons += [_layers(settings), _in_order(settings), _averaging(settings), _optimizers(settings)]
+    layers, in_order, averaging, optimizers = section.comparisons
     section.add_ratio("rup", layers, "RUP-MoF", "dense FFN")
     section.add_ratio("rup_native", layers, "RUP-MoF, native scatter", "dense FFN")
     section.add_ratio("loop", layers, "loop over experts", "dense FFN")
+    section.add_ratio("in_order", in_order, "RUP-MoF, tokens in order", "dense FFN with BatchNorm")
     section.add_speedup("ewa", averaging, "stacked lerp (ours)", "naive loops")
     section.add_speedup("adamw", optimizers, "fused", "default")
     return section
@@ -83,6 +85,34 @@ def _layers(settings: Settings) -> Comparison:
         "layer",
         [*same, *routed, *public],
         title=f"{EXPERTS} experts {dim} -> {hidden}, {batch * tokens} tokens, forward + backward",
+        start=settings.here(),
+        samples=batch * tokens,
+        **settings.interleaving(30, warmup=3),
+    )
+
+
+def _in_order(settings: Settings) -> Comparison:
+    """Compare an FFN of 1 x 1 convolutions with BatchNorm between: tokens go back to their places for the norm."""
+    dim, hidden, batch, tokens = settings.pick((384, 1536, 32, 65), (12, 24, 2, 16))
+    torch.manual_seed(settings.seed)
+    ffn = nn.Sequential(nn.Conv1d(dim, hidden, 1), nn.BatchNorm1d(hidden), nn.GELU(), nn.Conv1d(hidden, dim, 1))
+    x = torch.randn(batch, dim, tokens)
+
+    def sparse() -> nn.Module:
+        model = nn.Sequential(Residual(copy.deepcopy(ffn)))
+        convert_to_mof_(model, MoFConfig(EXPERTS, targets=("*.mlp",), every=1))
+        return model.get_submodule("0.mlp")
+
+    def task(module: nn.Module) -> Task:
+        return layer_task(module, x=x, device=settings.device)
+
+    return interleave(
+        "in_order",
+        [
+            Contestant("dense FFN with BatchNorm", lambda: task(copy.deepcopy(ffn))),
+            Contestant("RUP-MoF, tokens in order", lambda: task(sparse())),
+        ],
+        title=f"{EXPERTS} experts {dim} -> {hidden} of 1 x 1 convolutions, BatchNorm between, {batch * tokens} tokens",
         start=settings.here(),
         samples=batch * tokens,
         **settings.interleaving(30, warmup=3),

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import importlib.metadata
 import multiprocessing
 import os
@@ -182,6 +183,7 @@ def package_versions() -> dict[str, str | None]:
     return {name: installed_version(name) for name in packages}
 
 
+@functools.cache
 def installed_version(package: str) -> str | None:
     """Return the version of a package, None if it is not installed."""
     try:
@@ -190,8 +192,9 @@ def installed_version(package: str) -> str | None:
         return None
 
 
+@functools.cache
 def _git_commit() -> str | None:
-    """Return the commit of the package's checkout, with "+" if files differ from it."""
+    """Return the commit of the package's checkout, with "+" if files differ from it: that of the code in memory."""
     here = Path(__file__).resolve().parent
     git = ["git", "-C", str(here)]
     try:

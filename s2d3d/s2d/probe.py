@@ -25,6 +25,7 @@ from .trial import (
     pinned,
     quiet,
     randomised,
+    seed_generators,
     tensors_of,
     widened,
 )
@@ -273,7 +274,7 @@ def _mixes(dense: nn.Module, call: Call, channels_first: bool) -> bool:
     others = noise(x.shape, 7, x) - 3 * x  # far away, and of the other sign, for what goes by a sum or a maximum
 
     def run(tokens: Tensor) -> Tensor:
-        torch.manual_seed(0)
+        seed_generators()
         output = call.with_tokens((tokens.movedim(-1, 1) if channels_first else tokens).clone()).on(dense)
         return (output.movedim(1, -1) if channels_first else output).flatten(0, -2)
 

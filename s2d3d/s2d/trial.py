@@ -73,10 +73,17 @@ class pinned(TorchDispatchMode):
         if operation == "native_dropout":
             self.draws.append(args[0].shape)
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
-        torch.manual_seed(0)
+        seed_generators()
         drawn = func(*args, **(kwargs or {}))
         self.draws += [tensor.shape for tensor in tree_leaves(drawn)[:1]]
         return drawn
+
+
+def seed_generators() -> None:
+    """Seed torch's generators with 0; where no GPU is in use, without what `torch.manual_seed` notes for one."""
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(0)
 
 
 def tensors_of(value: Any, depth: int = 4) -> list[Tensor]:

@@ -378,8 +378,8 @@ def test_recalibration_takes_all_norms_that_see_an_experts_output():
 
 
 def pt_config(config, **model):
-    """The config with a Point Transformer in the place of its model."""
-    mapping = config.to_dict() | {"model": {"name": "point_transformer_tiny", **model}}
+    """The config with a small Point Transformer in the place of its model."""
+    mapping = config.to_dict() | {"model": {"name": "point_transformer_tiny", **SMALL, **model}}
     return parse_config(mapping, where="test")
 
 
@@ -429,7 +429,7 @@ def test_configs_name_what_the_model_refuses(tiny_config):
     with pytest.raises(InputError, match=r"no module matches '\*\.mlp', and the model has no FFN to convert"):
         pt_config(tiny_config(), mlp_ratio=0.0)
     with pytest.raises(InputError, match="channels holds 20, must be a multiple of share_planes 8"):
-        pt_config(tiny_config(), channels=[16, 20, 64, 96])
+        pt_config(tiny_config(), channels=[16, 20, 48])
     with pytest.raises(InputError, match="unknown key; did you mean 'depths'"):
         pt_config(tiny_config(), depth=3)
 

@@ -24,12 +24,12 @@ def run(tiny_config, tmp_path, stock):
 
 
 def test_text_numbers_and_picture(call, run):
-    arguments = (run, "--shapes", 24, "--positions", 3, "--device", "cpu")
+    arguments = (run, "--shapes", 12, "--positions", 3, "--device", "cpu")
     first = call("analyze", *arguments)
     assert first.code == 0
     result = json.loads((run / "analysis.json").read_text())
-    assert result == json.loads(json.dumps(analyze_run(run, num_shapes=24, num_positions=3)))
-    assert [point["epoch"] for point in result["checkpoints"]] == [1, 2] and result["num_shapes"] == 24
+    assert result == json.loads(json.dumps(analyze_run(run, num_shapes=12, num_positions=3)))
+    assert [point["epoch"] for point in result["checkpoints"]] == [1, 2] and result["num_shapes"] == 12
     assert [len(line["positions"]) for line in result["between_checkpoints"]] == [3]
     assert first.out == f"{analysis_table(result)}\nwritten to {run / 'analysis.json'} and analysis.png\n"
     picture = matplotlib.image.imread(run / "analysis.png")[..., :3]

@@ -111,10 +111,10 @@ def test_device_flag_is_the_config_key(call, trained):
 # Mistakes
 
 
-def test_process_without_data_names_the_folder_and_the_command(spawn, repository, tmp_path):
+def test_process_without_data_names_the_folder_and_the_command(fork, repository, tmp_path):
     for name in ("tools", "configs"):
         (tmp_path / name).symlink_to(repository / name, target_is_directory=True)
-    process = spawn("train", "configs/modelnet_s2d.yaml", cwd=tmp_path)
+    process = fork("train", "configs/modelnet_s2d.yaml", prelude=f"os.chdir({str(tmp_path)!r})")
     assert (process.returncode, process.stdout) == (1, "")
     assert process.stderr == (
         "error: data/modelnet40: no such folder; put ModelNet40 there (see data/README.md) or run: "
