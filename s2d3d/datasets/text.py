@@ -1,9 +1,13 @@
 """Numbers in text: lines of them become arrays, and a line that is no row of numbers is named."""
 
+import os
 import re
 from array import array
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,6 +15,8 @@ from ..errors import InputError, quoted
 
 CHUNK = 4 * 2**20
 """Bytes parsed at once."""
+MAX_THREADS = 4
+"""Blocks that are parsed beside one another, at most; the reader of pandas leaves the other threads running."""
 FAST_BYTES = 2**18
 """Blocks from this size on are given to pandas, whose import takes as long as parsing a smaller one."""
 COMMENTS = (b"#", b"//", b"%")
@@ -108,13 +114,12 @@ def parse_lines(
     Raises:
         InputError: an empty field, or one that is no number; the message names its line.
     """
-    for begin, end, first in _blocks(data, start, stop, line):
-        table = _parse_regular(data, begin, end, separator, decimal_comma)
+    for block, table in _parsed(data, _blocks(data, start, stop, line), separator, decimal_comma):
         if table is None:
-            yield _parse_each(data[begin:end], separator, decimal_comma, first, where)
+            yield _parse_each(data[block.start : block.stop], separator, decimal_comma, block.line, where)
         else:
-            rows = len(table[0])
-            yield np.stack(table, axis=1).ravel(), np.full(rows, len(table)), np.arange(first, first + rows)
+            numbers = np.arange(block.line, block.line + block.lines)
+            yield np.stack(table, axis=1).ravel(), np.full(block.lines, len(table)), numbers
 
 
 def parse_rows(
@@ -148,12 +153,12 @@ def parse_rows(
         [[3.0, 1.0], [6.0, 4.0]]
     """
     keep = range(columns) if keep is None else keep
-    room = count_lines(data, start, stop)
-    found, filled = np.empty((len(keep), room)), 0
-    for begin, end, first in _blocks(data, start, stop, line):
-        table = _parse_regular(data, begin, end, separator, decimal_comma)
+    blocks = _blocks(data, start, stop, line)
+    found, filled = np.empty((len(keep), sum(block.lines for block in blocks))), 0
+    for block, table in _parsed(data, blocks, separator, decimal_comma):
         if table is None or len(table) != columns:
-            flat, counts, numbers = _parse_each(data[begin:end], separator, decimal_comma, first, where)
+            part = data[block.start : block.stop]
+            flat, counts, numbers = _parse_each(part, separator, decimal_comma, block.line, where)
             wrong = counts != columns
             if wrong.any():
                 place = int(wrong.argmax())
@@ -168,15 +173,50 @@ def parse_rows(
     return found[:, :filled].T
 
 
-def _blocks(data: bytes, start: int, stop: int | None, line: int) -> Iterator[tuple[int, int, int]]:
-    """Cut a text into blocks of whole lines; yield where each begins and ends, and the number of its first line."""
-    stop = len(data) if stop is None else stop
+class _Block(NamedTuple):
+    """Whole lines of a text: where they begin and end, the number of the first, and how many they are."""
+
+    start: int
+    stop: int
+    line: int
+    lines: int
+
+
+def _blocks(data: bytes, start: int, stop: int | None, line: int) -> list[_Block]:
+    stop, blocks = len(data) if stop is None else stop, []
+    count = max(1, -(-(stop - start) // CHUNK))
+    count += -count % MAX_THREADS if count > 1 else 0  # equal blocks: threads end together, no small rest is left
+    size = (stop - start) // count + 1
     while start < stop:
-        end = stop if stop - start <= CHUNK else data.rfind(b"\n", start, start + CHUNK) + 1
+        end = stop if stop - start <= size else data.rfind(b"\n", start, start + size) + 1
         if not end:  # a line longer than a block
             end = data.find(b"\n", start, stop) + 1 or stop
-        yield start, end, line
-        start, line = end, line + count_lines(data, start, end)
+        blocks.append(_Block(start, end, line, count_lines(data, start, end)))
+        start, line = end, line + blocks[-1].lines
+    return blocks
+
+
+def _parsed(
+    data: bytes, blocks: list[_Block], separator: bytes | None, decimal_comma: bool
+) -> Iterator[tuple[_Block, list[np.ndarray] | None]]:
+    """Iterate over blocks and what `_parse_regular` returns for them; a few blocks are parsed at the same time."""
+    if len(blocks) == 1:
+        yield blocks[0], _parse_regular(data, blocks[0], separator, decimal_comma)
+        return
+    threads = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, MAX_THREADS)
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[tuple[_Block, Future]] = deque()
+        try:
+            for block in blocks:
+                waiting.append((block, pool.submit(_parse_regular, data, block, separator, decimal_comma)))
+                if len(waiting) > threads:
+                    done, result = waiting.popleft()
+                    yield done, result.result()
+            for done, result in waiting:
+                yield done, result.result()
+        finally:
+            for _, result in waiting:
+                result.cancel()
 
 
 class _Part:
@@ -193,14 +233,13 @@ class _Part:
         raise NotImplementedError("pandas asks for this method of a file, and does not call it")
 
 
-def _parse_regular(
-    data: bytes, start: int, stop: int, separator: bytes | None, decimal_comma: bool
-) -> list[np.ndarray] | None:
+def _parse_regular(data: bytes, block: _Block, separator: bytes | None, decimal_comma: bool) -> list[np.ndarray] | None:
     """Parse a block of equal rows with the reader of pandas, four times as fast.
 
     Returns:
         Columns (rows,) float64, a row for each line; None if the block is small, or not such a block.
     """
+    start, stop, _, lines = block
     if stop - start < FAST_BYTES:
         return None
     if any(data.find(mark, start, stop) >= 0 for mark in (b"r", b"R", b'"')):  # true is a number to pandas
@@ -222,7 +261,7 @@ def _parse_regular(
             )  # fmt: skip
         except (ValueError, OverflowError):  # ParserError and UnicodeDecodeError are among them
             continue
-        if len(table) == count_lines(data, start, stop):
+        if len(table) == lines:
             return [table[column].to_numpy() for column in table]
     return None
 
