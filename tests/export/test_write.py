@@ -18,7 +18,7 @@ from s2d3d.export.write import FORMATS, export_error, fewest_points, load_export
 from s2d3d.prepare.shapes import make_shape
 
 MODELS = {
-    "point_bert_tiny": dict(trans_dim=48, depth=2, num_group=16),
+    "point_bert_tiny": dict(trans_dim=48, depth=1, num_group=16),
     "point_bert_small": {},  # as it is
     "point_mae": dict(
         trans_dim=48, encoder_dims=48, depth=2, num_heads=2, num_group=16, group_size=16, encoder_width=16, init_std=0.1
@@ -41,7 +41,7 @@ def training_data():
     """Four classes, 16 clouds of each: of the real set where there is one, procedural otherwise."""
     root = os.environ.get("S2D3D_MODELNET40")
     if not root:
-        return torch.cat([clouds(12, 1024)[:4] for _ in range(16)]), torch.arange(64) % 4
+        return clouds(4, 1024).repeat(16, 1, 1), torch.arange(64) % 4
     dataset = create_dataset("modelnet40", root, "train")
     labels = torch.as_tensor(dataset.labels)
     chosen = torch.cat([torch.nonzero(labels == label)[:16, 0] for label in range(4)]).reshape(4, 16).T.flatten()

@@ -1,5 +1,7 @@
 """Fixtures of the tests with other trainers."""
 
+import gc
+
 import pytest
 
 
@@ -11,3 +13,11 @@ def _no_datasets():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformers.trainer, "is_datasets_available", lambda: False)
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _short_collections():
+    """Accelerate and Lightning collect garbage at each start; what was imported before need not be searched again."""
+    gc.freeze()
+    yield
+    gc.unfreeze()

@@ -85,7 +85,7 @@ def weights(model) -> torch.Tensor:
 def whole(tmp_path_factory):
     """An uninterrupted training in bfloat16, its schedule, and the folder of its checkpoints."""
     folder, recorder = tmp_path_factory.mktemp("whole"), Recorder()
-    trainer = trainer_of(folder, callbacks=[S2DCallback(share_rate=0.5, schedule=recorder)], bf16=True)
+    trainer = trainer_of(folder, callbacks=[S2DCallback(share_rate=0.5, schedule=recorder)], bf16=True, save_steps=3)
     trainer.train()
     return trainer, recorder, folder
 
@@ -108,10 +108,12 @@ def test_the_default_schedule_spans_the_training(tmp_path):
 
 def test_resumed_equals_uninterrupted(whole, tmp_path):
     """From the middle of an epoch."""
-    stopped = trainer_of(tmp_path, callbacks=[S2DCallback(share_rate=0.5, schedule=Recorder()), Stop(2)], bf16=True)
+    callbacks = [S2DCallback(share_rate=0.5, schedule=Recorder()), Stop(2)]
+    stopped = trainer_of(tmp_path, callbacks=callbacks, bf16=True, save_steps=2)
     stopped.train()
     recorder = Recorder()
-    resumed = trainer_of(tmp_path, callbacks=[S2DCallback(share_rate=0.5, schedule=recorder)], bf16=True)
+    callbacks = [S2DCallback(share_rate=0.5, schedule=recorder)]
+    resumed = trainer_of(tmp_path, callbacks=callbacks, bf16=True, save_strategy="no")
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert recorder.ts == [2, 3, 4, 5]
     assert torch.equal(weights(resumed.model), weights(whole[0].model))
@@ -119,10 +121,12 @@ def test_resumed_equals_uninterrupted(whole, tmp_path):
 
 def test_states_restored_by_the_trainer_do_not_matter(tmp_path):
     """`restore_callback_states_from_checkpoint` builds the callback anew from what the checkpoint holds."""
-    trainer_of(tmp_path, callbacks=[S2DCallback(share_rate=0.25, stop_fraction=0.5), Stop(2)]).train()
+    callbacks = [S2DCallback(share_rate=0.25, stop_fraction=0.5), Stop(2)]
+    trainer_of(tmp_path, callbacks=callbacks, save_steps=2).train()
     resumed = trainer_of(
-        tmp_path, callbacks=[S2DCallback(share_rate=0.5)], restore_callback_states_from_checkpoint=True
-    )
+        tmp_path, callbacks=[S2DCallback(share_rate=0.5)], restore_callback_states_from_checkpoint=True,
+        save_strategy="no",
+    )  # fmt: skip
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     (callback,) = (one for one in resumed.callback_handler.callbacks if isinstance(one, S2DCallback))
     ewa = callback._averaging.ewa
@@ -133,21 +137,22 @@ def test_states_restored_by_the_trainer_do_not_matter(tmp_path):
 def test_skipped_steps_are_left_out_and_resumed_as_such(optim, tmp_path):
     """`global_step` counts them, EWA does not. A fused optimizer is called even then."""
 
-    def run(folder, *callbacks, resume=None):
+    def run(folder, *callbacks, resume=None, **saving):
         recorder = Recorder()
         trainer = trainer_of(
             folder, callbacks=[S2DCallback(share_rate=0.5, schedule=recorder), *callbacks], data=images(bad=3),
-            optim=optim, max_grad_norm=0.0, train_sampling_strategy="sequential",
+            optim=optim, max_grad_norm=0.0, train_sampling_strategy="sequential", **saving,
         )  # fmt: skip
         trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
         trainer.train(resume_from_checkpoint=resume)
         return trainer, recorder.ts
 
-    plain, ts = run(tmp_path / "plain")
+    plain, ts = run(tmp_path / "plain", save_strategy="no")
     assert plain.state.global_step == UPDATES and ts == [0, 1, 2, 3], "image 3 spoils the first update of each epoch"
     assert bool(torch.isfinite(weights(plain.model)).all())
-    run(tmp_path / "stopped", Stop(3))
-    resumed, ts = run(tmp_path / "stopped", resume=str(tmp_path / "stopped" / "checkpoint-3"))
+    run(tmp_path / "stopped", Stop(3), save_steps=3)
+    checkpoint = str(tmp_path / "stopped" / "checkpoint-3")
+    resumed, ts = run(tmp_path / "stopped", resume=checkpoint, save_strategy="no")
     assert ts == [2, 3]
     assert torch.equal(weights(resumed.model), weights(plain.model))
 
@@ -239,7 +244,7 @@ def test_a_model_of_other_origin_is_saved_as_a_state_dict(tmp_path):
 
 
 def test_a_checkpoint_written_without_the_callback_is_refused(tmp_path):
-    trainer_of(tmp_path, callbacks=[Stop(2)]).train()
+    trainer_of(tmp_path, callbacks=[Stop(2)], save_steps=2).train()
     resumed = trainer_of(tmp_path, callbacks=[S2DCallback(share_rate=0.5)])
     with pytest.raises(InputError, match="step 2 was written without S2DCallback"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from s2d3d import convert_to_mof_, create_model
+from s2d3d import MoFConfig, convert_to_mof_, create_model
 from s2d3d.models.layers import max_over_group
 from s2d3d.ops.points import farthest_point_sample, is_exporting
 
@@ -12,14 +12,14 @@ from s2d3d.ops.points import farthest_point_sample, is_exporting
 @pytest.mark.parametrize(
     "name, kwargs",
     [
-        ("point_bert_tiny", dict(depth=2, num_group=8)),
-        ("point_transformer_tiny", dict(channels=(16, 32), depths=(0, 2), strides=(1, 4), num_neighbors=(8, 8))),
+        ("point_bert_tiny", dict(depth=1, num_group=8)),
+        ("point_transformer_tiny", dict(channels=(16, 32), depths=(0, 1), strides=(1, 4), num_neighbors=(8, 8))),
     ],
 )
 def test_a_sparse_model_in_training_compiles_without_a_break(name, kwargs):
     torch.compiler.reset()
     model = create_model(name, num_classes=5, head_dropout=0.0, **kwargs)
-    convert_to_mof_(model)
+    convert_to_mof_(model, MoFConfig(every=1))
     compiled, points = torch.compile(model.train(), fullgraph=True, backend="eager"), torch.rand(4, 64, 3)
     outputs, gradients = [], []
     for network in (model, compiled):

@@ -377,6 +377,10 @@ def test_recalibration_takes_all_norms_that_see_an_experts_output():
     assert "enc2.1.bn3" not in taken and {"enc2.2.bn1", "enc3.0.bn", "cls.1"} < changed
 
 
+SHORT = ("train.epochs=1", "optim.warmup_epochs=0", "data.num_points=32")
+"""Of a run that shows what its end does: one epoch of clouds of few points."""
+
+
 def pt_config(config, **model):
     """The config with a small Point Transformer in the place of its model."""
     mapping = config.to_dict() | {"model": {"name": "point_transformer_tiny", **SMALL, **model}}
@@ -384,7 +388,7 @@ def pt_config(config, **model):
 
 
 def test_training_reports_sparse_merged_and_recalibrated(tiny_config):
-    trainer = Trainer(pt_config(tiny_config()))
+    trainer = Trainer(pt_config(tiny_config("data.num_points=32")))
     path = trainer.fit()
     reports = trainer.reports
     assert list(reports) == ["sparse", "merged", "recalibrated"]
@@ -402,15 +406,13 @@ def test_training_reports_sparse_merged_and_recalibrated(tiny_config):
 @pytest.mark.parametrize("batch_size", [1, 19])
 def test_a_lone_last_cloud_does_not_stop_the_recalibration(tiny_config, batch_size):
     """BatchNorm in the head has no statistics of one cloud; 96 shapes are 5 batches of 19 and one more."""
-    trainer = Trainer(
-        pt_config(tiny_config("train.epochs=1", "optim.warmup_epochs=0", f"eval.batch_size={batch_size}"))
-    )
+    trainer = Trainer(pt_config(tiny_config(*SHORT, f"eval.batch_size={batch_size}")))
     trainer.fit()
     assert len(trainer.data.train.dataset) == 96 and list(trainer.reports) == ["sparse", "merged", "recalibrated"]
 
 
 def test_votes_are_those_of_the_recalibrated_model_and_say_so(tiny_config):
-    trainer = Trainer(pt_config(tiny_config("train.epochs=1", "optim.warmup_epochs=0", "eval.votes=2")))
+    trainer = Trainer(pt_config(tiny_config(*SHORT, "eval.votes=2")))
     trainer.fit()
     assert "merged, BatchNorm recalibrated, voting" in trainer.summary()
     assert "scored on                         test split" in trainer.summary()
@@ -419,7 +421,7 @@ def test_votes_are_those_of_the_recalibrated_model_and_say_so(tiny_config):
 def test_a_dense_twin_is_recalibrated_alike_and_without_ffn_not_at_all(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr(batchnorm, "FORGOTTEN", 1.0)  # few updates are no reason
     for mlp_ratio, expected in ((4.0, ["merged", "recalibrated"]), (0.0, ["merged"])):
-        config = tiny_config("s2d.kind=none", "train.epochs=2", f"output_dir={tmp_path / str(mlp_ratio)}")
+        config = tiny_config("s2d.kind=none", *SHORT, f"output_dir={tmp_path / str(mlp_ratio)}")
         trainer = Trainer(pt_config(config, mlp_ratio=mlp_ratio))
         trainer.fit()
         assert list(trainer.reports) == expected

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from cases import quick
 from timm.layers import GluMlp, Mlp, SwiGLU, SwiGLUPacked
 from timm.models.vision_transformer import Attention
 from torch import nn
@@ -76,7 +77,7 @@ def linear_keys(ffn: nn.Module) -> set[str]:
 # Training mode
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 6), (13, 6), (2, 3, 2, 6)])
+@pytest.mark.parametrize("shape", quick(2, [pytest.param(shape) for shape in ((13, 6), (2, 3, 2, 6), (2, 5, 6))]))
 def test_identical_experts_equal_the_dense_ffn_forward_and_gradients(ffn, shape):
     x = torch.randn(shape, dtype=torch.float64)
     layer = RUPMoF(ffn, K)
@@ -159,7 +160,7 @@ def test_input_that_is_not_contiguous(spread_):
 # Evaluation mode and the merged FFN
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", quick(2, [torch.float32, torch.bfloat16, torch.float64]))
 def test_evaluation_equals_the_merged_ffn_bit_for_bit(ffn, dtype, spread_):
     layer = spread_(RUPMoF(ffn.to(dtype), K)).eval()
     merged = layer.averaged_expert()
