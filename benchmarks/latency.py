@@ -20,6 +20,8 @@ from .section import Settings, new_section
 from .tables import comparison_table, hardware_lines
 
 BATCHES = (1, 32)
+MIN_SECONDS = 0.1
+"""Short work is repeated within its turn for about this time."""
 PACKAGES = ("torch", "numpy", "timm", "onnx", "onnxruntime", "onnxscript")
 DENSE, AGAIN, MERGED, FOLDED = "dense", "dense again", "merged", "merged, BatchNorm folded"
 NOTES = {
@@ -63,7 +65,7 @@ def measure_latency(
             "latency", contestants, start=local(make_timer(torch.device("cpu"))), rounds=rounds, tolerance=TOLERANCE,
             title=f"{size} cloud{'s' if size > 1 else ''} of {batch.shape[1]} points, {threads} thread"
             f"{'s' if threads > 1 else ''}",
-            samples=size, min_seconds=0.1,
+            samples=size, min_seconds=MIN_SECONDS,
         )  # fmt: skip
         results.append(comparison)
     return results

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from cases import quick
 from torch import nn
 
 from s2d3d.errors import InputError
@@ -18,6 +19,10 @@ SHALLOW_STAGES = {"point_transformer": {"depths": (0, 1, 0, 0, 1)}}
 """The same for models whose depth is that of their stages."""
 GROUPED = [name for name in list_models(task="classify") if "num_group" in model_kwargs(name)]
 """The models that cut a cloud into groups, one token each."""
+SMALL_FIRST = quick(
+    len(list_models(task="classify")) - 1, sorted(list_models(task="classify"), key="point_bert".__eq__)
+)
+"""The large Point-BERT, of which there are two smaller ones, is slow."""
 
 
 def build(name, in_channels=3, **kwargs):
@@ -47,7 +52,7 @@ def test_shapes_finite_outputs_and_determinism(name):
     assert (logits[0] - logits[1]).abs().max() > 1e-6, "they do depend on the cloud"
 
 
-@pytest.mark.parametrize("name", list_models(task="classify"))
+@pytest.mark.parametrize("name", SMALL_FIRST)
 def test_every_parameter_gets_a_gradient(name):
     model = build(name, drop_path_rate=0.0).train()
     # In the last of several stages a point needs another one: attention to a single neighbour has no weights to learn.
@@ -57,7 +62,7 @@ def test_every_parameter_gets_a_gradient(name):
         assert parameter.grad.any(), key
 
 
-@pytest.mark.parametrize("name", list_models(task="classify"))
+@pytest.mark.parametrize("name", SMALL_FIRST)
 def test_training_mode_is_random_and_follows_the_global_generator(name):
     model = build(name).train()
     points = clouds(batch=4)

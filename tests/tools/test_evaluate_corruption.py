@@ -42,8 +42,21 @@ def evaluate(tool, capsys, checkpoint, tmp_path):
     return run
 
 
-def test_all_corruptions(evaluate, tmp_path):
-    code, out, _, result = evaluate("--corruption", "all")
+@pytest.fixture(scope="module")
+def found():
+    """What the first call with all corruptions gave; the others of the module would give the same."""
+    return []
+
+
+@pytest.fixture
+def own(evaluate, found):
+    """Exit code, stdout, stderr and JSON of all corruptions of the checkpoint, without a reference."""
+    found[:] = found or evaluate("--corruption", "all")
+    return found
+
+
+def test_all_corruptions(evaluate, own):
+    code, out, _, result = own
     assert code == 0 and "mCE: no reference" in out
     assert list(result["corruptions"]) == list(CORRUPTIONS)
     every = [oa for row in result["corruptions"].values() for oa in row["oa"]]
@@ -65,8 +78,8 @@ def test_all_corruptions(evaluate, tmp_path):
     assert again == result
 
 
-def test_mce_against_a_reference_named_found_or_unusable(evaluate, tmp_path):
-    _, _, _, own = evaluate("--corruption", "all")
+def test_mce_against_a_reference_named_found_or_unusable(evaluate, own, tmp_path):
+    own = own[3]
     reference = tmp_path / "reference.json"
     other = json.loads(json.dumps(own))
     for row in other["corruptions"].values():

@@ -39,7 +39,9 @@ def test_the_page_agrees_with_the_run(call, trained, tmp_path):
 
 def test_the_headline_is_that_of_the_saved_model(call, tiny_config, tmp_path):
     """BatchNorm behind experts is re-estimated before the model is saved, which changes its accuracy."""
-    config = tiny_config("train.epochs=4", "optim.lr=4e-3", "s2d.share_rate=0.05", "eval.every=2").to_dict()
+    config = tiny_config(
+        "train.epochs=4", "optim.lr=4e-3", "s2d.share_rate=0.05", "eval.every=2", "data.num_points=64"
+    ).to_dict()  # fmt: skip
     config["model"] = {
         "name": "point_transformer_tiny",
         "channels": [16, 32],

@@ -18,13 +18,17 @@ EPOCHS = 40
 """Of runs that are stopped: some seconds, so that the signal comes before their end."""
 
 
+SHORT = {"train.epochs": 1, "optim.warmup_epochs": 0}
+"""Of runs whose numbers only need to be there."""
+
+
 @pytest.fixture
 def results(tmp_path):
     return tmp_path / "results"
 
 
 def test_a_study_and_its_report_alone(call, write_study, results, tmp_path):
-    path = write_study()
+    path = write_study(common=SHORT)
     assert call("study", path, "--results", results, "--dry-run").out.split() == [
         "dense/seed0", "s2d/seed0", "dense/seed1", "s2d/seed1",
     ]  # fmt: skip
@@ -59,11 +63,11 @@ def test_a_report_of_nothing_lists_every_cell_as_empty(call, write_study, result
 def test_the_table_of_all_studies_stands_inside_a_page(call, refuses, write_study, results, tmp_path):
     studies, page = tmp_path / "studies", tmp_path / "page.md"
     studies.mkdir()
-    shutil.copy(write_study(base="../base.yaml"), studies / "tiny.yaml")
+    shutil.copy(write_study(base="../base.yaml", common=SHORT), studies / "tiny.yaml")
     shutil.copy(write_study(base="../base.yaml", name="other", seeds=[5]), studies / "other.yaml")
     arms = {"dense": {"s2d.kind": "none"}, "s2d": {}, "fast": {"optim.lr": 5e-3}}
     shutil.copy(write_study(base="../base.yaml", name="third", seeds=[5], arms=arms), studies / "third.yaml")
-    assert call("study", write_study(), "--results", results, "--max-runs", 3).code == 0
+    assert call("study", write_study(common=SHORT), "--results", results, "--max-runs", 3).code == 0
     overview = ("study", studies, "--overview", page, "--results", results)
     assert refuses(*overview) == f"{page}: cannot be read: No such file or directory"
     page.write_text("before\n")
