@@ -1,9 +1,11 @@
 """The page on own data: its commands as they stand, on a small folder of scans."""
 
+import re
 import shlex
 
 import numpy as np
 import pytest
+import torch
 
 from s2d3d.console import main
 
@@ -27,6 +29,18 @@ def scans(tmp_path, monkeypatch, repository):
     (tmp_path / "configs").symlink_to(repository / "configs")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def test_the_python_of_the_page(scans, repository, capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", (repository / "docs" / "own_data.md").read_text(), flags=re.DOTALL)
+    names = {}
+    exec(compile(block, "docs/own_data.md", "exec"), names)
+    said, scored = capsys.readouterr().out.splitlines()
+    assert said == "scans: split train, 16 clouds of 64 points of 76 stored, 3 channels, 2 classes (ball, rod)"
+    assert re.fullmatch(r"OA \S+ %, mAcc \S+ % \(4 samples\)", scored)
+    assert len(names["loader"]) == 4 and names["points"].shape == (4, 64, 3) and names["labels"].dtype == torch.int64
+    state = next(iter(names["optimizer"].state.values()))
+    assert int(state["step"]) == 4
 
 
 @pytest.mark.parametrize("skipped", [("export",), pytest.param((), marks=pytest.mark.slow)])

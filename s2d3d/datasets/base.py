@@ -12,7 +12,7 @@ from typing import TypedDict
 import torch
 from torch import Generator, Tensor
 
-from ..errors import InputError
+from ..errors import InputError, printable
 from ..ops.points import gather_points
 from ..random_state import derived_generator
 from .prefix import farthest_prefix
@@ -20,6 +20,7 @@ from .stream import StreamedClouds, StreamedMasks
 from .transforms import Transform, normalize_stored
 
 TRAIN = "train"
+SHOWN_CLASSES = 8
 
 
 class PointCloudDataset(torch.utils.data.Dataset):
@@ -144,6 +145,16 @@ class PointCloudDataset(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def __str__(self) -> str:
+        """Return one line: source, split, size, points, channels and classes."""
+        stored = "" if self.stored_points == self.num_points else f" of {self.stored_points} stored"
+        shown = ", ".join(map(printable, self.class_names[:SHOWN_CLASSES]))
+        more = ", ..." if self.num_classes > SHOWN_CLASSES else ""
+        return (
+            f"{self.source}: split {self.split}, {len(self)} clouds of {self.num_points} points{stored}, "
+            f"{self._storage.shape[2]} channels, {self.num_classes} classes ({shown}{more})"
+        )
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Return one sample: points (num_points, 3) float32, label.

@@ -8,15 +8,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..datasets import PointCloudDataset
+from ..datasets import BatchLoader, PointCloudDataset, build_augmentation
 from ..errors import InputError
 from ..models.mode import eval_mode
 
 MATRIX_CLASSES = 16
 """Up to so many classes a confusion matrix is read as text at a glance."""
 TOP_CONFUSIONS = 10
+BATCH_SIZE = 64
+"""Clouds of one forward pass, where a data set is evaluated."""
 
 
 @dataclass(frozen=True)
@@ -101,37 +104,45 @@ class ClassificationReport:
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    loader: Iterable[tuple[Tensor, Tensor]],
+    loader: Iterable[tuple[Tensor, Tensor]] | Dataset,
     *,
-    device: torch.device | str,
+    device: torch.device | str | None = None,
     votes: int = 1,
     progress: bool = True,
     class_names: list[str] | None = None,
 ) -> ClassificationReport:
-    """Classify every sample of a loader in eval mode; the model's mode is restored afterwards.
+    """Classify every sample of a data set or loader in eval mode; the model's mode is restored afterwards.
 
     Args:
         model: points (B, N, C) -> logits (B, num_classes), already on `device`.
         loader: yields points (B, N, C) and labels (B,), the same samples in the same order at every pass. When it is
-            one rank's part (`loader.world_size` > 1), the counts of all ranks are added up.
-        device: where to compute.
+            one rank's part (`loader.world_size` > 1), the counts of all ranks are added up. Of a data set, all samples
+            are classified in its order and without augmentation, `BATCH_SIZE` at a time.
+        device: where to compute; default: that of the model.
         votes: passes whose logits are averaged, at least 1. Pass 0 is the plain one; the others come from
-            `loader.vote(i)`, a seeded augmentation. More than 1 needs a `BatchLoader`.
+            `loader.vote(i)`, a seeded augmentation. More than 1 needs a `BatchLoader` or a `PointCloudDataset`.
         progress: show a progress bar on a terminal.
         class_names: default those of `loader.dataset`, else "0", "1", ....
 
     Raises:
-        InputError: an empty loader, `votes` below 1, votes from a loader without them, labels that are not classes
-            of the model, or logits that are not finite.
+        InputError: an empty loader, `votes` below 1, votes from a loader without them, clouds with other channels than
+            the model takes, labels that are not classes of the model, or logits that are not finite.
 
     Example:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(24, 2))
         >>> loader = [(torch.rand(4, 8, 3), torch.tensor([0, 1, 0, 0]))]
-        >>> evaluate(model, loader, device="cpu", progress=False).num_samples
+        >>> evaluate(model, loader, progress=False).num_samples
         4
+        >>> dataset = PointCloudDataset(torch.rand(3, 8, 3), torch.zeros(3), ["a", "b"], split="test", num_points=8)
+        >>> evaluate(model, dataset, progress=False).num_samples
+        3
     """
     if votes < 1:
         raise InputError(f"votes is {votes}, must be at least 1")
+    if device is None:
+        device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
+    if isinstance(loader, Dataset):
+        loader = _in_order(loader)
     vote_pass: Callable[[int], Iterable[tuple[Tensor, Tensor]]] | None = getattr(loader, "vote", None)
     if votes > 1 and vote_pass is None:
         kind = type(loader).__name__
@@ -166,6 +177,13 @@ def evaluate(
             _all_reduce(counts, torch.device(device))
         hits = _gather_in_order(hits, ranks)
     return _report(confusion, float(loss_sum), class_names, votes, "".join(hits))
+
+
+def _in_order(dataset: Dataset) -> Iterable[tuple[Tensor, Tensor]]:
+    """Return a loader of all samples in their order, without the augmentation of a training set."""
+    if not isinstance(dataset, PointCloudDataset):
+        return DataLoader(dataset, BATCH_SIZE)
+    return BatchLoader(dataset, BATCH_SIZE, augment=False if dataset.training else build_augmentation())
 
 
 def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:

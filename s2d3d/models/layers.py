@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..errors import InputError
 from ..ops.linear import tall_linear
 from ..ops.points import is_exporting
 
@@ -17,6 +18,21 @@ if TYPE_CHECKING:
         """What `_GroupMax` passes from forward to backward."""
 
         saved_tensors: tuple[Tensor, Tensor]
+
+
+def check_channels(points: Tensor, in_channels: int) -> None:
+    """Raise InputError unless points are (B, N, in_channels).
+
+    Example:
+        >>> check_channels(torch.rand(2, 8, 6), 3)
+        Traceback (most recent call last):
+        s2d3d.errors.InputError: points have shape (2, 8, 6), the model takes (B, N, 3): 3 channels
+    """
+    if torch.jit.is_tracing():  # sizes are tensors then
+        return
+    if points.dim() != 3 or points.shape[2] != in_channels:
+        shape = tuple(points.shape)
+        raise InputError(f"points have shape {shape}, the model takes (B, N, {in_channels}): {in_channels} channels")
 
 
 class Attention(nn.Module):

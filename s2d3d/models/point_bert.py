@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.points import farthest_point_sample, gather_points, group_points, nearest_neighbours
-from .layers import GroupEncoder, TransformerEncoder, max_over_group
+from .layers import GroupEncoder, TransformerEncoder, check_channels, max_over_group
 
 VARIANTS = ("bert", "mae")
 MAX_DEPTH = 1000
@@ -89,6 +89,7 @@ class PointBERT(nn.Module):
             raise ValueError(f"variant is '{variant}', must be one of {', '.join(VARIANTS)}")
         if variant == "mae" and encoder_dims != trans_dim:
             raise ValueError(f"encoder_dims is {encoder_dims}, must equal trans_dim {trans_dim} in variant 'mae'")
+        self.in_channels = in_channels
         self.num_group, self.group_size, self.fps_skip_origin = num_group, group_size, fps_skip_origin
         self.min_points = max(num_group, group_size)
         self.encoder = GroupEncoder(in_channels, encoder_dims, encoder_width)
@@ -169,6 +170,7 @@ class PointBERT(nn.Module):
 
     def forward(self, points: Tensor) -> Tensor:
         """Map points (B, N, in_channels) to logits (B, num_classes)."""
+        check_channels(points, self.in_channels)
         return self.forward_head(self.forward_features(points))
 
 

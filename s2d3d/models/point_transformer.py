@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.points import farthest_point_sample, gather_points
-from .layers import max_over_group
+from .layers import check_channels, max_over_group
 from .vector_attention import Neighbourhood, VectorAttention, find_neighbours, gather_sum, narrow_linear
 
 MAX_DEPTH, MAX_STAGES = 1000, 16
@@ -78,6 +78,7 @@ class PointTransformer(nn.Module):
             raise ValueError(f"in_channels is {in_channels}, must be at least 3 (x, y, z)")
         if mlp_ratio and int(min(channels) * mlp_ratio) < 1:
             raise ValueError(f"mlp_ratio is {mlp_ratio}, must be 0 (no FFN) or at least 1 / {min(channels)} channels")
+        self.in_channels = in_channels
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         self.num_stages, width = len(channels), in_channels
         for index, (out, depth, stride, neighbors) in enumerate(zip(*stages.values()), start=1):
@@ -151,6 +152,7 @@ class PointTransformer(nn.Module):
 
     def forward(self, points: Tensor) -> Tensor:
         """Map points (B, N, in_channels) to logits (B, num_classes)."""
+        check_channels(points, self.in_channels)
         return self.forward_head(self.forward_features(points))
 
 

@@ -140,6 +140,13 @@ def test_items_follow_the_seed_of_torch_and_move_on(clouds):
     assert not first[0].equal(first[1]) and not first[0].equal(other[0])
 
 
+def test_a_set_says_what_it_is(clouds):
+    whole = "data set: split train, 12 clouds of 10 points of 16 stored, 3 channels, 3 classes (apple, boat, chair)"
+    assert str(make(clouds, num_points=10)) == f"{make(clouds, num_points=10)}" == whole
+    many = PointCloudDataset(torch.rand(9, 4, 3), torch.arange(9), [*"abcdefgh", "\x1b"], split="test", num_points=4)
+    assert str(many).endswith(" 9 clouds of 4 points, 3 channels, 9 classes (a, b, c, d, e, f, g, h, ...)")
+
+
 def test_indexing(clouds):
     test = make(clouds, split="test")
     points, label = test[-1]

@@ -203,6 +203,41 @@ def test_votes_are_the_mean_of_logits_over_seeded_passes():
     assert evaluate(Table(), loader, device="cpu", votes=3, progress=False) == report
 
 
+def test_a_data_set_is_evaluated_in_its_order_without_its_augmentation():
+    points = torch.tensor(SAID * 20, dtype=torch.float32)[:, None].repeat(1, 4, 1)
+    labels = torch.tensor(TRUE * 20)
+
+    def spoil(points, generator):
+        return -points
+
+    reports = []
+    for split in ("train", "test"):
+        transform = spoil if split == "train" else None
+        data = PointCloudDataset(
+            points, labels, ["a", "b", "c"], split=split, num_points=4, normalize=False, transform=transform
+        )
+        reports.append(evaluate(Table(), data, progress=False))
+    plain = evaluate(Table(), torch.utils.data.TensorDataset(points, labels), progress=False, class_names=[*"abc"])
+    by_hand = evaluate(Table(), batches(SAID * 20, TRUE * 20), device="cpu", class_names=[*"abc"], progress=False)
+    assert reports == [by_hand, by_hand] and plain == by_hand and by_hand.num_samples == 100
+    model = Table()
+    evaluate(model, data, votes=3, progress=False)
+    assert len(model.modes) == 6, "two batches, three times"
+
+
+def test_the_device_is_that_of_the_model():
+    class Where(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1, device="meta"))
+
+        def forward(self, points):
+            raise RuntimeError(f"computes on {points.device}")
+
+    with pytest.raises(RuntimeError, match="computes on meta"):
+        evaluate(Where(), batches(SAID, TRUE), progress=False)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

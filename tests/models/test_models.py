@@ -91,6 +91,14 @@ def test_initial_weights_have_the_models_deviation_and_biases_are_zero(name):
             assert module.bias is None or not module.bias.any(), key
 
 
+@pytest.mark.parametrize("name", list_models(task="classify"))
+def test_other_channels_are_refused_in_one_line(name):
+    model = build(name).eval()
+    for points in (clouds(channels=6), clouds()[0]):
+        with pytest.raises(InputError, match=r"^points have shape \(.*\), the model takes \(B, N, 3\): 3 channels$"):
+            model(points)
+
+
 @pytest.mark.parametrize("name", GROUPED)
 def test_additional_channels_are_used_and_do_not_move_the_groups(name):
     model = build(name, in_channels=6).eval()
