@@ -15,7 +15,8 @@ def load_plugins(paths: Iterable[str | Path], *, beside: Path | None = None) -> 
     """Import Python files, each once in a process. A plugin calls `register_model` or `register_dataset`.
 
     Args:
-        paths: Python files, relative to the working directory.
+        paths: Python files, relative to the working directory. One that is not there is taken to be a file of that name
+            that is imported already.
         beside: folder in which a relative path is looked up as well.
 
     Raises:
@@ -33,6 +34,8 @@ def load_plugins(paths: Iterable[str | Path], *, beside: Path | None = None) -> 
         if beside and not path.is_file() and (beside / path).is_file():
             path = beside / path
         if not path.is_file():
+            if path.name in {place.name for place in _LOADED}:  # named with its folder, by the command line
+                continue
             raise InputError(f"{path}: no such plugin; name a Python file that registers models or data sets")
         place = path.resolve()
         if place in _LOADED:
@@ -53,3 +56,8 @@ def load_plugins(paths: Iterable[str | Path], *, beside: Path | None = None) -> 
 def loaded_plugins() -> list[str]:
     """Return the plugins of this process, as they were named."""
     return list(_LOADED.values())
+
+
+def plugin_files() -> list[str]:
+    """Return the files of the plugins of this process, as absolute paths: another process can import them."""
+    return list(map(str, _LOADED))

@@ -1,6 +1,9 @@
 """Plugins: a user's file is imported where she names it, and a checkpoint alone never runs one."""
 
+import json
+
 import pytest
+import yaml
 
 from s2d3d import load_config
 from s2d3d.datasets import _DATASETS
@@ -76,6 +79,50 @@ def test_a_checkpoint_works_without_its_plugin_and_names_it(config, plugin, forg
     plugin.write_text(DATA)
     assert tool("evaluate").main(["--checkpoint", merged, "--plugin", str(plugin)]) == 0
     assert "(24 samples)" in capsys.readouterr().out, "copies: 12, a key of the plugin's own"
+
+
+@pytest.fixture
+def study(config, tmp_path):
+    """A study of two runs on the plugin's data set; the plugin lies beside it and not in the working directory."""
+    content = {
+        "name": "tiny", "question": "Does it run?", "base": config.name, "evaluate": "test", "seeds": [0],
+        "reference": "dense", "output_dir": str(tmp_path / "runs"), "arms": {"dense": {"s2d.kind": "none"}, "s2d": {}},
+    }  # fmt: skip
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def test_a_worker_of_a_study_imports_the_plugin(study, forgetting):
+    from s2d3d.studies.cell import cell_from_dict, cell_to_dict
+    from s2d3d.studies.plan import load_study
+    from s2d3d.studies.worker import run_cell
+
+    cell = load_study(study).cells[0]
+    task = json.dumps(cell_to_dict(cell))
+    forgetting()
+    received = cell_from_dict(json.loads(task))
+    assert received == cell and "mine" in _DATASETS
+    metrics = json.loads((run_cell(received) / "metrics.json").read_text())
+    assert metrics["merged"]["num_samples"] == 24
+
+
+@pytest.mark.slow  # two new processes
+def test_a_study_in_several_processes_uses_the_plugin(study, tool, tmp_path):
+    assert tool("study").main([str(study), "--jobs", "2", "--results", str(tmp_path / "results")]) == 0
+    records = [json.loads(line) for line in (tmp_path / "results" / "tiny.jsonl").read_text().splitlines()]
+    assert sorted(record["arm"] for record in records) == ["dense", "s2d"]
+
+
+def test_a_plugin_that_the_command_line_names_with_its_folder_is_that_of_the_config(config, plugin, tmp_path):
+    """As where a run is continued from another folder than that of its first config."""
+    moved = tmp_path / "elsewhere" / "mine.yaml"
+    moved.parent.mkdir()
+    moved.write_text(config.read_text())
+    with pytest.raises(InputError, match=r"my_data\.py: no such plugin"):
+        load_config(moved)
+    load_plugins([plugin])
+    assert load_config(moved).data.name == "mine"
 
 
 def test_the_command_lines_plugins_are_kept_in_the_config(config, plugin, forgetting):

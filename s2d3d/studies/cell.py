@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config.load import Config, parse_config
-from ..plugins import load_plugins
+from ..plugins import load_plugins, plugin_files
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,9 @@ _PLAIN = ("study", "arm", "seed", "changes", "data_folder")
 
 
 def cell_to_dict(cell: Cell) -> dict[str, Any]:
-    """Return a run as plain types for JSON."""
-    return {**{name: getattr(cell, name) for name in _PLAIN}, "config": cell.config.to_dict()}
+    """Return a run as plain types for JSON, with the plugins of this process, which its config may need."""
+    plain = {name: getattr(cell, name) for name in _PLAIN}
+    return {**plain, "config": cell.config.to_dict(), "plugins": plugin_files()}
 
 
 def cell_from_dict(plain: dict[str, Any]) -> Cell:
@@ -52,6 +53,6 @@ def cell_from_dict(plain: dict[str, Any]) -> Cell:
     Raises:
         InputError: the config is not valid.
     """
-    load_plugins(plain["config"].get("plugins", ()))  # in a worker of our own study
+    load_plugins(plain.get("plugins", ()))  # in a worker of our own study
     config = parse_config(plain["config"], where=f"{plain['study']}/{plain['arm']}/seed{plain['seed']}")
     return Cell(config=config, **{name: plain[name] for name in _PLAIN})

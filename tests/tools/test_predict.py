@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from s2d3d import create_dataset, load_model
+from s2d3d.datasets.files import read_cloud
 
 
 def test_files_are_classified_as_in_the_evaluation(fork, trained, shapes_root, tmp_path):
@@ -122,3 +123,42 @@ def test_points_that_are_missing_are_left_out_or_refused(call, trained, chair, t
     result = call(*command, "--refuse-missing")
     assert (result.code, result.out) == (1, "")
     assert result.err == f"error: {tmp_path}/depth.npy: point 128 is not three finite numbers; remove it\n"
+
+
+PLUGIN = """
+import torch
+from s2d3d import register_dataset
+from s2d3d.datasets import PointCloudDataset
+
+def read(root, split, *, num_points, transform=None, **_):
+    points = torch.randn(24, 64, 3, generator=torch.Generator().manual_seed(int(split == "train")))
+    points[12:, :, 2] *= 0.1
+    options = dict(split=split, num_points=num_points, transform=transform)
+    return PointCloudDataset(points, torch.tensor([0] * 12 + [1] * 12), ["ball", "plate"], **options)
+
+register_dataset("hers", read)
+"""
+
+
+def test_a_process_without_the_plugin_predicts_with_her_checkpoint(fork, tmp_path):
+    (tmp_path / "hers.py").write_text(PLUGIN)
+    (tmp_path / "hers.yaml").write_text(
+        f"output_dir: {tmp_path / 'run'}\nplugins: [hers.py]\n"
+        "data: {name: hers, root: nowhere, num_points: 48}\n"
+        "model: {name: point_bert_tiny, depth: 1, trans_dim: 24, num_heads: 2, num_group: 8, group_size: 8}\n"
+        "s2d: {every: 1}\noptim: {warmup_epochs: 0}\ntrain: {epochs: 1, batch_size: 8}\n"
+    )
+    process = fork("train", tmp_path / "hers.yaml")
+    assert process.returncode == 0, process.stderr
+    (tmp_path / "hers.py").unlink()
+    merged, cloud = tmp_path / "run" / "merged.pt", tmp_path / "cloud.xyz"
+    cloud.write_text("".join(f"{x} {y} {(x * y) % 3}\n" for x in range(8) for y in range(8)))
+    answers = tmp_path / "answers.json"
+    process = fork("predict", "--checkpoint", merged, cloud, "--output", answers)
+    assert (process.returncode, process.stderr) == (0, "")
+    (found,) = json.loads(answers.read_text())["predictions"]
+    with torch.no_grad():
+        expected = load_model(merged)(read_cloud(cloud, 48)[None]).double().softmax(1)[0]
+    assert found["probabilities"] == pytest.approx(dict(zip(["ball", "plate"], expected.tolist())), abs=1e-6)
+    process = fork("evaluate", "--checkpoint", merged)
+    assert process.returncode == 1 and "--plugin hers.py" in process.stderr and process.stderr.count("\n") == 1
