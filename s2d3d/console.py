@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from .cli import shorten_errors
-from .errors import did_you_mean
+from .cli import described, shorten_errors
+from .errors import InputError, did_you_mean
 from .version import __version__
 
 COMMANDS = {
@@ -30,6 +30,7 @@ COMMANDS = {
     "export": "export a dense model as ONNX, TorchScript or torch.export program",
 }
 """Description by sub-command. The tool is the module of the same name, with underscores."""
+SHELLS = ("bash", "zsh", "tcsh")
 HERE = Path(__file__).parent
 
 
@@ -46,12 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="s2d3d",
-        description="Sparse-to-Dense training of 3D point-cloud transformers.",
         epilog="commands:\n" + "\n".join(f"  {name:<14}{text}" for name, text in COMMANDS.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **described("Sparse-to-Dense training of 3D point-cloud transformers.", "s2d3d train configs/demo.yaml"),
     )
-    parser.add_argument("--version", action="version", version=f"s2d3d {__version__}")
-    parser.add_argument("--copy-configs", metavar="DIR", help="copy the shipped configs into a new folder, and stop")
+    add_flags(parser)
     parser.add_argument("command", nargs="?", metavar="COMMAND", help="one of the commands below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command; see s2d3d COMMAND --help")
     given = list(sys.argv[1:] if argv is None else argv)
@@ -65,12 +64,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         asked = parser.parse_args(given)
         if asked.command is not None and asked.command not in COMMANDS:
             parser.error(f"no command '{asked.command}'{did_you_mean(asked.command, COMMANDS)}")
-        if asked.copy_configs is None:
+        if asked.print_completion is not None:
+            print_completion(asked.print_completion)
+        elif asked.copy_configs is not None:
+            copy_configs(asked.copy_configs, parser)
+        else:
             parser.error("a command is missing")
-        copy_configs(asked.copy_configs, parser)
+    except InputError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
     except SystemExit as stop:
         return int(stop.code or 0)
     return 0
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `s2d3d` itself."""
+    parser.add_argument("--version", action="version", version=f"s2d3d {__version__}")
+    parser.add_argument("--copy-configs", metavar="DIR", help="copy the shipped configs into a new folder, and stop")
+    parser.add_argument("--print-completion", choices=SHELLS, help="print the completion script of a shell, and stop")
+
+
+def print_completion(shell: str) -> None:
+    """Write the completion script of a shell to stdout; commands that need a clone are left out where there is none.
+
+    Raises:
+        InputError: the package that makes the script is missing.
+    """
+    from .completion import completion_script
+
+    names = {command: command.replace("-", "_") for command in COMMANDS}
+    parsers = {command: load_tool(name).build_parser() for command, name in names.items() if tool_file(name).is_file()}
+    parser = argparse.ArgumentParser(prog="s2d3d")
+    add_flags(parser)
+    sys.stdout.write(completion_script(shell, parser, parsers, COMMANDS) + "\n")
 
 
 def copy_configs(folder: str, parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,9 @@
 """The command s2d3d, from the repository and from the wheel alone."""
 
+import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -45,6 +47,65 @@ def test_configs_can_be_copied_once(capsys, tmp_path, repository):
     assert ours == theirs and len(ours) > 20
     assert main(["--copy-configs", str(tmp_path / "configs")]) == 1
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}/configs: ")
+
+
+def parsers_of(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """Return a parser and those of its sub-commands."""
+    found = [parser]
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found += [deeper for choice in action.choices.values() for deeper in parsers_of(choice)]
+    return found
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_begins_with_an_example_that_the_command_takes(command):
+    whole = load_tool(command.replace("-", "_")).build_parser()
+    parsers = parsers_of(whole)
+    for parser in parsers:
+        usage, example = parser.format_help().split("\n\n")[:2]
+        assert usage.startswith("usage: ") and len(usage.splitlines()) <= 3
+        program, name, *arguments = shlex.split(example.removeprefix("example: "))
+        assert (program, name) == ("s2d3d", command)
+        if len(parsers) > 1:
+            assert parser.prog.split()[1:] in ([], arguments[:1])
+            assert vars(whole.parse_args(arguments))["command"] == arguments[0]
+        else:
+            assert vars(whole.parse_intermixed_args(arguments))
+
+
+COMPLETE = """
+source {script}
+try() {{ COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=(); _shtab_s2d3d; echo "${{COMPREPLY[@]}}"; }}
+"""
+
+
+def test_bash_completes_commands_flags_choices_and_files(tmp_path, capsys):
+    assert main(["--print-completion", "bash"]) == 0
+    (tmp_path / "script").write_text(capsys.readouterr().out)
+    (tmp_path / "clouds").mkdir()
+    (tmp_path / "cloud.pt").touch()
+    expected = {
+        "tr": {"train"},
+        "train --re": {"--resume"},
+        "prepare-data s": {"shapes", "scan"},
+        "prepare-data scan --up-axis ": {"y", "z"},
+        "export --form": {"--format"},
+        "export --checkpoint clo": {"clouds", "cloud.pt"},
+        "prepare-data scan --from clo": {"clouds"},
+    }
+    lines = [f"try s2d3d {shlex.join(words.split(' '))}\n" for words in expected]
+    program = COMPLETE.format(script=tmp_path / "script") + "".join(lines)
+    process = subprocess.run(["bash", "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert [set(line.split()) for line in process.stdout.splitlines()] == list(expected.values())
+
+
+def test_completion_names_the_package_that_it_needs(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["--print-completion", "zsh"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: --print-completion needs shtab (") and 's2d3d[completion]"' in err
 
 
 SHIPPED = """

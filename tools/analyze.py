@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from s2d3d.atomic import write_json
-from s2d3d.cli import add_overrides, refuse_existing, run_tool
+from s2d3d.cli import add_overrides, described, refuse_existing, run_tool
 from s2d3d.runs.folder import require_run
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="analyze.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog="analyze.py", **described(__doc__, "s2d3d analyze runs/modelnet_s2d_small"))
     parser.add_argument(
         "run", metavar="RUN", help="run folder of tools/train.py; train.keep_every=N keeps more checkpoints"
     )

@@ -4,13 +4,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from s2d3d.cli import refuse_existing, run_tool
+from s2d3d.cli import described, refuse_existing, run_tool
 from s2d3d.errors import InputError
 from s2d3d.runs.folder import require_checkpoint
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="apply_ewa.py", description=__doc__)
+    example = "s2d3d apply-ewa --checkpoint runs/demo/checkpoints/last.pt --share-rate 0.3 --output averaged.pt"
+    parser = argparse.ArgumentParser(prog="apply_ewa.py", **described(__doc__, example))
     parser.add_argument("--checkpoint", required=True, metavar="SPARSE", help="a sparse checkpoint")
     parser.add_argument("--share-rate", required=True, type=float, metavar="B", help="share rate in [0, 1]")
     parser.add_argument("--output", required=True, metavar="FILE", help="sparse checkpoint, without training state")

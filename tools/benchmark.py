@@ -8,25 +8,31 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `benchmarks` is part of a clone, not of the package
 
 from benchmarks import SECTIONS
-from s2d3d.cli import add_overrides, run_tool
+from s2d3d.cli import add_overrides, described, run_tool
 from s2d3d.runs.folder import require_checkpoint
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="benchmark.py", description=__doc__)
+    example = "s2d3d benchmark inference --output inference.json"
+    parser = argparse.ArgumentParser(prog="benchmark.py", **described(__doc__, example))
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, title: str, arguments: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=title, **described(title, f"s2d3d benchmark {name} {arguments}"))
+
     for name, title in SECTIONS.items():
-        command = commands.add_parser(name, help=title)
+        command = add(name, title, "--quick")
         _add_settings(command)
         command.add_argument("--output", metavar="FILE.json", help="also write the results to this file")
         command.add_argument("--force", action="store_true", help="replace the output if it exists")
-    everything = commands.add_parser("all", help="all sections, written as a page and its numbers")
+    everything = add("all", "all sections, written as a page and its numbers", "--output benchmarks.md")
     _add_settings(everything)
     _add_page(everything)
-    page = commands.add_parser("report", help="the page from existing results")
+    page = add("report", "the page from existing results", "inference.json layer.json --output benchmarks.md")
     page.add_argument("inputs", nargs="+", metavar="FILE.json", help="results; of equal sections the last one is used")
     _add_page(page)
-    latency = commands.add_parser("latency", help="a trained model: dense, merged, and exported in all formats")
+    arguments = "--checkpoint runs/demo/merged.pt --output latency.md"
+    latency = add("latency", "a trained model: dense, merged, and exported in all formats", arguments)
     latency.add_argument("--checkpoint", required=True, metavar="FILE", help="a dense checkpoint, such as merged.pt")
     add_overrides(latency)
     latency.add_argument("--merge", action="store_true", help="merge the experts of a sparse checkpoint first")

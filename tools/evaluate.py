@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from s2d3d.atomic import write_json
-from s2d3d.cli import add_files, add_overrides, check_overrides, refuse_existing, run_tool
+from s2d3d.cli import add_files, add_overrides, check_overrides, described, refuse_existing, run_tool
 from s2d3d.errors import InputError
 from s2d3d.runs.folder import require_checkpoint
 
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__)
+    example = "s2d3d evaluate --checkpoint runs/demo/merged.pt --votes 10"
+    parser = argparse.ArgumentParser(prog="evaluate.py", **described(__doc__, example))
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a checkpoint, sparse or dense")
     add_overrides(parser)
     add_files(parser, "files or folders of files instead of the data set, each in a folder named after its class")

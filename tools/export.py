@@ -6,17 +6,25 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from s2d3d.cli import add_overrides, check_overrides, refuse_existing, run_tool
+from s2d3d.cli import add_overrides, check_overrides, described, refuse_existing, run_tool
 from s2d3d.errors import InputError
 from s2d3d.export import FORMATS
 from s2d3d.runs.folder import require_checkpoint
 
+HUB = "hub"
+
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="export.py", description=__doc__)
+    example = "s2d3d export --checkpoint runs/demo/merged.pt --output model.onnx"
+    parser = argparse.ArgumentParser(prog="export.py", **described(__doc__, example))
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a dense checkpoint, such as merged.pt")
-    parser.add_argument("--output", required=True, metavar="FILE", help="file to write: .onnx, .pt or .pt2")
-    parser.add_argument("--format", choices=FORMATS, help="default: the format of the output's suffix")
+    parser.add_argument(
+        "--output", required=True, metavar="FILE", help="file to write: .onnx, .pt or .pt2; with --format hub: a folder"
+    )
+    parser.add_argument(
+        "--format", choices=[*FORMATS, HUB],
+        help="default: the format of the output's suffix; hub: a folder in the layout of the Hugging Face hub",
+    )  # fmt: skip
     add_overrides(parser)
     parser.add_argument("--num-points", type=int, metavar="N", help="points per cloud; default: data.num_points")
     parser.add_argument(
@@ -32,6 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.format == HUB:
+        return write_hub_folder(arguments)
     suffix, kinds = Path(arguments.output).suffix, {suffix: name for name, suffix in FORMATS.items()}
     chosen = arguments.format or kinds.get(suffix)
     if chosen is None or kinds.get(suffix) != chosen:
@@ -87,6 +97,21 @@ def run(arguments: argparse.Namespace) -> int:
     if wrong:
         print(f"error: {output}: differs from PyTorch by more than {TOLERANCE:g}; do not use it", file=sys.stderr)
         return 1
+    return 0
+
+
+def write_hub_folder(arguments: argparse.Namespace) -> int:
+    """Write weights, config and model card to a folder."""
+    if arguments.overrides or arguments.num_points is not None:
+        given = arguments.overrides[0] if arguments.overrides else "--num-points"
+        raise InputError(f"{given}: has no effect with --format {HUB}; remove it")
+    require_checkpoint(arguments.checkpoint)
+
+    from s2d3d import PointCloudClassifier
+
+    classifier = PointCloudClassifier.from_checkpoint(arguments.checkpoint, merge=arguments.merge)
+    classifier.save_pretrained(arguments.output, force=arguments.force)
+    print(f"written to {arguments.output}: weights, config.json and README.md, the model card; read it before sharing")
     return 0
 
 

@@ -5,11 +5,12 @@ import sys
 from collections.abc import Sequence
 
 from s2d3d import load_config
-from s2d3d.cli import add_overrides, run_tool
+from s2d3d.cli import add_overrides, described, run_tool
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="few_shot.py", description=__doc__)
+    example = "s2d3d few-shot configs/few_shot_s2d.yaml --ways 5 --shots 10 --output folds.json"
+    parser = argparse.ArgumentParser(prog="few_shot.py", **described(__doc__, example))
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, see configs/few_shot_*.yaml")
     add_overrides(parser)
     parser.add_argument("--ways", type=int, default=5, metavar="N", help="classes per fold")

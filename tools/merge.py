@@ -4,13 +4,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from s2d3d.cli import refuse_existing, run_tool
+from s2d3d.cli import described, refuse_existing, run_tool
 from s2d3d.errors import InputError
 from s2d3d.runs.folder import require_checkpoint
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="merge.py", description=__doc__)
+    example = "s2d3d merge --checkpoint runs/demo/checkpoints/last.pt --output merged.pt"
+    parser = argparse.ArgumentParser(prog="merge.py", **described(__doc__, example))
     parser.add_argument("--checkpoint", required=True, metavar="SPARSE", help="a sparse checkpoint")
     parser.add_argument("--output", required=True, metavar="FILE", help="dense checkpoint, .pt or .safetensors")
     parser.add_argument("--force", action="store_true", help="replace the output if it exists")

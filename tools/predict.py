@@ -9,13 +9,14 @@ import sys
 from collections.abc import Sequence
 
 from s2d3d.atomic import write_json
-from s2d3d.cli import CLOUD_FILES, add_refuse_missing, print_error, refuse_existing, run_tool
+from s2d3d.cli import CLOUD_FILES, add_refuse_missing, described, print_error, refuse_existing, run_tool
 from s2d3d.errors import InputError, printable
 from s2d3d.runs.folder import require_checkpoint
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="predict.py", description=__doc__)
+    example = "s2d3d predict --checkpoint runs/demo/merged.pt chair.ply scans"
+    parser = argparse.ArgumentParser(prog="predict.py", **described(__doc__, example))
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a checkpoint, sparse or dense")
     parser.add_argument("files", nargs="+", metavar="FILE", help=f"files, or folders of them: {CLOUD_FILES}")
     parser.add_argument("--up-axis", choices=("y", "z"), default="z", help="vertical axis of the files (default: z)")

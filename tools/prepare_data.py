@@ -5,7 +5,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from s2d3d.cli import run_tool
+from s2d3d.cli import described, run_tool
 from s2d3d.errors import InputError
 from s2d3d.prepare import DEFAULT_POINTS
 from s2d3d.prepare.download import ARCHIVES, fetch
@@ -13,16 +13,22 @@ from s2d3d.prepare.perturbations import PERTURBATIONS
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="prepare_data.py", description=__doc__)
+    example = "s2d3d prepare-data shapes --output data/shapes"
+    parser = argparse.ArgumentParser(prog="prepare_data.py", **described(__doc__, example))
     commands = parser.add_subparsers(dest="command", required=True)
 
-    shapes = commands.add_parser("shapes", help="generate the procedural data set from a seed")
+    def add(name: str, text: str, example: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, **described(f"{text[0].upper()}{text[1:]}.", example))
+
+    example = "s2d3d prepare-data shapes --output data/shapes"
+    shapes = add("shapes", "generate the procedural data set from a seed", example)
     shapes.add_argument("--num-train", type=int, default=1200, help="training shapes (default: %(default)s)")
     shapes.add_argument("--num-test", type=int, default=360, help="test shapes (default: %(default)s)")
     shapes.add_argument("--num-points", type=int, default=1024, help="points per shape (default: %(default)s)")
     shapes.add_argument("--seed", type=int, default=0, help="seed of everything (default: %(default)s)")
 
-    modelnet40 = commands.add_parser("modelnet40", help="convert a public copy of ModelNet10 or ModelNet40")
+    example = "s2d3d prepare-data modelnet40 --from ModelNet40 --output data/modelnet40"
+    modelnet40 = add("modelnet40", "convert a public copy of ModelNet10 or ModelNet40", example)
     origin = modelnet40.add_mutually_exclusive_group(required=True)
     origin.add_argument("--from", dest="source", metavar="DIR", help="a public copy: HDF5, OFF meshes or text files")
     origin.add_argument(
@@ -42,7 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
     modelnet40.add_argument("--workers", type=int, help="processes (default: the number of cores, at most 8)")
     modelnet40.add_argument("--up-axis", choices=("y", "z"), help="vertical of the points (default: data/README.md)")
 
-    scan = commands.add_parser("scan", help="simulate scans in ScanObjectNN's layout, see docs/scan.md")
+    example = "s2d3d prepare-data scan --from data/modelnet40 --output data/scan_modelnet40"
+    scan = add("scan", "simulate scans in ScanObjectNN's layout, see docs/scan.md", example)
     scan.add_argument(
         "--from",
         dest="source",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from s2d3d.atomic import check_writable, write_text
-from s2d3d.cli import refuse_existing, run_tool
+from s2d3d.cli import described, refuse_existing, run_tool
 from s2d3d.errors import InputError
 from s2d3d.runs.folder import require_run
 
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="report.py", description=__doc__)
+    example = "s2d3d report runs/demo --output report.html"
+    parser = argparse.ArgumentParser(prog="report.py", **described(__doc__, example))
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="run folders of tools/train.py; section.key=value replaces config values"
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from s2d3d.atomic import locked
-from s2d3d.cli import add_overrides, run_tool
+from s2d3d.cli import add_overrides, described, run_tool
 from s2d3d.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="study.py", description=__doc__)
+    example = "s2d3d study configs/studies/headline.yaml --jobs 2"
+    parser = argparse.ArgumentParser(prog="study.py", **described(__doc__, example))
     parser.add_argument("study", metavar="STUDY", help="a YAML file, see configs/studies/; with --overview: a folder")
     add_overrides(parser)
     parser.add_argument(

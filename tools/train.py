@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from s2d3d.cli import add_overrides, own_command, run_tool
+from s2d3d.cli import add_overrides, described, own_command, run_tool
 from s2d3d.errors import InputError
 from s2d3d.runs.folder import RunFolder, find_checkpoint
 
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__)
+    example = "s2d3d train configs/files.yaml data.root=scans output_dir=runs/scans"
+    parser = argparse.ArgumentParser(prog="train.py", **described(__doc__, example))
     parser.add_argument(
         "config", nargs="?", metavar="CONFIG", help="a YAML file, see configs/; with --resume default: that of the run"
     )

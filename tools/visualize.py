@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from s2d3d.cli import add_files, add_overrides, check_overrides, refuse_existing, run_tool
+from s2d3d.cli import add_files, add_overrides, check_overrides, described, refuse_existing, run_tool
 from s2d3d.errors import InputError
 from s2d3d.runs.folder import require_checkpoint
 
@@ -21,7 +21,8 @@ OWN_FLAGS = {"passes": ("experts", 4), "layer": ("experts", None), "severity": (
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="visualize.py", description=__doc__)
+    example = "s2d3d visualize --checkpoint runs/demo/merged.pt --output predictions.png"
+    parser = argparse.ArgumentParser(prog="visualize.py", **described(__doc__, example))
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", metavar="FILE", help="a model; its training data set is used")
     source.add_argument("--config", metavar="FILE", help="a data set, without a model")

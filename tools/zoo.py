@@ -10,12 +10,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `benchmarks` is part of a clone, not of the package
 
-from s2d3d.cli import refuse_existing, run_tool
+from s2d3d.cli import described, refuse_existing, run_tool
 from s2d3d.errors import InputError
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="zoo.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog="zoo.py", **described(__doc__, "s2d3d zoo --only 'timm:*vit*'"))
     parser.add_argument("--output", metavar="FILE.md", help="also write the page to this file")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="families, such as 'timm:*vit*'")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="families at a time (default: 1)")
