@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .evaluation.accuracy import ClassificationReport, evaluate
     from .evaluation.batchnorm import recalibrate_batchnorm_
     from .export.write import export_model
+    from .integrations.hub import PointCloudClassifier
     from .models import create_model, fold_batchnorm, list_models, load_pretrained_, register_model
     from .runs.checkpoint import load_checkpoint, load_model, save_checkpoint
     from .s2d import (
@@ -33,6 +34,7 @@ __all__ = [
     "ClassificationReport",
     "Config",
     "MoFConfig",
+    "PointCloudClassifier",
     "RUPMoF",
     "TopKMoE",
     "Trainer",
@@ -64,6 +66,7 @@ _HOMES = {
     "evaluation.accuracy": ("ClassificationReport", "evaluate"),
     "evaluation.batchnorm": ("recalibrate_batchnorm_",),
     "export.write": ("export_model",),
+    "integrations.hub": ("PointCloudClassifier",),
     "models": ("create_model", "fold_batchnorm", "list_models", "load_pretrained_", "register_model"),
     "runs.checkpoint": ("load_checkpoint", "load_model", "save_checkpoint"),
     "s2d": (

@@ -1,13 +1,14 @@
 """Checkpoint files. They are written atomically, read without running code, and sufficient to rebuild the model."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..atomic import replacing
+from ..atomic import read_json, replacing
 from ..config.keywords import check_types, keyword_fields
 from ..errors import InputError, UnreadableError, first_line, printable, quoted
 from ..machine import package_versions
@@ -15,7 +16,7 @@ from ..models import create_model, model_kwargs
 from ..s2d import MoFConfig, convert_to_mof_, is_sparse, merge_experts
 from ..unpickle import load_data
 from ..version import __version__
-from .folder import require_checkpoint
+from .folder import HUB_CONFIG, HUB_WEIGHTS, is_hub_folder, require_checkpoint
 
 FORMAT = "s2d3d"
 FORMAT_VERSION = 2
@@ -58,6 +59,10 @@ def save_checkpoint(path: str | Path, payload: dict[str, Any], *, previous: str 
 def load_checkpoint(path: str | Path, *, map_location: torch.device | str = "cpu") -> dict[str, Any]:
     """Read a checkpoint of this package, in the current format version or an older one. Pickled code is never run.
 
+    Args:
+        path: a file, or a folder in the layout of the Hugging Face hub, see `read_hub_folder`.
+        map_location: device of the tensors.
+
     Returns:
         The payload given to `save_checkpoint`, plus `format`, `format_version`, `s2d3d_version` and `versions`. Older
         files are converted to the current version.
@@ -71,7 +76,10 @@ def load_checkpoint(path: str | Path, *, map_location: torch.device | str = "cpu
         ['box', 'capsule']
     """
     require_checkpoint(path)
-    payload = read_safetensors(path) if Path(path).suffix == SUFFIX else load_data(path, map_location=map_location)
+    if Path(path).is_dir():
+        payload = read_hub_folder(path)
+    else:
+        payload = read_safetensors(path) if Path(path).suffix == SUFFIX else load_data(path, map_location=map_location)
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         what = "it needs one written by tools/train.py or tools/merge.py"
         raise UnreadableError(f"{path}: not a checkpoint of s2d3d; {what}")
@@ -245,13 +253,17 @@ def _check_content(payload: dict[str, Any], path: str | Path) -> None:
     fits = {
         "model": isinstance(payload["model"], dict),
         "s2d": experts is None or isinstance(experts, dict),
-        "state_dict": isinstance(weights, dict) and _is_state_dict(weights, MAX_EXPANSION * Path(path).stat().st_size),
+        "state_dict": isinstance(weights, dict) and _is_state_dict(weights, MAX_EXPANSION * _size(path)),
         "class_names": isinstance(names, list) and all(isinstance(name, str) for name in names),
         "config": isinstance(payload["config"], dict),
     }
     wrong = [key for key in MODEL_KEYS if not fits[key]]
     if wrong:
         raise UnreadableError(f"{path}: checkpoint is damaged, its {', '.join(wrong)} cannot be what s2d3d wrote")
+
+
+def _size(path: str | Path) -> int:
+    return (Path(path, HUB_WEIGHTS) if Path(path).is_dir() else Path(path)).stat().st_size
 
 
 def _is_state_dict(weights: dict, max_bytes: int) -> bool:
@@ -293,15 +305,34 @@ def save_safetensors(path: str | Path, payload: dict[str, Any], *, format_versio
     Raises:
         OSError: the file cannot be written; an existing file is unchanged.
     """
+    description = description_of(payload) | {"format_version": format_version}
+    write_weights(path, payload["state_dict"], metadata={KEY: json.dumps(description)})
+    return Path(path)
+
+
+def write_weights(path: str | Path, state_dict: dict[str, torch.Tensor], *, metadata: Mapping[str, str] = {}) -> None:
+    """Write weights as safetensors, atomically.
+
+    Args:
+        path: file to write; its folder must exist.
+        state_dict: on any device.
+        metadata: texts beside them.
+
+    Raises:
+        OSError: the file cannot be written; an existing file is unchanged.
+    """
     from safetensors.torch import save
 
-    weights = {key: weight.contiguous() for key, weight in payload["state_dict"].items()}
-    kept = {key: payload[key] for key in ("model", "s2d", "class_names", "config")}
-    description = {"format": "s2d3d", "format_version": format_version, "s2d3d_version": __version__, **kept}
-    content = save(weights, metadata={"format": "pt", KEY: json.dumps(description)})
+    weights = {key: weight.contiguous() for key, weight in state_dict.items()}
+    content = save(weights, metadata={"format": "pt", **metadata})
     with replacing(path) as file:
         file.write(content)
-    return Path(path)
+
+
+def description_of(payload: dict[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint without weights and training state, as it is stored beside safetensors."""
+    kept = {key: payload[key] for key in MODEL_KEYS if key != "state_dict"}
+    return {"format": FORMAT, "format_version": FORMAT_VERSION, "s2d3d_version": __version__, **kept}
 
 
 def read_safetensors(path: str | Path) -> dict[str, Any]:
@@ -310,18 +341,39 @@ def read_safetensors(path: str | Path) -> dict[str, Any]:
     Raises:
         UnreadableError: the file is damaged, or has no description of this package.
     """
+    metadata, weights = _read_weights(path)
+    if KEY not in metadata:
+        beside = Path(path).parent
+        advice = f"name its folder, {beside}" if is_hub_folder(beside) else "it needs one of merge.py"
+        raise UnreadableError(f"{path}: holds weights but no description by s2d3d; {advice}")
+    try:
+        return {**json.loads(metadata[KEY]), "state_dict": weights}
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _not_safetensors(path, error) from error
+
+
+def read_hub_folder(path: str | Path) -> dict[str, Any]:
+    """Return the payload of a folder in the layout of the Hugging Face hub: `config.json` and `model.safetensors`.
+
+    Raises:
+        UnreadableError: a file is damaged, or is not of this package.
+    """
+    path = Path(path)
+    description = read_json(path / HUB_CONFIG, advice="fetch or export the folder again")
+    return {**description, "state_dict": _read_weights(path / HUB_WEIGHTS)[1]}
+
+
+def _read_weights(path: str | Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Return the metadata and the weights of a file of safetensors, on the CPU."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no mapping
-        description = json.loads(metadata[KEY])
-        return {**description, "state_dict": weights}
-    except KeyError as error:
-        raise UnreadableError(f"{path}: holds weights but no description by s2d3d; it needs one of merge.py") from error
+            return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, no mapping
     except (SafetensorError, ValueError, TypeError, RuntimeError, RecursionError) as error:
-        reason = printable(" ".join(str(error).split()))[:200]
-        raise UnreadableError(
-            f"{path}: cannot be read as safetensors (truncated, damaged or something else: {reason})"
-        ) from error
+        raise _not_safetensors(path, error) from error
+
+
+def _not_safetensors(path: str | Path, error: Exception) -> UnreadableError:
+    reason = printable(" ".join(str(error).split()))[:200]
+    return UnreadableError(f"{path}: cannot be read as safetensors (truncated, damaged or something else: {reason})")

@@ -17,6 +17,10 @@ FORMS = ("merged", "routed", "ema", "recalibrated", "voting")
 """Forms of a trained model that a run evaluates, as metrics.json names them."""
 
 
+HUB_CONFIG, HUB_WEIGHTS, HUB_CARD = "config.json", "model.safetensors", "README.md"
+"""Files of a model in the layout of the Hugging Face hub."""
+
+
 class RunFolder:
     """Paths and writers of a run folder; every file appears whole or not at all.
 
@@ -226,6 +230,16 @@ def require_run(path: str | Path) -> None:
         raise InputError(f"{path}: holds no config.yaml; {needed}")
 
 
+def is_hub_folder(path: str | Path) -> bool:
+    """Return whether a folder has the layout of a model on the Hugging Face hub.
+
+    Example:
+        >>> is_hub_folder("no/such")
+        False
+    """
+    return all(Path(path, name).is_file() for name in (HUB_CONFIG, HUB_WEIGHTS))
+
+
 def require_checkpoint(path: str | Path) -> None:
     """Refuse a path at which no checkpoint can be, before torch is imported to read one.
 
@@ -237,6 +251,8 @@ def require_checkpoint(path: str | Path) -> None:
         Traceback (most recent call last):
         s2d3d.errors.InputError: no/such.pt: no such checkpoint file
     """
+    if is_hub_folder(path):
+        return
     if Path(path).is_dir():
         raise InputError(f"{path}: is a folder; name the file, such as {Path(path) / 'merged.pt'}")
     if not Path(path).is_file():

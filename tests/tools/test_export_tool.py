@@ -75,3 +75,26 @@ def test_what_it_refuses(refuses, trained, tmp_path):
     output = ("--output", tmp_path / "a.pt")
     assert refuses(*model, *output, "--clouds", 0) == "--clouds is 0, must be at least 1"
     assert refuses(*model, *output, "train.epochs=3").startswith("override 'train.epochs=3': has no effect")
+
+
+def test_a_folder_in_the_layout_of_the_hub_is_a_checkpoint(call, refuses, trained, shapes_root, tmp_path):
+    folder, cloud = tmp_path / "model", tmp_path / "cloud.xyz"
+    cloud.write_text("".join("{} {} {}\n".format(*point) for point in torch.rand(200, 3).tolist()))
+    result = call("export", "--checkpoint", trained.merged, "--format", "hub", "--output", folder)
+    assert (result.code, result.err) == (0, "") and result.out.startswith(f"written to {folder}: weights, config.json")
+    for name, rest in (("predict", [cloud]), ("evaluate", [f"data.root={shapes_root}"])):
+        ours, theirs = (call(name, "--checkpoint", path, *rest) for path in (folder, trained.merged))
+        assert ours.code == 0 and ours.out == theirs.out, name
+    assert "The accuracy of this model is not known" not in (folder / "README.md").read_text()
+    line = refuses("export", "--checkpoint", trained.merged, "--format", "hub", "--output", folder)
+    assert line == f"{folder}/model.safetensors: exists already; choose another folder or pass --force (force=True)"
+    new = ("--format", "hub", "--output", tmp_path / "new")
+    line = refuses("export", "--checkpoint", trained.last, *new)
+    assert line == f"{trained.last}: has experts, which only training needs; pass --merge to merge them"
+    line = refuses("export", "--checkpoint", trained.merged, *new, "--num-points", 64)
+    assert line == "--num-points: has no effect with --format hub; remove it"
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    assert "name the file, such as" in refuses("predict", "--checkpoint", folder, cloud)
+    (folder / "weights.safetensors").rename(folder / "model.safetensors")
+    line = refuses("predict", "--checkpoint", folder / "model.safetensors", cloud)
+    assert line.endswith(f"holds weights but no description by s2d3d; name its folder, {folder}")
