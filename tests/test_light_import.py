@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from launcher import launcher
 
 import s2d3d
 from s2d3d.cli import CLOUD_FILES
@@ -85,17 +86,6 @@ for steps in json.load(sys.stdin):
 """Takes the steps of each trial in a fork of a process that has imported nothing of ours; prints what came of them."""
 
 
-METHOD = "from s2d3d import EWA, MoFConfig, convert_to_mof_, merge_experts"
-
-EVERYTHING = """
-import json, os, sys, tempfile
-with tempfile.TemporaryDirectory() as folder:
-    os.chdir(folder)
-    import s2d3d, s2d3d.viz
-    for name in s2d3d.__all__: getattr(s2d3d, name)
-    print(json.dumps([sorted(sys.modules), os.listdir(folder)]))
-"""
-
 NO_MATPLOTLIB = """
 import sys
 sys.modules["matplotlib"] = None  # what Python itself does to forbid an import
@@ -111,7 +101,6 @@ def trials() -> dict[object, list[list[str]]]:
     calls = {name: (["--help"], ["--wrong"], missing) for name, missing in TOOLS.items()}
     return {
         "package": [["statement", "import s2d3d"]],
-        "method, then everything": [["statement", METHOD], ["statement", EVERYTHING]],
         "module": [["module"]],
         "no matplotlib": [["statement", NO_MATPLOTLIB]],
         "config": [["tool", "visualize", "--config", "no/such.yaml", "--output", "out.png"]],
@@ -144,18 +133,18 @@ def test_the_package_alone_imports_nothing_else(probe):
     assert loaded(probe["package"]) == {"s2d3d"}
 
 
-def test_the_method_needs_torch_and_nothing_else_of_weight(probe):
-    found = loaded(probe["method, then everything"][:1])
+def test_the_method_needs_torch_and_nothing_else_of_weight():
+    found = {name.partition(".")[0] for name in launcher().method.modules}
     assert "torch" in found
     assert found & ({*HEAVY, "pydantic", "yaml"} - {"torch"}) == set()
 
 
-def test_importing_everything_is_silent_and_leaves_heavy_packages_alone(probe):
-    result = probe["method, then everything"][1]
-    assert (result["code"], result["err"], result["out"].count("\n")) == (0, "", 1)
-    modules, written = json.loads(result["out"])
-    assert {"s2d3d.training.trainer", "s2d3d.viz"} <= set(modules) and written == []
-    assert {"open3d", "matplotlib.pyplot", "torch_scatter", "torchmetrics", "transformers"} & set(modules) == set()
+def test_importing_everything_is_silent_and_leaves_heavy_packages_alone():
+    for found in (launcher().method, launcher().everything):
+        assert (found.written, found.said) == ([], "")
+        heavy = {"open3d", "matplotlib.pyplot", "torch_scatter", "torchmetrics", "transformers"}
+        assert heavy & set(found.modules) == set()
+    assert {"s2d3d.training.trainer", "s2d3d.viz"} <= set(launcher().everything.modules)
 
 
 def test_without_matplotlib_pictures_name_it_and_its_extra(probe):

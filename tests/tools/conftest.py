@@ -1,11 +1,9 @@
 """What the tests of command lines share: one finished run, and ways to call a tool and see what it leaves behind."""
 
-import json
 import os
 import pickle
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from pathlib import Path
 import h5py
 import pytest
 import torch
+from launcher import launcher
 
 from s2d3d import load_config
 from s2d3d.config.load import dump_config
@@ -65,62 +64,22 @@ def snapshot():
     return take
 
 
-LAUNCHER = """
-import json, os, runpy, sys, traceback
-import torch
-from s2d3d import *
-
-# Import what builds a model and draws numbers here, not in each child; building experts would import torch-scatter.
-load_config("configs/demo.yaml", ["s2d.kind=none"])
-torch.manual_seed(0)
-
-for line in sys.stdin:
-    request = json.loads(line)
-    child = os.fork()
-    if child:
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-        continue
-    for number in (1, 2):
-        os.dup2(os.open(request["streams"][number - 1], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.argv = request["arguments"]
-    code = 0
-    try:
-        exec(request["prelude"])
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    except SystemExit as stop:
-        code = stop.code or 0
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-os._exit(0)  # ending in the ordinary way takes torch a second
-"""
-
-
 @pytest.fixture(scope="session")
-def fork(repository, tmp_path_factory):
+def fork(tmp_path_factory):
     """Run a tool in a process of its own that has the package imported already, which is most of a short command.
 
     `prelude` is code that the process runs first.
     """
     streams = [tmp_path_factory.mktemp("streams") / name for name in ("out", "err")]
-    launcher = subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER], cwd=repository, env={**os.environ, "PYTHONPATH": str(repository)},
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
-    )  # fmt: skip
 
     def run(name: str, *arguments: object, prelude: str = "") -> subprocess.CompletedProcess:
         command = [f"tools/{name}.py", *map(str, arguments)]
-        request = {"arguments": command, "streams": list(map(str, streams)), "prelude": prelude}
-        launcher.stdin.write(json.dumps(request) + "\n")
-        code = int(launcher.stdout.readline())
+        code = launcher().run(command, streams, prelude)
         return subprocess.CompletedProcess(command, code, *(path.read_text() for path in streams))
 
     yield run
-    launcher.stdin.close()
-    assert launcher.wait(60) == 0
+    launcher().process.stdin.close()
+    assert launcher().process.wait(60) == 0
 
 
 @pytest.fixture
