@@ -10,7 +10,13 @@ from s2d3d.config.load import dump_config
 @pytest.fixture
 def config_file(tiny_config, tmp_path):
     path = tmp_path / "tiny.yaml"
-    path.write_text(dump_config(tiny_config("train.batch_size=4", "train.epochs=2", f"output_dir={tmp_path / 'few'}")))
+    path.write_text(
+        dump_config(
+            tiny_config(
+                "train.batch_size=4", "train.epochs=1", "optim.warmup_epochs=0", f"output_dir={tmp_path / 'few'}"
+            )
+        )
+    )
     return path
 
 
