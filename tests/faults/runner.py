@@ -1,6 +1,7 @@
 """Runs fuzzing in other processes and survives what happens to them."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -9,6 +10,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from children import START
+
+from faults import fuzz as program
 from faults.fuzz import CASE_SECONDS
 
 TESTS = Path(__file__).parents[1]
@@ -23,15 +27,17 @@ class Result:
     failures: list[str] = field(default_factory=list)
 
 
-def fuzz(kinds: list[str], first: int, count: int, folder: Path) -> dict[str, Result]:
+def fuzz(kinds: list[str], first: int, count: int, folder: Path, *, forked: bool = False) -> dict[str, Result]:
     """Run cases `first` to `first + count` of each kind.
 
-    A process that dies or hangs has failed at the case it was at; another one goes on behind it.
+    A process that dies or hangs has failed at the case it was at; another one goes on behind it. Each is a new process,
+    or a fork of this one, which has the imports already.
     """
     results = {kind: Result() for kind in kinds}
     remaining, start = list(kinds), first
     while remaining:
-        lines, end = _process(remaining if start == first else remaining[:1], start, first + count - start, folder)
+        batch = remaining if start == first else remaining[:1]
+        lines, end = _process(batch, start, first + count - start, folder, forked)
         running = None
         for line in lines:
             result = results[line["kind"]]
@@ -56,11 +62,21 @@ def fuzz(kinds: list[str], first: int, count: int, folder: Path) -> dict[str, Re
     return results
 
 
-def _process(kinds: list[str], first: int, count: int, folder: Path) -> tuple[list[dict], str]:
+def _process(kinds: list[str], first: int, count: int, folder: Path, forked: bool) -> tuple[list[dict], str]:
     """Run one process; return its lines, and how it ended: "ended", "hung", or with which code it died."""
     folder.mkdir(parents=True, exist_ok=True)
     log, errors = folder / "cases.jsonl", folder / "errors.txt"
-    command = [sys.executable, "-m", "faults.fuzz", "+".join(kinds), str(first), str(count), str(folder)]
+    arguments = ["+".join(kinds), str(first), str(count), str(folder)]
+    if forked:
+        process = multiprocessing.get_context(START).Process(target=_run, args=(arguments, log, errors))
+        process.start()
+        process.join(10 * CASE_SECONDS)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            return _lines(log), "hung"
+        return _lines(log), _end(process.exitcode, errors)
+    command = [sys.executable, "-m", "faults.fuzz", *arguments]
     environment = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}", "OMP_NUM_THREADS": "1"}
     with open(log, "wb") as out, open(errors, "wb") as err:
         process = subprocess.Popen(command, stdout=out, stderr=err, env=environment, cwd=TESTS.parent)
@@ -73,8 +89,22 @@ def _process(kinds: list[str], first: int, count: int, folder: Path) -> tuple[li
                 process.kill()
                 process.wait()
                 return _lines(log), "hung"
-    end = "ended" if process.returncode == 0 else f"died with code {process.returncode}: {errors.read_text()[-1500:]}"
-    return _lines(log), end
+    return _lines(log), _end(process.returncode, errors)
+
+
+def _run(arguments: list[str], log: Path, errors: Path) -> None:
+    """Fuzz in a fork, with its output in the files."""
+    for path, descriptor in ((log, 1), (errors, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    sys.stdout, sys.stderr = (
+        os.fdopen(1, "w", closefd=False),
+        os.fdopen(2, "w", closefd=False),
+    )  # not those that pytest captures
+    program.main(arguments)
+
+
+def _end(code: int | None, errors: Path) -> str:
+    return "ended" if code == 0 else f"died with code {code}: {errors.read_text()[-1500:]}"
 
 
 def _lines(log: Path) -> list[dict]:

@@ -9,7 +9,7 @@ QUICK, THOROUGH = 15, 1000
 
 
 def test_some_cases_of_every_kind(tmp_path):
-    results = fuzz(list(KINDS), 0, QUICK, tmp_path)
+    results = fuzz(list(KINDS), 0, QUICK, tmp_path, forked=True)
     assert not [failure for result in results.values() for failure in result.failures]
     for kind, result in results.items():
         assert result.cases == QUICK and result.outcomes["refused"] and result.outcomes["accepted"], (kind, result)

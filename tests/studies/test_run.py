@@ -34,6 +34,10 @@ ARMS = {
 }
 
 
+SHORT = {"train.epochs": 1, "optim.warmup_epochs": 0}
+"""Settings for runs of which only the order and the records matter."""
+
+
 @pytest.fixture
 def fits(monkeypatch):
     """Count the calls of Trainer.fit by run folder, with the value of `resume`."""
@@ -138,7 +142,7 @@ def test_seeds_differ_in_all_of_them(write_study):
 
 
 def test_a_study_runs_everything_once_and_a_second_call_nothing(write_study, results, tmp_path, fits):
-    path = write_study()
+    path = write_study(common=SHORT)
     outcome = run_study(load_study(path), results=results)
     assert outcome.exit_code == 0 and [str(cell) for cell in outcome.finished] == [
         "dense/seed0", "s2d/seed0", "dense/seed1", "s2d/seed1",
@@ -153,7 +157,7 @@ def test_a_study_runs_everything_once_and_a_second_call_nothing(write_study, res
 
 
 def test_runs_may_be_limited_to_arms_and_to_a_number(write_study, results, fits):
-    study = load_study(write_study())
+    study = load_study(write_study(common=SHORT))
     assert len(run_study(study, results=results, only=["s2d"], max_runs=1).finished) == 1
     run_study(study, results=results, only=["s2d"])
     assert [name for name, _ in fits] == ["s2d/seed0", "s2d/seed1"]
@@ -210,7 +214,7 @@ def test_a_run_that_ended_without_its_record_gets_it_without_training(finished, 
 def test_a_run_that_fails_is_reported_and_the_others_go_on(write_study, results, caplog):
     bad = {"optim.lr": 1e30, "optim.warmup_epochs": 0, "optim.clip_grad": None}
     arms = {"dense": {"s2d.kind": "none"}, "bad": bad, "s2d": {}}
-    study = load_study(write_study(arms=arms, seeds=[0]))
+    study = load_study(write_study(arms=arms, seeds=[0], common=SHORT))
     outcome = run_study(study, results=results)
     assert outcome.exit_code == 1 and [str(cell) for cell in outcome.finished] == ["dense/seed0", "s2d/seed0"]
     assert list(outcome.failed) == ["bad/seed0"] and "not finite" in outcome.failed["bad/seed0"]
@@ -266,10 +270,11 @@ def test_the_same_run_of_another_study_is_taken_over(finished, write_study, resu
 def test_a_run_of_other_data_is_not_taken_over(write_study, results, tmp_path, shapes_root, fits):
     other = shutil.copytree(shapes_root, tmp_path / "other_set")
     arms = {"dense": {"s2d.kind": "none"}, "elsewhere": {"s2d.kind": "none", "data.root": str(other)}}
-    study = load_study(write_study(seeds=[0], arms=arms))
+    study = load_study(write_study(seeds=[0], arms=arms, common=SHORT))
     run_study(study, results=results)
     assert [name for name, _ in fits] == ["dense/seed0", "elsewhere/seed0"]
-    swapped = load_study(write_study(seeds=[0], arms={**arms, "dense": arms["elsewhere"], "elsewhere": arms["dense"]}))
+    arms = {"dense": arms["elsewhere"], "elsewhere": arms["dense"]}
+    swapped = load_study(write_study(seeds=[0], arms=arms, common=SHORT))
     with pytest.raises(
         InputError, match=r"tiny\.jsonl: line 1: is of a run with data\.root=\.\.\./\S+, the study says"
     ):

@@ -19,7 +19,7 @@ def train(tiny_config, tmp_path, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(BatchLoader, "__init__", built)
-            trainer = Trainer(tiny_config(f"output_dir={tmp_path / name}", *overrides))
+            trainer = Trainer(tiny_config(f"output_dir={tmp_path / name}", "train.batch_size=32", *overrides))
             trainer.fit()
         assert trainer.data.train.prefetch == prefetch
         return load_checkpoint(trainer.folder.last)["state_dict"], trainer.reports["merged"]

@@ -86,20 +86,20 @@ def test_tensorboard_holds_the_log_the_confusions_and_clouds(tiny_config):
 
 
 def test_a_killed_and_resumed_run_has_each_epoch_once(tiny_config, tmp_path):
-    config = tiny_config("log.tensorboard=true", "train.epochs=4", "train.max_steps=12")
+    config = tiny_config("log.tensorboard=true", "train.epochs=3", "train.max_steps=6")
     trainer = Trainer(config)
     trainer.fit()
     early = shutil.copy(trainer.folder.last, tmp_path / "early.pt")
-    # The process goes on, logs epochs 2 and 3, and is killed before a checkpoint of them is there.
-    Trainer(tiny_config("log.tensorboard=true", "train.epochs=4", "train.max_steps=19")).fit(resume=trainer.folder.last)
-    assert ("train/loss", 3) in {(name, step) for name, step, _ in scalars(read_events(trainer.folder))}
+    # The process goes on, logs epoch 2, and is killed before a checkpoint of them is there.
+    Trainer(tiny_config("log.tensorboard=true", "train.epochs=3", "train.max_steps=13")).fit(resume=trainer.folder.last)
+    assert ("train/loss", 2) in {(name, step) for name, step, _ in scalars(read_events(trainer.folder))}
     shutil.copy(early, trainer.folder.last)
-    Trainer(tiny_config("log.tensorboard=true", "train.epochs=4")).fit(resume=trainer.folder.root)
+    Trainer(tiny_config("log.tensorboard=true", "train.epochs=3")).fit(resume=trainer.folder.root)
     assert len(list((trainer.folder.root / "tensorboard").iterdir())) == 3
     assert_log_is_in(read_events(trainer.folder), trainer.folder)
 
     # Another folder gets the whole history; a new run in the old one nothing of it.
-    elsewhere = tiny_config("log.tensorboard=true", "train.epochs=4", f"output_dir={tmp_path / 'elsewhere'}")
+    elsewhere = tiny_config("log.tensorboard=true", "train.epochs=3", f"output_dir={tmp_path / 'elsewhere'}")
     second = Trainer(elsewhere)
     second.fit(resume=early)
     assert_log_is_in(read_events(second.folder), second.folder)

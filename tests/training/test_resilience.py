@@ -199,7 +199,7 @@ def test_continuing_elsewhere_or_from_the_best_keeps_both_right(tiny_config, who
 
 
 def test_a_start_that_was_killed_before_its_first_checkpoint_can_be_repeated(tiny_config, monkeypatch):
-    config = tiny_config()
+    config = tiny_config("train.max_steps=1")
 
     def killed(*arguments, **options):
         raise KeyboardInterrupt
@@ -224,7 +224,7 @@ def test_half_written_files_of_a_killed_process_are_removed_and_no_others(tiny_c
     others = [stopped.root / "mine.txt", stopped.root / "metrics.json.tmp", stopped.last.with_name("last.pt.tmp")]
     for path in others:
         path.write_text("kept")
-    resume(tiny_config, stopped.root)
+    resume(tiny_config, stopped.root, "train.max_steps=9")
     assert not any(path.exists() for path in left)
     assert [path.read_text() for path in others] == ["kept"] * 3
 
@@ -287,7 +287,7 @@ def test_two_processes_in_one_folder_are_refused(tiny_config, stopped):
     with pytest.raises(InputError, match="another process is training here"):
         resume(tiny_config, stopped.root)
     stopped.release()
-    resume(tiny_config, stopped.root)
+    resume(tiny_config, stopped.root, "train.max_steps=9")
 
 
 def test_resuming_on_other_clouds_of_the_same_number_is_refused(tiny_config, stopped, shapes_root, tmp_path):
@@ -296,7 +296,7 @@ def test_resuming_on_other_clouds_of_the_same_number_is_refused(tiny_config, sto
     with pytest.raises(InputError, match=r"was trained on other clouds than those in .*other; resume on its own data"):
         resume(tiny_config, stopped.root, f"data.root={other}")
     moved = shutil.copytree(shapes_root, tmp_path / "moved")
-    resume(tiny_config, stopped.root, f"data.root={moved}")
+    resume(tiny_config, stopped.root, f"data.root={moved}", "train.max_steps=9")
 
 
 def test_a_preparing_thread_that_fails_stops_the_run_which_resumes(tiny_config, whole, monkeypatch):

@@ -57,9 +57,9 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def uninterrupted(tiny_config, whole):
-    """The folder of a run of 4 epochs that nothing happened to; it is trained once."""
+    """The folder of a run of 3 epochs that nothing happened to; it is trained once."""
     if not whole.merged.exists():
-        Trainer(tiny_config("train.epochs=4", f"output_dir={whole.root}")).fit()
+        Trainer(tiny_config("train.epochs=3", f"output_dir={whole.root}")).fit()
     return whole
 
 
@@ -95,20 +95,20 @@ def test_run_folder_is_complete_and_merge_changes_nothing(tiny_config):
 
 
 def test_resume_after_a_stop_in_mid_epoch_is_bit_exact(tiny_config, uninterrupted):
-    stopped = Trainer(tiny_config("train.epochs=4", "train.max_steps=15"))  # in the third epoch of 6 updates
+    stopped = Trainer(tiny_config("train.epochs=3", "train.max_steps=15"))  # in the third epoch of 6 updates
     assert stopped.fit() == stopped.folder.last
     assert load_checkpoint(stopped.folder.last)["progress"]["updates"] == 15
     assert not stopped.folder.merged.exists()
-    resumed = Trainer(tiny_config("train.epochs=4"))
+    resumed = Trainer(tiny_config("train.epochs=3"))
     resumed.fit(resume=stopped.folder.root)
     assert_same_weights(weights(resumed.folder.last), weights(uninterrupted.last))
     assert_same_weights(weights(resumed.folder.merged), weights(uninterrupted.merged))
     assert log_rows(resumed.folder) == log_rows(uninterrupted)
 
 
-def test_train_two_epochs_resume_two_is_bit_exact(tiny_config, uninterrupted):
-    Trainer(tiny_config("train.epochs=4", "train.max_steps=12")).fit()
-    resumed = Trainer(tiny_config("train.epochs=4"))
+def test_resume_between_two_epochs_is_bit_exact(tiny_config, uninterrupted):
+    Trainer(tiny_config("train.epochs=3", "train.max_steps=12")).fit()
+    resumed = Trainer(tiny_config("train.epochs=3"))
     resumed.fit(resume=resumed.folder.root)
     assert_same_weights(weights(resumed.folder.last), weights(uninterrupted.last))
 
@@ -132,12 +132,12 @@ def test_signals_save_and_leave_with_the_conventional_code(tiny_config, uninterr
             if trainer.progress.updates == 9:
                 signal.raise_signal(signum)
 
-    struck = Trainer(tiny_config("train.epochs=4"), callbacks=[Struck()])
+    struck = Trainer(tiny_config("train.epochs=3"), callbacks=[Struck()])
     with pytest.raises(StoppedBySignal) as stop:
         struck.fit()
     assert stop.value.exit_code == 128 + signum
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "the handlers of before are back"
-    resumed = Trainer(tiny_config("train.epochs=4"))
+    resumed = Trainer(tiny_config("train.epochs=3"))
     resumed.fit(resume=struck.folder.last)
     assert_same_weights(weights(resumed.folder.last), weights(uninterrupted.last))
 
@@ -185,7 +185,7 @@ def train_and_wait(path, done):
 
 
 def test_kill_9_in_mid_epoch_resumes_bit_exact(tiny_config, uninterrupted, tmp_path):
-    config = tiny_config("train.epochs=4", "train.checkpoint_every=4")
+    config = tiny_config("train.epochs=3", "train.checkpoint_every=4")
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(config))
     context = multiprocessing.get_context(START)
@@ -310,17 +310,16 @@ def test_a_checkpoint_from_before_a_key_existed_resumes_with_its_default(tiny_co
     assert load_checkpoint(path)["progress"]["updates"] == 3
 
 
-def test_resuming_a_model_file_is_refused(tiny_config):
-    trainer = Trainer(tiny_config())
-    merged = trainer.fit()
+def test_resuming_a_model_file_is_refused(tiny_config, uninterrupted):
     with pytest.raises(InputError, match="no training state"):
-        Trainer(tiny_config()).fit(resume=merged)
+        Trainer(tiny_config()).fit(resume=uninterrupted.merged)
 
 
 def test_resuming_a_finished_run_repeats_its_result(tiny_config):
-    first = Trainer(tiny_config())
+    short = "train.epochs=1", "optim.warmup_epochs=0"
+    first = Trainer(tiny_config(*short))
     first.fit()
-    again = Trainer(tiny_config())
+    again = Trainer(tiny_config(*short))
     again.fit(resume=first.folder.root)
     assert again.reports["merged"] == first.reports["merged"]
 
