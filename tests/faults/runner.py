@@ -96,10 +96,8 @@ def _run(arguments: list[str], log: Path, errors: Path) -> None:
     """Fuzz in a fork, with its output in the files."""
     for path, descriptor in ((log, 1), (errors, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    sys.stdout, sys.stderr = (
-        os.fdopen(1, "w", closefd=False),
-        os.fdopen(2, "w", closefd=False),
-    )  # not those that pytest captures
+    # Not the streams that pytest captures.
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     program.main(arguments)
 
 
