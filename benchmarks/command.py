@@ -64,6 +64,7 @@ def _latency(arguments: argparse.Namespace) -> None:
     if arguments.num_points is not None:
         overrides.append(f"data.num_points={arguments.num_points}")
     trained = open_trained(arguments.checkpoint, overrides, merge=arguments.merge)
+    trained.require_clouds("latency")
     if not arguments.merge:
         require_dense(trained.payload, arguments.checkpoint)
     points, source = sample_clouds(

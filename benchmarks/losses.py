@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from s2d3d.datasets import BatchLoader, PointCloudDataset, build_augmentation, create_dataset
+from s2d3d.datasets import BatchLoader, PointCloudDataset, build_augmentation, create_dataset, require_clouds
 from s2d3d.models import create_model
 from s2d3d.prepare.shapes import write_shapes
 from s2d3d.random_state import seed_all
@@ -27,12 +27,14 @@ def training_set(settings: Settings, *, num_points: int, stored_points: int | No
     """
     transform = build_augmentation(scale=(2 / 3, 3 / 2), shift=0.2)
     if settings.root is not None:
-        return create_dataset("modelnet40", settings.root, "train", num_points=num_points, transform=transform)
+        clouds = create_dataset("modelnet40", settings.root, "train", num_points=num_points, transform=transform)
+        return require_clouds(clouds, "the benchmark")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "shapes"
         count = settings.pick(384, 12)
         write_shapes(root, num_train=count, num_test=12, num_points=stored_points or num_points, seed=settings.seed)
-        return create_dataset("shapes", root, "train", num_points=num_points, transform=transform)
+        clouds = create_dataset("shapes", root, "train", num_points=num_points, transform=transform)
+        return require_clouds(clouds, "the benchmark")
 
 
 def loss_gap(spec: ModelSpec, settings: Settings) -> float:

@@ -12,8 +12,11 @@ from hypothesis import settings
 
 from s2d3d import load_config
 from s2d3d.config.load import dump_config
+from s2d3d.datasets import _DATASETS
 from s2d3d.datasets.h5 import write_h5
 from s2d3d.evaluation import batchnorm
+from s2d3d.models import _MODELS
+from s2d3d.plugins import _LOADED
 from s2d3d.prepare.shapes import write_shapes
 
 REPOSITORY = Path(__file__).parent.parent
@@ -51,6 +54,17 @@ def _no_waiting_for_the_disk():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _plugins_are_forgotten():
+    """What a module's configs register, such as the image studies, is unknown to the next module."""
+    registries = (_LOADED, _DATASETS, _MODELS)
+    before = [dict(registry) for registry in registries]
+    yield
+    for registry, content in zip(registries, before):
+        registry.clear()
+        registry.update(content)
 
 
 @pytest.fixture(scope="session")

@@ -196,11 +196,13 @@ def test_a_backbone_and_a_data_set_of_one_s_own_train(blocks, tiny_config, tmp_p
     known = dict(models._MODELS), dict(datasets._DATASETS)
     monkeypatch.setattr(models, "_MODELS", dict(known[0]))
     monkeypatch.setattr(datasets, "_DATASETS", dict(known[1]))
-    backbone, reader, training, callback, command = blocks
-    for block in (backbone, reader):
+    backbone, reader, numbers, training, callback, command = blocks
+    for block in (backbone, reader, numbers):
         body = [line for line in block.splitlines() if line and not line.startswith(("import ", "from "))]
         assert len(body) <= 20
         exec(compile(block, "docs/extend.md", "exec"), {"__name__": "extend"})
+    samples, labels = s2d3d.create_dataset("numbers", "anywhere", "train", count=6).batch(torch.tensor([4, 1]))
+    assert samples.tolist() == [[4], [1]] and labels.tolist() == [0, 1]
     rng = np.random.default_rng(0)
     for split, count in (("train", 12), ("test", 4)):
         for name, size in (("flat", (1, 0.1, 1)), ("tall", (0.2, 1, 0.2))):  # y up

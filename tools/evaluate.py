@@ -12,7 +12,7 @@ from s2d3d.errors import InputError
 from s2d3d.runs.folder import require_checkpoint
 
 if TYPE_CHECKING:
-    from s2d3d.datasets import PointCloudDataset
+    from s2d3d.datasets import LabelledDataset
     from s2d3d.runs.trained import TrainedModel
 
 
@@ -51,6 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from s2d3d import evaluate
     from s2d3d.config.data import build_test_loader
+    from s2d3d.datasets import require_clouds
     from s2d3d.datasets.corruptions import CorruptedDataset, parse_corruption
     from s2d3d.datasets.file_set import ChainedLoader
     from s2d3d.evaluation.robustness import (
@@ -74,25 +75,29 @@ def run(arguments: argparse.Namespace) -> None:
     overrides = [*arguments.overrides, *([f"eval.votes={arguments.votes}"] if arguments.votes is not None else [])]
     trained = open_trained(arguments.checkpoint, overrides, device=device)
     model, config = trained.model, trained.config
+    if arguments.corruption:
+        trained.require_clouds("--corruption")
     groups = read_datasets(arguments, trained)
     dataset = groups[0]
     if len(groups) > 1 and arguments.corruption:
-        counts = ", ".join(str(group.num_points) for group in groups)
+        counts = ", ".join(str(require_clouds(group, "--corruption").num_points) for group in groups)
         raise InputError(f"--corruption: the files hold {counts} points; score files of one number of points at once")
     votes = config.eval.votes
     make_loader = partial(build_test_loader, data=config.data, batch_size=config.eval.batch_size, seed=config.seed)
     progress = config.log.progress
     if everything:
-        setting = {"num_points": dataset.num_points, "num_samples": len(dataset), "votes": votes, "seed": SEED}
+        clean = require_clouds(dataset, "--corruption")
+        setting = {"num_points": clean.num_points, "num_samples": len(dataset), "votes": votes, "seed": SEED}
         if compared:
             check_comparable(setting, compared)
-        table = evaluate_corruptions(model, dataset, make_loader, device=device, votes=votes, progress=progress)
+        table = evaluate_corruptions(model, clean, make_loader, device=device, votes=votes, progress=progress)
         result = table.to_dict()
         if compared and reference:
             result = add_corruption_errors(result, compared, reference)
         print(robustness_table(result))
     else:
-        dataset = CorruptedDataset(dataset, *corruption, seed=SEED) if corruption else dataset
+        if corruption:
+            dataset = CorruptedDataset(require_clouds(dataset, "--corruption"), *corruption, seed=SEED)
         loader = make_loader(dataset) if len(groups) == 1 else ChainedLoader([make_loader(group) for group in groups])
         report = evaluate(model, loader, device=device, votes=votes, progress=progress)
         result = {"corruption": arguments.corruption, **report.to_dict()} if corruption else report.to_dict()
@@ -102,7 +107,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"written to {output}")
 
 
-def read_datasets(arguments: argparse.Namespace, trained: "TrainedModel") -> "list[PointCloudDataset]":
+def read_datasets(arguments: argparse.Namespace, trained: "TrainedModel") -> "Sequence[LabelledDataset]":
     """Read the test split of the checkpoint's data set, or the named files: a set for each number of points."""
     from s2d3d.datasets.file_set import find_files, folder_labels, folder_name, group_files
 
@@ -110,6 +115,7 @@ def read_datasets(arguments: argparse.Namespace, trained: "TrainedModel") -> "li
         if arguments.up_axis:
             raise InputError("--up-axis: is for --files only; that of a data set is data.up_axis")
         return [trained.dataset()]
+    trained.require_clouds("--files")
     class_names, config = trained.class_names, trained.config
     files = find_files(arguments.files)
     labels = folder_labels(files, class_names)

@@ -70,6 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     trained = open_trained(arguments.checkpoint, overrides, merge=arguments.merge)
     if not arguments.merge:
         require_dense(trained.payload, arguments.checkpoint)
+    trained.require_clouds("export.py")
     model, config = trained.model, trained.config
     described, num_points = trained.payload["model"], config.data.num_points
     example_clouds(model, num_points, described["in_channels"])  # before any data is read

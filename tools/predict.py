@@ -51,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     device = choose_device(arguments.device)
     trained = open_trained(arguments.checkpoint, device=device)
+    trained.require_clouds("predict.py")
     names, data, results, num_failed = trained.class_names, trained.config.data, [], 0
     for path in map(str, find_files(arguments.files)):
         try:

@@ -100,6 +100,7 @@ def split_arguments(items: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def classify(record: "RunRecord", overrides: Sequence[str], device: "torch.device") -> "Predictions":
     """Run the final model of a run on its test set, once."""
+    from s2d3d.datasets import require_clouds
     from s2d3d.evaluation.accuracy import class_probabilities
     from s2d3d.runs.trained import open_trained
     from s2d3d.viz.report import Predictions
@@ -112,7 +113,8 @@ def classify(record: "RunRecord", overrides: Sequence[str], device: "torch.devic
             "report it without clouds by --num-mistakes 0 --clouds-per-class 0"
         )
     trained = open_trained(path, overrides, device=device)
-    config, dataset = trained.config, trained.dataset()
+    trained.require_clouds("a report with clouds (--num-mistakes 0 --clouds-per-class 0: one without)")
+    config, dataset = trained.config, require_clouds(trained.dataset(), "a report with clouds")
     probabilities = class_probabilities(trained.model, dataset, device=device, batch_size=config.eval.batch_size)
     points = dataset.points[:, : dataset.num_points]
     source = f"{dataset.source} {config.data.name} {config.data.classes} {config.data.num_points} {config.data.kwargs}"

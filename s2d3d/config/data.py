@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..datasets import BatchLoader, PointCloudDataset, build_augmentation, create_dataset
+from ..datasets import BatchLoader, LabelledDataset, build_augmentation, create_dataset
 from ..errors import InputError, first_difference
 from .schema import DataConfig
 
 
-def build_dataset(data: DataConfig, split: str, *, seed: int) -> PointCloudDataset:
+def build_dataset(data: DataConfig, split: str, *, seed: int) -> LabelledDataset:
     """Read one split as configured; augmentation and fraction apply to the training split."""
     training = split == "train"
     return create_dataset(
@@ -29,7 +29,7 @@ def build_dataset(data: DataConfig, split: str, *, seed: int) -> PointCloudDatas
     )
 
 
-def check_classes(dataset: PointCloudDataset, class_names: Sequence[str], checkpoint: str | Path) -> None:
+def check_classes(dataset: LabelledDataset, class_names: Sequence[str], checkpoint: str | Path) -> None:
     """Raise InputError if the classes of a data set differ from those of a model.
 
     Args:
@@ -50,7 +50,7 @@ def check_classes(dataset: PointCloudDataset, class_names: Sequence[str], checkp
 
 
 def build_test_loader(
-    dataset: PointCloudDataset, data: DataConfig, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+    dataset: LabelledDataset, data: DataConfig, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
 ) -> BatchLoader:
     """Return a loader in the order of the set. Scale and shift of the training apply to its votes, not to plain passes.
 

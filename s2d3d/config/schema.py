@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from .clouds import NO_AUGMENTATION, cloud_key_problems, votes_problems
 from .io import Problem, one_line, raise_problems
 from .keywords import keyword_fields, resolve_keywords
 from .types import (
@@ -105,6 +106,11 @@ class DataConfig(NamedSection):
             raise_problems(problems)
             return resolved
         reader = dataset_reader(name)
+        idle: list[Problem] = []
+        if not reader.clouds:
+            defaults = {key: cls.model_fields[key].default for key in ("num_points", "up_axis", "normalize")}
+            idle = cloud_key_problems(data, defaults, AugmentConfig().model_dump())
+            data = data | {"augment": NO_AUGMENTATION}
         parameters = reader.keywords()
         fields = keyword_fields(
             {key: parameter.default for key, parameter in parameters.items()},
@@ -124,7 +130,7 @@ class DataConfig(NamedSection):
         if not found:
             wrong = reader.problems({key: resolved[key] for key in fields})
             problems += [Problem((key,), text) for key, text in wrong.items()]
-        raise_problems(problems + found)
+        raise_problems(idle + problems + found)
         return resolved
 
 
@@ -359,6 +365,7 @@ class Config(Section):
         if self.s2d.kind != "none":
             refused = _build_problems(self.model.name, self.model.kwargs, self.s2d)
             problems += [Problem(("s2d",), problem.text) for problem in refused]
+        problems += votes_problems(self.data.name, self.eval.votes)
         raise_problems(problems)
         return self
 

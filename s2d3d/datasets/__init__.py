@@ -1,4 +1,4 @@
-"""Data sets: a name and a folder in, clouds (N, 3) z up and labels out."""
+"""Data sets: a name and a folder in, clouds (N, 3) z up and labels out; of a plugin, other samples as well."""
 
 import inspect
 import os
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InputError, did_you_mean
-from .base import PointCloudDataset, same_data
+from .base import PointCloudDataset, require_clouds
+from .labelled import LabelledDataset, same_data
 from .loader import BatchLoader
 from .modelnet40 import load_modelnet40, load_shapes
 from .scanobjectnn import check_keywords, load_scanobjectnn
@@ -18,6 +19,7 @@ from .transforms import Transform, build_augmentation
 
 __all__ = [
     "BatchLoader",
+    "LabelledDataset",
     "PointCloudDataset",
     "Reader",
     "build_augmentation",
@@ -26,6 +28,7 @@ __all__ = [
     "datasets_with",
     "list_datasets",
     "register_dataset",
+    "require_clouds",
     "same_data",
     "split_train_validation",
 ]
@@ -38,10 +41,17 @@ class Reader:
     Attributes:
         read: takes (root, split) and the keywords of `create_dataset`; further ones are its own.
         check: takes its own keywords and returns by keyword what is wrong with their values, without reading files.
+        kind: class of the data sets that `read` returns.
     """
 
-    read: Callable[..., PointCloudDataset]
+    read: Callable[..., LabelledDataset]
     check: Callable[..., Mapping[str, str]] | None = None
+    kind: type[LabelledDataset] = PointCloudDataset
+
+    @property
+    def clouds(self) -> bool:
+        """Whether its samples are point clouds."""
+        return issubclass(self.kind, PointCloudDataset)
 
     def keywords(self) -> dict[str, inspect.Parameter]:
         """Return the keywords of its own: those that `create_dataset` has not.
@@ -108,8 +118,10 @@ def datasets_with(keyword: str) -> list[str]:
 
 def register_dataset(
     name: str,
-    read: Callable[..., PointCloudDataset],
+    read: Callable[..., LabelledDataset],
     check: Callable[..., Mapping[str, str]] | None = None,
+    *,
+    kind: type[LabelledDataset] = PointCloudDataset,
 ) -> None:
     """Make a data set of your own known to `create_dataset` and configs, in this process.
 
@@ -120,6 +132,9 @@ def register_dataset(
             type is that of its annotation or else of its default. Its points are z up.
         check: called with its own keywords when a config is read; returns by keyword what is wrong with a value. For
             ranges and for values that do not go together; types are checked before.
+        kind: class of the data sets that `read` returns. For another one than point clouds, the config keys of clouds
+            (`data.num_points`, `up_axis`, `normalize`, `augment`, `eval.votes`) are refused; the reader gives the
+            training split its augmentation itself.
 
     Raises:
         InputError: the name is taken, or a keyword of its own has no default.
@@ -137,7 +152,7 @@ def register_dataset(
     """
     if name in _DATASETS:
         raise InputError(f"data set '{name}' exists already; choose another name")
-    reader = Reader(read, check)
+    reader = Reader(read, check, kind)
     for key, parameter in reader.keywords().items():
         if parameter.default is parameter.empty:
             raise InputError(f"data set '{name}': keyword '{key}' of its reader has no default; give it one")
@@ -160,7 +175,7 @@ def create_dataset(
     allow_links: bool = False,
     memory_budget_gb: float = MEMORY_BUDGET_GB,
     **own: Any,
-) -> PointCloudDataset:
+) -> LabelledDataset:
     """Read one split of a data set; its points are turned z up.
 
     Args:
@@ -182,8 +197,12 @@ def create_dataset(
             they stay in their files and are read batch by batch, through a cache of this size. Samples are the same.
         **own: keywords that only this data set has, such as `variant` of `load_scanobjectnn`.
 
+    Returns:
+        A `PointCloudDataset`; of a data set that was registered with another `kind`, that.
+
     Raises:
-        InputError: an unknown name or keyword, a missing or wrong file, a value out of range.
+        InputError: an unknown name or keyword, a missing or wrong file, a value out of range; a registered reader
+            returns another kind of data set than it declares.
 
     Example:
         >>> test = create_dataset("modelnet40", "data/modelnet40", "test")  # doctest: +SKIP
@@ -202,7 +221,7 @@ def create_dataset(
         own["normalize"] = normalize
     if allow_links:
         own["allow_links"] = True
-    return reader.read(
+    dataset = reader.read(
         root,
         split,
         num_points=num_points,
@@ -215,3 +234,10 @@ def create_dataset(
         memory_budget_gb=memory_budget_gb,
         **own,
     )
+    if not isinstance(dataset, reader.kind):
+        returned, declared = type(dataset).__name__, reader.kind.__name__
+        raise InputError(
+            f"data set '{name}': its reader returns a {returned}, not a {declared}; name the class by "
+            "register_dataset(..., kind=...)"
+        )
+    return dataset

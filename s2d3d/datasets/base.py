@@ -1,38 +1,31 @@
-"""The data set in memory: labelled clouds, the sampling rule, subsets."""
+"""The data set of point clouds in memory, with the sampling rule."""
 
-import copy
-import hashlib
-import math
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
 
 from ..errors import InputError, printable
 from ..ops.points import gather_points
-from ..random_state import derived_generator
+from .labelled import TRAIN, LabelledDataset
 from .prefix import farthest_prefix
 from .stream import StreamedClouds, StreamedMasks
 from .transforms import Transform, normalize_stored
 
-TRAIN = "train"
 SHOWN_CLASSES = 8
 
 
-class PointCloudDataset(torch.utils.data.Dataset):
+class PointCloudDataset(LabelledDataset):
     """Labelled point clouds in memory, z up, with the rule that samples N of P stored points.
 
     - P = N: all points; training shuffles their order in each sample.
     - P > N: farthest point sampling to 1.2 N (at most P) is computed once and cached; training takes N of
       those at random, a test the first N, which is plain farthest point sampling.
     - P < N: an error.
-
-    Training means `split == "train"`. Indexing works with a plain `torch.utils.data.DataLoader`; `BatchLoader` is
-    faster and resumes exactly.
 
     Args:
         points: (n, P, 3) float16 or float32, z up; not changed. Or clouds that stay in their files, which are read
@@ -58,8 +51,8 @@ class PointCloudDataset(torch.utils.data.Dataset):
         InputError: no shapes, or P < N.
     """
 
+    noun: ClassVar[str] = "shapes"
     up_axis = "z"
-    skipped: Sequence[str] = ()
 
     def __init__(
         self,
@@ -77,8 +70,8 @@ class PointCloudDataset(torch.utils.data.Dataset):
         source: str = "data set",
     ) -> None:
         count, stored_points = points.shape[:2]
-        if count == 0:
-            raise InputError(f"{source}: no shapes in split '{split}'")
+        assert len(labels) == count, "one label for each shape"
+        super().__init__(labels, class_names, names=names, split=split, transform=transform, source=source)
         if num_points < 1:
             raise InputError(f"{source}: num_points is {num_points}, must be at least 1")
         if stored_points < num_points:
@@ -99,18 +92,9 @@ class PointCloudDataset(torch.utils.data.Dataset):
                 mask = mask.gather(1, prefix) if mask is not None else None
             self._storage = _share(points)
             self._storage_mask = None if mask is None else mask.to(torch.int32)
-        self._storage_labels = labels.to(torch.int64)
-        self._rows = torch.arange(count)
-        self.class_names = list(class_names)
-        self.names = list(names) if names is not None else [f"{split}_{index:05d}" for index in range(count)]
-        self.split = split
         self.num_points = num_points
         self.stored_points = stored_points
-        self.transform = transform
-        self.source = source
         self.normalized = normalize
-        self._item_generator: tuple[int, Generator] | None = None
-        assert len(self.names) == len(labels) == count, "one label and one name for each shape"
         assert mask is None or mask.shape == points.shape[:2], "one mask value for each point"
 
     @property
@@ -125,26 +109,9 @@ class PointCloudDataset(torch.utils.data.Dataset):
         return storage[self._rows]
 
     @property
-    def labels(self) -> Tensor:
-        """(n,) int64."""
-        return self._storage_labels[self._rows]
-
-    @property
     def mask(self) -> Tensor | None:
         """(n, M) int64: the value of each of `points`, None where the files hold no mask."""
         return None if self._storage_mask is None else self._storage_mask[self._rows].long()
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
-
-    @property
-    def training(self) -> bool:
-        """Whether samples are drawn at random: the training split."""
-        return self.split == TRAIN
-
-    def __len__(self) -> int:
-        return len(self._rows)
 
     def __str__(self) -> str:
         """Return one line: source, split, size, points, channels and classes."""
@@ -155,43 +122,6 @@ class PointCloudDataset(torch.utils.data.Dataset):
             f"{self.source}: split {self.split}, {len(self)} clouds of {self.num_points} points{stored}, "
             f"{self._storage.shape[2]} channels, {self.num_classes} classes ({shown}{more})"
         )
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Return one sample: points (num_points, 3) float32, label.
-
-        Randomness comes from a generator of this process seeded with `torch.initial_seed()`, which differs in each
-        DataLoader worker and epoch; it runs on from sample to sample, and the global generator is not touched.
-
-        Raises:
-            IndexError: outside [-n, n).
-        """
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        points, labels = self.batch(torch.tensor([index % len(self)]))
-        return points[0], int(labels[0])
-
-    def batch(
-        self, indices: Tensor, *, generator: Generator | None = None, augment: bool | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Sample many shapes at once.
-
-        Args:
-            indices: (B,) int64 in [0, n).
-            generator: where random numbers come from. Without it: as `__getitem__` when training, else a
-                function of the indices, so that a test batch is always the same.
-            augment: True draws points at random and applies `transform`, False gives the plain points, None does
-                what the split asks for.
-
-        Returns:
-            points (B, num_points, 3) float32, contiguous; labels (B,) int64.
-        """
-        random = self.training if augment is None else augment
-        if generator is None:
-            generator = self._own_generator() if random else derived_generator("plain", *indices.tolist())
-        points, labels = self.sample(indices, generator if random else None)
-        if self.transform is not None and augment is not False:
-            points = self.transform(points, generator).contiguous()
-        return points, labels
 
     def sample(self, indices: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
         """Apply the sampling rule without `transform`: at random with a generator, plain without one.
@@ -229,63 +159,24 @@ class PointCloudDataset(torch.utils.data.Dataset):
         mask = self._storage_mask[self._rows[indices]].long()
         return mask[:, : self.num_points] if generator is None else mask.gather(1, self._draw(len(mask), generator))
 
-    def fingerprint(self) -> "Fingerprint":
-        """Describe the set in plain values, to recognise it later; see `same_data`.
-
-        Returns:
-            `labels`, a hash of all of them, and `clouds`, a number for each of up to 64 clouds spread over the set:
-            its weighted mean square coordinate, which other processors compute equally up to rounding.
-        """
-        chosen = torch.arange(0, len(self), max(1, len(self) // 64))[:64]
-        points = self._storage[self._rows[chosen]][:, : self.num_points].double()
-        digest = hashlib.blake2b(f"{len(self)} {self.num_points} {self.class_names}".encode(), digest_size=12)
-        digest.update(self.labels.contiguous().numpy().data)
-        clouds = (points.square() * torch.tensor([1.0, 2.0, 3.0])).mean(dim=(1, 2))
-        return {"labels": digest.hexdigest(), "clouds": clouds.tolist()}
-
-    def subset(self, indices: Tensor | Sequence[int]) -> "PointCloudDataset":
-        """Return the shapes at `indices`, in that order; the stored points are shared, not copied.
-
-        Raises:
-            InputError: no index, or one outside [0, n).
-        """
-        indices = torch.as_tensor(indices, dtype=torch.int64).reshape(-1)
-        if len(indices) == 0:
-            raise InputError(f"{self.source}: a subset of no shapes")
-        if int(indices.min()) < 0 or int(indices.max()) >= len(self):
-            raise InputError(f"{self.source}: a subset index is outside the {len(self)} shapes of split '{self.split}'")
-        part = copy.copy(self)
-        part._rows = self._rows[indices]
-        part.names = [self.names[index] for index in indices.tolist()]
-        part._item_generator = None
-        return part
-
     def _draw(self, count: int, generator: Generator) -> Tensor:
         """Draw (count, num_points) indices of points, without repetition in a row."""
         return torch.rand(count, self._storage.shape[1], generator=generator).argsort(dim=1)[:, : self.num_points]
 
-    def _own_generator(self) -> Generator:
-        seed = torch.initial_seed()
-        if self._item_generator is None or self._item_generator[0] != seed:
-            self._item_generator = (seed, derived_generator("item", seed))
-        return self._item_generator[1]
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_item_generator": None}
+def require_clouds(dataset: LabelledDataset, use: str) -> PointCloudDataset:
+    """Return the data set, which must hold point clouds.
 
+    Args:
+        dataset: any.
+        use: what needs clouds, for the message.
 
-class Fingerprint(TypedDict):
-    """What `PointCloudDataset.fingerprint` says of a set."""
-
-    labels: str
-    clouds: list[float]
-
-
-def same_data(first: Fingerprint, second: Fingerprint) -> bool:
-    """Return whether two `fingerprint()` belong to the same set. Sets of other size or labels always differ."""
-    if first["labels"] != second["labels"] or len(first["clouds"]) != len(second["clouds"]):
-        return False
-    return all(math.isclose(one, other, rel_tol=1e-4) for one, other in zip(first["clouds"], second["clouds"]))
+    Raises:
+        InputError: its samples are something else.
+    """
+    if not isinstance(dataset, PointCloudDataset):
+        raise InputError(f"{dataset.source}: holds {dataset.noun}, {use} needs point clouds")
+    return dataset
 
 
 def _share(points: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..random_state import derived_generator
-from .base import PointCloudDataset
+from .base import require_clouds
+from .labelled import LabelledDataset
 from .transforms import Transform
 
 
@@ -22,7 +23,7 @@ class BatchLoader:
 
     Args:
         dataset: where samples come from.
-        batch_size: shapes of a *global* batch; each rank yields its equal part.
+        batch_size: samples of a *global* batch; each rank yields its equal part.
         shuffle: draw a new order each epoch; otherwise in the order of the set.
         drop_last: leave out the last batch when it is not full.
         seed: of everything random.
@@ -39,6 +40,7 @@ class BatchLoader:
         InputError: `batch_size` is not a positive multiple of `world_size`; no full batch with `drop_last`.
 
     Example:
+        >>> from s2d3d.datasets import PointCloudDataset
         >>> shapes = PointCloudDataset(torch.rand(10, 64, 3), torch.zeros(10), ["any"], num_points=64)
         >>> [len(labels) for points, labels in BatchLoader(shapes, 4, shuffle=True)]
         [4, 4, 2]
@@ -46,7 +48,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        dataset: PointCloudDataset,
+        dataset: LabelledDataset,
         batch_size: int,
         *,
         shuffle: bool = False,
@@ -64,7 +66,7 @@ class BatchLoader:
             raise InputError(f"batch_size is {batch_size}, must be a positive multiple of the {world_size} processes")
         if drop_last and len(dataset) < batch_size:
             raise InputError(
-                f"batch_size is {batch_size}, more than the {len(dataset)} shapes of split '{dataset.split}': "
+                f"batch_size is {batch_size}, more than the {len(dataset)} {dataset.noun} of split '{dataset.split}': "
                 "no full batch is left; lower it"
             )
         if prefetch < 0:
@@ -102,7 +104,7 @@ class BatchLoader:
         self._epoch, self._step = epoch, step
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield points (b, N, 3) float32 and labels (b,) int64."""
+        """Yield samples (b, ...) float32, such as points (b, N, 3), and labels (b,) int64."""
         epoch, first = self._epoch, self._step
         self._epoch, self._step = epoch + self.shuffle, 0
         return self._batches(epoch, first)
@@ -116,12 +118,14 @@ class BatchLoader:
             augment: instead of the loader's own augmentation.
 
         Raises:
-            InputError: `index` is negative, or the loader shuffles.
+            InputError: `index` is negative, the loader shuffles, or its set holds no clouds and `index` is above 0.
         """
         if index < 0:
             raise InputError(f"vote is {index}, must be at least 0")
         if self.shuffle:
             raise InputError("votes need a loader that does not shuffle: logits are averaged shape by shape")
+        if index > 0:
+            require_clouds(self.dataset, "a vote")
         voter = copy.copy(self)
         voter._vote = index
         voter._epoch = voter._step = 0
@@ -155,7 +159,8 @@ class BatchLoader:
             InputError: negative, or `step` is not below `len(self)`.
 
         Example:
-            >>> shapes = PointCloudDataset(torch.rand(10, 64, 3), torch.zeros(10), ["any"], num_points=64)
+            >>> from s2d3d.datasets import PointCloudDataset
+        >>> shapes = PointCloudDataset(torch.rand(10, 64, 3), torch.zeros(10), ["any"], num_points=64)
             >>> BatchLoader(shapes, 4).indices(0, 2).tolist()
             [8, 9]
         """

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .base import PointCloudDataset
+from .labelled import LabelledDataset
 
 MAX_SHAPES = 400
 """Shapes of each split that are compared, evenly spaced."""
@@ -11,17 +12,19 @@ CERTAIN = 3.0
 """Standard errors by which a split must look turned."""
 
 
-def look_turned(first: PointCloudDataset, second: PointCloudDataset) -> bool:
+def look_turned(first: LabelledDataset, second: LabelledDataset) -> bool:
     """Tell whether the vertical of one split lies along the depth of the other, y for z, as after a wrong `up_axis`.
 
     The shapes of a class are, on average, higher than deep or deeper than high, and so in both splits. If the classes
     disagree about this between the splits more than chance allows, one split is turned. Splits that are read from
-    their files batch by batch are not compared.
+    their files batch by batch, or hold no clouds, are not compared.
 
     Args:
         first: a split.
         second: another one, with the same classes.
     """
+    if not (isinstance(first, PointCloudDataset) and isinstance(second, PointCloudDataset)):
+        return False
     if not all(isinstance(split.points, Tensor) for split in (first, second)):
         return False
     ours, theirs = (_heights(split) for split in (first, second))

@@ -18,9 +18,10 @@ from typing import Literal
 import torch
 
 from ..errors import InputError, did_you_mean
-from .base import TRAIN, PointCloudDataset
+from .base import PointCloudDataset
 from .h5 import SEE, CloudFile, CloudLayout, check_up_axis, read_h5
 from .h5_checks import check_shapes
+from .labelled import TRAIN
 from .links import check_inside
 from .modelnet40 import SPLITS, read_class_names
 from .prefix import cache_folders

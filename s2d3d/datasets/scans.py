@@ -16,10 +16,11 @@ from tqdm import tqdm
 from ..atomic import locked, read_json, workspace, write_json, write_text
 from ..errors import InputError, first_line
 from ..workers import worker_pool
-from .base import TRAIN, PointCloudDataset
+from .base import PointCloudDataset
 from .class_folders import ClassFolders, find_class_folders
 from .files import read_points
 from .h5 import write_h5
+from .labelled import TRAIN
 from .modelnet40 import load_modelnet40
 from .precision import check_extent, is_single
 from .prefix import cache_folders, can_hold, farthest_prefix

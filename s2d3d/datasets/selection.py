@@ -1,18 +1,19 @@
 """Selecting shapes of a data set: classes, fractions, and a validation part."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError, did_you_mean
 from ..random_state import derived_generator
-from .base import TRAIN, PointCloudDataset
+from .labelled import TRAIN, LabelledDataset
+
+Set = TypeVar("Set", bound=LabelledDataset)
 
 
-def split_train_validation(
-    dataset: PointCloudDataset, fraction: float, seed: int = 0
-) -> tuple[PointCloudDataset, PointCloudDataset]:
+def split_train_validation(dataset: Set, fraction: float, seed: int = 0) -> tuple[Set, Set]:
     """Set part of a training set aside for validation, the same share of each class.
 
     Args:
@@ -33,7 +34,7 @@ def split_train_validation(
     held_out = torch.cat([members[: min(round(len(members) * fraction), len(members) - 1)] for members in groups])
     if len(held_out) == 0:
         raise InputError(
-            f"validation fraction {fraction} of {len(dataset)} shapes is less than one of any class; raise it"
+            f"validation fraction {fraction} of {len(dataset)} {dataset.noun} is less than one of any class; raise it"
         )
     is_held_out = torch.zeros(len(dataset), dtype=torch.bool)
     is_held_out[held_out] = True

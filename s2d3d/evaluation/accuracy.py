@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..datasets import BatchLoader, PointCloudDataset, build_augmentation
+from ..datasets import BatchLoader, LabelledDataset, PointCloudDataset, build_augmentation
 from ..errors import InputError
 from ..models.mode import eval_mode
 
@@ -181,9 +181,10 @@ def evaluate(
 
 def _in_order(dataset: Dataset) -> Iterable[tuple[Tensor, Tensor]]:
     """Return a loader of all samples in their order, without the augmentation of a training set."""
-    if not isinstance(dataset, PointCloudDataset):
+    if not isinstance(dataset, LabelledDataset):
         return DataLoader(dataset, BATCH_SIZE)
-    return BatchLoader(dataset, BATCH_SIZE, augment=False if dataset.training else build_augmentation())
+    votes = build_augmentation() if isinstance(dataset, PointCloudDataset) else None
+    return BatchLoader(dataset, BATCH_SIZE, augment=False if dataset.training else votes)
 
 
 def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
@@ -256,14 +257,14 @@ def _report(confusion: Tensor, loss_sum: float, class_names: list[str], votes: i
 @torch.no_grad()
 def class_probabilities(
     model: nn.Module,
-    dataset: PointCloudDataset,
+    dataset: LabelledDataset,
     *,
     device: torch.device | str,
     indices: Tensor | None = None,
     batch_size: int = 64,
     progress: bool = True,
 ) -> Tensor:
-    """Classify clouds of a set without augmentation, in eval mode; the model's mode is restored afterwards.
+    """Classify samples of a set without augmentation, in eval mode; the model's mode is restored afterwards.
 
     Args:
         model: points (B, N, 3) -> logits (B, num_classes), already on `device`.

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..atomic import read_json
 from ..config.data import build_test_loader
 from ..config.load import Config
-from ..datasets import PointCloudDataset
+from ..datasets import LabelledDataset
 from ..datasets.selection import stratified_fraction
 from ..errors import InputError
 from ..evaluation.accuracy import ClassificationReport, evaluate
@@ -167,7 +167,7 @@ def _sparse_checkpoints(run: RunFolder) -> dict[int, Path]:
     return dict(sorted(paths.items()))
 
 
-def _part_of(dataset: PointCloudDataset, num_shapes: int) -> PointCloudDataset:
+def _part_of(dataset: LabelledDataset, num_shapes: int) -> LabelledDataset:
     if num_shapes >= len(dataset):
         return dataset
     return dataset.subset(stratified_fraction(dataset.labels, num_shapes / len(dataset), seed=0))

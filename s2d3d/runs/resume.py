@@ -10,7 +10,7 @@ from typing import Any
 from ..config.compare import SAME_WEIGHTS, differences
 from ..config.load import Config, parse_config
 from ..datasets import same_data
-from ..datasets.base import Fingerprint
+from ..datasets.labelled import Fingerprint
 from ..errors import InputError, UnreadableError, printable
 from .checkpoint import load_checkpoint
 from .folder import RunFolder, find_checkpoint

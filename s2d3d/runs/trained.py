@@ -11,7 +11,7 @@ from torch import nn
 from ..config.data import build_dataset, check_classes
 from ..config.load import Config, parse_config
 from ..config.schema import DataConfig
-from ..datasets import PointCloudDataset, list_datasets
+from ..datasets import LabelledDataset, dataset_reader, list_datasets
 from ..errors import InputError, printable, quoted
 from ..models import list_models
 from .checkpoint import build_model, load_checkpoint
@@ -40,7 +40,7 @@ class TrainedModel:
         """The classes, in the order of the logits."""
         return self.payload["class_names"]
 
-    def dataset(self, split: str = "test") -> PointCloudDataset:
+    def dataset(self, split: str = "test") -> LabelledDataset:
         """Read a split of the data set that the config names.
 
         Raises:
@@ -56,6 +56,19 @@ class TrainedModel:
         dataset = build_dataset(self.config.data, split, seed=self.config.seed)
         check_classes(dataset, self.class_names, self.path)
         return dataset
+
+    def require_clouds(self, use: str) -> None:
+        """Check that the model takes point clouds; no data is read.
+
+        Args:
+            use: what needs clouds, for the message.
+
+        Raises:
+            InputError: its data set holds other samples.
+        """
+        name = self.config.data.name
+        if not (reader := dataset_reader(name)).clouds:
+            raise InputError(f"{self.path}: was trained on '{name}', {reader.kind.noun}; {use} needs point clouds")
 
 
 UNKNOWN_DATA = "files"

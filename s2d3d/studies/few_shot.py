@@ -19,7 +19,7 @@ from ..atomic import check_parent, read_json, write_json
 from ..config.compare import SAME_WEIGHTS, differences
 from ..config.data import build_dataset
 from ..config.load import Config, parse_config
-from ..datasets import PointCloudDataset
+from ..datasets import LabelledDataset
 from ..errors import InputError
 from ..random_state import derived_generator
 from ..runs.folder import RunFolder
@@ -64,7 +64,7 @@ def draw_classes(class_names: list[str], ways: int, *, seed: int, fold: int) -> 
     return [class_names[index] for index in order[:ways].tolist()]
 
 
-def draw_shapes(dataset: PointCloudDataset, count: int, *, seed: int, fold: int) -> Tensor:
+def draw_shapes(dataset: LabelledDataset, count: int, *, seed: int, fold: int) -> Tensor:
     """Draw `count` shapes of each class, as a function of seed, fold, split and class name.
 
     A smaller count draws a subset of the shapes of a larger count.
@@ -79,7 +79,7 @@ def draw_shapes(dataset: PointCloudDataset, count: int, *, seed: int, fold: int)
     for label, name in enumerate(dataset.class_names):
         members = (dataset.labels == label).nonzero().flatten()
         if len(members) < count:
-            where = f"{dataset.source}: class '{name}' has {len(members)} shapes in split '{dataset.split}'"
+            where = f"{dataset.source}: class '{name}' has {len(members)} {dataset.noun} in split '{dataset.split}'"
             raise InputError(f"{where}, {count} are needed")
         generator = derived_generator(seed, "few-shot shapes", fold, dataset.split, name)
         chosen.append(members[torch.randperm(len(members), generator=generator)[:count]])
@@ -97,7 +97,7 @@ def fold_config(config: Config, task: FewShotTask, fold: int, class_names: list[
 
 def fold_datasets(
     config: Config, task: FewShotTask, *, seed: int, fold: int
-) -> tuple[PointCloudDataset, PointCloudDataset]:
+) -> tuple[LabelledDataset, LabelledDataset]:
     """Build the support set (training split) and the query set (test split) of a fold.
 
     Args:

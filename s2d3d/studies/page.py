@@ -12,7 +12,8 @@ from .plan import load_study
 from .store import read_records
 from .summary import summarize
 
-LOSSES = {"scored": "on the shapes that are scored", "training": "training, last epoch"}
+LOSSES = {"scored": "on the {} that are scored", "training": "training, last epoch"}
+"""By key: the column of a loss; {} stands for what is scored, such as shapes."""
 BEGIN, END = "<!-- studies: made by tools/study.py -->", "<!-- end of studies -->"
 """Marks in the overview page; the text between them is replaced."""
 
@@ -51,7 +52,7 @@ def report_text(summary: Mapping[str, Any], command: str) -> str:
         f"# Study {name}",
         summary["question"],
         f"Scored on the {split}"
-        + (f" ({', '.join(map(str, samples))} shapes)" if samples else "")
+        + (f" ({', '.join(map(str, samples))} {_noun(summary)})" if samples else "")
         + _when_scored(summary)
         + f"; accuracy is that of the {summary['selection']}. Base config `{Path(summary['base']).name}`"
         + (f", with {_changes(summary['common'])} in all configurations" if summary["common"] else "")
@@ -200,24 +201,30 @@ def _losses_table(summary: Mapping[str, Any]) -> str:
         "Nats, mean and 95 % paired t, not corrected for their number. The training loss is the mean over the batches "
         "of the last epoch, with augmentation and label smoothing."
     )
-    return f"{markdown_table(['comparison', 'n', *LOSSES.values()], rows)}\n\n{note}"
+    header = ["comparison", "n", *(title.format(_noun(summary)) for title in LOSSES.values())]
+    return f"{markdown_table(header, rows)}\n\n{note}"
+
+
+def _noun(summary: Mapping[str, Any]) -> str:
+    """Return what the samples of a study are, in the plural."""
+    return summary.get("samples", "shapes")
 
 
 def _how_compared(summary: Mapping[str, Any]) -> str:
-    bootstrap, number = summary["bootstrap"], summary["num_comparisons"]
-    shapes = (
-        "Shapes are drawn once for all seeds of a resample, because all seeds score the same shapes."
+    bootstrap, number, noun = summary["bootstrap"], summary["num_comparisons"], _noun(summary)
+    drawn = (
+        f"{noun.capitalize()} are drawn once for all seeds of a resample, because all seeds score the same {noun}."
         if bootstrap["shapes"] == "crossed"
-        else "Shapes are drawn anew for each seed, because each seed holds out shapes of its own."
+        else f"{noun.capitalize()} are drawn anew for each seed, because each seed holds out {noun} of its own."
     )
     return (
-        f"n: paired seeds. Paired t: n - 1 degrees of freedom. Bootstrap: hierarchical, over seeds and shapes, "
-        f"{bootstrap['resamples']:,} resamples, seed {bootstrap['seed']}, percentiles. {shapes} With few seeds the "
+        f"n: paired seeds. Paired t: n - 1 degrees of freedom. Bootstrap: hierarchical, over seeds and {noun}, "
+        f"{bootstrap['resamples']:,} resamples, seed {bootstrap['seed']}, percentiles. {drawn} With few seeds the "
         "bootstrap interval is too narrow: use the t interval. p by Holm and the simultaneous intervals are corrected "
         f"for the {number} comparison(s) of this study, including those that are still empty. Other numbers are not "
         "corrected. Detectable: the true difference that a paired t test of n pairs with this deviation finds four "
         "times out of five. An interval that holds zero says little about smaller differences. Equal differences have "
-        "no t interval: accuracies are counts of shapes, and a few counts are equal by chance. Comparisons with one "
+        f"no t interval: accuracies are counts of {noun}, and a few counts are equal by chance. Comparisons with one "
         "reference share its runs, so their errors are correlated."
     )
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..config.compare import FOLDERS, flatten
+from ..datasets import PointCloudDataset, dataset_reader
 from ..errors import InputError
 from .plan import Study
 from .record import kept_form
@@ -43,6 +44,7 @@ def summarize(study: Study, records: Records) -> dict[str, Any]:
     for comparison, p in zip(tested, holm([comparison["p"] for comparison in tested], len(pairs))):
         comparison["p_holm"] = p
     environments = [record["environment"] for record in records.values()]
+    noun = dataset_reader(study.cells[0].config.data.name).kind.noun
     return {
         "study": config.name,
         "question": config.question,
@@ -54,6 +56,7 @@ def summarize(study: Study, records: Records) -> dict[str, Any]:
         "along": config.along,
         "selection": "last epoch",
         **({"curve": config.curve} if config.curve else {}),
+        **({} if noun == PointCloudDataset.noun else {"samples": noun}),
         "level": LEVEL,
         "num_comparisons": len(pairs),
         "bootstrap": {"resamples": RESAMPLES, "seed": BOOTSTRAP_SEED, "shapes": "crossed" if crossed else "nested"},

@@ -6,6 +6,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from ..config.load import Config
+from ..datasets import PointCloudDataset
 from ..evaluation.accuracy import ClassificationReport
 from ..evaluation.batchnorm import norms_behind_experts, recalibrate_batchnorm_, unsettled_norms
 from ..machine import Runtime
@@ -74,13 +75,18 @@ def doubt(
     if train_oa < learned or score > near:
         return ""
     own = task.evaluate(model, data.plain_train).oa
-    found = f"learned {100 * train_oa:.0f} % of its training clouds, yet scores {100 * score:.0f} %, near chance"
+    dataset = data.scored.dataset
+    what = "clouds" if isinstance(dataset, PointCloudDataset) else dataset.noun
+    found = f"learned {100 * train_oa:.0f} % of its training {what}, yet scores {100 * score:.0f} %, near chance"
     if own <= near:
         return (
-            f"warning: the model {found}, and {100 * own:.0f} % on its training clouds in evaluation mode: what its "
+            f"warning: the model {found}, and {100 * own:.0f} % on its training {what} in evaluation mode: what its "
             "layers do differs between training and evaluation; train longer, or set eval.recalibrate_batchnorm=true"
         )
+    advice = (
+        "vertical axis, classes and kinds with s2d3d visualize --split" if what == "clouds" else "classes and kinds"
+    )
     return (
-        f"warning: the model {found}, and {100 * own:.0f} % on its training clouds in evaluation mode: training and "
-        "test clouds differ; compare their vertical axis, classes and kinds with s2d3d visualize --split"
+        f"warning: the model {found}, and {100 * own:.0f} % on its training {what} in evaluation mode: training and "
+        f"test {what} differ; compare their {advice}"
     )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..config.data import build_dataset, build_test_loader
 from ..config.load import Config
-from ..datasets import BatchLoader, PointCloudDataset, split_train_validation
+from ..datasets import BatchLoader, LabelledDataset, split_train_validation
 from ..datasets.orientation import look_turned
 from ..errors import InputError
 from ..machine import Runtime
@@ -19,8 +19,8 @@ class Loaders:
 
     Attributes:
         class_names: in the order of the labels.
-        train: the training clouds, shuffled and augmented.
-        plain_train: all training clouds, in order and without augmentation.
+        train: the training samples, shuffled and augmented.
+        plain_train: all training samples, in order and without augmentation.
         test: the test split.
         val: the validation part of the training split, None without one.
         scored: `test` or `val`, as `eval.split` says.
@@ -35,7 +35,7 @@ class Loaders:
 
 
 def build_loaders(
-    config: Config, runtime: Runtime, datasets: tuple[PointCloudDataset, PointCloudDataset] | None = None
+    config: Config, runtime: Runtime, datasets: tuple[LabelledDataset, LabelledDataset] | None = None
 ) -> Loaders:
     """Read the data that a config describes.
 
@@ -76,7 +76,7 @@ def build_loaders(
         rank=runtime.rank, world_size=runtime.world_size, pin_memory=runtime.device.type == "cuda",
     )  # fmt: skip
 
-    def in_order(dataset: PointCloudDataset) -> BatchLoader:
+    def in_order(dataset: LabelledDataset) -> BatchLoader:
         return build_test_loader(
             dataset, config.data, batch_size=config.eval.batch_size, seed=config.seed, rank=runtime.rank,
             world_size=runtime.world_size,

@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 
 from ..atomic import read_json, write_json
 from ..config.load import Config, dump_config
-from ..datasets import PointCloudDataset
+from ..datasets import LabelledDataset, PointCloudDataset
 from ..evaluation.accuracy import ClassificationReport
 from ..optional import optional
 from ..runs.folder import RunFolder
@@ -66,18 +66,20 @@ class RunLoggers:
         for logger in self._loggers:
             logger.report(name, report, epoch)
 
-    def finish(self, reports: Mapping[str, ClassificationReport], dataset: PointCloudDataset, epoch: int) -> None:
+    def finish(self, reports: Mapping[str, ClassificationReport], dataset: LabelledDataset, epoch: int) -> None:
         """Pass on the evaluations at the end of a run, and some clouds that the final model classified wrong and right.
 
         Args:
             reports: by the form of the model, as for `run_metrics`.
-            dataset: the data set that was scored.
+            dataset: the data set that was scored; if it holds no clouds, there are none to pass on.
             epoch: number of epochs of the run.
         """
         if not self._loggers:
             return
         for name, report in reports.items():
             self.report(name, report, epoch)
+        if not isinstance(dataset, PointCloudDataset):
+            return
         correct = reports[final_form(reports)].correct
         for kind, digit in (("wrong", "0"), ("right", "1")):
             chosen = [index for index, hit in enumerate(correct) if hit == digit][:CLOUDS]

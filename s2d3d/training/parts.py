@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..config.load import Config
+from ..datasets import PointCloudDataset
 from ..errors import InputError
 from ..evaluation.batchnorm import names_of_experts
 from ..machine import Runtime
@@ -147,8 +148,10 @@ def try_batch(config: Config, runtime: Runtime, data: Loaders, model: nn.Module)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         model.train()(points.to(runtime.device))
-    except ValueError as error:
-        batch = f"a batch of {count} clouds of {points.shape[1]} points"
+    except (ValueError, AssertionError) as error:  # timm asserts the size of its images
+        batch = f"a batch of {count} {dataset.noun} of shape {[*points.shape[1:]]}"
+        if isinstance(dataset, PointCloudDataset):
+            batch = f"a batch of {count} clouds of {points.shape[1]} points"
         raise InputError(f"{batch} does not pass through {config.model.name}: {error}") from error
     for buffer, before in buffers:
         buffer.copy_(before)
@@ -162,7 +165,7 @@ def describe(config: Config, runtime: Runtime, data: Loaders, parts: ModelParts)
         experts = f", {len(parts.converted)} FFNs as {number} experts ({trained:,} while training)"
     return (
         f"{config.model.name}: {parts.dense_parameters:,} parameters{experts}; "
-        f"{len(data.train.dataset)} training and {len(data.test.dataset)} test shapes; "
+        f"{len(data.train.dataset)} training and {len(data.test.dataset)} test {data.test.dataset.noun}; "
         f"{len(data.train)} updates an epoch on {runtime.device}, "
         f"{runtime.world_size} process(es), {torch.get_num_threads()} threads"
     )

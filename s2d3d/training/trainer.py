@@ -15,7 +15,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ..atomic import write_json, write_text
 from ..config.data import check_classes
 from ..config.load import Config, dump_config
-from ..datasets import PointCloudDataset
+from ..datasets import LabelledDataset
 from ..errors import InputError, TrainingError
 from ..machine import environment, start_runtime, stop_runtime, watching_peers
 from ..random_state import seed_all, set_rng_state
@@ -67,7 +67,7 @@ class Trainer:
         config: Config,
         *,
         force: bool = False,
-        datasets: tuple[PointCloudDataset, PointCloudDataset] | None = None,
+        datasets: tuple[LabelledDataset, LabelledDataset] | None = None,
         callbacks: Iterable[Callback] = (),
     ) -> None:
         """Store the config. Nothing is read or written before `fit`.

@@ -107,5 +107,5 @@ def nonfinite_message(loader: BatchLoader, update: int, last_good: Path | str) -
     return (
         f"loss or gradient is not finite at update {update + 1} (epoch {epoch + 1}); "
         f"last good checkpoint: {last_good}; lower optim.lr or optim.clip_grad, or look at "
-        f"its batch: {', '.join(names)}{more} (shapes {listed} of split '{loader.dataset.split}')"
+        f"its batch: {', '.join(names)}{more} ({loader.dataset.noun} {listed} of split '{loader.dataset.split}')"
     )

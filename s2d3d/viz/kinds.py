@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..config.data import build_dataset
 from ..config.load import Config
-from ..datasets import PointCloudDataset
+from ..datasets import PointCloudDataset, require_clouds
 from ..datasets.file_set import find_files, folder_labels, load_files
 from ..errors import InputError
 from ..evaluation.accuracy import class_probabilities
@@ -124,6 +124,7 @@ def read_source(
     trained: TrainedModel | None = None
     if checkpoint is not None:
         trained = open_trained(checkpoint, overrides, device=place)
+        trained.require_clouds("a picture")
         config = trained.config
         if kind == "experts":
             require_sparse(trained.payload, str(checkpoint))
@@ -136,7 +137,8 @@ def read_source(
     else:
         if up_axis:
             raise InputError("--up-axis: is for --files only; that of a data set is data.up_axis")
-        dataset = trained.dataset(split) if trained else build_dataset(config.data, split, seed=config.seed)
+        read = trained.dataset(split) if trained else build_dataset(config.data, split, seed=config.seed)
+        dataset = require_clouds(read, "a picture")
         labelled = True
     if num_clouds is None and files:
         num_clouds = min(len(dataset), MOST_CLOUDS)
