@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, printable
 from ..random_state import derived_generator
 from .files import SUFFIXES
 from .links import check_inside
@@ -26,18 +26,21 @@ class ClassFolders:
         class_names: in alphabetical order.
         files: by split, each file below `root` and the number of its class, in the order of class and path.
         ignored: number of files by suffix that are no clouds; "" stands for none.
+        empty: names of folders at the place of a class that hold files, but no cloud.
     """
 
     root: Path
     class_names: list[str]
     files: dict[str, list[tuple[Path, int]]]
     ignored: Counter[str]
+    empty: list[str]
 
     def summary(self) -> str:
         """Return one line: how many files of which kinds, in how many classes, and how they are split."""
         suffixes = Counter(path.suffix.lower() for files in self.files.values() for path, _ in files)
         parts = ", ".join(f"{len(files)} to {split}" for split, files in self.files.items())
         ignored = f"; ignored, of other kinds: {count_suffixes(self.ignored)}" if self.ignored else ""
+        ignored += f"; no cloud in {', '.join(map(printable, self.empty))}" if self.empty else ""
         total, classes = suffixes.total(), len(self.class_names)
         return f"{self.root}: {total} files ({count_suffixes(suffixes)}) in {classes} classes, {parts}{ignored}"
 
@@ -77,10 +80,13 @@ def find_class_folders(
             f"{root}: {'not a folder' if root.exists() else 'no such folder'}; name one with class folders"
         )
     ignored: Counter[str] = Counter()
+    other_folders: set[str] = set()
     by_class: dict[str, dict[str, list[Path]]] = {}  # class, then split, or "" where the files are not split
     for path in walk_files(root, root, allow_links=allow_links):
         if path.suffix.lower() not in SUFFIXES:
             ignored[path.suffix.lower()] += 1
+            folders = [name for name in path.relative_to(root).parts[:-1] if name not in SPLITS]
+            other_folders.update(folders[:1])
             continue
         split, class_name = _place(path.relative_to(root), path)
         by_class.setdefault(class_name, {}).setdefault(split, []).append(path)
@@ -103,7 +109,7 @@ def find_class_folders(
     }
     if not files["test"]:
         raise InputError(f"{root}: holds a folder train but no test; add one, or move its class folders into {root}")
-    return ClassFolders(root, class_names, files, ignored)
+    return ClassFolders(root, class_names, files, ignored, sorted(other_folders - by_class.keys()))
 
 
 def walk_files(folder: Path, root: Path, *, allow_links: bool, above: frozenset[str] = frozenset()) -> Iterator[Path]:

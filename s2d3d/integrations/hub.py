@@ -17,7 +17,7 @@ from ..s2d import is_sparse
 
 with optional("huggingface_hub", "s2d3d.integrations.hub", extra="hub"):
     from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from .model_card import model_card
 
@@ -153,7 +153,9 @@ class PointCloudClassifier(nn.Module, PyTorchModelHubMixin, library_name="s2d3d"
         except (InputError, UnreadableError):
             raise
         except (OSError, ValueError) as error:  # all that the hub's library raises
-            raise InputError(f"{name}: no such folder, and not to be had from the hub ({first_line(error)})") from error
+            away = isinstance(error, LocalEntryNotFoundError)
+            reason = "it cannot be reached, and no copy is in the cache" if away else first_line(error)
+            raise InputError(f"{name}: no such folder, and not to be had from the hub ({reason})") from error
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **options: Any) -> "PointCloudClassifier":

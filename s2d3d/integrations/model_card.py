@@ -92,7 +92,7 @@ def _metadata(description: Mapping[str, Any], record: RunRecord | None, title: s
             if key in final
         ]  # fmt: skip
     own = _data_of(description).get("name") == "shapes"
-    licence = {"license": "mit"} if own else {"license": "other", "license_name": "see-the-data"}
+    licence: dict[str, Any] = {"license": "mit"} if own else {"license": "other", "license_name": "see-the-data"}
     card = ModelCardData(
         library_name="s2d3d", tags=TAGS, model_name=title if results else None, eval_results=results, **licence
     )

@@ -131,11 +131,11 @@ def convert_modelnet(
         check_up_axis(up_axis)
     found = find_source(source, allow_links=allow_links) if source.is_dir() else None
     if found is None:
-        clouds = find_left_out(source)[0] if source.is_dir() else []
-        other = f"class folders need no conversion: {TRAIN_AS_IT_IS}{source}" if clouds else "see data/README.md"
+        others = find_left_out(source)[0] if source.is_dir() else []
+        advice = f"class folders need no conversion: {TRAIN_AS_IT_IS}{source}" if others else "see data/README.md"
         raise InputError(
             f"{source}: is no public copy of ModelNet: neither shape_names.txt (HDF5) nor class/train/*.off (meshes) "
-            f"nor modelnet40_shape_names.txt (text); {other}"
+            f"nor modelnet40_shape_names.txt (text); {advice}"
         )
     check_output(output, force, source)
     used = [source / relative for shapes in found.shapes.values() for relative, _, _ in shapes]

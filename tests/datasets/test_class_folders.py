@@ -113,3 +113,12 @@ def test_a_link_to_a_folder_above_is_not_entered(tree):
     root = tree(*NAMES)
     (root / "box" / "again").symlink_to(root)
     assert sum(map(len, find_class_folders(root).files.values())) == 6
+
+
+def test_a_class_folder_without_a_cloud_is_named(tmp_path):
+    for name in ("box/1.ply", "box/2.ply", "mug/1.ply", "mug/2.ply", "mug/photo.jpg", "lamp/notes/1.doc", "list.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = find_class_folders(tmp_path)
+    assert found.empty == ["lamp"] and found.class_names == ["box", "mug"]
+    assert found.summary().endswith("; ignored, of other kinds: 1 .doc, 1 .jpg, 1 .md; no cloud in lamp")
