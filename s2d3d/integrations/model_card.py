@@ -104,7 +104,7 @@ def _training_kind(description: Mapping[str, Any]) -> str:
     if s2d.get("kind", "none") != "rup":
         return "It was trained without experts."
     experts = f"{s2d.get('num_experts')} experts in place of some feed-forward networks"
-    return f"It was trained Sparse-to-Dense with {experts}; they are merged, so it has the size and speed of `dense`."
+    return f"It was trained Sparse-to-Dense with {experts}. They are merged: it has the size of the dense model."
 
 
 def _use() -> str:
@@ -199,7 +199,7 @@ def _limits(description: Mapping[str, Any], record: RunRecord | None) -> str:
         if per_class:
             worst = min(per_class, key=lambda name: per_class[name])
             limits.append(
-                f"Its weakest class in the table above is {_plain(worst)}, with {100 * per_class[worst]:.1f} %."
+                f"Its weakest class among the evaluated clouds is {_plain(worst)}, with {100 * per_class[worst]:.1f} %."
             )
         if record.robustness is None:
             limits.append("Its accuracy on corrupted clouds was not measured.")
