@@ -71,7 +71,8 @@ def analyze_run(
     num_experts = config.s2d.num_experts
     pairs = num_experts * (num_experts - 1) // 2
     lines = len(paths) - 1 + (len(paths) > 2)
-    passes = len(paths) * (1 + num_experts + pairs * num_positions) + lines * num_positions
+    inner = num_positions - 2  # the ends of each line are measured once, beside it
+    passes = len(paths) * (1 + num_experts + pairs * inner) + lines * inner
     checkpoints, merged = [], {}
     with tqdm(total=passes, desc="models evaluated", leave=False, disable=None if progress else True) as bar:
 
@@ -82,8 +83,10 @@ def analyze_run(
         for epoch, path in paths.items():
             model = load_model(path).to(device)
             merged[epoch] = merge_experts(model)
-            checkpoints.append({"epoch": epoch, "file": path.name, **_experts_of(model, measure, num_positions)})
-        between = _between(merged, measure, num_positions)
+            found = _experts_of(model, merged[epoch], measure, num_positions)
+            checkpoints.append({"epoch": epoch, "file": path.name, **found})
+        losses = {point["epoch"]: point["merged"]["loss"] for point in checkpoints}
+        between = _between(merged, losses, measure, num_positions)
     epochs = _read_log(run.log)
     return {
         "run": str(run.root),
@@ -174,18 +177,18 @@ def _part_of(dataset: LabelledDataset, num_shapes: int) -> LabelledDataset:
 
 
 def _experts_of(
-    model: nn.Module, measure: Callable[[nn.Module], ClassificationReport], num_positions: int
+    model: nn.Module, mean: nn.Module, measure: Callable[[nn.Module], ClassificationReport], num_positions: int
 ) -> dict[str, Any]:
     alone = [expert_model(model, index) for index in range(expert_layers(model)[0].num_experts)]
+    merged, experts = measure(mean), [measure(expert) for expert in alone]
+    losses = [report.loss for report in experts]
 
-    def loss(between: nn.Module) -> float:
-        return measure(between).loss
+    def between(i: int, j: int) -> dict[str, Any]:
+        ends = (losses[i], losses[j])
+        line = barrier(alone[i], alone[j], lambda m: measure(m).loss, num_positions=num_positions, ends=ends)
+        return {"experts": [i, j], **_plain(line)}
 
-    barriers = [
-        {"experts": [i, j], **_plain(barrier(alone[i], alone[j], loss, num_positions=num_positions))}
-        for i, j in combinations(range(len(alone)), 2)
-    ]
-    merged, experts = measure(merge_experts(model)), [measure(expert) for expert in alone]
+    barriers = [between(i, j) for i, j in combinations(range(len(alone)), 2)]
     return {
         "divergence": expert_divergence(model),
         "merged": _short(merged),
@@ -197,18 +200,21 @@ def _experts_of(
 
 
 def _between(
-    merged: dict[int, nn.Module], measure: Callable[[nn.Module], ClassificationReport], num_positions: int
+    merged: dict[int, nn.Module],
+    losses: dict[int, float],
+    measure: Callable[[nn.Module], ClassificationReport],
+    num_positions: int,
 ) -> list[dict[str, Any]]:
     lines = list(pairwise(merged))
     if len(merged) > 2:
         lines.append((min(merged), max(merged)))
-    return [
-        {
-            "epochs": [start, end],
-            **_plain(barrier(merged[start], merged[end], lambda m: measure(m).loss, num_positions=num_positions)),
-        }
-        for start, end in lines
-    ]
+
+    def line(start: int, end: int) -> dict[str, Any]:
+        ends = (losses[start], losses[end])
+        found = barrier(merged[start], merged[end], lambda m: measure(m).loss, num_positions=num_positions, ends=ends)
+        return {"epochs": [start, end], **_plain(found)}
+
+    return [line(start, end) for start, end in lines]
 
 
 def _read_log(path: Path) -> list[dict[str, float]]:

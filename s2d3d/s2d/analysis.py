@@ -106,7 +106,12 @@ class Barrier:
 
 
 def barrier(
-    first: nn.Module, second: nn.Module, loss: Callable[[nn.Module], float], *, num_positions: int = 11
+    first: nn.Module,
+    second: nn.Module,
+    loss: Callable[[nn.Module], float],
+    *,
+    num_positions: int = 11,
+    ends: tuple[float, float] | None = None,
 ) -> Barrier:
     """Measure the loss along the straight line between two models.
 
@@ -115,6 +120,7 @@ def barrier(
         second: another one with the same state-dict keys and shapes.
         loss: of a model.
         num_positions: equidistant positions with both ends, at least 3.
+        ends: the losses of the two models, where they are known.
 
     Raises:
         ValueError: the models do not fit each other, or there are too few positions.
@@ -132,7 +138,10 @@ def barrier(
     if num_positions < 3:
         raise ValueError(f"num_positions is {num_positions}, must be at least 3")
     positions = [index / (num_positions - 1) for index in range(num_positions)]
-    losses = [float(loss(interpolate(first, second, position))) for position in positions]
+    inner = positions if ends is None else positions[1:-1]
+    losses = [float(loss(interpolate(first, second, position))) for position in inner]
+    if ends is not None:
+        losses = [ends[0], *losses, ends[1]]
     straight = [losses[0] + position * (losses[-1] - losses[0]) for position in positions]
     height = max(0.0, max(own - line for own, line in zip(losses, straight)))
     return Barrier(tuple(positions), tuple(losses), height)
