@@ -15,6 +15,7 @@ from .version import __version__
 
 COMMANDS = {
     "train": "train the model that a config describes, merge and evaluate it",
+    "pretrain": "pre-train a masked autoencoder without labels",
     "evaluate": "score a checkpoint on the test split of its data set",
     "predict": "classify files: clouds and meshes",
     "merge": "merge the experts of a sparse checkpoint",

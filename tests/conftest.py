@@ -128,6 +128,25 @@ def tiny_config(shapes_root, tmp_path, repository):
 
 
 @pytest.fixture
+def tiny_pretraining(shapes_root, tmp_path, repository):
+    """Make a valid config of a pre-training of a second: 6 updates an epoch, experts in encoder and decoder."""
+
+    def make(*overrides: str):
+        return load_config(
+            repository / "configs" / "pretrain_mae_small.yaml",
+            [
+                "data.name=shapes", f"data.root={shapes_root}", f"output_dir={tmp_path / 'run'}", "data.num_points=128",
+                "model.trans_dim=24", "model.encoder_dims=24", "model.depth=2", "model.num_heads=2",
+                "model.decoder_depth=2", "model.decoder_num_heads=2", "model.num_group=12", "model.group_size=8",
+                "model.encoder_width=8", "s2d.kind=rup", "s2d.num_experts=3", "optim.lr=3e-3", "optim.warmup_epochs=1",
+                "train.epochs=2", "train.batch_size=16", "eval.every=0", *overrides,
+            ],
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture
 def write_study(tiny_config, tmp_path):
     """Write a study of runs of a second, arms dense and s2d, seeds 0 and 1, scored on a quarter of 96 shapes."""
 

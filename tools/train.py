@@ -1,4 +1,4 @@
-"""Train a model, with experts (S2D) or without, then merge and evaluate it."""
+"""Train a model, with experts (S2D) or without, then merge and evaluate it. With `task: pretrain`, as pretrain.py."""
 
 import argparse
 import json
@@ -16,9 +16,13 @@ if TYPE_CHECKING:
     from s2d3d.config.load import Config
 
 
-def build_parser() -> argparse.ArgumentParser:
-    example = "s2d3d train configs/files.yaml data.root=scans output_dir=runs/scans"
-    parser = argparse.ArgumentParser(prog="train.py", **described(__doc__, example))
+EXAMPLE = "s2d3d train configs/files.yaml data.root=scans output_dir=runs/scans"
+
+
+def build_parser(
+    prog: str = "train.py", description: str | None = __doc__, example: str = EXAMPLE
+) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, **described(description, example))
     parser.add_argument(
         "config", nargs="?", metavar="CONFIG", help="a YAML file, see configs/; with --resume default: that of the run"
     )
@@ -36,11 +40,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace, command: str = "train") -> int:
     if not arguments.config and not arguments.resume:
-        print(
-            "error: the following arguments are required: CONFIG, or --resume RUN; see train.py --help", file=sys.stderr
-        )
+        text = f"the following arguments are required: CONFIG, or --resume RUN; see {command}.py --help"
+        print(f"error: {text}", file=sys.stderr)
         return 2
 
     from s2d3d.config.load import dump_config, load_config
@@ -54,6 +57,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.extend is not None:
         overrides.append(f"train.epochs={arguments.extend}")
     config = load_config(source, overrides)
+    if command == "pretrain" and config.task != command:
+        raise InputError(
+            f"{source}: task: is {config.task}, a pre-training has task: pretrain, as configs/pretrain_mae.yaml; "
+            "tools/train.py trains a classifier"
+        )
     if arguments.dry_run:
         print(dump_config(config), end="")
         return 0
@@ -69,8 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
         path = trainer.fit(resume=arguments.resume)
     except StoppedBySignal as stop:
         if trainer.runtime.is_main:
-            command = f"{own_command('train')} --resume {shlex.quote(str(trainer.folder.root))}"
-            print(f"{stop.reason}; continue with: {command}", file=sys.stderr)
+            again = f"{own_command(command)} --resume {shlex.quote(str(trainer.folder.root))}"
+            print(f"{stop.reason}; continue with: {again}", file=sys.stderr)
         return stop.exit_code
     if trainer.runtime.is_main and path != trainer.folder.last:
         print(trainer.summary())

@@ -153,7 +153,7 @@ class ModelConfig(NamedSection):
         if not isinstance(data, dict):
             return data
         name = data.get("name")
-        fields = keyword_fields(model_kwargs(name)) if name in list_models(task="classify") else None
+        fields = keyword_fields(model_kwargs(name)) if name in list_models() else None
         given = {key: value for key, value in data.items() if key not in _FROM_DATA}
         problems = [Problem((key,), "comes from the data, remove it") for key in _FROM_DATA if key in data]
         resolved, found = resolve_keywords(cls, given, fields, Config)
@@ -313,6 +313,10 @@ class Config(Section):
 
     seed: Int = Field(0, ge=0, le=2**32 - 1, description="Seed of all randomness, in [0, 2**32 - 1].")
     output_dir: PathStr = Field(description="Run folder: config, logs, checkpoints and the merged model.")
+    task: Literal["classify", "pretrain"] = Field(
+        "classify",
+        description="'classify': train a classifier; 'pretrain': train a masked autoencoder, which needs no labels.",
+    )
     plugins: tuple[PathStr, ...] = Field(
         (), description="Your Python files that register models or data sets; imported before names are looked up."
     )
@@ -362,12 +366,28 @@ class Config(Section):
         if self.s2d.kind != "none" and self.s2d.init == "independent" and self.model.pretrained:
             text = "must be 'copy' with model.pretrained: experts drawn anew would not be pretrained, got 'independent'"
             problems.append(Problem(("s2d", "init"), text))
+        problems += self._task_problems()
         if self.s2d.kind != "none":
             refused = _build_problems(self.model.name, self.model.kwargs, self.s2d)
             problems += [Problem(("s2d",), problem.text) for problem in refused]
         problems += votes_problems(self.data.name, self.eval.votes)
         raise_problems(problems)
         return self
+
+    def _task_problems(self) -> list[Problem]:
+        """Return what does not go with the task."""
+        from ..models import list_models, model_task
+
+        if (fits := model_task(self.model.name)) != self.task:
+            known = ", ".join(list_models(task=self.task))
+            text = f"is for task: {fits}, the config says task: {self.task}, got '{self.model.name}' (known: {known})"
+            return [Problem(("model", "name"), text)]
+        idle = {"eval.votes": self.eval.votes > 1, "train.label_smoothing": self.train.label_smoothing > 0}
+        return [
+            Problem(tuple(key.split(".")), "has no meaning for task: pretrain, which has no classes; remove it")
+            for key, given in idle.items()
+            if given and self.task == "pretrain"
+        ]
 
 
 def _build_problems(model: str, kwargs: dict[str, Any], s2d: S2DConfig | None = None) -> list[Problem]:
@@ -377,7 +397,7 @@ def _build_problems(model: str, kwargs: dict[str, Any], s2d: S2DConfig | None = 
     """
     import torch
 
-    from ..models import create_model as build
+    from ..models import create_for_classes
     from ..s2d import convert_to_mof_
 
     try:
@@ -385,7 +405,7 @@ def _build_problems(model: str, kwargs: dict[str, Any], s2d: S2DConfig | None = 
         if (key := (model, repr(kwargs), repr(experts))) in _BUILT:
             return []
         with torch.device("meta"):
-            network = build(model, num_classes=2, **kwargs)
+            network = create_for_classes(model, 2, **kwargs)
             if experts:
                 convert_to_mof_(network, experts)
     except (ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError) as error:

@@ -81,8 +81,8 @@ def _check_dataset(name: str) -> str:
 def _check_model(name: str) -> str:
     from ..models import list_models
 
-    if name not in list_models(task="classify"):
-        raise ValueError(unknown_name("model", name, list_models(task="classify")))
+    if name not in list_models():
+        raise ValueError(unknown_name("model", name, list_models()))
     return name
 
 

@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..config.load import Config
 from ..errors import InputError
-from ..models import create_model
+from ..models import create_for_classes
 from ..models.mode import eval_mode
 from ..s2d import MoFConfig, convert_to_mof_
 
@@ -120,7 +120,7 @@ def unsettled_norms(model: nn.Module, updates: int) -> list[_BatchNorm]:
 def names_of_experts(config: Config, mof: MoFConfig) -> list[str]:
     """Name the FFNs of a dense run that `mof` would convert; empty where the model has none."""
     with torch.device("meta"):
-        model = create_model(config.model.name, num_classes=2, **config.model.kwargs)
+        model = create_for_classes(config.model.name, 2, **config.model.kwargs)
         with contextlib.suppress(ValueError, TypeError):  # a dense model need not have an FFN
             return convert_to_mof_(model, mof)
     return []

@@ -18,6 +18,7 @@ __all__ = [
     "PointMAEPretrain",
     "PointTransformer",
     "PretrainedReport",
+    "create_for_classes",
     "create_model",
     "fold_batchnorm",
     "list_models",
@@ -190,6 +191,25 @@ def create_model(name: str, *, num_classes: int | None = None, in_channels: int 
     if num_classes is None:
         raise InputError(f"model '{name}' needs num_classes, the outputs of its head")
     return build(num_classes, in_channels, **options)
+
+
+def create_for_classes(name: str, num_classes: int, **kwargs) -> nn.Module:
+    """Build a backbone for data of so many classes; a pre-training model has no use for their number.
+
+    Args:
+        name: one of `list_models()`.
+        num_classes: of the data.
+        **kwargs: as for `create_model`.
+
+    Raises:
+        InputError: as `create_model`.
+        ValueError: a value out of range.
+
+    Example:
+        >>> type(create_for_classes("point_mae_pretrain_tiny", 40)).__name__
+        'PointMAEPretrain'
+    """
+    return create_model(name, num_classes=num_classes if model_task(name) == TASKS[0] else None, **kwargs)
 
 
 def register_model(name: str, build: Callable[..., nn.Module], **preset: object) -> None:

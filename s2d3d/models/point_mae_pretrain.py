@@ -38,13 +38,22 @@ class Reconstruction(NamedTuple):
 class MaskedEncoder(nn.Module):
     """Patch encoder and transformer; only the visible groups enter the transformer."""
 
-    def __init__(self, in_channels: int, trans_dim: int, encoder_dims: int, encoder_width: int) -> None:
+    def __init__(
+        self, in_channels: int, trans_dim: int, encoder_dims: int, encoder_width: int, init_std: float
+    ) -> None:
         """Build everything except the blocks, which the owner sets."""
         super().__init__()
+        self.init_std = init_std
         self.encoder = GroupEncoder(in_channels, encoder_dims, encoder_width)
         self.pos_embed = _position(trans_dim)
         self.blocks: nn.Module
         self.norm = nn.LayerNorm(trans_dim, eps=1e-5)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Conv1d):
+            nn.init.trunc_normal_(module.weight, std=self.init_std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     def forward(self, groups: Tensor, centers: Tensor, visible: Tensor | None) -> Tensor:
         """Map groups (B, G, S, C) and centres (B, G, 3) to tokens (B, V, trans_dim) of the visible groups.
@@ -67,6 +76,12 @@ class MaskedDecoder(TransformerEncoder):
         """Build `depth` blocks, see `TransformerEncoder`."""
         super().__init__(dim, depth, num_heads, mlp_ratio, drop_path_rate)
         self.norm = nn.LayerNorm(dim, eps=1e-5)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor, pos: Tensor, count: int | None = None) -> Tensor:
         """Map tokens (B, T, C) with positions to the last `count` of them, normalised; None: all."""
@@ -160,26 +175,16 @@ class PointMAEPretrain(nn.Module):
             raise ValueError(f"loss is '{loss}', must be one of {', '.join(NORMS)}")
         self.num_group, self.group_size, self.fps_skip_origin = num_group, group_size, fps_skip_origin
         self.mask_ratio, self.init_std, self.loss = mask_ratio, init_std, loss
-        self.MAE_encoder = MaskedEncoder(in_channels, trans_dim, encoder_dims, encoder_width)
+        self.MAE_encoder = MaskedEncoder(in_channels, trans_dim, encoder_dims, encoder_width, init_std)
         self.MAE_encoder.blocks = TransformerEncoder(trans_dim, depth, num_heads, mlp_ratio, drop_path_rate)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, trans_dim))
         self.decoder_pos_embed = _position(trans_dim)
         self.MAE_decoder = MaskedDecoder(trans_dim, decoder_depth, decoder_num_heads, mlp_ratio, drop_path_rate)
         self.increase_dim = nn.Sequential(nn.Conv1d(trans_dim, 3 * group_size, 1))
-        self._init_weights()
-
-    def _init_weights(self) -> None:
-        for layer in self.MAE_encoder.modules():
-            if isinstance(layer, nn.Linear | nn.Conv1d):
-                nn.init.trunc_normal_(layer.weight, std=self.init_std)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
-        for layer in self.MAE_decoder.modules():
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_uniform_(layer.weight)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
-        nn.init.trunc_normal_(self.mask_token, std=self.init_std)
+        for part in (self.MAE_encoder, self.MAE_decoder):
+            for layer in part.modules():
+                part._init_weights(layer)
+        nn.init.trunc_normal_(self.mask_token, std=init_std)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -196,12 +201,17 @@ class PointMAEPretrain(nn.Module):
         )
         return dict.fromkeys(keys, (0,))
 
-    def draw_mask(self, clouds: int, device: torch.device | str = "cpu") -> Tensor:
+    def draw_mask(
+        self, clouds: int, device: torch.device | str = "cpu", *, generator: torch.Generator | None = None
+    ) -> Tensor:
         """Draw which groups are masked: (clouds, num_group) bool, `num_masked` true in each row.
 
-        Random numbers come from torch's global generator of the device.
+        Args:
+            clouds: number of rows.
+            device: of the mask.
+            generator: where random numbers come from, on `device`; None: torch's global generator of the device.
         """
-        order = torch.rand(clouds, self.num_group, device=device).argsort(1)
+        order = torch.rand(clouds, self.num_group, device=device, generator=generator).argsort(1)
         return torch.zeros_like(order, dtype=torch.bool).scatter_(1, order[:, : self.num_masked], True)
 
     def forward(self, points: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from ..atomic import read_json, replacing
 from ..config.keywords import check_types, keyword_fields
 from ..errors import InputError, UnreadableError, first_line, printable, quoted
 from ..machine import package_versions
-from ..models import create_model, model_kwargs
+from ..models import create_for_classes, model_kwargs
 from ..s2d import MoFConfig, convert_to_mof_, is_sparse, merge_experts
 from ..unpickle import load_data
 from ..version import __version__
@@ -111,7 +111,7 @@ def model_payload(
     Args:
         model: the bare model (no DDP or compile wrapper); dense, or converted with `mof`.
         name: argument of `create_model`, like `in_channels` and `kwargs`.
-        class_names: in the order of the logits.
+        class_names: in the order of the logits; none of a pre-training model.
         mof: settings of the conversion; ignored if the model is dense.
         config: the run's config as plain types.
     """
@@ -163,7 +163,7 @@ def build_model(payload: dict[str, Any], *, where: str, merge: bool = False) -> 
     def build() -> nn.Module:
         kwargs = check_types(description["kwargs"], keyword_fields(model_kwargs(description["name"])))
         shape = check_types({key: description[key] for key in _SHAPE}, keyword_fields(_SHAPE))
-        model = create_model(description["name"], **shape, **kwargs)
+        model = create_for_classes(description["name"], **shape, **kwargs)
         if experts is not None:
             check_types(experts, keyword_fields({"num_experts": 1, "every": 1, "top_k": 1}))
             router = {key: experts[key] for key in ("kind", "top_k", "capacity_factor") if key in experts}

@@ -18,6 +18,14 @@ LOG_COLUMNS = (
     "epoch", "updates", "lr", "share_rate", "divergence", "train_loss", "train_oa", "grad_norm",
     "balance_loss", "dropped", "val_oa", "test_oa", "test_macc", "seconds",
 )  # fmt: skip
+COLUMNS = {
+    "classify": LOG_COLUMNS,
+    "pretrain": (
+        "epoch", "updates", "lr", "share_rate", "divergence", "train_loss", "grad_norm", "balance_loss", "dropped",
+        "val_loss", "test_loss", "seconds",
+    ),
+}  # fmt: skip
+"""Columns of log.csv by the task of a run."""
 
 
 def epoch_row(
@@ -28,8 +36,9 @@ def epoch_row(
     share_rate: float,
     steps_per_epoch: int,
     sparse_model: nn.Module | None = None,
+    task: str = "classify",
 ) -> dict[str, Any]:
-    """Return the training values of an epoch as a row of log.csv. The caller adds accuracies of evaluations.
+    """Return the training values of an epoch as a row of log.csv. The caller adds evaluations.
 
     Args:
         progress: state after the last update of the epoch, before the epoch is counted as completed.
@@ -38,6 +47,7 @@ def epoch_row(
         share_rate: of the last update.
         steps_per_epoch: number of updates in an epoch.
         sparse_model: model whose expert divergence is added to the row.
+        task: of the run, a key of `COLUMNS`.
     """
     loss, correct, samples, norms, *routing = sums.tolist()
     row: dict[str, Any] = {
@@ -50,16 +60,17 @@ def epoch_row(
         row["divergence"] = sum(by_layer.values()) / len(by_layer)
     if routing:
         row["balance_loss"], row["dropped"] = (total / steps_per_epoch for total in routing)
-    return row
+    return {column: value for column, value in row.items() if column in COLUMNS[task]}
 
 
 def epoch_line(row: dict[str, Any], epochs: int) -> str:
     """Return a row as a line of text, with the time left if each of the remaining epochs takes as long as this one."""
     left = str(timedelta(seconds=round(row["seconds"] * (epochs - row["epoch"]))))
-    tested = "".join(f", {key} {100 * row[key]:.2f} %" for key in ("val_oa", "test_oa") if key in row)
+    shares = "".join(f", {key} {100 * row[key]:.2f} %" for key in ("train_oa", "val_oa", "test_oa") if key in row)
+    losses = "".join(f", {key} {row[key]:.6f}" for key in ("val_loss", "test_loss") if key in row)
+    loss = f"{row['train_loss']:.4f}" if "train_oa" in row else f"{row['train_loss']:.6f}"  # small without classes
     return (
-        f"epoch {row['epoch']}/{epochs}: loss {row['train_loss']:.4f}, "
-        f"train_oa {100 * row['train_oa']:.2f} %{tested}, "
+        f"epoch {row['epoch']}/{epochs}: loss {loss}{shares}{losses}, "
         f"lr {row['lr']:.2e}, share_rate {row['share_rate']:.3f}, {row['seconds']:.0f} s, {left} left"
     )
 

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..evaluation.accuracy import ClassificationReport
+from ..evaluation.reconstruction import Report
 from .folder import RunFolder
 from .resume import Progress
 
@@ -18,7 +18,7 @@ _ROUTED_TITLES = {
 
 
 def run_metrics(
-    reports: Mapping[str, ClassificationReport],
+    reports: Mapping[str, Report],
     *,
     progress: Progress,
     seed: int,
@@ -27,8 +27,9 @@ def run_metrics(
     split: str,
     shapes: Sequence[str],
     kept: str,
+    task: str = "classify",
 ) -> dict[str, Any]:
-    """Return the content of metrics.json: accuracies of the last epoch, parameters, time.
+    """Return the content of metrics.json: evaluations after the last epoch, parameters, time.
 
     Args:
         reports: evaluations by the form of the model: "sparse", "merged", "recalibrated", ....
@@ -39,8 +40,10 @@ def run_metrics(
         split: the evaluated split, "test" or "validation".
         shapes: names of its shapes, in order. Their digest shows whether two runs were scored on the same shapes.
         kept: form of the model in the checkpoint of the finished run, a key of `reports`.
+        task: of the run; a classification's file does not name it.
     """
     return {
+        **({} if task == "classify" else {"task": task}),
         "split": split,
         "shapes": hashlib.blake2b("\n".join(shapes).encode(), digest_size=8).hexdigest(),
         "epochs": progress.epoch,
@@ -55,7 +58,7 @@ def run_metrics(
 
 
 def run_summary(
-    reports: Mapping[str, ClassificationReport],
+    reports: Mapping[str, Report],
     *,
     folder: RunFolder,
     split: str,
@@ -63,7 +66,7 @@ def run_summary(
     training_parameters: int,
     final_parameters: int,
 ) -> str:
-    """Return the table that ends a finished run: accuracies, parameters, run folder.
+    """Return the table that ends a finished run: evaluations, parameters, run folder.
 
     Args:
         reports: as for `run_metrics`.

@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..stored import check_stored
 from .folder import FORMS, RunFolder, require_run
 from .log import read_log
-from .schemas import Analysis, Environment, Metrics, Robustness, WholeReport
+from .schemas import Analysis, Environment, Metrics, PretrainingMetrics, Robustness, WholeReport
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,10 @@ def _read_json(path: Path, schema: Any) -> dict[str, Any] | None:
 
 
 def _read_metrics(path: Path) -> dict[str, Any]:
-    metrics = _read_json(path, Metrics) or {}
+    metrics = _read_json(path, None) or {}
+    if metrics:
+        schema = PretrainingMetrics if metrics.get("task") == "pretrain" else Metrics
+        check_stored(metrics, schema, where=path, advice="write it again or remove it")
     if metrics:
         try:
             final_form(metrics)

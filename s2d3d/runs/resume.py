@@ -34,7 +34,7 @@ class Progress:
     seconds: float = 0.0
     """Training time of the epoch under way, without evaluation."""
     best: float | None = None
-    """Best selection score so far: validation OA, or the training loss with its sign turned."""
+    """Best selection score so far, see `selection_score`."""
     best_epoch: int = 0
     """The epoch of that score, the first one of a tie; 0 before the first."""
 
@@ -52,8 +52,8 @@ class Progress:
 
 
 def selection_score(row: dict[str, Any]) -> float:
-    """Return what the best epoch is chosen by: validation OA, without a validation part the negative training loss."""
-    return row["val_oa"] if "val_oa" in row else -row["train_loss"]
+    """Return what the best epoch is chosen by: validation OA, else the negative validation or training loss."""
+    return row["val_oa"] if "val_oa" in row else -row.get("val_loss", row["train_loss"])
 
 
 def read_run(path: str | Path, *, warn: bool = True) -> tuple[Path, dict[str, Any]]:

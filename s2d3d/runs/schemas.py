@@ -3,6 +3,7 @@
 from typing import (
     Annotated,
     Any,
+    Literal,
     NotRequired,  # pydantic needs these before Python 3.12
 )
 
@@ -66,6 +67,30 @@ class Metrics(TypedDict):
     ema: NotRequired[Report]
     recalibrated: NotRequired[Report]
     voting: NotRequired[Report]
+
+
+class _Reconstruction(TypedDict):
+    loss: Finite
+    norm: Text
+    num_samples: Count
+
+
+class PretrainingMetrics(TypedDict):
+    """metrics.json of a pre-training."""
+
+    task: Literal["pretrain"]
+    split: NotRequired[Text]
+    shapes: NotRequired[Text]
+    epochs: NotRequired[Count]
+    updates: NotRequired[Count]
+    train_seconds: NotRequired[Finite]
+    parameters: NotRequired[dict[Text, Count]]
+    kept: NotRequired[Text]
+    sparse: NotRequired[_Reconstruction]
+    merged: NotRequired[_Reconstruction]
+    routed: NotRequired[_Reconstruction]
+    ema: NotRequired[_Reconstruction]
+    recalibrated: NotRequired[_Reconstruction]
 
 
 class Environment(TypedDict):

@@ -15,19 +15,22 @@ from torch import Tensor, nn
 from ..errors import InputError, printable
 from ..random_state import rng_state
 from .checkpoint import check_weights
-from .log import LOG_COLUMNS
+from .log import COLUMNS
 from .resume import Progress, selection_score
 
 _NUMBERS = (int, float)
 
 
-def checked_progress(state: Mapping[str, Any], where: str, *, epochs: int) -> tuple[Progress, list[dict[str, Any]]]:
+def checked_progress(
+    state: Mapping[str, Any], where: str, *, epochs: int, task: str = "classify"
+) -> tuple[Progress, list[dict[str, Any]]]:
     """Return the progress and the rows of the log that a checkpoint holds.
 
     Args:
         state: of the checkpoint.
         where: its file, for errors.
         epochs: of the run.
+        task: of the run.
 
     Raises:
         InputError: they cannot be what s2d3d wrote.
@@ -47,8 +50,8 @@ def checked_progress(state: Mapping[str, Any], where: str, *, epochs: int) -> tu
     for number, row in enumerate(rows, 1):
         entry = f"history[{number - 1}]"
         _require(type(row) is dict, where, entry, row, "a row of the log")
-        wrong = [key for key in row if key not in LOG_COLUMNS]
-        _require(not wrong, where, entry, row, f"with the columns {', '.join(LOG_COLUMNS)} alone")
+        wrong = [key for key in row if key not in COLUMNS[task]]
+        _require(not wrong, where, entry, row, f"with the columns {', '.join(COLUMNS[task])} alone")
         for key in ("epoch", "updates", "seconds", "train_loss", *row):
             _require(_is_finite(row.get(key)), where, f"{entry}.{key}", row.get(key), "a finite number")
         _require(row["epoch"] == number, where, f"{entry}.epoch", row["epoch"], str(number))

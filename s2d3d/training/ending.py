@@ -1,6 +1,7 @@
 """The end of a run: the final model, and the evaluations of its forms."""
 
 import copy
+from collections.abc import Mapping
 
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -9,11 +10,12 @@ from ..config.load import Config
 from ..datasets import PointCloudDataset
 from ..evaluation.accuracy import ClassificationReport
 from ..evaluation.batchnorm import norms_behind_experts, recalibrate_batchnorm_, unsettled_norms
+from ..evaluation.reconstruction import Report
 from ..machine import Runtime
 from ..s2d import merge_experts
 from .loaders import Loaders
 from .parts import ModelParts
-from .task import Classification
+from .task import Classification, Task
 
 
 def end_model(
@@ -21,10 +23,10 @@ def end_model(
     runtime: Runtime,
     data: Loaders,
     parts: ModelParts,
-    task: Classification,
+    task: Task,
     ema: ModelEmaV3 | None,
     updates: int,
-) -> tuple[nn.Module, dict[str, ClassificationReport], str]:
+) -> tuple[nn.Module, dict[str, Report], str]:
     """Merge the trained model, re-estimate its BatchNorm statistics if the config says so, and evaluate each form.
 
     Re-estimated are the layers behind experts, and all layers that `updates` were too few for, see `unsettled_norms`.
@@ -35,7 +37,9 @@ def end_model(
     """
     final = copy.deepcopy if parts.routed else merge_experts
     model, scored, kept = final(parts.model), data.scored, "routed" if parts.routed else "merged"
-    reports = {"sparse": task.evaluate(parts.model, scored)} if parts.converted and not parts.routed else {}
+    reports: dict[str, Report] = {}
+    if parts.converted and not parts.routed:
+        reports["sparse"] = task.evaluate(parts.model, scored)
     reports[kept] = task.evaluate(model, scored)
     if ema:
         reports["ema"] = task.evaluate(final(ema.module), scored)
@@ -56,8 +60,7 @@ second on a model has learned its training clouds."""
 
 
 def doubt(
-    model: nn.Module, reports: dict[str, ClassificationReport], kept: str, data: Loaders, task: Classification,
-    train_oa: float,
+    model: nn.Module, reports: Mapping[str, Report], kept: str, data: Loaders, task: Task, train_oa: float,
 ) -> str:  # fmt: skip
     """Return one line if a model that has learned its training clouds scores near chance, with the cause; else empty.
 
@@ -69,7 +72,10 @@ def doubt(
         task: evaluates.
         train_oa: accuracy in the batches of the last epoch, in [0, 1].
     """
-    score, labels = reports[kept].oa, data.scored.dataset.labels
+    report = reports[kept]
+    if not isinstance(task, Classification) or not isinstance(report, ClassificationReport):
+        return ""
+    score, labels = report.oa, data.scored.dataset.labels
     chance = float(labels.bincount().max()) / len(labels)
     near, learned = (chance + share * (1 - chance) for share in (NEAR_CHANCE, LEARNED))
     if train_oa < learned or score > near:

@@ -15,6 +15,7 @@ from ..atomic import read_json, write_json
 from ..config.load import Config, dump_config
 from ..datasets import LabelledDataset, PointCloudDataset
 from ..evaluation.accuracy import ClassificationReport
+from ..evaluation.reconstruction import Report
 from ..optional import optional
 from ..runs.folder import RunFolder
 from ..runs.record import final_form
@@ -36,7 +37,7 @@ class RunLogger(Protocol):
     def row(self, row: Mapping[str, Any]) -> None:
         """Log one row of log.csv; a column that was not measured is missing."""
 
-    def report(self, name: str, report: ClassificationReport, epoch: int) -> None:
+    def report(self, name: str, report: Report, epoch: int) -> None:
         """Log an evaluation after `epoch` epochs; `name` says of what: "test", "merged", ...."""
 
     def clouds(self, kind: str, points: Tensor, captions: Sequence[str], epoch: int) -> None:
@@ -61,12 +62,12 @@ class RunLoggers:
         for logger in self._loggers:
             logger.row(row)
 
-    def report(self, name: str, report: ClassificationReport, epoch: int) -> None:
+    def report(self, name: str, report: Report, epoch: int) -> None:
         """Pass on an evaluation after `epoch` epochs."""
         for logger in self._loggers:
             logger.report(name, report, epoch)
 
-    def finish(self, reports: Mapping[str, ClassificationReport], dataset: LabelledDataset, epoch: int) -> None:
+    def finish(self, reports: Mapping[str, Report], dataset: LabelledDataset, epoch: int) -> None:
         """Pass on the evaluations at the end of a run, and some clouds that the final model classified wrong and right.
 
         Args:
@@ -78,9 +79,10 @@ class RunLoggers:
             return
         for name, report in reports.items():
             self.report(name, report, epoch)
-        if not isinstance(dataset, PointCloudDataset):
+        final = reports[final_form(reports)]
+        if not isinstance(dataset, PointCloudDataset) or not isinstance(final, ClassificationReport):
             return
-        correct = reports[final_form(reports)].correct
+        correct = final.correct
         for kind, digit in (("wrong", "0"), ("right", "1")):
             chosen = [index for index, hit in enumerate(correct) if hit == digit][:CLOUDS]
             if chosen:
@@ -131,12 +133,13 @@ class TensorBoardLogger:
                 self._writer.add_scalar(tag(column), value, row["epoch"])
         self._writer.flush()
 
-    def report(self, name: str, report: ClassificationReport, epoch: int) -> None:
-        """Write the confusion figure. For evaluations at the end of a run, also write the accuracies."""
+    def report(self, name: str, report: Report, epoch: int) -> None:
+        """Write the confusion figure. For evaluations at the end of a run, also write the accuracies, or the loss."""
         if name != "test":
-            self._writer.add_scalar(f"final/{name}_oa", report.oa, epoch)
-            self._writer.add_scalar(f"final/{name}_macc", report.macc, epoch)
-        self._writer.add_figure(f"confusion/{name}", confusion_figure(report), epoch)
+            for score, value in _scores(report).items():
+                self._writer.add_scalar(f"final/{name}_{score}", value, epoch)
+        if isinstance(report, ClassificationReport):
+            self._writer.add_figure(f"confusion/{name}", confusion_figure(report), epoch)
         self._writer.flush()
 
     def clouds(self, kind: str, points: Tensor, captions: Sequence[str], epoch: int) -> None:
@@ -180,11 +183,12 @@ class WandbLogger:
         """Send a row under the names of log.csv's columns."""
         self._run.log(dict(row), step=row["epoch"])
 
-    def report(self, name: str, report: ClassificationReport, epoch: int) -> None:
-        """Send the confusion figure. For evaluations at the end of a run, also send the accuracies as summary."""
-        self._run.log({f"confusion/{name}": self._wandb.Image(confusion_figure(report))}, step=epoch)
+    def report(self, name: str, report: Report, epoch: int) -> None:
+        """Send the confusion figure. For evaluations at the end of a run, also send accuracies or loss as summary."""
+        if isinstance(report, ClassificationReport):
+            self._run.log({f"confusion/{name}": self._wandb.Image(confusion_figure(report))}, step=epoch)
         if name != "test":
-            self._run.summary.update({f"{name}_oa": report.oa, f"{name}_macc": report.macc})
+            self._run.summary.update({f"{name}_{score}": value for score, value in _scores(report).items()})
 
     def clouds(self, kind: str, points: Tensor, captions: Sequence[str], epoch: int) -> None:
         """Send clouds as coloured 3D objects."""
@@ -259,6 +263,12 @@ def confusion_figure(report: ClassificationReport) -> "Figure":
     panel.set_yticks(range(len(names)), names, fontsize=7)
     panel.set(xlabel="predicted", ylabel="true", title=report.summary())
     return figure
+
+
+def _scores(report: Report) -> dict[str, float]:
+    if isinstance(report, ClassificationReport):
+        return {"oa": report.oa, "macc": report.macc}
+    return {"loss": report.loss}
 
 
 def _events(folder: RunFolder) -> list[Path]:

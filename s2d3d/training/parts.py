@@ -15,7 +15,7 @@ from ..datasets import PointCloudDataset
 from ..errors import InputError
 from ..evaluation.batchnorm import names_of_experts
 from ..machine import Runtime
-from ..models import create_model, load_pretrained_
+from ..models import create_for_classes, load_pretrained_
 from ..random_state import seed_all
 from ..s2d import EWA, MoFConfig, TopKMoE, convert_to_mof_
 from .loaders import Loaders
@@ -68,7 +68,7 @@ def build_model(config: Config, runtime: Runtime, class_names: list[str], *, pre
     """
     # Seeded here: a dense and a sparse run of one seed start from the same dense weights.
     seed_all(config.seed)
-    model = create_model(config.model.name, num_classes=len(class_names), **config.model.kwargs)
+    model = create_for_classes(config.model.name, len(class_names), **config.model.kwargs)
     dense_parameters = count_parameters(model)
     if config.model.pretrained and pretrained:  # before the conversion, so that experts start as copies
         report = load_pretrained_(

@@ -1,6 +1,8 @@
-"""The task of a run: the loss of a batch, and the evaluation of a model."""
+"""The task of a run: the loss of a batch, the evaluation of a model, and what of both is logged."""
 
+from collections.abc import Sequence
 from functools import partial
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -9,22 +11,42 @@ from torch.nn import functional as F
 from ..config.load import Config
 from ..datasets import BatchLoader
 from ..evaluation.accuracy import ClassificationReport, evaluate
+from ..evaluation.reconstruction import ReconstructionReport, Report, evaluate_reconstruction
 from ..machine import Runtime
+from ..models import PointMAEPretrain
+from ..runs.log import COLUMNS
+from .update import CORRECT, LOSS, SAMPLES, BatchLoss
 
 
-class Classification:
-    """Classification by cross-entropy, scored by accuracy.
-
-    The trainer uses only `loss` and `evaluate` of its task.
+class Task(Protocol):
+    """What the trainer asks of a task.
 
     Attributes:
         loss: takes the network, points (B, N, C) and labels (B,). It returns the mean loss of the batch, 0-d with a
             gradient, and the number of correct samples, 0-d.
     """
 
+    loss: BatchLoss
+
+    def evaluate(self, model: nn.Module, loader: BatchLoader, votes: int = 1) -> Report:
+        """Score a model on a loader; every rank takes part."""
+
+    def class_names(self, names: Sequence[str]) -> list[str]:
+        """Return the classes of the model on data with classes `names`."""
+
+    def columns(self, split: str, report: Report) -> dict[str, float]:
+        """Return an evaluation on a split, "val" or "test", as values of log.csv."""
+
+    def shown(self, sums: Sequence[float]) -> dict[str, float]:
+        """Return the values of the progress display, from sums that are indexed as in `update`."""
+
+
+class Classification:
+    """Classification by cross-entropy, scored by accuracy."""
+
     def __init__(self, config: Config, runtime: Runtime) -> None:
         """Read label smoothing, precision and progress display from the config of the run."""
-        self.loss = partial(
+        self.loss: BatchLoss = partial(
             classification_loss, label_smoothing=config.train.label_smoothing, bf16=config.train.amp == "bf16"
         )
         self._device, self._progress = runtime.device, runtime.is_main and config.log.progress
@@ -32,6 +54,52 @@ class Classification:
     def evaluate(self, model: nn.Module, loader: BatchLoader, votes: int = 1) -> ClassificationReport:
         """Score a model on a loader; every rank takes part."""
         return evaluate(model, loader, device=self._device, votes=votes, progress=self._progress)
+
+    def class_names(self, names: Sequence[str]) -> list[str]:
+        """Return the classes of the model: those of the data."""
+        return list(names)
+
+    def columns(self, split: str, report: Report) -> dict[str, float]:
+        """Return the accuracies that log.csv has columns for."""
+        assert isinstance(report, ClassificationReport)
+        values = {f"{split}_oa": report.oa, f"{split}_macc": report.macc}
+        return {column: value for column, value in values.items() if column in COLUMNS["classify"]}
+
+    def shown(self, sums: Sequence[float]) -> dict[str, float]:
+        """Return loss and accuracy so far."""
+        return {"loss": sums[LOSS] / sums[SAMPLES], "oa": sums[CORRECT] / sums[SAMPLES]}
+
+
+class Pretraining:
+    """Masked autoencoding: the model returns its loss. Labels are not used."""
+
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        """Read precision and progress display from the config of the run."""
+        self.loss: BatchLoss = partial(pretraining_loss, bf16=config.train.amp == "bf16")
+        self._device, self._progress = runtime.device, runtime.is_main and config.log.progress
+
+    def evaluate(self, model: nn.Module, loader: BatchLoader, votes: int = 1) -> ReconstructionReport:
+        """Reconstruct the clouds of a loader under pinned masks; every rank takes part."""
+        assert votes == 1, "refused by the config"
+        network = cast(PointMAEPretrain, model)
+        return evaluate_reconstruction(network, loader, device=self._device, progress=self._progress)
+
+    def class_names(self, names: Sequence[str]) -> list[str]:
+        """Return no class: the model has none."""
+        return []
+
+    def columns(self, split: str, report: Report) -> dict[str, float]:
+        """Return the loss."""
+        return {f"{split}_loss": report.loss}
+
+    def shown(self, sums: Sequence[float]) -> dict[str, float]:
+        """Return the loss so far."""
+        return {"loss": sums[LOSS] / sums[SAMPLES]}
+
+
+def task_of(config: Config, runtime: Runtime) -> Task:
+    """Return the task that a config names."""
+    return {"classify": Classification, "pretrain": Pretraining}[config.task](config, runtime)
 
 
 def classification_loss(
@@ -55,3 +123,26 @@ def classification_loss(
         logits = network(points)
     loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
     return loss, (logits.detach().argmax(1) == labels).sum()
+
+
+def pretraining_loss(
+    network: nn.Module, points: Tensor, labels: Tensor, *, bf16: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return the loss of a pre-training model, and 0 samples classified correctly.
+
+    Args:
+        network: points -> loss, 0-d.
+        points: (B, N, C), on the device of the network.
+        labels: not used.
+        bf16: run the forward pass under autocast.
+
+    Example:
+        >>> from s2d3d import create_model
+        >>> model = create_model("point_mae_pretrain_tiny")
+        >>> loss, correct = pretraining_loss(model, torch.rand(2, 64, 3), torch.zeros(2))
+        >>> loss.shape, int(correct)
+        (torch.Size([]), 0)
+    """
+    with torch.autocast(points.device.type, torch.bfloat16, enabled=bf16):
+        loss = network(points)
+    return loss.float(), loss.new_zeros((), dtype=torch.int64)

@@ -21,7 +21,7 @@ from ..machine import environment, start_runtime, stop_runtime, watching_peers
 from ..random_state import seed_all, set_rng_state
 from ..runs.checkpoint import load_weights_, model_payload, save_checkpoint
 from ..runs.folder import RunFolder
-from ..runs.log import LOG_COLUMNS, epoch_line, epoch_row
+from ..runs.log import COLUMNS, epoch_line, epoch_row
 from ..runs.metrics import run_metrics, run_summary
 from ..runs.resume import Progress, check_same_data, check_same_run, read_run, restoring
 from ..runs.training_state import checked_progress, checked_state
@@ -33,8 +33,8 @@ from .loggers import RunLoggers, check_loggers, open_loggers
 from .parts import build_model, describe, ema_of, ewa_of, optimizer_of, scheduler_of, try_batch
 from .signals import SignalWatch, StoppedBySignal
 from .state import gather_states
-from .task import Classification
-from .update import BALANCE, CORRECT, DROPPED, LOSS, NORM, SAMPLES, FiniteWatch, accumulate_gradient, nonfinite_message
+from .task import task_of
+from .update import BALANCE, DROPPED, NORM, FiniteWatch, accumulate_gradient, nonfinite_message
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,8 @@ class Trainer:
         callbacks: the callbacks of the run, see `Callback`.
         runtime: device, rank and number of processes. `fit` creates this attribute and those below.
         data: the loaders, and the names of the classes.
+        task: the loss and the evaluation of the model.
+        class_names: of the model, in the order of its logits; empty for a pre-training.
         parts: details of the model's construction, such as the names of its expert layers.
         model: the trained model, with its experts.
         optimizer: its parameter groups hold the learning rate of the update.
@@ -141,12 +143,12 @@ class Trainer:
         self.data = build_loaders(cfg, runtime, self.datasets)
         self.steps_per_epoch = len(self.data.train)
         self.total_updates = self.steps_per_epoch * cfg.train.epochs
+        self.task = task_of(cfg, runtime)
         self._build_model(pretrained=state is None)
         self.optimizer = optimizer_of(cfg, self.parts)
         self.scheduler = scheduler_of(cfg, self.optimizer, self.steps_per_epoch)
         self.ewa = ewa_of(cfg, self.parts, self.scheduler, self.steps_per_epoch)
         self.ema = ema_of(cfg, self.parts)
-        self.task = Classification(cfg, runtime)
         try_batch(cfg, runtime, self.data, self.model)
         self.progress = Progress()
         self.history: list[dict[str, Any]] = []
@@ -171,13 +173,14 @@ class Trainer:
                 write_text(self.folder.skipped, "".join(f"{line}\n" for line in skipped))
             self.loggers = open_loggers(cfg, self.folder, self.history)
             if self.folder.owns(checkpoint):  # it may hold epochs that were not saved and are repeated
-                self.folder.write_log(self.history, LOG_COLUMNS)
+                self.folder.write_log(self.history, COLUMNS[cfg.task])
             if self.progress.epoch:
                 self.folder.stands()
             logger.info(describe(cfg, runtime, self.data, self.parts))
 
     def _build_model(self, *, pretrained: bool = True) -> None:
-        self.parts = build_model(self.config, self.runtime, self.data.class_names, pretrained=pretrained)
+        self.class_names = self.task.class_names(self.data.class_names)
+        self.parts = build_model(self.config, self.runtime, self.class_names, pretrained=pretrained)
         self.model, self.network = self.parts.model, self.parts.network
 
     # --------------------------------------------------------------- training
@@ -252,9 +255,8 @@ class Trainer:
         if interval:
             self._raise_if_bad()
             if not bar.disable:
-                sums = self.sums.tolist()
-                shown = {"loss": sums[LOSS] / sums[SAMPLES], "oa": sums[CORRECT] / sums[SAMPLES]}
-                bar.set_postfix({key: f"{value:.3f}" for key, value in shown.items()})
+                shown = self.task.shown(self.sums.tolist())
+                bar.set_postfix({key: f"{value:.{3 if 'oa' in shown else 5}f}" for key, value in shown.items()})
         every = cfg.train.checkpoint_every
         if every and progress.updates % every == 0:
             self._save()
@@ -284,14 +286,14 @@ class Trainer:
                 dist.broadcast(buffer, 0)
         row = epoch_row(
             progress, sums, lr=self.optimizer.param_groups[0]["lr"], share_rate=self.share_rate,
-            steps_per_epoch=self.steps_per_epoch, sparse_model=self.model if self.ewa else None,
+            steps_per_epoch=self.steps_per_epoch, sparse_model=self.model if self.ewa else None, task=cfg.task,
         )  # fmt: skip
         if self.data.val:
-            row["val_oa"] = self.task.evaluate(self.model, self.data.val).oa
+            row |= self.task.columns("val", self.task.evaluate(self.model, self.data.val))
         due = cfg.eval.every and cfg.eval.split == "test" and (progress.epoch + 1) % cfg.eval.every == 0
         if due and progress.epoch + 1 < cfg.train.epochs:
             report = self.task.evaluate(self.model, self.data.test)
-            row["test_oa"], row["test_macc"] = report.oa, report.macc
+            row |= self.task.columns("test", report)
             self.loggers.report("test", report, progress.epoch + 1)
         self.history.append(row)
         self.loggers.row(row)  # before the checkpoint: rows that it lacks are replaced on resume
@@ -306,7 +308,7 @@ class Trainer:
             self._save()
         if self.runtime.is_main:
             self._keep_epoch(is_best)
-            self.folder.write_log(self.history, LOG_COLUMNS)
+            self.folder.write_log(self.history, COLUMNS[cfg.task])
             if saves:
                 self.folder.stands()
             logger.info(epoch_line(row, cfg.train.epochs))
@@ -336,11 +338,11 @@ class Trainer:
             metrics = run_metrics(
                 reports, progress=self.progress, seed=cfg.seed, parameters=self.parts.counts(),
                 train_seconds=sum(row["seconds"] for row in self.history), split=cfg.eval.split,
-                shapes=scored.dataset.names, kept=kept,
+                shapes=scored.dataset.names, kept=kept, task=cfg.task,
             )  # fmt: skip
             write_json(self.folder.metrics, metrics)
             self.loggers.finish(reports, scored.dataset, self.progress.epoch)
-            self.folder.write_log(self.history, LOG_COLUMNS)
+            self.folder.write_log(self.history, COLUMNS[cfg.task])
             self.folder.stands()
         self._barrier()
         self.reports = reports
@@ -349,7 +351,7 @@ class Trainer:
         return path
 
     def summary(self) -> str:
-        """Return the table that ends a finished run: accuracies, parameters, run folder."""
+        """Return the table that ends a finished run: evaluations, parameters, run folder."""
         training, final = self.parts.counts().values()
         return run_summary(
             self.reports, folder=self.folder, split=self.config.eval.split, sparse=bool(self.parts.converted),
@@ -361,7 +363,7 @@ class Trainer:
     def _payload(self, model: nn.Module) -> dict[str, Any]:
         cfg = self.config
         return model_payload(
-            model, name=cfg.model.name, in_channels=3, kwargs=cfg.model.kwargs, class_names=self.data.class_names,
+            model, name=cfg.model.name, in_channels=3, kwargs=cfg.model.kwargs, class_names=self.class_names,
             mof=self.parts.mof, config=cfg.to_dict(),
         )  # fmt: skip
 
@@ -389,8 +391,9 @@ class Trainer:
 
     def _load_state(self, state: dict[str, Any], where: str) -> None:
         """Take over a training state; all of it is checked before any of it is used."""
-        progress, history = checked_progress(state, where, epochs=self.config.train.epochs)
-        check_classes(self.data.train.dataset, state["class_names"], where)
+        progress, history = checked_progress(state, where, epochs=self.config.train.epochs, task=self.config.task)
+        if self.class_names:
+            check_classes(self.data.train.dataset, state["class_names"], where)
         runtime = self.runtime
         check_same_data(
             state, progress, where, root=self.config.data.root, steps_per_epoch=self.steps_per_epoch,

@@ -1,0 +1,178 @@
+"""Pre-training on the trainer: its run folder, its evaluation, resuming bit for bit after a stop and after kill -9."""
+
+import csv
+import json
+import multiprocessing
+import signal
+import time
+
+import pytest
+import torch
+from children import START
+from weights import assert_same_weights
+
+from s2d3d import Callback, Trainer, create_model, load_checkpoint, load_config, load_model
+from s2d3d.config.load import dump_config
+from s2d3d.errors import InputError
+from s2d3d.evaluation.reconstruction import evaluate_reconstruction, pinned_masks
+from s2d3d.runs.log import COLUMNS
+from s2d3d.runs.record import read_runs
+
+
+def weights(path):
+    return load_checkpoint(path)["state_dict"]
+
+
+def log_rows(folder):
+    with open(folder.log) as file:
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """A fork of a process whose torch has started several threads would wait for them for ever."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return {"root": tmp_path_factory.mktemp("finished")}
+
+
+@pytest.fixture
+def whole(tiny_pretraining, finished):
+    """A trainer after 3 epochs that nothing happened to, on a validation part too; it is trained once."""
+    if "trainer" not in finished:
+        overrides = [*LONG, f"output_dir={finished['root'] / 'run'}"]
+        finished["trainer"] = Trainer(tiny_pretraining(*overrides))
+        finished["trainer"].fit()
+    return finished["trainer"]
+
+
+LONG = "train.epochs=3", "data.val_fraction=0.17", "eval.every=2"  # 80 shapes to train on, 5 updates an epoch
+
+
+def test_the_run_folder_holds_losses_and_a_dense_model(whole):
+    folder, rows = whole.folder, log_rows(whole.folder)
+    with open(folder.log) as file:
+        assert tuple(next(csv.reader(file))) == COLUMNS["pretrain"]
+    losses = [float(row["train_loss"]) for row in rows]
+    assert losses[2] < losses[0] and all(row["val_loss"] for row in rows)
+    assert [bool(row["test_loss"]) for row in rows] == [False, True, False]
+    metrics = json.loads(folder.metrics.read_text())
+    assert metrics["task"] == "pretrain" and metrics["sparse"] == metrics["merged"], "merging changes nothing"
+    assert metrics["merged"]["num_samples"] == 36 and metrics["merged"]["norm"] == "l2"
+    assert metrics["parameters"]["training"] > metrics["parameters"]["merged"]
+    (record,) = read_runs([folder.root])
+    assert record.final == metrics[metrics["kept"]]
+    payload = load_checkpoint(folder.merged)
+    assert payload["class_names"] == [] and payload["s2d"] is None
+    stacked = [key for key, value in weights(folder.last).items() if ".mlp.fc1.weight" in key and value.dim() == 3]
+    assert [key.split(".")[0] for key in stacked] == ["MAE_encoder", "MAE_decoder"]
+    dense = create_model(payload["model"]["name"], **payload["model"]["kwargs"])
+    dense.load_state_dict(payload["state_dict"], strict=True)
+    assert "reconstruction loss" in whole.summary()
+
+
+def test_evaluation_equals_a_loop_over_clouds_under_the_same_masks(whole):
+    model, data = load_model(whole.folder.merged), whole.data.test
+    kept = whole.reports["merged" if "recalibrated" not in whole.reports else "recalibrated"]
+    masks = pinned_masks(model, len(data.dataset))
+    assert (masks.sum(1) == model.num_masked).all() and len({tuple(row) for row in masks.tolist()}) > 30
+    with torch.no_grad():
+        losses = [
+            float(model(data.dataset.batch(torch.tensor([i]), augment=False)[0], masks[i : i + 1]))
+            for i in range(len(data.dataset))
+        ]
+    assert kept.loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    before = torch.get_rng_state()
+    again = evaluate_reconstruction(model, data, device="cpu", progress=False)
+    assert again == kept and torch.equal(before, torch.get_rng_state()), "training draws go on as without it"
+
+
+def test_resume_after_a_stop_in_mid_epoch_is_bit_exact(tiny_pretraining, whole):
+    stopped = Trainer(tiny_pretraining(*LONG, "train.max_steps=7"))
+    assert stopped.fit() == stopped.folder.last
+    resumed = Trainer(tiny_pretraining(*LONG))
+    resumed.fit(resume=stopped.folder.root)
+    assert_same_weights(weights(resumed.folder.last), weights(whole.folder.last))
+    assert_same_weights(weights(resumed.folder.merged), weights(whole.folder.merged))
+    assert log_rows(resumed.folder) == log_rows(whole.folder)
+
+
+class Waits(Callback):
+    """Says that update 8 is done, in the middle of an epoch, and goes no further."""
+
+    def __init__(self, done):
+        self.done = done
+
+    def on_update(self, trainer):
+        if trainer.progress.updates == 8:
+            self.done.set()
+            time.sleep(600)
+
+
+def train_and_wait(path, done):
+    torch.set_num_threads(1)
+    Trainer(load_config(path), callbacks=[Waits(done)]).fit()
+
+
+def test_kill_9_in_mid_epoch_resumes_bit_exact(tiny_pretraining, whole, tmp_path):
+    config = tiny_pretraining(*LONG, "train.checkpoint_every=3")
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    context = multiprocessing.get_context(START)
+    done = context.Event()
+    process = context.Process(target=train_and_wait, args=(path, done))
+    process.start()
+    assert done.wait(300)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    resumed = Trainer(config)
+    assert load_checkpoint(resumed.folder.last)["progress"]["updates"] == 6
+    resumed.fit(resume=resumed.folder.root)
+    assert_same_weights(weights(resumed.folder.last), weights(whole.folder.last))
+    assert log_rows(resumed.folder) == log_rows(whole.folder)
+
+
+def test_options_of_training(tiny_pretraining):
+    options = "train.amp=bf16", "train.accum_steps=2", "train.ema_decay=0.9", "model.loss=l1"
+    trainer = Trainer(tiny_pretraining(*options))
+    trainer.fit()
+    assert set(trainer.reports) == {"sparse", "merged", "ema", "recalibrated"}, "after 12 updates"
+    assert {report.norm for report in trainer.reports.values()} == {"l1"}
+
+
+def test_a_router_and_independent_experts_train_too(tiny_pretraining):
+    trainer = Trainer(tiny_pretraining("s2d.kind=topk", "s2d.init=independent", "train.max_steps=2"))
+    trainer.fit()
+    assert len(trainer.parts.routed) == 2
+
+
+def test_too_few_points_are_refused_before_the_folder_is_made(tiny_pretraining, tmp_path):
+    trainer = Trainer(tiny_pretraining("model.num_group=140"))
+    with pytest.raises(InputError, match=r"128 points per cloud are too few for num_group=140"):
+        trainer.fit()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.mask_ratio=0", r"model: mask_ratio is 0\.0, must be in \(0, 1\)"),
+        ("model.mask_ratio=1", r"model: mask_ratio is 1\.0, must be in \(0, 1\)"),
+        ("model.num_group=1", "model: mask_ratio 0.6 of num_group 1 masks 0 groups"),
+        ("task=classify", "model.name: is for task: pretrain, the config says task: classify"),
+        ("model={name: point_mae}", "model.name: is for task: classify, the config says task: pretrain"),
+        ("eval.votes=2", "eval.votes: has no meaning for task: pretrain"),
+        ("train.label_smoothing=0.1", "train.label_smoothing: has no meaning for task: pretrain"),
+    ],
+)
+def test_refused_configs(tiny_pretraining, override, message):
+    with pytest.raises(InputError, match=message) as refusal:
+        tiny_pretraining(override)
+    assert str(refusal.value).count("\n") == 0
