@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from .clouds import NO_AUGMENTATION, cloud_key_problems, votes_problems
-from .io import Problem, one_line, raise_problems
+from .across import build_problems, problems_across
+from .clouds import NO_AUGMENTATION, cloud_key_problems
+from .io import Problem, raise_problems
 from .keywords import keyword_fields, resolve_keywords
 from .types import (
     Bool,
@@ -20,6 +21,7 @@ from .types import (
     Int,
     Interval,
     ModelName,
+    NameOrNames,
     Names,
     OptimizerName,
     PathStr,
@@ -139,7 +141,9 @@ class ModelConfig(NamedSection):
 
     name: ModelName = Field(description="Name of the model.")
     pretrained: PathStr | None = Field(
-        None, description="Checkpoint with initial weights, published or of this package; null: random weights."
+        None,
+        description="Initial weights: a checkpoint, published or of this package, or a run folder; null: random "
+        "weights.",
     )
     pretrained_up_axis: Literal["y", "z"] = Field(
         "z", description="Vertical axis in the training of `pretrained`: 'z' for this package, 'y' for published files."
@@ -159,7 +163,7 @@ class ModelConfig(NamedSection):
         resolved, found = resolve_keywords(cls, given, fields, Config)
         problems += found
         if not problems:
-            problems = _build_problems(resolved["name"], {key: resolved[key] for key in fields or {}})
+            problems = build_problems(resolved["name"], {key: resolved[key] for key in fields or {}})
         raise_problems(problems)
         return resolved
 
@@ -241,6 +245,13 @@ class OptimConfig(Section):
     warmup_epochs: Float = Field(10.0, ge=0, description="Epochs of linear warm-up, below train.epochs; 0: none.")
     warmup_lr: Float = Field(1e-6, ge=0, description="Learning rate at the start of the warm-up, in [0, lr].")
     min_lr: Float = Field(1e-6, ge=0, description="Learning rate at the end of the cosine, in [0, lr].")
+    layer_decay: Float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Factor on the learning rate from each layer to the one before it, the head has 1; in (0, 1]. "
+        "Below 1 for fine-tuning.",
+    )
 
 
 class TrainConfig(Section):
@@ -274,6 +285,11 @@ class TrainConfig(Section):
     keep_every: Int | None = Field(
         None, ge=1, description="Epochs between models kept for analysis (checkpoints/epoch_NNN.pt); null: none."
     )
+    freeze: NameOrNames | None = Field(
+        None,
+        description="Glob patterns over module names: modules that are not trained, with BatchNorm in eval mode; "
+        "'backbone': all but the head; null: none.",
+    )
     max_steps: Int | None = Field(
         None, ge=1, description="Stop, with a checkpoint, after this many updates in total; schedules span all epochs."
     )
@@ -296,6 +312,12 @@ class EvalConfig(Section):
         True,
         description="Re-estimate BatchNorm statistics on training clouds: of layers behind experts, and of all "
         "layers after fewer than about 110 updates.",
+    )
+
+    probe: Bool = Field(
+        False,
+        description="With task 'pretrain': fit a linear probe at the end, to the features of the model and of the "
+        "random encoder that it was at the start. Needs labels.",
     )
 
 
@@ -334,85 +356,5 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_across(self) -> "Config":
-        optim, train, problems = self.optim, self.train, []
-        for key in ("warmup_lr", "min_lr"):
-            value = getattr(optim, key)
-            if value > optim.lr:
-                problems.append(Problem(("optim", key), f"must be at most optim.lr ({optim.lr:g}), got {value:g}"))
-        if optim.warmup_epochs >= train.epochs:
-            text = f"must be less than train.epochs ({train.epochs}), got {optim.warmup_epochs:g}"
-            problems.append(Problem(("optim", "warmup_epochs"), text))
-        if train.batch_size % train.accum_steps:
-            text = f"must divide train.batch_size ({train.batch_size}), got {train.accum_steps}"
-            problems.append(Problem(("train", "accum_steps"), text))
-        if train.keep_every and train.keep_every % train.save_every:
-            text = f"must be a multiple of train.save_every ({train.save_every}), got {train.keep_every}"
-            problems.append(Problem(("train", "keep_every"), text))
-        if train.compile_mode != "default":
-            if not train.compile:
-                text = f"has no effect without train.compile: true, got '{train.compile_mode}'"
-                problems.append(Problem(("train", "compile_mode"), text))
-            elif train.accum_steps > 1:  # autograd keeps the first gradient where the graph writes the next
-                text = f"must be 'default' with train.accum_steps {train.accum_steps}: a CUDA graph overwrites the"
-                text = f"{text} gradients to add to, got '{train.compile_mode}'"
-                problems.append(Problem(("train", "compile_mode"), text))
-        experts, bound = self.s2d.num_experts, 1 - 1 / self.s2d.num_experts
-        if self.s2d.kind != "none" and experts > 1 and self.s2d.share_rate > bound:
-            text = f"must be at most {bound:.6g} = ({experts} - 1) / {experts}, above which the {experts} experts"
-            problems.append(Problem(("s2d", "share_rate"), f"{text} overshoot their mean, got {self.s2d.share_rate:g}"))
-        if self.eval.split == "validation" and not self.data.val_fraction:
-            text = "'validation' needs data.val_fraction above 0; set it, or score the test split"
-            problems.append(Problem(("eval", "split"), text))
-        if self.s2d.kind != "none" and self.s2d.init == "independent" and self.model.pretrained:
-            text = "must be 'copy' with model.pretrained: experts drawn anew would not be pretrained, got 'independent'"
-            problems.append(Problem(("s2d", "init"), text))
-        problems += self._task_problems()
-        if self.s2d.kind != "none":
-            refused = _build_problems(self.model.name, self.model.kwargs, self.s2d)
-            problems += [Problem(("s2d",), problem.text) for problem in refused]
-        problems += votes_problems(self.data.name, self.eval.votes)
-        raise_problems(problems)
+        raise_problems(problems_across(self))
         return self
-
-    def _task_problems(self) -> list[Problem]:
-        """Return what does not go with the task."""
-        from ..models import list_models, model_task
-
-        if (fits := model_task(self.model.name)) != self.task:
-            known = ", ".join(list_models(task=self.task))
-            text = f"is for task: {fits}, the config says task: {self.task}, got '{self.model.name}' (known: {known})"
-            return [Problem(("model", "name"), text)]
-        idle = {"eval.votes": self.eval.votes > 1, "train.label_smoothing": self.train.label_smoothing > 0}
-        return [
-            Problem(tuple(key.split(".")), "has no meaning for task: pretrain, which has no classes; remove it")
-            for key, given in idle.items()
-            if given and self.task == "pretrain"
-        ]
-
-
-def _build_problems(model: str, kwargs: dict[str, Any], s2d: S2DConfig | None = None) -> list[Problem]:
-    """Build the model without memory for its weights, with experts if `s2d` is given, and return its error messages.
-
-    What could be built once is not built again: the runs of a study share it, and a name keeps its model.
-    """
-    import torch
-
-    from ..models import create_for_classes
-    from ..s2d import convert_to_mof_
-
-    try:
-        experts = s2d.mof() if s2d else None
-        if (key := (model, repr(kwargs), repr(experts))) in _BUILT:
-            return []
-        with torch.device("meta"):
-            network = create_for_classes(model, 2, **kwargs)
-            if experts:
-                convert_to_mof_(network, experts)
-    except (ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError) as error:
-        return [Problem((), one_line(error) or type(error).__name__)]
-    _BUILT.add(key)
-    return []
-
-
-_BUILT: set[tuple[str, str, str]] = set()
-"""Names, keyword arguments and experts of the models that this process could build."""

@@ -23,6 +23,10 @@ def _to_number(value: object) -> object:
     return value
 
 
+def _to_tuple(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
 def _check_size(value: int) -> int:
     if value >= 2**63:
         raise ValueError(f"must be at most {2**63 - 1}, got {show(value)}")
@@ -123,4 +127,6 @@ ModelName = Annotated[Str, AfterValidator(_check_model)]
 OptimizerName = Annotated[Str, AfterValidator(_check_optimizer)]
 DeviceName = Annotated[Str, AfterValidator(_check_device)]
 Names = Annotated[tuple[Name, ...], AfterValidator(_check_not_empty)]
+NameOrNames = Annotated[Names, BeforeValidator(_to_tuple)]
+"""One name may stand without a list."""
 ClassNames = Annotated[Names, AfterValidator(_check_unique)]

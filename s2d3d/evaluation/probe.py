@@ -1,17 +1,22 @@
 """Linear probe: how well a linear classifier reads classes from the features of a frozen model."""
 
-from collections.abc import Iterable, Sequence
+import importlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..datasets import BatchLoader, PointCloudDataset
 from ..errors import InputError
+from ..models import create_for_classes
 from ..models.mode import eval_mode
 from ..optional import optional
 from ..random_state import derived_generator
+from .batchnorm import recalibrate_batchnorm_
 
 FEATURES = ("mean+max", "max", "concat")
 """How the tokens of a cloud become one vector: sum of mean and maximum, maximum, or both beside each other."""
@@ -33,6 +38,7 @@ class ProbeReport:
         num_features: length of a vector.
         num_train: training clouds.
         num_test: test clouds.
+        correct: one character for each test cloud in the order of the set, "1" where it was classified correctly.
     """
 
     oa: float
@@ -42,6 +48,11 @@ class ProbeReport:
     num_features: int
     num_train: int
     num_test: int
+    correct: str = ""
+
+    def summary(self) -> str:
+        """Return one line: OA, mAcc and the chosen C."""
+        return f"OA {100 * self.oa:.2f} %, mAcc {100 * self.macc:.2f} % ({self.num_test} samples, C {self.c:g})"
 
     def to_dict(self) -> dict[str, object]:
         """Return plain types for JSON."""
@@ -95,6 +106,70 @@ def model_features(
     return features, torch.cat(labels)
 
 
+def probe_model(
+    model: nn.Module,
+    train: PointCloudDataset,
+    test: PointCloudDataset,
+    *,
+    device: torch.device | str,
+    kind: str = "mean+max",
+    batch_size: int = 64,
+    seed: int = 0,
+    progress: bool = True,
+) -> ProbeReport:
+    """Fit a linear probe to the features that a model computes of plain training clouds, and score it on test clouds.
+
+    Args:
+        model: see `model_features`.
+        train: labelled clouds; its augmentation is not applied.
+        test: likewise, with the same classes.
+        device: where to compute features.
+        kind: one of `FEATURES`.
+        batch_size: clouds of one forward pass.
+        seed: see `linear_probe`.
+        progress: show progress bars on a terminal.
+
+    Raises:
+        InputError: see `model_features` and `linear_probe`.
+    """
+    parts = [
+        model_features(model, BatchLoader(part, batch_size, augment=False), device=device, kind=kind, progress=progress)
+        for part in (train, test)
+    ]
+    return linear_probe(parts[0], parts[1], seed=seed, progress=progress)
+
+
+def random_encoder(
+    name: str,
+    kwargs: Mapping[str, Any],
+    train: PointCloudDataset,
+    *,
+    seed: int,
+    device: torch.device,
+    batch_size: int = 64,
+) -> nn.Module:
+    """Build a model with the fresh weights that a run of this seed starts from; the global generators stay as they are.
+
+    Its BatchNorm statistics are re-estimated on plain training clouds: those of a fresh model, 0 and 1, would make a
+    weaker baseline.
+
+    Args:
+        name: as for `create_model`.
+        kwargs: of the model.
+        train: the training clouds.
+        seed: of the run.
+        device: of the model.
+        batch_size: clouds of one forward pass; an incomplete last batch is left out where there are others.
+    """
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        model = create_for_classes(name, train.num_classes, **kwargs).to(device).eval()
+        size = min(batch_size, len(train))
+        recalibrate_batchnorm_(model, BatchLoader(train, size, augment=False, drop_last=True), device=device)
+    return model
+
+
 def coordinate_statistics(points: Tensor) -> Tensor:
     """Describe clouds without a model: what a probe of learned features has to beat.
 
@@ -142,9 +217,10 @@ def linear_probe(
     Raises:
         InputError: scikit-learn is missing; fewer than two classes, or too few clouds to hold some out.
     """
-    with optional("scikit-learn", "a linear probe", extra="probe"):
-        from sklearn.metrics import balanced_accuracy_score
-        from sklearn.svm import SVC
+    require_sklearn()
+    from sklearn.metrics import balanced_accuracy_score
+    from sklearn.svm import SVC
+
     features, labels = (part.numpy() for part in train)
     if len(np.unique(labels)) < 2:
         raise InputError("a linear probe needs training clouds of at least two classes")
@@ -167,7 +243,18 @@ def linear_probe(
         num_features=features.shape[1],
         num_train=len(labels),
         num_test=len(truth),
+        correct="".join("01"[hit] for hit in (predicted == truth).tolist()),
     )
+
+
+def require_sklearn() -> None:
+    """Check that scikit-learn is installed, before anything is computed.
+
+    Raises:
+        InputError: it is not.
+    """
+    with optional("scikit-learn", "a linear probe", extra="probe"):
+        importlib.import_module("sklearn.svm")
 
 
 def _held_out(labels: Tensor, seed: int) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Reconstruction loss of a masked autoencoder on a loader, under masks that are the same in every evaluation."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +13,7 @@ from ..errors import InputError
 from ..models.mode import eval_mode
 from ..random_state import derived_generator
 from .accuracy import ClassificationReport
+from .probe import ProbeReport
 
 if TYPE_CHECKING:
     from ..models import PointMAEPretrain
@@ -26,19 +27,27 @@ class ReconstructionReport:
         loss: mean Chamfer distance over the clouds, see `chamfer_distance`.
         norm: its kind, "l2" or "l1".
         num_samples: clouds evaluated.
+        probe: a linear probe of the features of visible clouds, where `eval.probe` asks for one.
     """
 
     loss: float
     norm: str
     num_samples: int
+    probe: ProbeReport | None = None
 
     def to_dict(self) -> dict[str, object]:
-        """Return plain types for JSON."""
-        return asdict(self)
+        """Return plain types for JSON; accuracies of the probe have the names that those of a classifier have."""
+        values: dict[str, object] = {"loss": self.loss, "norm": self.norm, "num_samples": self.num_samples}
+        if self.probe is None:
+            return values
+        details = self.probe.to_dict()
+        scores = {key: details.pop(key) for key in ("oa", "macc", "correct")}
+        return values | scores | {"probe": details}
 
     def summary(self) -> str:
-        """Return one line: the loss and what it was measured on."""
-        return f"reconstruction loss {self.loss:.6f} ({self.norm}, {self.num_samples} samples)"
+        """Return one line: the loss, what it was measured on, and the accuracy of the probe."""
+        line = f"reconstruction loss {self.loss:.6f} ({self.norm}, {self.num_samples} samples)"
+        return line if self.probe is None else f"{line}; linear probe {self.probe.summary()}"
 
 
 Report = ClassificationReport | ReconstructionReport

@@ -3,6 +3,8 @@
 State-dict keys and shapes are those of the published classifiers, so that their checkpoints load.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -118,6 +120,12 @@ class PointBERT(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay beside biases and norms (timm's convention)."""
         return {"cls_token"}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Describe the order of the layers (timm's convention): the input and the blocks; last norm and head follow."""
+        stem = r"^encoder|^reduce_dim|^pos_embed|^cls_token|^cls_pos"
+        return {"stem": stem, "blocks": [(r"^blocks\.blocks\.(\d+)", None)]}
 
     @torch.jit.ignore
     def coordinate_weights(self) -> dict[str, tuple[int, ...]]:

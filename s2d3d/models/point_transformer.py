@@ -6,6 +6,7 @@ head); the FFN, which they lack, adds `norm` and `mlp` to each block.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from timm.layers import DropPath, Mlp
@@ -94,6 +95,11 @@ class PointTransformer(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay beside biases and norms (timm's convention): none."""
         return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Describe the order of the layers (timm's convention): transitions and blocks of the stages, the head."""
+        return {"blocks": [(r"^enc(\d+)" if coarse else r"^enc(\d+)\.(\d+)", None)]}
 
     @torch.jit.ignore
     def coordinate_weights(self) -> dict[str, tuple[int, ...]]:

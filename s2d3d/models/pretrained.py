@@ -126,7 +126,7 @@ def load_pretrained_(
         unexpected=tuple(key for key in file if key not in used),
         mismatched=tuple(mismatched),
         turned=up_axis == "y",
-        published=bool(prefix) or "base_model" in content,
+        published="format" not in content and (bool(prefix) or "base_model" in content),
         classes=classes,
     )
 
@@ -189,6 +189,11 @@ def _check_belongs(
     backbone = [key for key in own if not head or not key.startswith(f"{head}.")]
     shared = [key for key in backbone if key in found]
     if 2 * len(shared) < len(backbone):
+        if not head and any(key.startswith("blocks.blocks.") for key in file):
+            raise InputError(
+                f"{path}: holds a classifier, and a pre-training can only start from a pre-training; leave "
+                "model.pretrained out, or train the classifier with task: classify"
+            )
         raise InputError(
             f"{path}: belongs to another model: it has {len(shared)} of the {len(backbone)} tensors before the head; "
             f"the model's keys: {_some(own)}; the file's: {_some(file)}"

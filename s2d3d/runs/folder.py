@@ -13,8 +13,10 @@ from ..atomic import check_writable, link_or_copy, sweep, write_text
 from ..errors import InputError
 from .replaced import ReplacedRun
 
-FORMS = ("merged", "routed", "ema", "recalibrated", "voting")
-"""Forms of a trained model that a run evaluates, as metrics.json names them."""
+FORMS = ("merged", "routed", "ema", "recalibrated", "voting", "initial")
+"""Forms of a trained model that a run evaluates, as metrics.json names them.
+
+"initial" is the model of a pre-training with its random weights of the start."""
 
 
 HUB_CONFIG, HUB_WEIGHTS, HUB_CARD = "config.json", "model.safetensors", "README.md"
@@ -271,6 +273,23 @@ def find_checkpoint(path: str | Path) -> Path:
         path = folder.last if folder.last.is_file() or not folder.previous.is_file() else folder.previous
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint to resume from; start anew without --resume")
+    return path
+
+
+def find_pretrained(path: str | Path) -> Path:
+    """Return the file that `model.pretrained` means: a file, or the final dense model of a run folder.
+
+    Raises:
+        InputError: there is none.
+    """
+    path = Path(path)
+    if path.is_dir():
+        merged = RunFolder(path).merged
+        if not merged.is_file():
+            raise InputError(f"model.pretrained: {path} holds no merged.pt; finish its run, or name a file")
+        return merged
+    if not path.is_file():
+        raise InputError(f"model.pretrained: no such file {path}")
     return path
 
 

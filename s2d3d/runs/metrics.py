@@ -10,10 +10,11 @@ from .resume import Progress
 
 _TITLES = {
     "sparse": "before merge (sparse, eval mode)", "ema": "moving average, merged",
-    "recalibrated": "merged, BatchNorm recalibrated", "voting": "merged, voting",
+    "recalibrated": "merged, BatchNorm recalibrated", "voting": "merged, voting", "initial": "random encoder",
 }  # fmt: skip
 _ROUTED_TITLES = {
     "routed": "routed", "ema": "moving average", "recalibrated": "BatchNorm recalibrated", "voting": "voting",
+    "initial": "random encoder",
 }  # fmt: skip
 
 

@@ -73,6 +73,9 @@ class _Reconstruction(TypedDict):
     loss: Finite
     norm: Text
     num_samples: Count
+    oa: NotRequired[Share]
+    macc: NotRequired[Share]
+    correct: NotRequired[Annotated[Text, Field(pattern="^[01]*$")]]
 
 
 class PretrainingMetrics(TypedDict):
@@ -91,6 +94,7 @@ class PretrainingMetrics(TypedDict):
     routed: NotRequired[_Reconstruction]
     ema: NotRequired[_Reconstruction]
     recalibrated: NotRequired[_Reconstruction]
+    initial: NotRequired[_Reconstruction]
 
 
 class Environment(TypedDict):

@@ -16,6 +16,8 @@ from ..errors import InputError, did_you_mean
 from ..runs.folder import FORMS
 from .cell import Cell
 
+SEED = "{seed}"
+"""In `model.pretrained` of a study, stands for the seed of the run: each run has its own pre-training."""
 _ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*", re.ASCII)
 
 
@@ -192,7 +194,9 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     cells = []
     for seed in config.seeds:
         for arm, arm_config in configs.items():
-            own = {"seed": seed, "output_dir": str(folder / arm / f"seed{seed}")}
+            own: dict[str, Any] = {"seed": seed, "output_dir": str(folder / arm / f"seed{seed}")}
+            if SEED in (source := arm_config.model.pretrained or ""):
+                own["model"] = arm_config.model.model_copy(update={"pretrained": source.replace(SEED, str(seed))})
             differing = differences(base, arm_config.to_dict(), WHERE_AND_HOW_FAST)
             changes = {key: value for key, (_, value) in differing.items()}
             cells.append(Cell(config.name, arm, seed, arm_config.model_copy(update=own), changes, folders[arm]))
@@ -224,6 +228,10 @@ def _arm_configs(study: StudyConfig, where: str, base: Path, overrides: Sequence
             for line, is_own in found
         ]
         raise InputError("\n".join(dict.fromkeys(lines)))
+    for arm, config in configs.items():
+        if config.task == "pretrain" and (study.curve or not config.eval.probe):
+            wanted = "curve: has no meaning for a pre-training" if study.curve else "eval.probe: must be true"
+            raise InputError(f"{where}: {wanted} (arm '{arm}'); runs of a study are compared by accuracy")
     limited = [arm for arm, config in configs.items() if config.train.max_steps]
     if limited:
         raise InputError(f"{base}: train.max_steps: runs of a study go to their last epoch; remove it")

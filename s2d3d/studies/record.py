@@ -14,11 +14,11 @@ from ..errors import InputError
 from ..runs.folder import RunFolder
 from ..runs.log import read_log
 from ..runs.record import FORMS, final_form
-from ..runs.schemas import Environment, Metrics
+from ..runs.schemas import Environment, Metrics, PretrainingMetrics
 from ..stored import Count, Finite, Share, Text, check_stored
 from .cell import Cell
 
-CURVE = ("train_loss", "train_oa", "val_oa", "share_rate", "divergence", "grad_norm")
+CURVE = ("train_loss", "train_oa", "val_oa", "val_loss", "share_rate", "divergence", "grad_norm")
 """Columns of log.csv that a record keeps for each epoch. `test_oa` is added if the study asks for it."""
 _KEYS = {
     "study": str, "arm": str, "seed": int, "changes": dict, "config": dict, "split": str, "shapes": str, "updates": int,
@@ -65,7 +65,8 @@ def record_of_run(cell: Cell) -> dict[str, Any] | None:
     if not folder.metrics.is_file():
         return None
     check_folder(cell)
-    metrics = _read(folder.metrics, Metrics)
+    pretraining = cell.config.task == "pretrain"
+    metrics = _read(folder.metrics, PretrainingMetrics if pretraining else Metrics)
     if any(key not in metrics for key in SCORED):
         raise InputError(f"{folder.metrics}: does not say what was scored; remove the run folder and run again")
     config = cell.config.to_dict()
@@ -76,11 +77,13 @@ def record_of_run(cell: Cell) -> dict[str, Any] | None:
     log = read_log(folder.log)
     curve = {key: [row.get(key) for row in log] for key in CURVE}
     kept = final_form(metrics)
-    for form in FORMS:
-        if form in metrics:
-            check_stored(
-                metrics[form], _Result, where=f"{folder.metrics}: {form}", advice="remove the run folder and run again"
-            )
+    scored = [form for form in FORMS if form in metrics and (not pretraining or "oa" in metrics[form])]  # by a probe
+    if kept not in scored:
+        raise InputError(f"{folder.metrics}: holds no linear probe; run the pre-training with eval.probe: true")
+    for form in scored:
+        check_stored(
+            metrics[form], _Result, where=f"{folder.metrics}: {form}", advice="remove the run folder and run again"
+        )
     if cell.config.eval.every:  # the last epoch is scored only at the end
         curve["test_oa"] = [*(row.get("test_oa") for row in log[:-1]), metrics[kept]["oa"]]
     record = {
@@ -94,8 +97,7 @@ def record_of_run(cell: Cell) -> dict[str, Any] | None:
         "kept": kept,
         "results": {
             form: {key: metrics[form][key] for key in ("oa", "macc", "loss", "num_samples", "correct")}
-            for form in FORMS
-            if form in metrics
+            for form in scored
         },
         "environment": {
             key: environment.get(key)

@@ -46,11 +46,14 @@ def end_model(
     if config.eval.recalibrate_batchnorm:
         norms = norms_behind_experts(model, config, parts.converted, parts.mof)
         norms += [norm for norm in unsettled_norms(model, updates) if norm not in norms]
+        held = {layer for name in parts.frozen for layer in model.get_submodule(name).modules()}
+        norms = [norm for norm in norms if norm not in held]
         if recalibrate_batchnorm_(model, data.plain_train, device=runtime.device, layers=norms):
             kept = "recalibrated"
             reports[kept] = task.evaluate(model, scored)
     if config.eval.votes > 1:
         reports["voting"] = task.evaluate(model, scored, votes=config.eval.votes)
+    task.finish(model, kept, reports, data)
     return model, reports, kept
 
 

@@ -9,6 +9,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from ..errors import InputError, first_line
+from ..models.freeze import layer_scales
 from ..s2d.mof import ExpertLayer
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
@@ -35,8 +36,9 @@ def build_optimizer(
     weight_decay: float,
     lr_multiplier: float = 1.0,
     scaled: Collection[nn.Parameter] | None = None,
+    layer_decay: float = 1.0,
 ) -> torch.optim.Optimizer:
-    """Build timm's optimizer `name` with two groups of parameters: with and without weight decay.
+    """Build timm's optimizer `name` with two groups of parameters for each rate: with and without weight decay.
 
     AdamW and Adam use the fused implementation. The default one is several times slower on stacked weights.
 
@@ -49,9 +51,11 @@ def build_optimizer(
             splits both groups in two; the scaled groups come last. It is stored as the `lr_scale` of timm's schedulers
             and therefore applies to every update, including warm-up and the end.
         scaled: parameters to which the factor applies. None: those of the experts, without routers.
+        layer_decay: factor from each layer to the one before it, in (0, 1], see `layer_scales`; it multiplies
+            `lr_multiplier`, and is stored likewise.
 
     Raises:
-        InputError: the optimizer needs a GPU or a package that is not there.
+        InputError: the model does not describe its layers, or the optimizer needs a GPU or a package that is not there.
 
     Example:
         >>> len(build_optimizer(nn.Linear(3, 2), name="adamw", lr=1e-3, weight_decay=0.05).param_groups)
@@ -60,13 +64,19 @@ def build_optimizer(
     skip = no_decay_names(model)
     chosen: set[nn.Parameter] = set()
     if lr_multiplier != 1:
-        layers = (layer for layer in model.modules() if isinstance(layer, ExpertLayer))
-        experts = (parameter for layer in layers for parameter in layer.expert_parameters())
+        stacks = (layer for layer in model.modules() if isinstance(layer, ExpertLayer))
+        experts = (parameter for stack in stacks for parameter in stack.expert_parameters())
         chosen = set(experts if scaled is None else scaled)
+    layers = layer_scales(model, layer_decay) if layer_decay != 1 else {}
+    scales = {
+        key: layers.get(key, 1.0) * (lr_multiplier if p in chosen else 1.0)
+        for key, p in model.named_parameters()
+        if p.requires_grad
+    }
     groups = []
-    for special in (False, True):
-        trainable = [(key, p) for key, p in model.named_parameters() if p.requires_grad and (p in chosen) == special]
-        scale = {"lr": lr * lr_multiplier, "initial_lr": lr, "lr_scale": lr_multiplier} if special else {}
+    for value in sorted(set(scales.values()), key=lambda value: (value != 1, value)):
+        trainable = [(key, p) for key, p in model.named_parameters() if scales.get(key) == value]
+        scale = {"lr": lr * value, "initial_lr": lr, "lr_scale": value} if value != 1 else {}
         groups += [
             {"params": [p for key, p in trainable if key not in skip], "weight_decay": weight_decay, **scale},
             {"params": [p for key, p in trainable if key in skip], "weight_decay": 0.0, **scale},
@@ -77,6 +87,12 @@ def build_optimizer(
         return create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=weight_decay, **options)
     except (AssertionError, ImportError, RuntimeError, TypeError) as error:  # without a GPU, or without its package
         raise InputError(f"optimizer '{name}' cannot be made here ({first_line(error)}); choose another") from error
+
+
+def base_lr(optimizer: torch.optim.Optimizer) -> float:
+    """Return the current learning rate of parameters whose rate is not scaled, also if there are none."""
+    first = optimizer.param_groups[0]
+    return first["lr"] / first.get("lr_scale", 1.0)
 
 
 def build_scheduler(

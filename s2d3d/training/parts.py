@@ -16,7 +16,9 @@ from ..errors import InputError
 from ..evaluation.batchnorm import names_of_experts
 from ..machine import Runtime
 from ..models import create_for_classes, load_pretrained_
+from ..models.freeze import freeze_
 from ..random_state import seed_all
+from ..runs.folder import find_pretrained
 from ..s2d import EWA, MoFConfig, TopKMoE, convert_to_mof_
 from .loaders import Loaders
 from .optim import build_optimizer, build_scheduler
@@ -35,6 +37,7 @@ class ModelParts:
         mof: settings of the conversion to experts.
         converted: names of the expert layers; empty for a dense run.
         routed: the expert layers that have a router.
+        frozen: names of the modules that are not trained.
         dense_parameters: number of parameters without additional experts.
         training_parameters: number of parameters of `model`.
     """
@@ -45,6 +48,7 @@ class ModelParts:
     mof: MoFConfig
     converted: list[str]
     routed: list[TopKMoE]
+    frozen: list[str]
     dense_parameters: int
     training_parameters: int
 
@@ -64,7 +68,7 @@ def build_model(config: Config, runtime: Runtime, class_names: list[str], *, pre
         pretrained: load the file that `model.pretrained` names; a resumed run does not need it.
 
     Raises:
-        InputError: the file does not match the model, or no FFN matches the targets.
+        InputError: the file does not match the model, no FFN matches the targets, or no module is to be frozen.
     """
     # Seeded here: a dense and a sparse run of one seed start from the same dense weights.
     seed_all(config.seed)
@@ -72,12 +76,21 @@ def build_model(config: Config, runtime: Runtime, class_names: list[str], *, pre
     dense_parameters = count_parameters(model)
     if config.model.pretrained and pretrained:  # before the conversion, so that experts start as copies
         report = load_pretrained_(
-            model, config.model.pretrained, up_axis=config.model.pretrained_up_axis, class_names=class_names
+            model,
+            find_pretrained(config.model.pretrained),
+            up_axis=config.model.pretrained_up_axis,
+            class_names=class_names,
         )
         if runtime.is_main:
             logger.info(report.summary())
     mof = config.s2d.mof()
     converted = convert_to_mof_(model, mof) if config.s2d.kind != "none" else []
+    frozen = freeze_(model, config.train.freeze) if config.train.freeze else []
+    idle = [name for name in converted if any(f"{name}.".startswith(f"{module}.") for module in frozen)]
+    if idle:
+        raise InputError(
+            f"train.freeze: freezes {idle[0]}, whose experts would stay equal; set s2d.kind: none, or freeze others"
+        )
     routed = [module for module in model.modules() if isinstance(module, TopKMoE)]
     model = model.to(runtime.device)
     parallel = None
@@ -87,7 +100,9 @@ def build_model(config: Config, runtime: Runtime, class_names: list[str], *, pre
     network: nn.Module = parallel or model
     if config.train.compile:
         network = cast(nn.Module, torch.compile(network, mode=config.train.compile_mode))
-    return ModelParts(model, network, parallel, mof, converted, routed, dense_parameters, count_parameters(model))
+    return ModelParts(
+        model, network, parallel, mof, converted, routed, frozen, dense_parameters, count_parameters(model)
+    )
 
 
 def optimizer_of(config: Config, parts: ModelParts) -> torch.optim.Optimizer:
@@ -98,7 +113,7 @@ def optimizer_of(config: Config, parts: ModelParts) -> torch.optim.Optimizer:
         scaled = [parameter for name in names for parameter in parts.model.get_submodule(name).parameters()]
     return build_optimizer(
         parts.model, name=optim.name, lr=optim.lr, weight_decay=optim.weight_decay, lr_multiplier=multiplier,
-        scaled=scaled,
+        scaled=scaled, layer_decay=optim.layer_decay,
     )  # fmt: skip
 
 

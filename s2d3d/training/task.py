@@ -1,5 +1,6 @@
 """The task of a run: the loss of a batch, the evaluation of a model, and what of both is logged."""
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import Protocol, cast
@@ -10,11 +11,14 @@ from torch.nn import functional as F
 
 from ..config.load import Config
 from ..datasets import BatchLoader
+from ..errors import InputError
 from ..evaluation.accuracy import ClassificationReport, evaluate
+from ..evaluation.probe import probe_model, random_encoder, require_sklearn
 from ..evaluation.reconstruction import ReconstructionReport, Report, evaluate_reconstruction
 from ..machine import Runtime
 from ..models import PointMAEPretrain
 from ..runs.log import COLUMNS
+from .loaders import Loaders
 from .update import CORRECT, LOSS, SAMPLES, BatchLoss
 
 
@@ -39,6 +43,12 @@ class Task(Protocol):
 
     def shown(self, sums: Sequence[float]) -> dict[str, float]:
         """Return the values of the progress display, from sums that are indexed as in `update`."""
+
+    def check(self, data: Loaders) -> None:
+        """Raise InputError if the task cannot use this data."""
+
+    def finish(self, model: nn.Module, kept: str, reports: dict[str, Report], data: Loaders) -> None:
+        """Add to `reports` what is measured of the final model alone, whose form is `kept`."""
 
 
 class Classification:
@@ -69,12 +79,19 @@ class Classification:
         """Return loss and accuracy so far."""
         return {"loss": sums[LOSS] / sums[SAMPLES], "oa": sums[CORRECT] / sums[SAMPLES]}
 
+    def check(self, data: Loaders) -> None:
+        """Accept any data with labels."""
+
+    def finish(self, model: nn.Module, kept: str, reports: dict[str, Report], data: Loaders) -> None:
+        """Add nothing."""
+
 
 class Pretraining:
     """Masked autoencoding: the model returns its loss. Labels are not used."""
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
-        """Read precision and progress display from the config of the run."""
+        """Read precision, evaluation and progress display from the config of the run."""
+        self._config = config
         self.loss: BatchLoss = partial(pretraining_loss, bf16=config.train.amp == "bf16")
         self._device, self._progress = runtime.device, runtime.is_main and config.log.progress
 
@@ -95,6 +112,37 @@ class Pretraining:
     def shown(self, sums: Sequence[float]) -> dict[str, float]:
         """Return the loss so far."""
         return {"loss": sums[LOSS] / sums[SAMPLES]}
+
+    def check(self, data: Loaders) -> None:
+        """Check that a linear probe can be fitted at the end, if the config asks for one.
+
+        Raises:
+            InputError: it cannot.
+        """
+        if not self._config.eval.probe:
+            return
+        require_sklearn()
+        if len(data.class_names) < 2:
+            raise InputError(
+                f"{self._config.data.root}: holds no labels, which eval.probe needs; set eval.probe=false, or name "
+                "labelled data"
+            )
+
+    def finish(self, model: nn.Module, kept: str, reports: dict[str, Report], data: Loaders) -> None:
+        """Fit linear probes to the features of the final model and of the random encoder, if the config asks for it."""
+        if not self._config.eval.probe:
+            return
+        config, train = self._config, data.plain_train.dataset
+        size = config.eval.batch_size
+        fresh = random_encoder(
+            config.model.name, config.model.kwargs, train, seed=config.seed, device=self._device, batch_size=size
+        )
+        reports["initial"] = self.evaluate(fresh, data.scored)
+        for form, network in ((kept, model), ("initial", fresh)):
+            probe = probe_model(
+                network, train, data.scored.dataset, device=self._device, batch_size=size, progress=self._progress
+            )
+            reports[form] = dataclasses.replace(cast(ReconstructionReport, reports[form]), probe=probe)
 
 
 def task_of(config: Config, runtime: Runtime) -> Task:

@@ -16,11 +16,12 @@ from ..atomic import write_json, write_text
 from ..config.data import check_classes
 from ..config.load import Config, dump_config
 from ..datasets import LabelledDataset
-from ..errors import InputError, TrainingError
+from ..errors import TrainingError
 from ..machine import environment, start_runtime, stop_runtime, watching_peers
+from ..models.freeze import hold_frozen_
 from ..random_state import seed_all, set_rng_state
 from ..runs.checkpoint import load_weights_, model_payload, save_checkpoint
-from ..runs.folder import RunFolder
+from ..runs.folder import RunFolder, find_pretrained
 from ..runs.log import COLUMNS, epoch_line, epoch_row
 from ..runs.metrics import run_metrics, run_summary
 from ..runs.resume import Progress, check_same_data, check_same_run, read_run, restoring
@@ -30,6 +31,7 @@ from .callbacks import Callback
 from .ending import doubt, end_model
 from .loaders import build_loaders
 from .loggers import RunLoggers, check_loggers, open_loggers
+from .optim import base_lr
 from .parts import build_model, describe, ema_of, ewa_of, optimizer_of, scheduler_of, try_batch
 from .signals import SignalWatch, StoppedBySignal
 from .state import gather_states
@@ -134,16 +136,15 @@ class Trainer:
         if resume:
             checkpoint, state = read_run(resume, warn=runtime.is_main)
             check_same_run(state, cfg, checkpoint)
+        reads = [find_pretrained(cfg.model.pretrained)] if cfg.model.pretrained and not state else []
         if runtime.is_main:  # before the data, which may take minutes
-            reads = [cfg.model.pretrained] if cfg.model.pretrained and not state else []
             self.folder.check(resume=checkpoint, force=self.force, reads=reads)
         check_loggers(cfg)
-        if not state and cfg.model.pretrained and not Path(cfg.model.pretrained).is_file():
-            raise InputError(f"model.pretrained: no such file {cfg.model.pretrained}")  # before the data is prepared
         self.data = build_loaders(cfg, runtime, self.datasets)
         self.steps_per_epoch = len(self.data.train)
         self.total_updates = self.steps_per_epoch * cfg.train.epochs
         self.task = task_of(cfg, runtime)
+        self.task.check(self.data)
         self._build_model(pretrained=state is None)
         self.optimizer = optimizer_of(cfg, self.parts)
         self.scheduler = scheduler_of(cfg, self.optimizer, self.steps_per_epoch)
@@ -188,6 +189,7 @@ class Trainer:
     def _train_epoch(self) -> None:
         cfg, progress = self.config, self.progress
         self.network.train()
+        hold_frozen_(self.model, self.parts.frozen)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         max_norm = cfg.optim.clip_grad or float("inf")
         self.data.train.set_position(progress.epoch, progress.step)
@@ -285,7 +287,7 @@ class Trainer:
             for buffer in self.model.buffers():  # BatchNorm statistics differ between ranks
                 dist.broadcast(buffer, 0)
         row = epoch_row(
-            progress, sums, lr=self.optimizer.param_groups[0]["lr"], share_rate=self.share_rate,
+            progress, sums, lr=base_lr(self.optimizer), share_rate=self.share_rate,
             steps_per_epoch=self.steps_per_epoch, sparse_model=self.model if self.ewa else None, task=cfg.task,
         )  # fmt: skip
         if self.data.val:

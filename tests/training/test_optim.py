@@ -9,7 +9,7 @@ from torch import nn
 
 from s2d3d import MoFConfig, Trainer, convert_to_mof_, create_model
 from s2d3d.errors import InputError
-from s2d3d.training.optim import build_optimizer, build_scheduler, no_decay_names
+from s2d3d.training.optim import base_lr, build_optimizer, build_scheduler, no_decay_names
 
 TINY = dict(trans_dim=24, depth=2, num_heads=2, num_group=12, group_size=8, encoder_dims=24, encoder_width=8)
 
@@ -207,3 +207,29 @@ def test_squared_lr_schedule_keeps_the_ratio_to_the_squared_rate(tiny_config):
 def test_an_optimizer_that_cannot_be_made_is_one_line():
     with pytest.raises(InputError, match=r"optimizer 'fusedadam' cannot be made here .*; choose another"):
         build_optimizer(nn.Linear(3, 2), name="fusedadam", lr=1e-3, weight_decay=0.0)
+
+
+def test_layer_decay_multiplies_the_rate_of_experts_through_the_whole_schedule():
+    """Blocks 0 and 1, experts in both: 0.5 * 0.5 and 0.5, times 3 for experts, from warm-up to the last update."""
+    model = tiny(kind="rup")
+    optimizer = build_optimizer(model, name="adamw", lr=2e-3, weight_decay=0.05, layer_decay=0.5, lr_multiplier=3)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert sorted(
+        name for group in optimizer.param_groups for name in (names[id(p)] for p in group["params"])
+    ) == sorted(names.values())
+    scheduler = build_scheduler(
+        optimizer, schedule="cosine", min_lr=1e-6, warmup_lr=1e-5, warmup_steps=3, total_steps=10
+    )
+    plain = build_optimizer(tiny(), name="adamw", lr=2e-3, weight_decay=0.05)
+    reference = build_scheduler(plain, schedule="cosine", min_lr=1e-6, warmup_lr=1e-5, warmup_steps=3, total_steps=10)
+    for update in (0, 2, 3, 7, 9):
+        scheduler.step_update(update)
+        reference.step_update(update)
+        base = plain.param_groups[0]["lr"]
+        assert base_lr(optimizer) == pytest.approx(base)
+        rates = {names[id(p)]: group["lr"] / base for group in optimizer.param_groups for p in group["params"]}
+        assert rates["cls_head_finetune.0.weight"] == pytest.approx(1)
+        assert rates["blocks.blocks.1.attn.qkv.weight"] == pytest.approx(0.5)
+        assert rates["blocks.blocks.1.mlp.fc1.weight"] == rates["blocks.blocks.1.mlp.fc1.bias"] == pytest.approx(1.5)
+        assert rates["blocks.blocks.0.mlp.fc2.weight"] == pytest.approx(0.75)
+        assert rates["cls_token"] == rates["encoder.first_conv.0.bias"] == pytest.approx(0.125)

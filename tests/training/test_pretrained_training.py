@@ -156,3 +156,65 @@ def test_experts_drawn_anew_are_refused_with_pretrained_weights(tiny_config):
     with pytest.raises(InputError, match=r"s2d\.init: must be 'copy' with model\.pretrained"):
         tiny_config("model.pretrained=a.pth", "s2d.init=independent")
     tiny_config("model.pretrained=a.pth", "s2d.init=independent", "s2d.kind=none")
+
+
+@pytest.fixture(scope="module")
+def pretraining(tmp_path_factory):
+    return {"root": tmp_path_factory.mktemp("pretraining") / "run"}
+
+
+@pytest.fixture
+def pretrained_run(tiny_pretraining, pretraining):
+    """The folder of a finished pre-training with experts; it is trained once."""
+    root = pretraining["root"]
+    if not root.exists():
+        Trainer(tiny_pretraining(f"output_dir={root}")).fit()
+    return root
+
+
+MAE = "model={name: point_mae}", "model.trans_dim=24", "model.encoder_dims=24", "model.depth=2", "model.num_heads=2"
+MAE = *MAE, "model.num_group=12", "model.group_size=8", "model.encoder_width=8"
+
+
+def test_a_run_folder_of_our_pre_training_is_taken_by_the_key_of_published_files(tiny_config, pretrained_run, caplog):
+    trainer = Trainer(tiny_config(*MAE, f"model.pretrained={pretrained_run}", "train.max_steps=1"))
+    with caplog.at_level(logging.INFO):
+        trainer.fit()
+    (line,) = [record.message for record in caplog.records if "tensors loaded" in record.message]
+    encoder = load_checkpoint(pretrained_run / "merged.pt")["state_dict"]
+    encoder = {key.removeprefix("MAE_encoder."): value for key, value in encoder.items() if "MAE_encoder" in key}
+    start = start_of(trainer)
+    assert line.startswith(
+        f"{pretrained_run / 'merged.pt'}: {len(encoder)} of the model's {len(start)} tensors loaded; "
+    )
+    assert "left fresh, not in the file: cls_token, cls_pos, cls_head_finetune (16)" in line and "y up" not in line
+    for key, value in encoder.items():
+        ours = start[key]
+        if ours.dim() == value.dim() + 1:  # experts are copies, stored transposed
+            assert all(torch.equal(expert.t() if value.dim() == 2 else expert, value) for expert in ours), key
+        else:
+            assert torch.equal(ours, value), key
+
+
+def test_an_unfinished_pre_training_or_a_classifier_is_refused(tiny_config, tiny_pretraining, published, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"model\.pretrained: .*empty holds no merged\.pt; finish its run"):
+        Trainer(tiny_config(f"model.pretrained={tmp_path / 'empty'}")).fit()
+    path, _ = published()
+    with pytest.raises(InputError, match=r"published\.pth: holds a classifier, and a pre-training can only start"):
+        Trainer(tiny_pretraining(f"model.pretrained={path}")).fit()
+
+
+def test_a_frozen_backbone_keeps_its_weights_and_statistics(tiny_config, pretrained_run):
+    frozen = "train.freeze=backbone", "s2d.kind=none", "optim.layer_decay=0.8", "train.ema_decay=0.5"
+    trainer = Trainer(tiny_config(*MAE, *frozen, f"model.pretrained={pretrained_run}"))
+    trainer.fit()
+    start, end = start_of(trainer), load_checkpoint(trainer.folder.merged)["state_dict"]
+    start = load_checkpoint(pretrained_run / "merged.pt")["state_dict"]
+    kept = {key for key in end if f"MAE_encoder.{key}" in start}
+    assert kept == {key for key in end if not key.startswith("cls")}
+    assert all(torch.equal(end[key], start[f"MAE_encoder.{key}"]) for key in kept), "also after the re-estimation"
+    fresh = load_model(trainer.folder.merged)
+    assert float(fresh.cls_head_finetune[1].running_mean.abs().sum()) > 0, "the head's statistics are its own"
+    with pytest.raises(InputError, match=r"train\.freeze: freezes blocks\.blocks\.1\.mlp, whose experts would stay"):
+        Trainer(tiny_config(*MAE, "train.freeze=backbone"), force=True).fit()

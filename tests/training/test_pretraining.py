@@ -13,7 +13,9 @@ from weights import assert_same_weights
 
 from s2d3d import Callback, Trainer, create_model, load_checkpoint, load_config, load_model
 from s2d3d.config.load import dump_config
+from s2d3d.datasets import PointCloudDataset
 from s2d3d.errors import InputError
+from s2d3d.evaluation.probe import probe_model, random_encoder
 from s2d3d.evaluation.reconstruction import evaluate_reconstruction, pinned_masks
 from s2d3d.runs.log import COLUMNS
 from s2d3d.runs.record import read_runs
@@ -52,7 +54,8 @@ def whole(tiny_pretraining, finished):
     return finished["trainer"]
 
 
-LONG = "train.epochs=3", "data.val_fraction=0.17", "eval.every=2"  # 80 shapes to train on, 5 updates an epoch
+LONG = "train.epochs=3", "data.val_fraction=0.17", "eval.every=2", "eval.probe=true"
+"""84 shapes to train on, 5 updates an epoch."""
 
 
 def test_the_run_folder_holds_losses_and_a_dense_model(whole):
@@ -64,7 +67,7 @@ def test_the_run_folder_holds_losses_and_a_dense_model(whole):
     assert [bool(row["test_loss"]) for row in rows] == [False, True, False]
     metrics = json.loads(folder.metrics.read_text())
     assert metrics["task"] == "pretrain" and metrics["sparse"] == metrics["merged"], "merging changes nothing"
-    assert metrics["merged"]["num_samples"] == 36 and metrics["merged"]["norm"] == "l2"
+    assert metrics["merged"] == {"loss": metrics["merged"]["loss"], "norm": "l2", "num_samples": 36}
     assert metrics["parameters"]["training"] > metrics["parameters"]["merged"]
     (record,) = read_runs([folder.root])
     assert record.final == metrics[metrics["kept"]]
@@ -90,7 +93,37 @@ def test_evaluation_equals_a_loop_over_clouds_under_the_same_masks(whole):
     assert kept.loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     before = torch.get_rng_state()
     again = evaluate_reconstruction(model, data, device="cpu", progress=False)
-    assert again == kept and torch.equal(before, torch.get_rng_state()), "training draws go on as without it"
+    assert again.loss == kept.loss and torch.equal(before, torch.get_rng_state()), "training draws go on as without it"
+
+
+def test_the_probe_is_that_of_the_final_model_and_of_the_random_encoder_of_the_start(whole, tiny_pretraining, tmp_path):
+    kept, data = whole.reports["recalibrated"], whole.data
+    train, test = data.plain_train.dataset, data.test.dataset
+    final = load_model(whole.folder.merged)
+    assert probe_model(final, train, test, device="cpu", progress=False) == kept.probe
+    assert kept.probe.num_train == 84 and len(kept.probe.correct) == 36
+    stopped = Trainer(tiny_pretraining(*LONG, "s2d.kind=none", "train.max_steps=1"))
+    stopped.fit()
+    start = load_checkpoint(stopped.folder.previous)["state_dict"]
+    config = whole.config
+    state = torch.get_rng_state()
+    fresh = random_encoder(config.model.name, config.model.kwargs, train, seed=config.seed, device=torch.device("cpu"))
+    assert torch.equal(state, torch.get_rng_state())
+    own = fresh.state_dict()
+    assert all(torch.equal(own[key], start[key]) for key in own if "running" not in key and "tracked" not in key)
+    assert probe_model(fresh, train, test, device="cpu", progress=False) == whole.reports["initial"].probe
+    record = json.loads(whole.folder.metrics.read_text())["recalibrated"]
+    assert record["oa"] == kept.probe.oa == record["correct"].count("1") / 36 and record["probe"]["c"] == kept.probe.c
+
+
+def test_a_probe_needs_labels_before_anything_is_made(tiny_pretraining, tmp_path):
+    config = tiny_pretraining("eval.probe=true")
+    one = PointCloudDataset(torch.rand(40, 128, 3), torch.zeros(40), ["none"], num_points=128)
+    with pytest.raises(InputError, match=r"holds no labels, which eval\.probe needs"):
+        Trainer(config, datasets=(one, one)).fit()
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(InputError, match=r"eval\.probe: is for task: pretrain"):
+        load_config("configs/demo.yaml", ["eval.probe=true"])
 
 
 def test_resume_after_a_stop_in_mid_epoch_is_bit_exact(tiny_pretraining, whole):
