@@ -21,6 +21,7 @@ from ..config.data import build_dataset
 from ..config.load import Config, parse_config
 from ..datasets import LabelledDataset
 from ..errors import InputError
+from ..evaluation.accuracy import ClassificationReport
 from ..random_state import derived_generator
 from ..runs.folder import RunFolder
 from ..runs.record import final_form
@@ -137,6 +138,10 @@ def run_folds(
     """
     if folds < 1:
         raise InputError(f"folds is {folds}, must be at least 1")
+    if config.task != "classify":
+        raise InputError(
+            f"task: is {config.task}, folds train classifiers; fine-tune a pre-training by model.pretrained"
+        )
     if config.train.max_steps:
         raise InputError("train.max_steps: folds run to their last epoch, remove it")
     if config.eval.split != "test":
@@ -187,6 +192,7 @@ def _run_fold(config: Config, task: FewShotTask, fold: int, class_names: list[st
     last = RunFolder(own.output_dir).last
     trainer.fit(resume=last if last.exists() and not force else None)
     report = trainer.reports[final_form(trainer.reports)]
+    assert isinstance(report, ClassificationReport), "run_folds refuses a pre-training"
     return {
         "fold": fold,
         "classes": list(own.data.classes or ()),

@@ -147,7 +147,7 @@ class Pretraining:
 
 def task_of(config: Config, runtime: Runtime) -> Task:
     """Return the task that a config names."""
-    return {"classify": Classification, "pretrain": Pretraining}[config.task](config, runtime)
+    return Classification(config, runtime) if config.task == "classify" else Pretraining(config, runtime)
 
 
 def classification_loss(
