@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..datasets import BatchLoader, PointCloudDataset
+from ..datasets import BatchLoader, LabelledDataset
 from ..errors import InputError
 from ..models import create_for_classes
 from ..models.mode import eval_mode
@@ -108,8 +108,8 @@ def model_features(
 
 def probe_model(
     model: nn.Module,
-    train: PointCloudDataset,
-    test: PointCloudDataset,
+    train: LabelledDataset,
+    test: LabelledDataset,
     *,
     device: torch.device | str,
     kind: str = "mean+max",
@@ -142,7 +142,7 @@ def probe_model(
 def random_encoder(
     name: str,
     kwargs: Mapping[str, Any],
-    train: PointCloudDataset,
+    train: LabelledDataset,
     *,
     seed: int,
     device: torch.device,
