@@ -13,6 +13,7 @@ from ..optional import optional
 from ..runs.checkpoint import build_model, description_of, load_checkpoint, require_dense, write_weights
 from ..runs.folder import HUB_CARD, HUB_CONFIG, HUB_WEIGHTS, RunFolder
 from ..runs.record import RunRecord, read_runs
+from ..runs.trained import open_trained
 from ..s2d import is_sparse
 
 with optional("huggingface_hub", "s2d3d.integrations.hub", extra="hub"):
@@ -94,16 +95,17 @@ class PointCloudClassifier(nn.Module, PyTorchModelHubMixin, library_name="s2d3d"
 
         Raises:
             InputError: the checkpoint cannot be read, is sparse and `merge` is not set, or is of a model without
-                classes.
+                classes or of other samples than clouds.
         """
-        payload = load_checkpoint(path)
+        trained = open_trained(path, merge=merge)
+        payload = trained.payload
         if not merge:
             require_dense(payload, path)
-        if not payload["class_names"]:
+        if not trained.class_names:
             raise InputError(f"{path}: is a model without classes; the hub layout here is for classifiers")
-        model = build_model(payload, where=str(path), merge=merge)
+        trained.require_clouds("the hub layout here")
         description = description_of(payload | {"s2d": None, "config": _portable(payload["config"])})
-        return cls(model, description, model_card(description, _record_of(Path(path))))
+        return cls(trained.model, description, model_card(description, _record_of(Path(path))))
 
     def save_pretrained(self, save_directory: str | Path, *, force: bool = False, **options: Any) -> str | None:
         """Write the folder: weights, config and model card.

@@ -106,7 +106,8 @@ def test_no_path_of_the_machine_is_shared(run, tmp_path):
 def test_every_backbone_comes_back(name, tmp_path):
     kwargs = SMALLER.get(name, {})
     model = create_model(name, num_classes=3, in_channels=4, **kwargs).eval()
-    config = {"output_dir": "run", "data": {"name": "shapes", "root": "x", "num_points": 512}, "model": {"name": name}}
+    data = {"name": "shapes", "root": "x", "num_points": 512}
+    config = {"output_dir": "run", "data": data, "model": {"name": name}, "s2d": {"kind": "none"}}
     payload = model_payload(
         model, name=name, in_channels=4, kwargs=kwargs, class_names=["a", "b", "c"], mof=None, config=config
     )
