@@ -190,6 +190,7 @@ def test_commands_for_clouds_refuse_the_model_and_evaluate_scores_it(config, tmp
     for name, *arguments in (
         ("predict", str(cloud)),
         ("export", "--output", str(tmp_path / "a.pt")),
+        ("export", "--format", "hub", "--output", str(tmp_path / "hub")),
         ("visualize", "--output", str(tmp_path / "a.png")),
         ("evaluate", "--files", str(cloud)),
         ("evaluate", "--corruption", "jitter:1"),
