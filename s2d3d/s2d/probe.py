@@ -162,24 +162,55 @@ class Trials:
 
     def _once(self, module: nn.Module, calls: Sequence[Call], trial: Callable[[], Layout], kind: str) -> Layout:
         key = kind, signature(module), repr([[tensor.shape for tensor in tensors_of(call)] for call in calls])
-        if key not in self._results:
+        results = self._results
+        if kind == "ffn" and not calls and _is_stock(module):
+            key, results = (*key, self.num_experts, self.make, self.routed, _forwards(module)), _STOCK
+        if key not in results:
             try:
-                self._results[key] = trial()
+                results[key] = trial()
             except TypeError as error:
-                self._results[key] = str(error)
-        result = self._results[key]
+                results[key] = str(error)
+        result = results[key]
         if isinstance(result, str):
             raise TypeError(result)
         return result
 
 
+_STOCK: dict[Any, Layout | str] = {}
+"""The results of trials of FFNs whose code does not change while a process runs; shared by all conversions."""
+_STOCK_PACKAGES = ("torch", "timm", "s2d3d")
+
+
+def _is_stock(module: nn.Module) -> bool:
+    """Tell whether all of an FFN is of installed packages, with plain attributes, so that a name tells its code."""
+    for m in module.modules():
+        kept = [value for key, value in vars(m).items() if key not in _OWN and not _is_empty(value)]
+        if type(m).__module__.partition(".")[0] not in _STOCK_PACKAGES or not all(map(_is_plain, kept)):
+            return False
+    return True
+
+
+def _forwards(module: nn.Module) -> tuple[Any, ...]:
+    """Return the forward methods of an FFN: another one may be put into a class."""
+    return tuple(type(m).forward for m in module.modules())
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return isinstance(value, (bool, int, float, str, type(None)))
+
+
+_OWN = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
+
 def signature(module: nn.Module) -> Any:
     """Return a key that two modules share only if a trial of one tells about the other."""
     state = [
-        (name, key, value if isinstance(value, (bool, int, float, str, type(None))) else id(value))
+        (name, key, value if _is_plain(value) else id(value))
         for name, m in module.named_modules()
         for key, value in vars(m).items()
-        if key not in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set") and not _is_empty(value)
+        if key not in _OWN and not _is_empty(value)
     ]
     shapes = [(name, tensor.shape, tensor.dtype) for name, tensor in module.state_dict().items()]
     return type(module), repr(module), repr(state), repr(shapes)
