@@ -28,6 +28,7 @@ TOOLS = {
     "merge": ["--checkpoint", "no/such.pt", "--output", "out.pt"],
     "predict": ["--checkpoint", "no/such.pt", "cloud.ply"],
     "prepare_data": ["shapes"],
+    "pretrain": ["no/such.yaml"],
     "report": ["no/such/run", "--output", "out.html"],
     "study": ["no/such.yaml", "--dry-run"],
     "train": ["no/such.yaml", "seed=3"],
