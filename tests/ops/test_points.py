@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import s2d3d.ops.points as points_module
 from s2d3d.ops.points import ORIGIN_RADIUS_SQ, farthest_point_sample, gather_points, group_points, nearest_neighbours
 
 
@@ -150,6 +151,55 @@ def test_knn_under_autocast_finds_the_neighbours_of_float32(count, neighbors):
     with torch.autocast("cpu", torch.bfloat16):
         found = nearest_neighbours(points, points, neighbors).sort().values
     assert found.equal(expected)
+
+
+@pytest.mark.parametrize(("count", "neighbors"), [(64, 64), (64, 1), (64, 33), (2000, 20)])
+@pytest.mark.parametrize("lattice", [False, True])
+def test_knn_has_the_distances_of_a_sort(count, neighbors, lattice):
+    """Of ties, which a lattice is full of, any may be chosen: the distances decide, and no index is there twice."""
+    points = clouds(2, count)
+    points = (2 * points).round() if lattice else points
+    found = nearest_neighbours(points[:, :30], points, neighbors)
+    assert all(len(set(row)) == neighbors for row in found.flatten(0, 1).tolist())
+    near = (gather_points(points, found) - points[:, :30, None]).square().sum(-1).sort(-1).values
+    every = (points[:, :30, None] - points[:, None]).square().sum(-1).sort(-1).values
+    assert torch.allclose(near, every[..., :neighbors], atol=1e-5)
+
+
+def test_knn_of_points_that_are_not_numbers_are_valid_indices():
+    points = clouds(2, 30)
+    points[0, 3:20] = torch.nan
+    points[1] = torch.inf
+    found = nearest_neighbours(clouds(2, 4, seed=1), points, 16)
+    assert all(len(set(row)) == 16 and min(row) >= 0 and max(row) < 30 for row in found.flatten(0, 1).tolist())
+
+
+def test_knn_of_large_clouds_keeps_few_distances_at_a_time(monkeypatch):
+    """The memory of a search is bounded: no table of all distances, whatever the size of the clouds."""
+    queries, others = clouds(2, 70), clouds(2, 90, seed=1)
+    expected = nearest_neighbours(queries, others, 9).sort().values
+    sizes, search = [], points_module._nearest
+
+    def noting(query, points, number):
+        sizes.append(query.shape[0] * query.shape[1] * points.shape[1])
+        return search(query, points, number)
+
+    monkeypatch.setattr(points_module, "CACHED_DISTANCES", 1000)
+    monkeypatch.setattr(points_module, "SEARCHED_DISTANCES", 200)
+    monkeypatch.setattr(points_module, "_nearest", noting)
+    assert nearest_neighbours(queries, others, 9).sort().values.equal(expected)
+    assert sum(sizes) == 2 * 70 * 90 and max(sizes) <= 1000
+
+
+@pytest.mark.parametrize("fill", [None, torch.nan, torch.inf])
+def test_numpy_and_torch_sample_the_same_points(monkeypatch, fill):
+    """Where numpy searches the maximum and where torch does: the first one, and the first that is not a number."""
+    points = (4 * clouds(3, 200)).round()
+    if fill is not None:
+        points[1, 50:53] = fill
+    found = farthest_point_sample(points, 90)
+    monkeypatch.setattr(points_module, "_can_use_numpy", lambda tensor: False)
+    assert farthest_point_sample(points, 90).equal(found)
 
 
 # Gather and group
