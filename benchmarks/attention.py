@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from s2d3d.models.vector_attention import VectorAttention, find_neighbours
 from s2d3d.ops.points import nearest_neighbours
 
-from .interleave import Comparison, Contestant, Task, interleave
+from .comparison import Comparison
+from .interleave import Contestant, Task, interleave
 from .layer import gradient_of
 from .packages import require
 from .pointcloud import point_transformer_conv

@@ -16,8 +16,9 @@ from . import SECTIONS, measure_section
 from .hardware import num_threads
 from .latency import latency_page
 from .report import is_ours, merge_results, read_results, target_table, write_report, write_results
-from .section import Section, Settings
+from .section import BUDGET, Section, Settings
 from .tables import hardware_lines, section_text
+from .timing import WALL
 
 
 def run_benchmark(arguments: argparse.Namespace) -> None:
@@ -34,14 +35,16 @@ def run_benchmark(arguments: argparse.Namespace) -> None:
     keep_large_allocations()
     if arguments.command == "all":
         page, numbers = _places(arguments)
+        # Results of other machines stay; an earlier one of this machine is replaced section by section.
+        earlier = read_results(numbers) if is_ours(page) and numbers.exists() else []
         sections = []
         for name in SECTIONS:
             if name == "gpu" and settings.device.type != "cuda":
                 continue
             sections.append(measure_section(name, settings))
             print(f"{section_text(sections[-1])}\n", flush=True)
-            write_results(numbers, sections)  # earlier results are kept if a later section fails
-        _write(page, numbers, sections, _command(settings))
+            write_results(numbers, merge_results([earlier, sections]))  # kept if a later section fails
+        _write(page, numbers, merge_results([earlier, sections]), _command(settings))
         return
     output = refuse_existing(arguments.output, arguments.force) if arguments.output is not None else None
     section = measure_section(arguments.command, settings)
@@ -82,6 +85,10 @@ def _latency(arguments: argparse.Namespace) -> None:
 def _settings(arguments: argparse.Namespace) -> Settings:
     if arguments.rounds is not None and arguments.rounds < 1:
         raise InputError(f"--rounds is {arguments.rounds}, must be at least 1")
+    if arguments.resolve is not None and not 0 < arguments.resolve < 1:
+        raise InputError(f"--resolve is {arguments.resolve}, must be between 0 and 1, such as 0.01")
+    if not arguments.budget > 0:
+        raise InputError(f"--budget is {arguments.budget}, must be greater than 0")
     root = Path(arguments.root) if arguments.root is not None else None
     if root is not None and not (root / "train_files.txt").is_file():
         raise InputError(
@@ -96,6 +103,9 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         compile=arguments.compile,
         force_bf16=arguments.bf16,
         seed=arguments.seed,
+        clock=arguments.clock,
+        resolve=arguments.resolve,
+        budget=arguments.budget,
     )
 
 
@@ -116,6 +126,8 @@ def _command(settings: Settings) -> str:
     """Return the command that reproduces the page, without folders of this machine."""
     flags: dict[str, object] = {"--root DATA": settings.root, "--quick": settings.quick, "--compile": settings.compile}
     flags |= {"--bf16": settings.force_bf16, f"--seed {settings.seed}": settings.seed}
+    flags |= {f"--clock {settings.clock}": settings.clock != WALL, f"--resolve {settings.resolve}": settings.resolve}
+    flags |= {f"--budget {settings.budget:g}": settings.resolve and settings.budget != BUDGET}
     flags |= {f"--rounds {settings.rounds}": settings.rounds, f"--device {settings.device}": True}
     chosen = [flag for flag, given in flags.items() if given]
     return " ".join(["all --output docs/benchmarks.md", *chosen, f"--threads {settings.num_threads}"])

@@ -6,11 +6,11 @@ import torch
 
 from s2d3d.errors import InputError
 
+from .comparison import Comparison
 from .graphs import build_recorded
-from .interleave import Comparison, Contestant, Task, interleave
+from .interleave import Contestant, Task, interleave
 from .presets import PUBLIC_BERT, spec_for
 from .section import Section, Settings, new_section
-from .stats import spread
 from .training import BF16_TOLERANCE, ModelSpec, build_step
 from .versus import EXPERTS
 
@@ -77,8 +77,7 @@ def measure_seeds(section: Section, settings: Settings, spec: ModelSpec) -> None
     section.comparisons.append(seeds)
     for count in SEEDS:
         for kind, suffix in (("recorded", ""), ("compiled", ".compiled"), ("eager", ".eager")):
-            times = seeds.times[_side_by_side(count, kind)]
-            rate = spread([count * own.batch / seconds for seconds in times])
+            rate = seeds.rate(_side_by_side(count, kind), count * own.batch)
             section.add(f"seeds_{count}{suffix}.samples_per_second", rate)
 
 

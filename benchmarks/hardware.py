@@ -3,8 +3,9 @@
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from s2d3d.errors import InputError
 from s2d3d.machine import environment, installed_version
 
-from .interleave import make_timer
+from .timing import make_timer
 
 CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_tile", "sve", "bf16")
 BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
@@ -53,6 +54,23 @@ def hardware(device: torch.device, num_threads: int) -> dict[str, object]:
             else "glibc malloc that keeps large blocks (mallopt, `keep_large_allocations`)",
         },
     }
+
+
+def machine_name(described: Mapping[str, Any]) -> str:
+    """Name a machine by what decides its speed: processor, vector and matrix units, threads, GPU.
+
+    Args:
+        described: see `hardware`.
+
+    Example:
+        >>> machine_name({"processor": "AMD EPYC, 2 cores", "cpu_flags": ["avx2", "fma"], "num_threads": 1,
+        ...               "gpu": None})
+        'AMD EPYC, 2 cores, avx2 fma, 1 thread'
+    """
+    threads = described["num_threads"]
+    parts = [described["processor"], " ".join(described["cpu_flags"]), described["gpu"]]
+    parts.append(f"{threads} thread{'' if threads == 1 else 's'}")
+    return ", ".join(part for part in parts if part)
 
 
 def cpu_flags() -> list[str]:
@@ -113,5 +131,5 @@ def _best_seconds(run: Callable[[], Tensor], device: torch.device, seconds: floa
     ends = time.perf_counter() + seconds
     trials: list[float] = []
     while len(trials) < 2 or time.perf_counter() < ends:
-        trials.append(timer(run, 1))
+        trials.append(timer(run, 1).wall)
     return min(trials)

@@ -49,6 +49,7 @@ def _against_reference(section: Section, settings: Settings, name: str, preset: 
         start=settings.apart(),
         base=REFERENCE_A,
         samples=spec.batch,
+        pairs=[(FOLDED, REFERENCE_A), (FOLDED, REFERENCE_B), *([(MERGED, DENSE)] if name == "point_bert" else [])],
         **settings.interleaving(10, min_seconds=0.5),
     )
     section.comparisons.append(comparison)

@@ -1,26 +1,26 @@
 """Interleaved timing: results are checked first, then each contestant runs once per round."""
 
+import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from s2d3d.errors import InputError
 
-from .stats import Spread, ratios, spread
+from .comparison import Comparison
+from .stats import FEWEST_STARTS
+from .timing import CLOCKS, WALL, Timer, Timing
 
 logger = logging.getLogger(__name__)
 
 KEPT, DEFAULT = "kept", "default"
 """Allocators of a worker process: glibc's with `keep_large_allocations`, and as the system has it."""
-Timer = Callable[[Callable[[], object], int], float]
-"""Runs a function a number of times and returns the seconds of one run."""
 
 
 class Skip(Exception):
@@ -69,7 +69,7 @@ class Runner(Protocol):
 
     def ready(self) -> None: ...
     def outputs(self) -> list[Tensor] | None: ...
-    def run(self, repeat: int) -> float: ...
+    def run(self, repeat: int) -> Timing: ...
     def facts(self) -> dict[str, float]: ...
     def close(self) -> None: ...
 
@@ -95,7 +95,7 @@ class LocalRunner:
     def outputs(self) -> list[Tensor] | None:
         return self.task.outputs() if self.task.outputs else None
 
-    def run(self, repeat: int) -> float:
+    def run(self, repeat: int) -> Timing:
         return self.timer(self.task.run, repeat)
 
     def facts(self) -> dict[str, float]:
@@ -110,80 +110,6 @@ def local(timer: Timer) -> Start:
     return lambda contestant: LocalRunner(contestant.build(), timer)
 
 
-def make_timer(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> Timer:
-    """Return a timer for work on `device`: a clock, or events on a GPU; the device is idle before and after."""
-
-    def wall(run: Callable[[], object], repeat: int) -> float:
-        started = clock()
-        for _ in range(repeat):
-            run()
-        return (clock() - started) / repeat
-
-    def events(run: Callable[[], object], repeat: int) -> float:
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        first.record()
-        for _ in range(repeat):
-            run()
-        last.record()
-        torch.cuda.synchronize(device)
-        return first.elapsed_time(last) / 1000 / repeat
-
-    return events if device.type == "cuda" else wall
-
-
-@dataclass
-class Comparison:
-    """The times of all contestants, round by round.
-
-    Attributes:
-        name: short, for measures and files.
-        title: for readers: what is timed.
-        base: the contestant that ratios refer to.
-        times: seconds of one run by contestant, one for each round.
-        tolerance: largest deviation of a number in the outputs that was allowed.
-        deviations: largest one found; None where nothing was compared.
-        notes: by contestant.
-        skipped: reasons by contestant that did not take part.
-        facts: what the tasks reported.
-        repeats: runs whose mean is one entry of `times`, by contestant.
-        samples: clouds, or other items, of one run; 0 where throughput means nothing.
-    """
-
-    name: str
-    title: str
-    base: str
-    times: dict[str, list[float]]
-    tolerance: float
-    deviations: dict[str, float | None] = field(default_factory=dict)
-    notes: dict[str, str] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
-    facts: dict[str, dict[str, float]] = field(default_factory=dict)
-    repeats: dict[str, int] = field(default_factory=dict)
-    samples: int = 0
-
-    def time(self, name: str) -> Spread:
-        """Summarise the seconds of one run."""
-        return spread(self.times[name])
-
-    def ratio(self, name: str, base: str | None = None) -> Spread:
-        """Summarise the time of a contestant over that of the base, round by round."""
-        return ratios(self.times[name], self.times[base or self.base])
-
-    def speedup(self, name: str, base: str | None = None) -> Spread:
-        """Summarise the time of the base over that of a contestant, round by round."""
-        return ratios(self.times[base or self.base], self.times[name])
-
-    def missing(self, *names: str) -> str | None:
-        """Return the reason why a contestant has no times, None if all have times."""
-        reasons = (self.skipped.get(name, f"no contestant '{name}'") for name in names if name not in self.times)
-        return next(reasons, None)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain types for JSON; `Comparison(**d)` is the way back."""
-        return dict(vars(self))
-
-
 def interleave(
     name: str,
     contestants: Sequence[Contestant],
@@ -196,6 +122,11 @@ def interleave(
     tolerance: float = 1e-4,
     min_seconds: float = 0.0,
     samples: int = 0,
+    clock: str = WALL,
+    resolve: float | None = None,
+    budget: float = math.inf,
+    restart: bool = True,
+    pairs: Sequence[tuple[str, str]] = (),
 ) -> Comparison:
     """Compare contestants: build all, check that their results agree, warm up, then let each run once a round.
 
@@ -211,15 +142,23 @@ def interleave(
         tolerance: largest absolute deviation of any output from the base's, for contestants of equal mathematics.
         min_seconds: short work is repeated within its turn for about this time; its time is the mean.
         samples: items per run, for throughput.
+        clock: the time that ratios refer to, of `CLOCKS`.
+        resolve: go on after `rounds` until the interval of each pair is at most this wide to each side, relative to
+            the ratio. None: stop after `rounds`.
+        budget: seconds after which no further round begins; `rounds` are completed all the same.
+        restart: with `resolve`, start the contestants anew after each full cycle of orders, and at least
+            `FEWEST_STARTS` times, so that the intervals hold for another start as well.
+        pairs: (name, base) of the ratios to resolve; default: each contestant and the base.
 
     Raises:
         InputError: outputs deviate by more than the tolerance, names repeat, or no contestant can be measured.
 
     Example:
         >>> from functools import partial
+        >>> from benchmarks.timing import make_timer
         >>> both = [Contestant(name, lambda: Task(partial(sum, range(99)))) for name in ("one", "two")]
         >>> result = interleave("sums", both, start=local(make_timer(torch.device("cpu"))), rounds=3)
-        >>> len(result.times["two"]), result.ratio("one").median
+        >>> len(result.times["two"]), result.ratio("one").value
         (3, 1.0)
     """
     names = [contestant.name for contestant in contestants]
@@ -227,9 +166,82 @@ def interleave(
         raise InputError(f"{name}: contestants share a name: {', '.join(names)}")
     if rounds < 1:
         raise InputError(f"{name}: rounds is {rounds}, must be at least 1")
+    assert clock in CLOCKS, clock
+    logger.info(f"{name}: {', '.join(names)}")
+    stop = _Stop(rounds, resolve, time.monotonic() + budget, FEWEST_STARTS if restart else 1, pairs)
+    result = Comparison(name, title or name, "", {}, tolerance, samples=samples, clock=clock, resolve=resolve)
+    present, index = list(contestants), 0
+    with tqdm(desc=name, total=rounds if resolve is None else None, leave=False, disable=None) as bar:
+        while not stop.is_reached(result):
+            with _started(present, start, result) as runners:
+                if not index:
+                    present = [contestant for contestant in contestants if contestant.name in runners]
+                    measurable = next((c.name for c in present if c.same_math), present[0].name)
+                    result.base = base if base in runners else measurable
+                    result.notes = {contestant.name: contestant.note for contestant in present if contestant.note}
+                    result.deviations = _check_equal(name, present, runners, result.base, tolerance)
+                    result.times, result.cpu_times = ({c: [] for c in runners} for _ in range(2))
+                result.repeats = _warm_up(runners, warmup, min_seconds)
+                result.starts.append(0)
+                cycle = rounds if resolve is None else 2 * len(runners)
+                while cycle and not (result.starts[-1] and stop.is_reached(result)):
+                    for _ in range(cycle):
+                        for turn in order(list(runners), index):
+                            timing = runners[turn].run(result.repeats[turn])
+                            result.times[turn].append(timing.wall)
+                            result.cpu_times[turn].append(timing.cpu)
+                        index += 1
+                        bar.update()
+                    result.starts[-1] += cycle
+                    cycle = 0 if restart else cycle
+                facts = {contestant: runner.facts() for contestant, runner in runners.items()}
+                result.facts = {contestant: values for contestant, values in facts.items() if values}
+    return result
+
+
+@dataclass
+class _Stop:
+    """When a comparison ends: see `interleave`.
+
+    Attributes:
+        rounds: fewest rounds.
+        resolve: widest half width of an interval; None: `rounds` are enough.
+        ends: time after which no further round begins, of `time.monotonic`.
+        starts: fewest starts.
+        pairs: whose ratios are watched.
+        next_check: rounds at which the intervals are estimated again, which takes some time itself.
+        resolved: the intervals were narrow enough at the last check.
+    """
+
+    rounds: int
+    resolve: float | None
+    ends: float
+    starts: int
+    pairs: Sequence[tuple[str, str]]
+    next_check: int = 0
+    resolved: bool = False
+
+    def is_reached(self, result: Comparison) -> bool:
+        """Tell whether a comparison has its rounds, and its intervals are narrow enough or its time is over."""
+        done = sum(result.starts)
+        if done < self.rounds:
+            return False
+        if self.resolve is None or self.resolved or time.monotonic() >= self.ends:
+            return True
+        if len(result.starts) < self.starts or done < self.next_check:
+            return False
+        self.next_check = math.ceil(1.1 * done)
+        watched = [pair for pair in self.pairs if not result.missing(*pair)]
+        watched = watched or [(contestant, result.base) for contestant in result.times if contestant != result.base]
+        self.resolved = all(result.ratio(*pair).half_width <= self.resolve for pair in watched)
+        return self.resolved
+
+
+@contextlib.contextmanager
+def _started(contestants: Sequence[Contestant], start: Start, result: Comparison) -> Iterator[dict[str, Runner]]:
+    """Start contestants and close them in the end; note who cannot take part, which is decided by the first start."""
     runners: dict[str, Runner] = {}
     skipped: dict[str, str] = {}
-    logger.info(f"{name}: {', '.join(names)}")
     try:
         for contestant in contestants:
             try:
@@ -242,33 +254,15 @@ def interleave(
             except Skip as reason:
                 skipped[waited_for] = str(reason)
                 runners.pop(waited_for).close()
-        present = [contestant for contestant in contestants if contestant.name in runners]
-        if not present:
-            raise InputError(f"{name}: no contestant can take part: {'; '.join(skipped.values())}")
-        base = base if base in runners else next((c.name for c in present if c.same_math), present[0].name)
-        deviations = _check_equal(name, present, runners, base, tolerance)
-        repeats = _warm_up(runners, warmup, min_seconds)
-        times: dict[str, list[float]] = {contestant: [] for contestant in runners}
-        for index in tqdm(range(rounds), desc=name, leave=False, disable=None):
-            for turn in order(list(runners), index):
-                times[turn].append(runners[turn].run(repeats[turn]))
-        facts = {contestant: runner.facts() for contestant, runner in runners.items()}
+        if not runners:
+            raise InputError(f"{result.name}: no contestant can take part: {'; '.join(skipped.values())}")
+        if result.starts and skipped:
+            raise InputError(f"{result.name}: took part before, and cannot again: {'; '.join(skipped.values())}")
+        result.skipped |= skipped
+        yield runners
     finally:
         for runner in runners.values():
             runner.close()
-    return Comparison(
-        name=name,
-        title=title or name,
-        base=base,
-        times=times,
-        tolerance=tolerance,
-        deviations=deviations,
-        notes={contestant.name: contestant.note for contestant in present if contestant.note},
-        skipped=skipped,
-        facts={contestant: values for contestant, values in facts.items() if values},
-        repeats=repeats,
-        samples=samples,
-    )
 
 
 def order(names: Sequence[str], index: int) -> list[str]:
@@ -317,5 +311,5 @@ def _warm_up(runners: dict[str, Runner], warmup: int, min_seconds: float) -> dic
     seconds = dict.fromkeys(runners, math.inf)
     for _ in range(warmup):
         for contestant, runner in runners.items():
-            seconds[contestant] = min(seconds[contestant], runner.run(1))
+            seconds[contestant] = min(seconds[contestant], runner.run(1).wall)
     return {name: max(1, math.ceil(min_seconds / taken)) if taken > 0 else 1 for name, taken in seconds.items()}

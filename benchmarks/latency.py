@@ -15,9 +15,11 @@ from s2d3d.export.write import export_model, load_exported
 from s2d3d.machine import installed_version
 from s2d3d.models import create_model, fold_batchnorm
 
-from .interleave import Comparison, Contestant, Task, interleave, local, make_timer
+from .comparison import Comparison
+from .interleave import Contestant, Task, interleave, local
 from .section import Settings, new_section
 from .tables import comparison_table, hardware_lines
+from .timing import make_timer
 
 BATCHES = (1, 32)
 MIN_SECONDS = 0.1

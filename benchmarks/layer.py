@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from s2d3d.s2d import MoFConfig, RUPMoF, TopKMoE, apply_ewa_, convert_to_mof_, dispatch
 
-from .interleave import Comparison, Contestant, Task, interleave
+from .comparison import Comparison
+from .interleave import Contestant, Task, interleave
 from .packages import Package, packages
 from .section import Section, Settings, new_section
 from .training_pass import Residual

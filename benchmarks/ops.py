@@ -18,6 +18,7 @@ from .training import clouds
 CHECKED = 16
 """Number of compared selections. Later points have almost equal distances, and rounding may change their order."""
 OURS, PLAIN, CLUSTER, POINTCLOUD = "ours", "plain reference", "torch_cluster", "torch-pointcloud"
+FPSAMPLE = "fpsample (bucket)"
 
 
 def measure(settings: Settings) -> Section:
@@ -82,7 +83,7 @@ def _sampling(section: Section, settings: Settings, batch: int, points: int, sam
                 POINTCLOUD, lambda: flat(_pointcloud_operators(), num_nodes=samples), note="operators of pyg-lib"
             ),
             Contestant(
-                "fpsample (bucket)",
+                FPSAMPLE,
                 buckets,
                 same_math=False,
                 note="one cloud after another, one thread; checked to take the farthest from a start of its own",
@@ -95,6 +96,7 @@ def _sampling(section: Section, settings: Settings, batch: int, points: int, sam
     )
     section.comparisons.append(comparison)
     section.add_speedup(f"fps_{points}", comparison, OURS, PLAIN)
+    section.add_speedup(f"fps_{points}.fpsample", comparison, OURS, FPSAMPLE)
 
 
 def _pointcloud_operators() -> ModuleType:
@@ -153,3 +155,4 @@ def _neighbours(section: Section, settings: Settings, batch: int, queries: int, 
     )
     section.comparisons.append(comparison)
     section.add_speedup(f"knn_{queries}", comparison, OURS, PLAIN)
+    section.add_speedup(f"knn_{queries}.torch_cluster", comparison, OURS, CLUSTER)

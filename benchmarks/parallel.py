@@ -14,8 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 from s2d3d.s2d import EWA
 from s2d3d.training.optim import build_optimizer
 
-from .interleave import KEPT, Comparison, Contestant, Runner, Task, interleave
+from .comparison import Comparison
+from .interleave import KEPT, Contestant, Runner, Task, interleave
 from .section import Settings
+from .timing import Timing
 from .training import CLIP, LEARNING_RATE, SHARE_RATE, ModelSpec, build_model, clouds
 from .worker import WorkerRunner
 
@@ -89,10 +91,11 @@ class Ranks:
     def outputs(self) -> list[Tensor] | None:
         return None
 
-    def run(self, repeat: int) -> float:
+    def run(self, repeat: int) -> Timing:
         for worker in self.workers:
             worker.send("run", repeat)
-        return max(worker.receive() for worker in self.workers)
+        timings = [worker.receive() for worker in self.workers]
+        return Timing(max(timing.wall for timing in timings), max(timing.cpu for timing in timings))
 
     def facts(self) -> dict[str, float]:
         for worker in self.workers:

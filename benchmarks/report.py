@@ -8,15 +8,32 @@ from s2d3d.errors import InputError
 
 from .section import Measure, Section
 from .tables import hardware_lines, section_text, table
-from .targets import TARGETS, Target, format_bound, judge
+from .targets import NOT_MEASURED, STATES, TARGETS, Target, Verdict, format_bound, judge
 
 MARK = "<!-- made by tools/benchmark.py: change what it measures, not this page -->"
 FORMAT = 1
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 METHOD = """\
 **In turn.** Contestants do not run one after the other but in rounds: in each round every contestant runs once,
 another one first each round, and the other way round after each full cycle. What slows the machine down for a while
-slows all of them. A ratio is the median of the ratios of single rounds, never a ratio of medians; quartiles of the
-same ratios follow.
+slows all of them, and a steady drift cancels.
+
+**Ratios and their intervals.** Each round gives one ratio of two contestants. The estimate is the mean of the middle
+half of the logarithms of these ratios, and a bootstrap gives its interval of 95 %, which stands behind it. With
+`--resolve 0.01` a comparison goes on until the intervals are at most 1 % wide to each side, or `--budget` minutes are
+over. It then starts its processes anew after each full cycle, at least six times, and the bootstrap resamples whole
+starts: two processes of the same program can differ for as long as they live.
+
+**Hit, missed, undecided.** A target is hit if its whole interval is on the good side of the bound, missed if the whole
+interval is on the other side, and undecided otherwise. "Equals" means that the interval is within 1 % of the bound.
+"The same against itself" shows the noise: its interval must hold 1.00.
+
+**Two clocks.** Wall time is what a user waits for. Processor time counts the threads of the process alone; other
+programs disturb it less, and it is shown beside. `--clock cpu` makes it the time that all ratios refer to, for a
+machine that others use as well: with one thread, because threads that wait for each other count as well.
+
+**Several machines.** Machines are told apart by processor, instruction sets, GPU and threads. Results of another
+machine never replace those of this one.
 
 **Equal results first.** Before anything is timed, contestants of equal mathematics compute from the same weights
 and inputs, and the largest absolute deviation of a number is compared with the tolerance (1e-4 unless said
@@ -85,32 +102,69 @@ def read_results(path: str | Path) -> list[Section]:
 
 
 def merge_results(results: Iterable[Sequence[Section]]) -> list[Section]:
-    """Join results of several files; of two sections of one name and device, the later stays."""
-    merged: dict[tuple[str, str], Section] = {}
+    """Join results of several files; of two sections of one name, device and machine, the later stays."""
+    merged: dict[tuple[str, str, str], Section] = {}
     for sections in results:
         for section in sections:
-            merged.pop((section.name, section.device), None)
-            merged[section.name, section.device] = section
+            key = (section.name, section.device, section.machine)
+            merged.pop(key, None)
+            merged[key] = section
     return list(merged.values())
 
 
-def target_table(sections: Iterable[Section], targets: Sequence[Target] = TARGETS) -> str:
-    """Return every target with its measurement, its state, and the reasons."""
-    measures: dict[str, Measure] = {}
-    for section in sections:
-        measures |= section.measures
-    verdicts = [judge(target, measures) for target in targets]
-    rows = [[v.target.title, format_bound(v.target), v.measured, v.state, v.why] for v in verdicts]
-    counts = {state: sum(v.state == state for v in verdicts) for state in ("hit", "missed", "not measured")}
-    summary = ", ".join(f"{count} {state}" for state, count in counts.items())
-    return f"{summary}.\n\n" + table(["target", "bound", "measured (quartiles)", "", "why"], rows)
+def target_table(sections: Sequence[Section], targets: Sequence[Target] = TARGETS) -> str:
+    """Return every target with its measurement and state on each machine, and the reasons below."""
+    names = machines(sections)
+    verdicts: dict[str, list[Verdict]] = {}
+    for name in names:
+        measures: dict[str, Measure] = {}
+        for section in sections:
+            if section.machine == name:
+                measures |= section.measures
+        verdicts[name] = [judge(target, measures) for target in targets]
+    # What one kind of device is for says nothing about a machine that has only the other.
+    shown = {
+        name: [v if _concerns(v.target, name, sections) else None for v in listed] for name, listed in verdicts.items()
+    }
+    lines, rows = [], []
+    for letter, name in zip(LETTERS, names):
+        states = [verdict.state for verdict in shown[name] if verdict]
+        counts = ", ".join(f"{states.count(state)} {state}" for state in STATES)
+        lines.append(f"- Machine {letter}: {name}: {counts}.")
+    for index, target in enumerate(targets):
+        cells = [_cell(shown[name][index]) for name in names]
+        rows.append([target.title, format_bound(target), *cells])
+    head = ["target", "bound", *(f"machine {letter}" for letter in LETTERS[: len(names)])]
+    parts = ["\n".join(lines), table(head, rows)]
+    for letter, name in zip(LETTERS, names):
+        reasons = [[v.target.title, v.state, v.why] for v in shown[name] if v and v.why and v.state != NOT_MEASURED]
+        if reasons:
+            parts.append(f"**Machine {letter}**\n\n" + table(["target", "", "why"], reasons))
+    return "\n\n".join(parts)
+
+
+def machines(sections: Iterable[Section]) -> list[str]:
+    """Return the names of the machines, in the order of their first section."""
+    return list(dict.fromkeys(section.machine for section in sections))
+
+
+def _concerns(target: Target, machine: str, sections: Sequence[Section]) -> bool:
+    """Tell whether a target is for a kind of device that a machine was measured on; a lone machine shows all."""
+    devices = {section.device for section in sections if section.machine == machine}
+    return target.key.split(".")[0] in devices or len(machines(sections)) == 1
+
+
+def _cell(verdict: Verdict | None) -> str:
+    if verdict is None:
+        return ""
+    return verdict.measured if verdict.state == NOT_MEASURED else f"{verdict.measured}, {verdict.state}"
 
 
 def report(sections: Sequence[Section], command: str) -> str:
     """Return the whole page.
 
     Args:
-        sections: results.
+        sections: results, of one machine or several.
         command: the command that reproduces the page.
     """
     parts = [f"# Benchmarks\n\n{MARK}\n\nMade by `{command}`; the numbers behind it are in the JSON file beside it."]
@@ -119,10 +173,15 @@ def report(sections: Sequence[Section], command: str) -> str:
     parts += ["## Targets", target_table(sections), "## How it is measured", METHOD.strip()]
     if all(section.device == "cpu" for section in sections):
         parts.append(NO_GPU)
-    for section in sections:
-        where = "" if section.device == "cpu" else " on a GPU"
-        parts += [f"## {section.title}{where} (`{section.name}`)", "\n".join(hardware_lines(section))]
-        parts.append(section_text(section))
+    letters = dict(zip(machines(sections), LETTERS))
+    titles = dict.fromkeys((section.name, section.device, section.title) for section in sections)
+    for name, device, title in titles:
+        where = "" if device == "cpu" else " on a GPU"
+        parts.append(f"## {title}{where} (`{name}`)")
+        for section in sections:
+            if (section.name, section.device) == (name, device):
+                parts += [f"**Machine {letters[section.machine]}**"] if len(letters) > 1 else []
+                parts += ["\n".join(hardware_lines(section)), section_text(section)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -9,12 +9,16 @@ from typing import Any, TypeVar
 
 import torch
 
-from .hardware import hardware
-from .interleave import Comparison, Start, Timer, local, make_timer
-from .stats import Spread, fit_exponent, spread
+from .comparison import Comparison
+from .hardware import hardware, machine_name
+from .interleave import Start, local
+from .stats import LEVEL, Interval, Spread, fit_exponent, spread
+from .timing import WALL, Timer, make_timer
 from .worker import workers
 
 Choice = TypeVar("Choice")
+BUDGET = 10.0
+"""Longest time of a comparison that resolves its ratios, minutes, unless the user says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,9 @@ class Settings:
         compile: also measure compiled models.
         force_bf16: measure bf16 even without hardware support.
         seed: of weights and inputs.
+        clock: the time that ratios refer to, of `CLOCKS`; processor time is for a machine that others use as well.
+        resolve: half width of an interval, relative to its ratio, that ends a comparison; None: its fixed rounds do.
+        budget: longest time of a comparison with `resolve`, minutes.
         load_average: of the machine before anything is measured.
     """
 
@@ -41,6 +48,9 @@ class Settings:
     compile: bool = False
     force_bf16: bool = False
     seed: int = 0
+    clock: str = WALL
+    resolve: float | None = None
+    budget: float = BUDGET
     load_average: tuple[float, ...] = field(default_factory=os.getloadavg)
 
     def pick(self, full: Choice, quick: Choice) -> Choice:
@@ -50,8 +60,16 @@ class Settings:
     def interleaving(self, rounds: int, *, warmup: int = 2, min_seconds: float = 0.0) -> dict[str, Any]:
         """Return the keywords of `interleave` that say how long to measure."""
         if self.quick:
-            return {"rounds": self.rounds or 2, "warmup": 1}
-        return {"rounds": self.rounds or rounds, "warmup": warmup, "min_seconds": min_seconds}
+            return {"rounds": self.rounds or 2, "warmup": 1, "clock": self.clock}
+        return {
+            "rounds": self.rounds or rounds,
+            "warmup": warmup,
+            "min_seconds": min_seconds,
+            "clock": self.clock,
+            "resolve": self.resolve,
+            "budget": 60 * self.budget,
+            "restart": self.device.type != "cuda",  # there a start compiles for minutes
+        }
 
     @property
     def timer(self) -> Timer:
@@ -71,16 +89,18 @@ class Measure:
     """One number of the result, or the reason why it is missing.
 
     Attributes:
-        value: the median where it was measured in rounds.
-        low: its lower quartile.
-        high: its upper quartile.
+        value: the number.
+        low: lower end of its interval, or its lower quartile; None where there is none.
+        high: likewise the upper one.
         reason: why it was not measured.
+        level: of the interval, such as 0.95; None: the ends are quartiles, or the number is exact.
     """
 
     value: float | None = None
     low: float | None = None
     high: float | None = None
     reason: str = ""
+    level: float | None = None
 
 
 @dataclass
@@ -144,13 +164,21 @@ class Section:
     def device(self) -> str:
         return self.hardware["device"]
 
-    def add(self, key: str, value: float | Spread | None, reason: str | None = None) -> None:
+    @property
+    def machine(self) -> str:
+        """The processor or GPU with its instruction sets and threads: results of equal machines are comparable."""
+        return machine_name(self.hardware)
+
+    def add(self, key: str, value: float | Spread | Interval | None, reason: str | None = None) -> None:
         """Record a measure under `<device>.<section>.<key>`; without a value, the reason."""
         key = f"{self.device}.{self.name}.{key}"
         if value is None:
             self.measures[key] = Measure(reason=reason or "not measured")
         elif isinstance(value, Spread):
             self.measures[key] = Measure(value.median, value.low, value.high)
+        elif isinstance(value, Interval):
+            ends = (value.low, value.high) if math.isfinite(value.high) else (None, None)
+            self.measures[key] = Measure(value.value, *ends, level=LEVEL)
         else:
             self.measures[key] = Measure(float(value))
 
@@ -161,14 +189,12 @@ class Section:
 
     def add_speedup(self, key: str, comparison: Comparison, name: str, base: str) -> None:
         """Record the time of `base` divided by that of `name`, or the reason why it is missing."""
-        reason = comparison.missing(name, base)
-        self.add(key, None if reason else comparison.speedup(name, base), reason)
+        self.add_ratio(key, comparison, base, name)
 
     def add_rate(self, key: str, comparison: Comparison, name: str) -> None:
         """Record the samples per second, or the reason why they are missing."""
         reason = comparison.missing(name)
-        rates = None if reason else spread([comparison.samples / seconds for seconds in comparison.times[name]])
-        self.add(key, rates, reason)
+        self.add(key, None if reason else comparison.rate(name), reason)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types for JSON."""
@@ -194,7 +220,7 @@ def new_section(name: str, title: str, settings: Settings) -> Section:
 
 def series_from(comparison: Comparison, sizes: Sequence[float], *, expected: float, note: str = "") -> Series:
     """Turn a comparison of sizes, whose contestants are in their order, into a series."""
-    rounds = [comparison.times[name] for name in comparison.times]
+    rounds = [comparison.seconds(name) for name in comparison.times]
     seconds = [spread(times).median for times in rounds]
     assert len(rounds) == len(sizes), "every size took part"
     assert all(math.isfinite(value) and value > 0 for value in seconds), "times are positive"

@@ -8,9 +8,19 @@ from .interleave import DEFAULT, KEPT, Contestant, interleave
 from .losses import loss_gap
 from .presets import PUBLIC_BERT, PUBLIC_TRANSFORMER, SMALL_BERT, SPARSE_TRANSFORMER, spec_for
 from .section import Section, Settings, new_section
-from .stats import spread
+from .stats import estimate
 from .training import ModelSpec, build_step, expert_bytes, step_flops
-from .versus import DENSE, EXPERTS, REFERENCE_A, SPARSE, add_rates, add_versus, contestants, measure_package
+from .versus import (
+    DENSE,
+    EXPERTS,
+    REFERENCE_A,
+    SPARSE,
+    VERSUS_PAIRS,
+    add_rates,
+    add_versus,
+    contestants,
+    measure_package,
+)
 from .worker import WorkerRunner
 
 AGAIN = "ours, dense again"
@@ -27,9 +37,10 @@ def measure(settings: Settings) -> Section:
     section = new_section("step", "Training step", settings)
     add_rates(section, settings)
     bert, transformer = (spec_for(preset, settings) for preset in (PUBLIC_BERT, PUBLIC_TRANSFORMER))
-    _against_reference(section, settings, "point_bert", bert, sparse=True)
-    _against_reference(section, settings, "point_transformer", transformer, sparse=False)
-    for name, preset in (("point_bert_small", SMALL_BERT), ("point_transformer_ffn", SPARSE_TRANSFORMER)):
+    _against_reference(section, settings, "point_bert", bert)
+    _against_reference(section, settings, "point_transformer", transformer)
+    presets = {"point_bert": PUBLIC_BERT, "point_bert_small": SMALL_BERT, "point_transformer_ffn": SPARSE_TRANSFORMER}
+    for name, preset in presets.items():
         _dense_and_sparse(section, settings, name, spec_for(preset, settings))
     _memory(section, settings, bert)
     reason = None if settings.force_bf16 else missing_bf16(settings.device)
@@ -37,36 +48,35 @@ def measure(settings: Settings) -> Section:
     return section
 
 
-def _against_reference(section: Section, settings: Settings, name: str, spec: ModelSpec, *, sparse: bool) -> None:
-    present = contestants(build_step, spec, settings)
-    if sparse:
-        own = partial(build_step, spec.but(experts=EXPERTS))
-        present.append(Contestant(SPARSE, own, note=f"{EXPERTS} experts in every second FFN, EWA"))
+def _against_reference(section: Section, settings: Settings, name: str, spec: ModelSpec) -> None:
     comparison = interleave(
         f"{name} step",
-        present,
+        contestants(build_step, spec, settings),
         title=f"{name}: training step, batch {spec.batch}, {spec.points} points",
         start=settings.apart(),
         base=REFERENCE_A,
         samples=spec.batch,
+        pairs=VERSUS_PAIRS,
         **settings.interleaving(8, min_seconds=0.2),
     )
     section.comparisons.append(comparison)
-    if sparse:
-        section.add_ratio(f"{name}.s2d", comparison, SPARSE, DENSE)
     add_versus(section, settings, name, comparison, step_flops(spec))
     measure_package(section, settings, name, "step", build_step, spec)
 
 
 def _dense_and_sparse(section: Section, settings: Settings, name: str, spec: ModelSpec) -> None:
     comparison = interleave(
-        f"{name} step",
+        f"{name} step, S2D",
         [
             Contestant(DENSE, partial(build_step, spec)),
-            Contestant(SPARSE, partial(build_step, spec.but(experts=EXPERTS)), note="EWA included"),
+            Contestant(
+                SPARSE,
+                partial(build_step, spec.but(experts=EXPERTS)),
+                note=f"{EXPERTS} experts in every second FFN, EWA included",
+            ),
             Contestant(AGAIN, partial(build_step, spec), note="the same once more: its ratio is noise"),
         ],
-        title=f"{name}: training step, batch {spec.batch}, {spec.points} points",
+        title=f"{name}: S2D training step, batch {spec.batch}, {spec.points} points",
         start=settings.apart(),
         samples=spec.batch,
         **settings.interleaving(12, min_seconds=0.2),
@@ -74,7 +84,8 @@ def _dense_and_sparse(section: Section, settings: Settings, name: str, spec: Mod
     section.comparisons.append(comparison)
     section.add_ratio(f"{name}.s2d", comparison, SPARSE, DENSE)
     section.add_ratio(f"{name}.noise", comparison, AGAIN, DENSE)
-    section.add_rate(f"{name}.samples_per_second", comparison, DENSE)
+    if name != "point_bert":  # its rate is that of the comparison with the reference
+        section.add_rate(f"{name}.samples_per_second", comparison, DENSE)
 
 
 def _memory(section: Section, settings: Settings, spec: ModelSpec) -> None:
@@ -89,10 +100,11 @@ def _memory(section: Section, settings: Settings, spec: ModelSpec) -> None:
             tuple(peak_of_steps(own, allocator, settings) for own in (spec, sparse))
             for _ in range(settings.pick(PROCESSES, 1))
         ]
+        extra = estimate([(ours - base) / allowed for base, ours in rounds], logarithmic=False)
         dense_peak, sparse_peak = (median(peaks) for peaks in zip(*rounds))
         section.add(f"memory.dense_mib{suffix}", dense_peak / 2**20)
         section.add(f"memory.s2d_mib{suffix}", sparse_peak / 2**20)
-        section.add(f"memory.extra{suffix}", spread([(ours - base) / allowed for base, ours in rounds]))
+        section.add(f"memory.extra{suffix}", extra)
 
 
 def peak_of_steps(spec: ModelSpec, allocator: str, settings: Settings, steps: int = 3) -> float:

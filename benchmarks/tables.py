@@ -1,11 +1,16 @@
 """Results as tables: Markdown for `docs/benchmarks.md`, which reads well on a terminal too."""
 
+import math
 from collections.abc import Sequence
 
 from s2d3d.markdown import markdown_table
 
-from .interleave import Comparison
+from .comparison import Comparison
 from .section import Section, Series
+from .stats import Interval
+from .timing import CLOCKS, CPU, WALL
+
+CLOCK_TITLES = {WALL: "wall", CPU: "CPU"}
 
 BUSY = 0.5
 """Load average of the last minute above which a machine is not idle."""
@@ -28,35 +33,43 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def comparison_table(comparison: Comparison) -> str:
     """Return times, spreads and ratios of all contestants, then the contestants that were not measured with reasons."""
     unit, factor = ("ms", 1e3) if comparison.time(comparison.base).median < 10 else ("s", 1.0)
+    other = next((clock for clock in CLOCKS if clock != comparison.clock and comparison.cpu_times), None)
     rows = []
     for name in comparison.times:
-        time, ratio = comparison.time(name), comparison.ratio(name)
+        time = comparison.time(name)
         distance = comparison.deviations.get(name)
         rows.append(
             [
                 name,
                 _number(time.median * factor),
                 f"{_number(time.low * factor)}-{_number(time.high * factor)}",
-                f"{ratio.median:.2f}",
-                f"{ratio.low:.2f}-{ratio.high:.2f}",
+                *_ratio_cells(comparison.ratio(name)),
+                *([" ".join(_ratio_cells(comparison.ratio(name, clock=other)))] if other else []),
                 *([f"{comparison.samples / time.median:,.1f}"] if comparison.samples else []),
                 "base" if name == comparison.base else "-" if distance is None else f"{distance:.1e}",
                 comparison.notes.get(name, ""),
             ]
         )
-    head = ["contestant", unit, "quartiles", "ratio", "quartiles", *(["items/s"] if comparison.samples else []),
-            "deviation", "note"]  # fmt: skip
+    head = ["contestant", unit, "quartiles", "ratio", "95 %", *([f"{CLOCK_TITLES[other]} ratio"] if other else []),
+            *(["items/s"] if comparison.samples else []), "deviation", "note"]  # fmt: skip
     rounds = len(next(iter(comparison.times.values())))
     most = max(comparison.repeats.values(), default=1)
-    repeated = f" of up to {most} runs" if most > 1 else ""
+    how = [f"{rounds} rounds" + (f" of up to {most} runs" if most > 1 else "")]
+    how += [f"{len(comparison.starts)} starts"] if len(comparison.starts) > 1 else []
+    how += [f"{CLOCK_TITLES[comparison.clock]} time"] if comparison.clock != WALL else []
     lines = [
-        f"**{comparison.title}** ({rounds} rounds{repeated}; ratios to '{comparison.base}')",
+        f"**{comparison.title}** ({', '.join(how)}; ratios to '{comparison.base}')",
         "",
         table(head, rows),
     ]
     if comparison.skipped:
         lines += ["", *(f"- {name}: did not take part: {reason}" for name, reason in comparison.skipped.items())]
     return "\n".join(lines)
+
+
+def _ratio_cells(ratio: Interval) -> list[str]:
+    ends = f"{ratio.low:.2f}-{ratio.high:.2f}" if math.isfinite(ratio.high) else "one round"
+    return [f"{ratio.value:.2f}", ends]
 
 
 def series_table(series: Sequence[Series]) -> str:

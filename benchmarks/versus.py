@@ -5,8 +5,9 @@ from functools import partial
 
 import torch
 
+from .comparison import Comparison
 from .hardware import matmul_rate, missing_bf16
-from .interleave import DEFAULT, Comparison, Contestant, Task, interleave
+from .interleave import DEFAULT, Contestant, Task, interleave
 from .pointcloud import NOTE
 from .section import Section, Settings
 from .stats import spread
@@ -18,6 +19,8 @@ DENSE, DENSE_DEFAULT = "ours, dense", "ours, dense, default allocator"
 SPARSE, MERGED, FOLDED = "ours, S2D", "ours, merged", "ours, BatchNorm folded"
 PUBLIC = "torch-pointcloud"
 BF16, COMPILED = "ours, dense, bf16", "ours, dense, compiled"
+VERSUS_PAIRS = ((DENSE, REFERENCE_A), (DENSE, REFERENCE_B))
+"""Ratios to resolve in a comparison with a reference module."""
 Build = Callable[[ModelSpec], Task]
 
 

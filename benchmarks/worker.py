@@ -18,7 +18,8 @@ from s2d3d.errors import InputError
 from s2d3d.machine import choose_device, keep_large_allocations
 from s2d3d.s2d.dispatch import scatter_backend
 
-from .interleave import KEPT, Contestant, LocalRunner, Skip, Start, Task, make_timer
+from .interleave import KEPT, Contestant, LocalRunner, Skip, Start, Task
+from .timing import Timing, make_timer
 
 PRELOAD = ("__main__", "benchmarks.training", "benchmarks.parallel")
 
@@ -109,7 +110,7 @@ class WorkerRunner:
         arrays = self.ask("outputs")
         return None if arrays is None else [torch.from_numpy(array) for array in arrays]
 
-    def run(self, repeat: int) -> float:
+    def run(self, repeat: int) -> Timing:
         return self.ask("run", repeat)
 
     def facts(self) -> dict[str, float]:

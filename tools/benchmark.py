@@ -29,7 +29,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_settings(everything)
     _add_page(everything)
     page = add("report", "the page from existing results", "inference.json layer.json --output benchmarks.md")
-    page.add_argument("inputs", nargs="+", metavar="FILE.json", help="results; of equal sections the last one is used")
+    page.add_argument(
+        "inputs", nargs="+", metavar="FILE.json", help="results; of equal sections of one machine the last one is used"
+    )
     _add_page(page)
     arguments = "--checkpoint runs/demo/merged.pt --output latency.md"
     latency = add("latency", "a trained model: dense, merged, and exported in all formats", arguments)
@@ -50,6 +52,18 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rounds", type=int, metavar="N", help="rounds of every comparison; default: depends on the comparison"
     )
+    parser.add_argument(
+        "--resolve", type=float, metavar="SHARE",
+        help="go on until each ratio's interval is this narrow to each side, such as 0.01 for 1 %%",
+    )  # fmt: skip
+    parser.add_argument(
+        "--budget", type=float, default=10.0, metavar="MINUTES",
+        help="with --resolve: longest time of each comparison (default: 10)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall",
+        help="time that ratios refer to; cpu: on a machine that others use too, with --threads 1 (default: wall)",
+    )  # fmt: skip
     parser.add_argument("--root", metavar="DATA", help="a folder in ModelNet40 layout, for the data path")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and inputs")
     parser.add_argument("--compile", action="store_true", help="measure compiled models as well")

@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 
-from benchmarks import SECTIONS, gpu, layer, measure_section, reference, training
+from benchmarks import SECTIONS, command, gpu, layer, measure_section, reference, training
 from benchmarks.interleave import Skip, Task
 from benchmarks.ops import farthest_from
 from benchmarks.presets import PUBLIC_BERT
 from benchmarks.reference import load_reference
-from benchmarks.report import MARK, merge_results, read_results
+from benchmarks.report import MARK, merge_results, read_results, report, target_table, write_results
 from benchmarks.section import Measure, Section, Settings, new_section
-from benchmarks.targets import TARGETS, judge
+from benchmarks.targets import AT_MOST, TARGETS, Target, judge
 from benchmarks.training import build_inference, build_model, build_step, expert_bytes, without_dropping
 from s2d3d.errors import InputError
 
@@ -164,6 +164,8 @@ def test_other_results_are_refused_in_one_line(benchmark, monkeypatch):
     ("arguments", "message"),
     [
         (["layer", "--rounds", "0"], "--rounds is 0, must be at least 1"),
+        (["layer", "--resolve", "1.5"], "--resolve is 1.5, must be between 0 and 1, such as 0.01"),
+        (["layer", "--budget", "0"], "--budget is 0.0, must be greater than 0"),
         (["layer", "--threads", "0"], "--threads is 0, must be at least 1"),
         (["data", "--root", "nowhere"], "nowhere: holds no train_files.txt"),
         (["layer", "--device", "tpu"], "device 'tpu' is unknown"),
@@ -178,17 +180,50 @@ def test_bad_arguments(benchmark, arguments, message, monkeypatch, repository):
     assert (code, out) == (1, "") and message in err and err.count("\n") == 1
 
 
-def test_later_results_of_a_section_replace_earlier_ones():
-    def section(name, device, value):
-        made = new_section(name, name, Settings(CPU, 1))
-        made.hardware["device"] = device
-        made.add("x", value)
-        return made
+def section(name, device, value, **hardware):
+    made = new_section(name, name.title(), Settings(CPU, 1))
+    made.hardware |= {"device": device, **hardware}
+    made.add("x", value)
+    return made
 
+
+def test_later_results_of_a_section_replace_earlier_ones():
     one, other = section("step", "cpu", 1.0), section("step", "cuda", 2.0)
     merged = merge_results([[one, other], [section("step", "cpu", 3.0)]])
     assert [(s.device, *s.measures.values()) for s in merged] == [("cuda", Measure(2.0)), ("cpu", Measure(3.0))]
     assert Section.from_dict(json.loads(json.dumps(one.to_dict()))) == one
+
+
+def test_results_of_several_machines_stand_side_by_side():
+    """Another instruction set, or another number of threads, is another machine."""
+    listed = [
+        section("step", "cpu", 1.0, cpu_flags=["avx2"]),
+        section("step", "cpu", 2.0, cpu_flags=["avx2", "avx512f"]),
+        section("step", "cpu", 3.0, cpu_flags=["avx2"], num_threads=2),
+    ]
+    merged = merge_results([listed, [section("step", "cpu", 4.0, cpu_flags=["avx2", "avx512f"])]])
+    assert [s.measures["cpu.step.x"].value for s in merged] == [1.0, 3.0, 4.0]
+    target = Target("cpu.step.x", "the step", AT_MOST, 3.5, why="because of {cpu.step.x:.0f}")
+    text = target_table(merged, [target])
+    (row,) = [line for line in text.splitlines() if line.startswith("| the step | at")]
+    assert [cell.strip() for cell in row.split("|")[3:6]] == ["1.00x, hit", "3.00x, hit", "4.00x, missed"]
+    assert "- Machine C: " in text and "avx2 avx512f" in text and "14 % short of the bound; because of 4" in text
+    page = report(merged, "made so")
+    assert page.count("## Step (`step`)") == 1 and page.count("**Machine B**") == 1
+
+
+def test_measuring_again_keeps_the_results_of_other_machines(benchmark, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "SECTIONS", {"layer": ""})
+    value = iter([2.0, 3.0])
+    monkeypatch.setattr(command, "measure_section", lambda name, settings: section(name, "cpu", next(value)))
+    page = tmp_path / "page.md"
+    other = section("layer", "cpu", 1.0, cpu_flags=["sve"])
+    assert benchmark("all", "--output", page)[0] == 0
+    write_results(page.with_suffix(".json"), [other, *read_results(page.with_suffix(".json"))])
+    assert benchmark("all", "--output", page)[0] == 0
+    kept = read_results(page.with_suffix(".json"))
+    assert [s.measures["cpu.layer.x"].value for s in kept] == [1.0, 3.0]
+    assert kept[0].hardware["cpu_flags"] == ["sve"] and page.read_text().count("**Machine B**") == 1
 
 
 # What is timed is what it is said to be
