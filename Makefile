@@ -10,7 +10,9 @@ PYTHON ?= python3
 VENV ?= .venv
 TEST_PROCESSES ?= 2
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Warnings of pip, such as of an index of this machine that lacks a package, go to the log; errors are shown.
+PIP := $(RUN) -m pip --quiet --quiet --disable-pip-version-check --log $(VENV)/pip.log
+INSTALL := $(PIP) install --constraint constraints.txt
 # ninja, installed first, must be found by the compilation of torch-scatter
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
@@ -44,7 +46,7 @@ types: $(VENV)/.s2d3d
 	$(RUN) -m mypy
 
 docs: $(VENV)/.s2d3d
-	$(PIP) "mkdocs-material>=9.5" "mkdocstrings[python]>=0.25"
+	$(INSTALL) "mkdocs-material>=9.5" "mkdocstrings[python]>=0.25"
 	$(RUN) -c 'from s2d3d.config.reference import config_reference as page; print(page(), end="")' \
 		> docs/configuration.md
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
@@ -56,7 +58,7 @@ $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
 		|| { echo "Python 3.11 to 3.13 is needed; name one: make PYTHON=python3.11 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) setuptools wheel ninja
+	$(INSTALL) setuptools wheel ninja
 	@touch $@
 
 # torch comes first and from the ordinary index: torch-scatter compiles against it, and the ordinary torchvision,
@@ -67,20 +69,46 @@ $(VENV)/.torch: $(VENV)/.python constraints.txt
 		free=$$(df -Pk "$$place" | awk 'NR == 2 { print int($$4 / 1048576) }'); \
 		[ "$${free:-99}" -ge 9 ] || { echo "torch needs 9 GB of free disk; $$place has $$free: make room there" >&2; exit 1; }; \
 	done
-	$(PIP) torch torchvision
+	$(INSTALL) torch torchvision
 	@touch $@
 
 # Compiled once (4 to 8 minutes on 2 cores); pip keeps the wheel in its cache. A cached wheel may have been compiled
-# against another torch, hence the check.
+# against another torch, hence the check. Debug information, which Python's own flags ask for and the linker strips,
+# would cost a part of that time. The wheel is made without touching the environment, so that other packages are
+# downloaded and installed meanwhile.
+SCATTER := CFLAGS="$${CFLAGS-} -g0" $(PIP) wheel --no-build-isolation --no-deps --wheel-dir $(VENV)/wheels \
+	--constraint constraints.txt
+define build_scatter
+echo "torch-scatter: $(1); all that pip says: $(VENV)/pip.log"; rm -rf $(VENV)/wheels; \
+$(SCATTER) $(2) torch-scatter & build=$$!; \
+trap 'kill $$build 2>/dev/null; exit 1' INT TERM; seconds=0; \
+while kill -0 $$build 2>/dev/null; do \
+	sleep 1; seconds=$$((seconds + 1)); \
+	[ $$((seconds % 60)) -ne 0 ] || echo "torch-scatter: $$((seconds / 60)) min"; \
+done; \
+wait $$build && $(INSTALL) --no-deps --force-reinstall $(VENV)/wheels/*.whl
+endef
 $(VENV)/.scatter: $(VENV)/.torch
-	@echo "installing torch-scatter; without a wheel in pip's cache this compiles for several minutes"
-	$(PIP) --no-build-isolation torch-scatter
+	@$(call build_scatter,taken from pip's cache or compiled for several minutes,)
 	@$(RUN) -c 'import torch_scatter' 2>/dev/null \
-		|| $(PIP) --no-build-isolation --no-cache-dir --force-reinstall --no-deps torch-scatter
+		|| { $(call build_scatter,compiled anew for this torch,--no-cache-dir); }
 	@touch $@
 
-$(VENV)/.s2d3d: $(VENV)/.scatter $(VENV)/.system setup.py
-	$(PIP) --no-build-isolation --editable ".[test]"
+# Everything else, of setup.py. `pip install .` would compile torch-scatter by itself.
+$(VENV)/.others: $(VENV)/.torch setup.py constraints.txt
+	$(INSTALL) --no-build-isolation --no-deps --editable .
+	@$(RUN) -c "from importlib.metadata import requires; \
+		from pip._vendor.packaging.requirements import Requirement as R; \
+		listed = [R(text) for text in requires('s2d3d')]; \
+		print(*[f'{r.name}{r.specifier}' for r in listed if r.name != 'torch-scatter' \
+			and (not r.marker or r.marker.evaluate({'extra': 'test'}))], sep='\n')" > $(VENV)/others.txt
+	$(INSTALL) --requirement $(VENV)/others.txt
+	@touch $@
+
+# The last step changes nothing but what the two above may have missed, such as extras of a package.
+$(VENV)/.s2d3d: $(VENV)/.torch $(VENV)/.system setup.py constraints.txt
+	@$(MAKE) --no-print-directory --jobs=2 $(VENV)/.scatter $(VENV)/.others
+	$(INSTALL) --no-build-isolation --editable ".[test]"
 	@touch $@
 
 # System libraries of Open3D, which draws pictures. Installed where that is possible, named otherwise.

@@ -8,7 +8,7 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from s2d3d.s2d import MoFConfig, RUPMoF, TopKMoE, apply_ewa_, convert_to_mof_, dispatch
+from s2d3d.s2d import MoFConfig, RUPMoF, TopKMoE, apply_ewa_, convert_to_mof_
 
 from .comparison import Comparison
 from .interleave import Contestant, Task, interleave
@@ -31,7 +31,6 @@ def measure(settings: Settings) -> Section:
     section.comparisons += [_layers(settings), _in_order(settings), _averaging(settings), _optimizers(settings)]
     layers, in_order, averaging, optimizers = section.comparisons
     section.add_ratio("rup", layers, "RUP-MoF", "dense FFN")
-    section.add_ratio("rup_native", layers, "RUP-MoF, native scatter", "dense FFN")
     section.add_ratio("loop", layers, "loop over experts", "dense FFN")
     section.add_ratio("in_order", in_order, "RUP-MoF, tokens in order", "dense FFN with BatchNorm")
     section.add_speedup("ewa", averaging, "stacked lerp (ours)", "naive loops")
@@ -47,14 +46,7 @@ def _layers(settings: Settings) -> Comparison:
     build = partial(layer_task, x=x, device=settings.device)
     same = [
         Contestant("dense FFN", lambda: build(copy.deepcopy(ffn), gradients=_dense_gradients)),
-        Contestant(
-            "RUP-MoF", lambda: build(RUPMoF(ffn, EXPERTS), gradients=_stacked_gradients), note="torch-scatter combine"
-        ),
-        Contestant(
-            "RUP-MoF, native scatter",
-            lambda: build(RUPMoF(ffn, EXPERTS), gradients=_stacked_gradients, native=True),
-            note="scatter_add_ of torch",
-        ),
+        Contestant("RUP-MoF", lambda: build(RUPMoF(ffn, EXPERTS), gradients=_stacked_gradients)),
         Contestant("loop over experts", lambda: build(LoopMoF(ffn, EXPERTS), gradients=_summed_gradients)),
     ]
 
@@ -142,7 +134,6 @@ def layer_task(
     x: Tensor,
     device: torch.device,
     gradients: Callable[[nn.Module], list[Tensor]] | None = None,
-    native: bool = False,
 ) -> Task:
     """Make the task of one forward and backward pass.
 
@@ -151,7 +142,6 @@ def layer_task(
         x: tokens (B, T, C).
         device: where to compute.
         gradients: of its weights, summed over experts, in the layout of the dense FFN.
-        native: combine by torch's own scatter.
     """
     module = module.to(device).train()
     tokens = x.to(device).detach().clone().requires_grad_()
@@ -166,23 +156,12 @@ def layer_task(
         output.backward(direction)
         return output
 
-    def native_run() -> Tensor:
-        chosen = dispatch.scatter_backend
-        # The function's own cache is not needed here.
-        dispatch.scatter_backend = lambda: dispatch.native_scatter_sum  # type: ignore[assignment]
-        try:
-            return run()
-        finally:
-            dispatch.scatter_backend = chosen
-
-    chosen_run = native_run if native else run
-
     def outputs() -> list[Tensor]:
-        output = chosen_run().detach()
+        output = run().detach()
         assert tokens.grad is not None
         return [output, tokens.grad, *(gradients(module) if gradients else [])]
 
-    return Task(chosen_run, outputs)
+    return Task(run, outputs)
 
 
 def gradient_of(module: nn.Module, name: str) -> Tensor:

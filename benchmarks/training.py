@@ -15,6 +15,7 @@ from s2d3d.models import fold_batchnorm
 from s2d3d.s2d import EWA, MoFConfig, convert_to_mof_, merge_experts
 from s2d3d.s2d.ewa import expert_layers
 from s2d3d.training.optim import build_optimizer
+from s2d3d.training.update import clip_gradient_
 
 from .interleave import Task
 from .pointcloud import pointcloud_model
@@ -134,6 +135,7 @@ class TrainingStep:
         if spec.experts:
             self.ewa = EWA(self.model, share_rate=SHARE_RATE, schedule=schedule, total_steps=total_steps)
         self.parameters = list(self.model.parameters())
+        self.clip = clip_gradient_ if spec.source == "ours" else partial(nn.utils.clip_grad_norm_, foreach=True)
         self.network: nn.Module = self.model
         if spec.compile:
             self.network = cast(nn.Module, torch.compile(self.model, mode=spec.compile_mode))
@@ -167,7 +169,7 @@ class TrainingStep:
             logits = self.network(self.points)
         loss = F.cross_entropy(logits.float(), self.labels)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, CLIP, foreach=True)
+        self.clip(self.parameters, CLIP)
         self.optimizer.step()
         if self.ewa:
             self.ewa.average_(self.share_rate)

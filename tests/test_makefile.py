@@ -4,6 +4,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,14 @@ def make(repository, tmp_path):
     tools, venv = tmp_path / "bin", tmp_path / "venv"
     for folder in (tools, venv, venv / "bin"):
         folder.mkdir()
-    for name in ("touch", "timeout", "sh", "awk"):
+    for name in ("touch", "timeout", "sh", "awk", "rm", "sleep"):
         os.symlink(shutil.which(name), tools / name)
     (venv / ".python").touch()
 
     def run(stamp: str, **programs: str) -> subprocess.CompletedProcess:
         for name, body in programs.items():
             path = (venv / "bin" if name == "python" else tools) / name.replace("_", "-")
+            path.unlink(missing_ok=True)
             path.write_text(f"#!/bin/sh\n{body}\n")
             path.chmod(0o755)
         command = [shutil.which("make"), "--no-print-directory", f"VENV={venv}", f"{venv}/{stamp}"]
@@ -94,6 +96,66 @@ def test_otherwise_torch_is_installed(make, tmp_path, df):
     process = make(".torch", df=df, python=f'echo "$@" >> {log}')
     assert process.returncode == 0 and (tmp_path / "venv" / ".torch").exists(), process.stderr
     assert log.read_text().split()[-2:] == ["torch", "torchvision"]
+
+
+def test_torch_scatter_is_made_while_the_other_packages_are_installed(make, tmp_path):
+    """The wheel is not ready before the others are installed, and is installed itself after it is made."""
+    venv, log = tmp_path / "venv", tmp_path / "pip"
+    for stamp in (".torch", ".system"):
+        (venv / stamp).touch()
+    waits = (
+        f"for i in $(seq 400); do [ -e {tmp_path}/installed ] && break; sleep 0.05; done; [ -e {tmp_path}/installed ]"
+    )
+    body = f"""echo "$CFLAGS $@" >> {log}
+case "$*" in *" wheel "*) {waits} || exit 1; touch {venv}/wheels.made;; *" --requirement "*) touch {tmp_path}/installed;;
+esac"""
+    process = make(".s2d3d", python=body, seq="i=0; while [ $i -lt $1 ]; do i=$((i+1)); echo $i; done")
+    assert process.returncode == 0 and (venv / ".s2d3d").exists(), process.stderr
+    lines = log.read_text().splitlines()
+    (wheel,) = [line for line in lines if " wheel " in line]
+    assert wheel.split()[0] == "-g0" and wheel.endswith("--constraint constraints.txt torch-scatter")
+    wheel_installed, everything = [n for n, line in enumerate(lines) if line.endswith(("*.whl", ".[test]"))]
+    assert lines.index(wheel) < wheel_installed < everything == len(lines) - 1
+    assert process.stdout.splitlines()[0].startswith(
+        "torch-scatter: taken from pip's cache or compiled for several min"
+    )
+
+
+def test_a_line_a_minute_while_it_is_compiled(make, tmp_path):
+    (tmp_path / "venv" / ".torch").touch()
+    seconds = tmp_path / "seconds"
+    compiling = f"while [ ! -e {tmp_path}/enough ]; do {shutil.which('sleep')} 0.02; done"
+    count = f"i=$(($(cat {seconds} 2>/dev/null || echo 0) + 1)); echo $i > {seconds}; "
+    count += f"[ $i -lt 130 ] || touch {tmp_path}/enough"
+    python = f'case "$*" in *" wheel "*) {compiling};; esac'
+    process = make(".scatter", python=python, sleep=count, cat='while read -r line; do echo "$line"; done < "$1"')
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines()[1:3] == ["torch-scatter: 1 min", "torch-scatter: 2 min"]
+
+
+def test_a_failed_compilation_fails_and_leaves_no_stamp(make, tmp_path):
+    (tmp_path / "venv" / ".torch").touch()
+    process = make(".scatter", python='case "$*" in *" wheel "*) echo broken >&2; exit 3;; esac')
+    assert process.returncode != 0 and process.stderr.splitlines()[0] == "broken"
+    assert not (tmp_path / "venv" / ".scatter").exists()
+
+
+def test_the_other_packages_are_those_of_setup_py_without_torch_scatter(make, tmp_path):
+    (tmp_path / "venv" / ".torch").touch()
+    process = make(".others", python=f'case "$1" in -c) exec {sys.executable} "$@";; esac')
+    assert process.returncode == 0, process.stderr
+    names = {line.split(">")[0] for line in (tmp_path / "venv" / "others.txt").read_text().splitlines()}
+    assert {"torch", "h5py", "pydantic", "pytest", "scipy", "onnxruntime"} <= names
+    assert not {"torch-scatter", "torch_scatter", "mkdocs-material", "fpsample"} & names
+
+
+def test_warnings_of_pip_go_to_its_log(make, tmp_path):
+    """Every call of pip is one that shows errors alone; the log holds the rest."""
+    log = tmp_path / "pip"
+    make(".torch", df=disk(9), python=f'echo "$@" >> {log}')
+    assert log.read_text().split()[:7] == [
+        "-m", "pip", "--quiet", "--quiet", "--disable-pip-version-check", "--log", f"{tmp_path}/venv/pip.log"
+    ]  # fmt: skip
 
 
 def test_the_demo_ends_with_the_command_of_the_next_step(repository, tool):

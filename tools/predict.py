@@ -1,17 +1,22 @@
 """Classify files or folders of files: clouds and meshes without labels.
 
-Each result is printed at once. A file that cannot be read is reported on stderr; the other files are classified, and
-the exit code is 1. For files with labels use tools/evaluate.py.
+Results are printed in the order of the files, as they come. Files that are read fast share a pass of the model. A file
+that cannot be read is reported on stderr; the other files are classified, and the exit code is 1. For files with labels
+use tools/evaluate.py.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from s2d3d.atomic import write_json
 from s2d3d.cli import CLOUD_FILES, add_refuse_missing, described, print_error, refuse_existing, run_tool
 from s2d3d.errors import InputError, printable
 from s2d3d.runs.folder import require_checkpoint
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,10 +47,9 @@ def run(arguments: argparse.Namespace) -> int:
             raise InputError(f"--{name} is {getattr(arguments, name)}, must be at least {least}")
     require_checkpoint(arguments.checkpoint)
 
-    import torch
-
     from s2d3d.datasets.file_set import find_files
     from s2d3d.datasets.files import read_cloud
+    from s2d3d.evaluation.classify import classify_clouds
     from s2d3d.machine import choose_device
     from s2d3d.runs.trained import open_trained
 
@@ -53,20 +57,22 @@ def run(arguments: argparse.Namespace) -> int:
     trained = open_trained(arguments.checkpoint, device=device)
     trained.require_clouds("predict.py")
     names, data, results, num_failed = trained.class_names, trained.config.data, [], 0
-    for path in map(str, find_files(arguments.files)):
-        try:
-            cloud = read_cloud(
-                path, data.num_points, up_axis=arguments.up_axis, normalize=data.normalize, seed=arguments.seed,
-                least=getattr(trained.model, "min_points", None), allow_missing=not arguments.refuse_missing,
-            )  # fmt: skip
-        except (InputError, OSError, MemoryError) as error:
-            print_error(error)
-            num_failed += 1
-            continue
-        with torch.no_grad():
-            shares = trained.model(cloud[None].to(device)).double().softmax(1)[0].cpu()
-        if not torch.isfinite(shares).all():
-            raise InputError(f"{arguments.checkpoint}: the model's output for {path} is not finite")
+
+    def clouds() -> Iterator[tuple[str, "Tensor"]]:
+        nonlocal num_failed
+        for path in map(str, find_files(arguments.files)):
+            try:
+                cloud = read_cloud(
+                    path, data.num_points, up_axis=arguments.up_axis, normalize=data.normalize, seed=arguments.seed,
+                    least=getattr(trained.model, "min_points", None), allow_missing=not arguments.refuse_missing,
+                )  # fmt: skip
+            except (InputError, OSError, MemoryError) as error:
+                print_error(error)
+                num_failed += 1
+                continue
+            yield path, cloud
+
+    for path, shares in classify_clouds(trained.model, clouds(), device=device, where=f"{arguments.checkpoint}: "):
         best = shares.argsort(descending=True).tolist()
         results.append(
             {"file": path, "class": names[best[0]], "probabilities": {names[i]: float(shares[i]) for i in best}}

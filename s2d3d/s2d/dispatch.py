@@ -7,7 +7,7 @@ on the host: nothing there waits for the device.
 import logging
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ class Partition(NamedTuple):
     """(K * capacity,) int64: the row that a slot's result is added to."""
     num_experts: int
     num_tokens: int
+    inverse: Tensor | None = None
+    """(num_tokens,) int64: the slot of each token, where K divides their number and each has one slot."""
 
 
 def partition_sizes(num_tokens: int, num_experts: int) -> list[int]:
@@ -62,7 +64,10 @@ def random_partition(num_tokens: int, num_experts: int, device: torch.device | s
         order = torch.randperm(num_tokens, device=device)
     base, larger = divmod(num_tokens, num_experts)
     if larger == 0:
-        return Partition(order, order, num_experts, num_tokens)
+        if torch.compiler.is_compiling():  # it fuses what `_Permute` is for
+            return Partition(order, order, num_experts, num_tokens)
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(num_tokens, device=device))
+        return Partition(order, order, num_experts, num_tokens, inverse)
     full, extra = order[: base * num_experts].view(num_experts, base), order[base * num_experts :]
     source_end = torch.cat([extra, order[: num_experts - larger]])
     target_end = torch.cat([extra, extra.new_full((num_experts - larger,), num_tokens)])
@@ -107,7 +112,11 @@ def chosen_partition(chosen: Tensor, num_experts: int, capacity: int | None = No
 
 def dispatch(tokens: Tensor, partition: Partition) -> Tensor:
     """Gather (num_tokens, C) tokens into their experts' slots: (K, capacity, C)."""
-    return tokens.index_select(0, partition.source).view(partition.num_experts, -1, tokens.shape[-1])
+    if partition.inverse is not None:
+        slots = _Permute.apply(tokens, partition.source, partition.inverse)  # type: ignore[no-untyped-call]
+    else:
+        slots = tokens.index_select(0, partition.source)
+    return slots.view(partition.num_experts, -1, tokens.shape[-1])
 
 
 def combine(outputs: Tensor, partition: Partition, weights: Tensor | None = None) -> Tensor:
@@ -116,6 +125,8 @@ def combine(outputs: Tensor, partition: Partition, weights: Tensor | None = None
     A token in several slots gets the sum of their outputs, each times its entry in `weights` (K * capacity,).
     """
     slots = outputs.flatten(0, 1)
+    if weights is None and partition.inverse is not None:
+        return _Permute.apply(slots, partition.inverse, partition.source)  # type: ignore[no-untyped-call]
     if weights is not None:
         slots = (slots * weights.unsqueeze(1)).to(outputs.dtype)
     rows = outputs.new_zeros(partition.num_tokens + 1, outputs.shape[-1])
@@ -124,6 +135,26 @@ def combine(outputs: Tensor, partition: Partition, weights: Tensor | None = None
     scatter = native_scatter_sum if torch.compiler.is_compiling() else scatter_backend()
     rows = scatter(slots, partition.target.unsqueeze(1).expand(-1, outputs.shape[-1]), rows)
     return rows[: partition.num_tokens]
+
+
+class _Permute(torch.autograd.Function):
+    """Permute rows. Forward and backward are one gather each: no rows of zeros are filled first and then added to."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        """Return `rows[order]`; `inverse` undoes `order`."""
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        order, inverse = ctx.saved_tensors
+        return _Permute.apply(gradient, inverse, order), None, None  # type: ignore[no-untyped-call]
 
 
 @lru_cache(maxsize=1)

@@ -36,7 +36,7 @@ from .parts import build_model, describe, ema_of, ewa_of, optimizer_of, schedule
 from .signals import SignalWatch, StoppedBySignal
 from .state import gather_states
 from .task import task_of
-from .update import BALANCE, DROPPED, NORM, FiniteWatch, accumulate_gradient, nonfinite_message
+from .update import BALANCE, DROPPED, NORM, FiniteWatch, accumulate_gradient, clip_gradient_, nonfinite_message
 
 logger = logging.getLogger(__name__)
 
@@ -204,7 +204,7 @@ class Trainer:
                 self.scheduler.step_update(progress.updates)
                 self.optimizer.zero_grad(set_to_none=True)
                 loss = self._forward_backward(points, labels)
-                grad_norm = nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
+                grad_norm = clip_gradient_(parameters, max_norm)
                 self.watch.note(loss, grad_norm, progress.updates)
                 if self.runtime.device.type == "cpu":
                     self._raise_if_bad()

@@ -1,7 +1,7 @@
 """The part of an update before the optimizer step: the gradient of a global batch, and a check that it is finite."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -64,6 +64,31 @@ def accumulate_gradient(
     sums[LOSS] += total.double() * len(labels)
     sums[SAMPLES] += len(labels)
     return total
+
+
+def clip_gradient_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale the gradients in place so that their norm together is at most `max_norm`; return the norm before.
+
+    As `nn.utils.clip_grad_norm_`, bit for bit. On a CPU gradients that are small enough are left alone, instead of read
+    and written once more to be multiplied by 1.
+
+    Args:
+        parameters: those without a gradient are skipped.
+        max_norm: greater than 0; infinite clips nothing.
+
+    Example:
+        >>> weight = nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> clip_gradient_([weight], 10.0), weight.grad
+        (tensor(5.), tensor([3., 4.]))
+    """
+    given = [parameter for parameter in parameters if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in given]
+    norm = nn.utils.get_total_norm(gradients, foreach=True)
+    # The factor as torch computes it. On a GPU reading it would synchronise; NaN scales, as there.
+    if norm.device.type != "cpu" or not max_norm / (norm + 1e-6) >= 1:
+        nn.utils.clip_grads_with_norm_(given, max_norm, norm, foreach=True)
+    return norm
 
 
 class FiniteWatch:

@@ -162,7 +162,7 @@ def test_missing_torch_scatter_is_logged_once_with_the_command_that_installs_it(
     layer = RUPMoF(Mlp(6, 12), 2)
     with caplog.at_level(logging.WARNING, logger="s2d3d"):
         for _ in range(3):
-            layer(torch.randn(4, 6))
+            layer(torch.randn(5, 6))  # a number that 2 does not divide: the others need no summation
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 1
     assert "torch-scatter is not usable" in messages[0] and "pip install" in messages[0] and "\n" not in messages[0]
@@ -178,6 +178,27 @@ def test_broken_torch_scatter_falls_back_as_a_missing_one_does(error, monkeypatc
     with caplog.at_level(logging.WARNING, logger="s2d3d"):
         assert scatter_backend() is native_scatter_sum
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(("num_tokens", "num_experts"), [(12, 4), (5, 1), (6, 6)])
+def test_equal_sizes_are_permuted_with_the_bits_of_gather_and_summation(num_tokens, num_experts, backend):
+    """Where K divides the tokens, forward, gradient and second gradient need no rows of zeros to add to."""
+    partition = random_partition(num_tokens, num_experts)
+    plain = partition._replace(inverse=None)
+    assert partition.inverse is not None and partition.source[partition.inverse].equal(torch.arange(num_tokens))
+    tokens, factor = torch.randn(num_tokens, 3), torch.randn(num_experts, num_tokens // num_experts, 3)
+    results = []
+    for used in (partition, plain):
+        x = tokens.clone().requires_grad_()
+        slots = dispatch(x, used)
+        output = combine(slots.exp() * factor, used)
+        (first,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), x)
+        results.append((slots, output, first, second))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert torch.equal(combine(dispatch(tokens, partition), partition), tokens)
+    mapped = torch.func.vmap(lambda rows: dispatch(rows, partition))(torch.stack([tokens, 2 * tokens]))
+    assert mapped.equal(torch.stack([dispatch(tokens, plain), dispatch(2 * tokens, plain)]))
 
 
 # Randomness

@@ -324,3 +324,17 @@ def test_bound_of_a_model_is_that_of_its_smallest_layer_and_one_expert_has_none(
 def test_bad_schedules_are_refused(options, message, make_layer):
     with pytest.raises(ValueError, match=message):
         EWA(make_layer(), **{"share_rate": 0.3, "total_steps": 3} | options)
+
+
+@pytest.mark.parametrize("share_rate", [0.3, torch.tensor(0.6, dtype=torch.float64)])
+def test_averaging_part_by_part_gives_the_same_bits(share_rate, make_layer, monkeypatch):
+    """A CPU averages pieces that stay in its cache; the last one is shorter."""
+    results = []
+    for size in (2**16, 64, 16):
+        monkeypatch.setattr("s2d3d.s2d.ewa.CACHED_WEIGHTS", size)
+        torch.manual_seed(0)
+        layer = make_layer(3)
+        apply_ewa_(layer, share_rate)
+        results.append(values(layer))
+    for other in results[1:]:
+        assert all(other[name].equal(value) for name, value in results[0].items())

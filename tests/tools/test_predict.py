@@ -162,3 +162,27 @@ def test_a_process_without_the_plugin_predicts_with_her_checkpoint(fork, tmp_pat
     assert found["probabilities"] == pytest.approx(dict(zip(["ball", "plate"], expected.tolist())), abs=1e-6)
     process = fork("evaluate", "--checkpoint", merged)
     assert process.returncode == 1 and "--plugin hers.py" in process.stderr and process.stderr.count("\n") == 1
+
+
+def test_many_files_are_answered_as_each_alone(call, trained, chair, tmp_path):
+    """In batches, in order, around a file that cannot be read and one of another size; prints of both are equal."""
+    files = []
+    for index in range(9):
+        files.append(tmp_path / f"{index}.npy")
+        turned = chair * (1 + 0.2 * np.sin(index + np.arange(3)))
+        np.save(files[-1], turned[:70] if index == 4 else turned)
+    files.insert(3, tmp_path / "gone.npy")
+    together = call("predict", "--checkpoint", trained.merged, *files, "--output", tmp_path / "all.json")
+    assert together.code == 1 and together.err.splitlines()[0].startswith(f"error: {files[3]}: no such file")
+    found = classes(tmp_path / "all.json")
+    assert list(found) == [str(file) for file in files if file.exists()]
+    lines = []
+    for file in files[1:6:2]:
+        output = tmp_path / "one.json"
+        alone = call("predict", "--checkpoint", trained.merged, file, "--output", output, "--force")
+        if file.exists():
+            lines.append(alone.out.splitlines()[0])
+            assert found[str(file)]["probabilities"] == pytest.approx(
+                classes(output)[str(file)]["probabilities"], abs=1e-6
+            )
+    assert set(lines) < set(together.out.splitlines()) and len(lines) == 2

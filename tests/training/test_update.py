@@ -11,7 +11,16 @@ from torch.nn import functional as F
 from s2d3d.runs.log import LOG_COLUMNS, epoch_line, epoch_row
 from s2d3d.runs.resume import Progress
 from s2d3d.training.task import classification_loss
-from s2d3d.training.update import BALANCE, CORRECT, LOSS, NORM, SAMPLES, FiniteWatch, accumulate_gradient
+from s2d3d.training.update import (
+    BALANCE,
+    CORRECT,
+    LOSS,
+    NORM,
+    SAMPLES,
+    FiniteWatch,
+    accumulate_gradient,
+    clip_gradient_,
+)
 
 
 @pytest.mark.parametrize("num_parts", [1, 2, 3, 8])
@@ -34,6 +43,25 @@ def test_parts_add_up_to_loss_gradient_and_counts_of_the_whole_batch(num_parts):
     correct = int((model(points).argmax(1) == labels).sum())
     assert sums[LOSS].item() == pytest.approx(1 + 7 * expected.item(), rel=1e-6)
     assert (sums[CORRECT], sums[SAMPLES], sums[NORM]) == (2 + correct, 3 + 7, 4)
+
+
+@pytest.mark.parametrize("max_norm", [1e-3, 1.0, 4.9999995, 5.0, 5.000001, 5.1, math.inf])
+@pytest.mark.parametrize("bad", [None, math.nan, math.inf])
+def test_clipping_has_the_bits_of_torch(max_norm, bad):
+    """Norms below, at and above the limit: gradients that need no factor are left alone, those that do are scaled."""
+
+    def parameters():
+        listed = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
+        listed[0].grad = torch.tensor([3.0, 0.0])
+        listed[1].grad = torch.tensor([0.0, 4.0 if bad is None else bad])
+        return listed
+
+    ours, theirs = parameters(), parameters()
+    found, expected = clip_gradient_(ours, max_norm), nn.utils.clip_grad_norm_(theirs, max_norm, foreach=True)
+    assert torch.equal(found.nan_to_num(-1), expected.nan_to_num(-1))
+    for one, other in zip(ours[:2], theirs[:2]):
+        assert torch.equal(one.grad.nan_to_num(-1), other.grad.nan_to_num(-1))
+    assert ours[2].grad is None
 
 
 def test_the_watch_keeps_the_first_bad_update_whatever_follows():
