@@ -180,7 +180,7 @@ def interleave(
                     result.base = base if base in runners else measurable
                     result.notes = {contestant.name: contestant.note for contestant in present if contestant.note}
                     result.deviations = _check_equal(name, present, runners, result.base, tolerance)
-                    result.times, result.cpu_times = ({c: [] for c in runners} for _ in range(2))
+                    result.times, result.cpu_times = {c: [] for c in runners}, {c: [] for c in runners}
                 result.repeats = _warm_up(runners, warmup, min_seconds)
                 result.starts.append(0)
                 cycle = rounds if resolve is None else 2 * len(runners)

@@ -177,8 +177,10 @@ class Section:
         elif isinstance(value, Spread):
             self.measures[key] = Measure(value.median, value.low, value.high)
         elif isinstance(value, Interval):
-            ends = (value.low, value.high) if math.isfinite(value.high) else (None, None)
-            self.measures[key] = Measure(value.value, *ends, level=LEVEL)
+            known = math.isfinite(value.high)
+            self.measures[key] = Measure(
+                value.value, value.low if known else None, value.high if known else None, level=LEVEL
+            )
         else:
             self.measures[key] = Measure(float(value))
 

@@ -113,7 +113,7 @@ def chosen_partition(chosen: Tensor, num_experts: int, capacity: int | None = No
 def dispatch(tokens: Tensor, partition: Partition) -> Tensor:
     """Gather (num_tokens, C) tokens into their experts' slots: (K, capacity, C)."""
     if partition.inverse is not None:
-        slots = _Permute.apply(tokens, partition.source, partition.inverse)  # type: ignore[no-untyped-call]
+        slots = _Permute.apply(tokens, partition.source, partition.inverse)
     else:
         slots = tokens.index_select(0, partition.source)
     return slots.view(partition.num_experts, -1, tokens.shape[-1])
@@ -126,7 +126,7 @@ def combine(outputs: Tensor, partition: Partition, weights: Tensor | None = None
     """
     slots = outputs.flatten(0, 1)
     if weights is None and partition.inverse is not None:
-        return _Permute.apply(slots, partition.inverse, partition.source)  # type: ignore[no-untyped-call]
+        return _Permute.apply(slots, partition.inverse, partition.source)
     if weights is not None:
         slots = (slots * weights.unsqueeze(1)).to(outputs.dtype)
     rows = outputs.new_zeros(partition.num_tokens + 1, outputs.shape[-1])
@@ -154,7 +154,7 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         order, inverse = ctx.saved_tensors
-        return _Permute.apply(gradient, inverse, order), None, None  # type: ignore[no-untyped-call]
+        return _Permute.apply(gradient, inverse, order), None, None
 
 
 @lru_cache(maxsize=1)

@@ -82,9 +82,8 @@ def clip_gradient_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
         >>> clip_gradient_([weight], 10.0), weight.grad
         (tensor(5.), tensor([3., 4.]))
     """
-    given = [parameter for parameter in parameters if parameter.grad is not None]
-    gradients = [parameter.grad for parameter in given]
-    norm = nn.utils.get_total_norm(gradients, foreach=True)
+    given = list(parameters)
+    norm = nn.utils.get_total_norm([p.grad for p in given if p.grad is not None], foreach=True)
     # The factor as torch computes it. On a GPU reading it would synchronise; NaN scales, as there.
     if norm.device.type != "cpu" or not max_norm / (norm + 1e-6) >= 1:
         nn.utils.clip_grads_with_norm_(given, max_norm, norm, foreach=True)
