@@ -225,6 +225,8 @@ def read_metadata(texts: dict[str, str]) -> dict:
     except ValueError:
         raise ValueError("its description is damaged; write it with tools/export.py") from None
     metadata |= {key: texts[key] for key in ("up_axis", "normalize") if key in texts}
+    if texts.get("in_channels", "3") != "3":
+        raise ValueError(f"takes {texts.get('channels', 'more than x, y, z')}; this program gives it x, y, z alone")
     count, names = metadata["num_points"], metadata.get("class_names", ["any"])
     if type(count) is not int or not 1 <= count <= MAX_POINTS:
         raise ValueError(f"its num_points must be a whole number from 1 to {MAX_POINTS}; write it with tools/export.py")

@@ -132,6 +132,16 @@ def add_files(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--files", nargs="+", metavar="PATH", help=f"{what}; `predict --help` lists the file types")
     parser.add_argument("--up-axis", choices=("y", "z"), help="vertical axis of the --files; default: z")
     add_refuse_missing(parser)
+    add_estimate_normals(parser)
+
+
+def add_estimate_normals(parser: argparse.ArgumentParser) -> None:
+    """Add `--estimate-normals`, for files without the normals that a model takes."""
+    parser.add_argument(
+        "--estimate-normals", action="store_true",
+        help="estimate the normals of clouds that have none, if the model takes normals; "
+        "default: as data.estimate_normals",
+    )  # fmt: skip
 
 
 def add_refuse_missing(parser: argparse.ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from types import ModuleType
 
 from .errors import InputError, first_line
 
@@ -29,6 +30,25 @@ def optional(package: str, what: str, *, extra: str) -> Iterator[None]:
     except ImportError as error:
         raise_if_interrupted(error)
         raise InputError(f'{what} needs {package} ({first_line(error)}): pip install "s2d3d[{extra}]"') from error
+
+
+def import_open3d(what: str) -> ModuleType:
+    """Import Open3D.
+
+    Args:
+        what: the part that needs it; first words of the message.
+
+    Raises:
+        InputError: it cannot be imported.
+    """
+    try:
+        import open3d
+    except (ImportError, OSError) as error:  # OSError: a system library of it is missing
+        raise_if_interrupted(error)
+        raise InputError(
+            f"{what} needs Open3D, which cannot be imported ({first_line(error)}): pip install open3d"
+        ) from error
+    return open3d
 
 
 def raise_if_interrupted(error: BaseException) -> None:

@@ -101,7 +101,7 @@ FLOORS = {
     "__main__": 11, "console": 10, "completion": 9, "cli": 8, "studies": 8, "integrations": 8, "training": 7, "viz": 7,
     "runs": 6, "evaluation": 5, "config": 4, "prepare": 4, "export": 4, "models": 3, "datasets": 3, "ops": 2, "s2d": 2,
     "workers": 2, "atomic": 2, "plugins": 1, "unpickle": 1, "machine": 1, "optional": 1, "stored": 1, "terminal": 1,
-    "random_state": 0, "markdown": 0, "errors": 0, "version": 0,
+    "channels": 1, "random_state": 0, "markdown": 0, "errors": 0, "version": 0,
 }  # fmt: skip
 """An arrow runs to a lower floor, or stays in its room. `__init__` hands names on, from all of them."""
 

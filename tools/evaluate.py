@@ -114,6 +114,8 @@ def read_datasets(arguments: argparse.Namespace, trained: "TrainedModel") -> "Se
     if not arguments.files:
         if arguments.up_axis:
             raise InputError("--up-axis: is for --files only; that of a data set is data.up_axis")
+        if arguments.estimate_normals:
+            raise InputError("--estimate-normals: is for --files only; data sets get them by prepare_data.py")
         return [trained.dataset()]
     trained.require_clouds("--files")
     class_names, config = trained.class_names, trained.config
@@ -129,7 +131,8 @@ def read_datasets(arguments: argparse.Namespace, trained: "TrainedModel") -> "Se
     return group_files(
         files, class_names, labels, data.num_points, least=getattr(trained.model, "min_points", None),
         up_axis=arguments.up_axis or "z", normalize=bool(data.normalize), seed=config.seed,
-        allow_missing=not arguments.refuse_missing,
+        allow_missing=not arguments.refuse_missing, channels=trained.channels,
+        estimate_normals=arguments.estimate_normals or trained.estimates_normals,
     )  # fmt: skip
 
 

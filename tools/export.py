@@ -81,6 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     metadata = {
         "model": described["name"],
         "class_names": trained.class_names,
+        "channels": trained.channels,
         "up_axis": described["up_axis"],
         "normalize": "unit_sphere" if config.data.normalize else "none",
     }

@@ -11,7 +11,15 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from s2d3d.atomic import write_json
-from s2d3d.cli import CLOUD_FILES, add_refuse_missing, described, print_error, refuse_existing, run_tool
+from s2d3d.cli import (
+    CLOUD_FILES,
+    add_estimate_normals,
+    add_refuse_missing,
+    described,
+    print_error,
+    refuse_existing,
+    run_tool,
+)
 from s2d3d.errors import InputError, printable
 from s2d3d.runs.folder import require_checkpoint
 
@@ -26,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("files", nargs="+", metavar="FILE", help=f"files, or folders of them: {CLOUD_FILES}")
     parser.add_argument("--up-axis", choices=("y", "z"), default="z", help="vertical axis of the files (default: z)")
     add_refuse_missing(parser)
+    add_estimate_normals(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed of the points sampled from meshes (default: 0)")
     parser.add_argument(
         "--top", type=int, default=3, metavar="N", help="number of classes to print for each file (default: 3)"
@@ -65,6 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
                 cloud = read_cloud(
                     path, data.num_points, up_axis=arguments.up_axis, normalize=data.normalize, seed=arguments.seed,
                     least=getattr(trained.model, "min_points", None), allow_missing=not arguments.refuse_missing,
+                    channels=trained.channels,
+                    estimate_normals=arguments.estimate_normals or trained.estimates_normals,
                 )  # fmt: skip
             except (InputError, OSError, MemoryError) as error:
                 print_error(error)

@@ -47,6 +47,9 @@ def build_parser() -> argparse.ArgumentParser:
     modelnet40.add_argument("--seed", type=int, help="seed of the choice of points (default: 0)")
     modelnet40.add_argument("--workers", type=int, help="processes (default: the number of cores, at most 8)")
     modelnet40.add_argument("--up-axis", choices=("y", "z"), help="vertical of the points (default: data/README.md)")
+    modelnet40.add_argument(
+        "--estimate-normals", action="store_true", help="give clouds of HDF5 files without normals some, by Open3D"
+    )
 
     example = "s2d3d prepare-data scan --from data/modelnet40 --output data/scan_modelnet40"
     scan = add("scan", "simulate scans in ScanObjectNN's layout, see docs/scan.md", example)
@@ -138,6 +141,8 @@ def take_over(args: argparse.Namespace) -> dict[str, int]:
     if not source.is_dir():
         raise InputError(f"{source}: no such folder; --from names the one that holds the public files")
     if not (source / MARK).is_file():
+        if args.estimate_normals:
+            raise InputError(f"--estimate-normals: has no effect here, meshes and text files in {source} have normals")
         return convert_modelnet(
             source,
             output,
@@ -157,7 +162,8 @@ def take_over(args: argparse.Namespace) -> dict[str, int]:
         if getattr(args, name) is not None:
             raise InputError(f"--{name}: has no effect here, {source} is in HDF5 layout and is copied as it is")
     return copy_modelnet40(
-        source, output, up_axis=args.up_axis, allow_links=args.allow_links, skip_others=args.skip_others,
+        source, output, up_axis=args.up_axis, estimate_normals=args.estimate_normals, allow_links=args.allow_links,
+        skip_others=args.skip_others,
         force=args.force,
     )  # fmt: skip
 

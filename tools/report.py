@@ -116,7 +116,7 @@ def classify(record: "RunRecord", overrides: Sequence[str], device: "torch.devic
     trained.require_clouds("a report with clouds (--num-mistakes 0 --clouds-per-class 0: one without)")
     config, dataset = trained.config, require_clouds(trained.dataset(), "a report with clouds")
     probabilities = class_probabilities(trained.model, dataset, device=device, batch_size=config.eval.batch_size)
-    points = dataset.points[:, : dataset.num_points]
+    points = dataset.points[:, : dataset.num_points, :3]
     source = f"{dataset.source} {config.data.name} {config.data.classes} {config.data.num_points} {config.data.kwargs}"
     return Predictions(points, dataset.labels, probabilities, dataset.names, dataset.class_names, source)
 

@@ -99,6 +99,7 @@ def make_sheet(arguments: argparse.Namespace, config: "Config | None") -> "Cloud
     source = kinds.read_source(
         arguments.kind, config=config, checkpoint=arguments.checkpoint, overrides=arguments.overrides,
         files=arguments.files or (), up_axis=arguments.up_axis, allow_missing=not arguments.refuse_missing,
+        estimate_normals=arguments.estimate_normals,
         split=arguments.split,
         num_clouds=arguments.num_clouds, seed=arguments.seed, device=arguments.device,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from ..channels import XYZ
 from .clouds import votes_problems
 from .io import Problem, one_line
 
@@ -11,7 +12,9 @@ if TYPE_CHECKING:
 
 def problems_across(config: "Config") -> list[Problem]:
     """Return what does not go together in a config whose keys are valid on their own."""
-    optim, train, s2d, problems = config.optim, config.train, config.s2d, []
+    optim, train, s2d = config.optim, config.train, config.s2d
+    problems: list[Problem] = []
+    refused: list[Problem] = []
     for key in ("warmup_lr", "min_lr"):
         value = getattr(optim, key)
         if value > optim.lr:
@@ -36,6 +39,9 @@ def problems_across(config: "Config") -> list[Problem]:
     if config.eval.split == "validation" and not config.data.val_fraction:
         text = "'validation' needs data.val_fraction above 0; set it, or score the test split"
         problems.append(Problem(("eval", "split"), text))
+    if config.data.channels != XYZ:
+        refused = build_problems(config.model.name, config.model.kwargs, in_channels=config.in_channels)
+        problems += [Problem(("data", "channels"), f"{config.model.name}: {p.text}") for p in refused]
     if s2d.kind != "none":
         experts, bound = s2d.num_experts, 1 - 1 / s2d.num_experts
         if experts > 1 and s2d.share_rate > bound:
@@ -44,8 +50,9 @@ def problems_across(config: "Config") -> list[Problem]:
         if s2d.init == "independent" and config.model.pretrained:
             text = "must be 'copy' with model.pretrained: experts drawn anew would not be pretrained, got 'independent'"
             problems.append(Problem(("s2d", "init"), text))
-        refused = build_problems(config.model.name, config.model.kwargs, s2d)
-        problems += [Problem(("s2d",), problem.text) for problem in refused]
+        if not refused:
+            refused = build_problems(config.model.name, config.model.kwargs, s2d, in_channels=config.in_channels)
+            problems += [Problem(("s2d",), problem.text) for problem in refused]
     return problems + votes_problems(config.data.name, config.eval.votes) + _task_problems(config)
 
 
@@ -68,7 +75,9 @@ def _task_problems(config: "Config") -> list[Problem]:
     ]
 
 
-def build_problems(model: str, kwargs: dict[str, Any], s2d: "S2DConfig | None" = None) -> list[Problem]:
+def build_problems(
+    model: str, kwargs: dict[str, Any], s2d: "S2DConfig | None" = None, *, in_channels: int = 3
+) -> list[Problem]:
     """Build the model without memory for its weights, with experts if `s2d` is given, and return its error messages.
 
     What could be built once is not built again: the runs of a study share it, and a name keeps its model.
@@ -80,10 +89,10 @@ def build_problems(model: str, kwargs: dict[str, Any], s2d: "S2DConfig | None" =
 
     try:
         experts = s2d.mof() if s2d else None
-        if (key := (model, repr(kwargs), repr(experts))) in _BUILT:
+        if (key := (model, repr(kwargs), repr(experts), in_channels)) in _BUILT:
             return []
         with torch.device("meta"):
-            network = create_for_classes(model, 2, **kwargs)
+            network = create_for_classes(model, 2, in_channels=in_channels, **kwargs)
             if experts:
                 convert_to_mof_(network, experts)
     except (ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError) as error:
@@ -92,5 +101,5 @@ def build_problems(model: str, kwargs: dict[str, Any], s2d: "S2DConfig | None" =
     return []
 
 
-_BUILT: set[tuple[str, str, str]] = set()
-"""Names, keyword arguments and experts of the models that this process could build."""
+_BUILT: set[tuple[str, str, str, int]] = set()
+"""Names, keyword arguments, experts and channels of the models that this process could build."""

@@ -18,7 +18,7 @@ def cloud_key_problems(
 
     Args:
         data: as given; its data set is known.
-        defaults: of the keys `num_points`, `up_axis` and `normalize`.
+        defaults: of the keys `num_points`, `channels`, `up_axis` and `normalize`.
         augment: defaults of the section `augment`.
     """
     changed = [key for key, value in defaults.items() if data.get(key, value) != value]

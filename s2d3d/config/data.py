@@ -16,7 +16,8 @@ def build_dataset(data: DataConfig, split: str, *, seed: int) -> LabelledDataset
         data.root,
         split,
         num_points=data.num_points,
-        transform=build_augmentation(**data.augment.model_dump()) if training else None,
+        transform=build_augmentation(**data.augment.model_dump(), channels=data.channels) if training else None,
+        channels=data.channels,
         up_axis=data.up_axis,
         normalize=data.normalize,
         classes=data.classes,
@@ -62,5 +63,5 @@ def build_test_loader(
         rank: this process, in [0, world_size).
         world_size: number of processes.
     """
-    votes = build_augmentation(scale=data.augment.scale, shift=data.augment.shift)
+    votes = build_augmentation(scale=data.augment.scale, shift=data.augment.shift, channels=data.channels)
     return BatchLoader(dataset, batch_size * world_size, seed=seed, augment=votes, rank=rank, world_size=world_size)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ..channels import XYZ, Channels, num_channels
 from .across import build_problems, problems_across
 from .clouds import NO_AUGMENTATION, cloud_key_problems
 from .io import Problem, raise_problems
@@ -71,6 +72,11 @@ class DataConfig(NamedSection):
     name: DatasetName = Field(description="Name of the dataset.")
     root: PathStr = Field(description="Folder that holds the dataset, relative to the working directory.")
     num_points: Int = Field(1024, ge=1, description="Number of points per cloud, at least 1.")
+    channels: Channels = Field(
+        XYZ,
+        description="Numbers of a point: coordinates, with 'normal' a unit normal, with 'rgb' a colour in [0, 1]. The "
+        "stored clouds must have them.",
+    )
     up_axis: Literal["y", "z"] | None = Field(
         None, description="Vertical axis of the stored clouds; null: the one that the dataset declares."
     )
@@ -110,7 +116,9 @@ class DataConfig(NamedSection):
         reader = dataset_reader(name)
         idle: list[Problem] = []
         if not reader.clouds:
-            defaults = {key: cls.model_fields[key].default for key in ("num_points", "up_axis", "normalize")}
+            defaults = {
+                key: cls.model_fields[key].default for key in ("num_points", "channels", "up_axis", "normalize")
+            }
             idle = cloud_key_problems(data, defaults, AugmentConfig().model_dump())
             data = data | {"augment": NO_AUGMENTATION}
         parameters = reader.keywords()
@@ -349,6 +357,11 @@ class Config(Section):
     train: TrainConfig = Field(TrainConfig(), description="Training loop.")
     eval: EvalConfig = Field(EvalConfig(), description="Evaluation.")
     log: LogConfig = Field(LogConfig(), description="Progress and logging.")
+
+    @property
+    def in_channels(self) -> int:
+        """Numbers of a point, which the backbone takes: those of `data.channels`."""
+        return num_channels(self.data.channels)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the complete config, including defaults, as plain types for YAML and JSON."""

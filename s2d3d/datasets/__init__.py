@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..channels import XYZ, check_channels
 from ..errors import InputError, did_you_mean
 from .base import PointCloudDataset, require_clouds
 from .labelled import LabelledDataset, same_data
@@ -70,6 +71,11 @@ class Reader:
         own = [*positional[2:], *(p for p in parameters if p.kind is p.KEYWORD_ONLY)]
         return {p.name: p for p in own if p.name not in shared and not p.name.startswith("_")}
 
+    def takes(self, keyword: str) -> bool:
+        """Tell whether the reader may be called with a keyword: it names it, or takes any."""
+        parameters = inspect.signature(self.read).parameters
+        return keyword in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
     def problems(self, values: Mapping[str, Any]) -> dict[str, str]:
         """Return by keyword what `check` finds wrong with values of its own keywords; the others have their default."""
         defaults = {key: parameter.default for key, parameter in self.keywords().items()}
@@ -129,12 +135,13 @@ def register_dataset(
         name: new, for `create_dataset` and `data.name`.
         read: called as `read(root, split, **keywords)` with the keywords of `create_dataset`: takes what it needs, and
             `**_` for the others. Further keywords with defaults are its own: each is a config key under `data`, whose
-            type is that of its annotation or else of its default. Its points are z up.
+            type is that of its annotation or else of its default. Its points are z up. It is given `channels` only
+            where more than "xyz" is asked for, and hands them to `PointCloudDataset`.
         check: called with its own keywords when a config is read; returns by keyword what is wrong with a value. For
             ranges and for values that do not go together; types are checked before.
         kind: class of the data sets that `read` returns. For another one than point clouds, the config keys of clouds
-            (`data.num_points`, `up_axis`, `normalize`, `augment`, `eval.votes`) are refused; the reader gives the
-            training split its augmentation itself.
+            (`data.num_points`, `channels`, `up_axis`, `normalize`, `augment`, `eval.votes`) are refused; the reader
+            gives the training split its augmentation itself.
 
     Raises:
         InputError: the name is taken, or a keyword of its own has no default.
@@ -166,6 +173,7 @@ def create_dataset(
     *,
     num_points: int = 1024,
     transform: Transform | None = None,
+    channels: str = XYZ,
     up_axis: str | None = None,
     normalize: bool | None = None,
     classes: Sequence[str] | None = None,
@@ -183,7 +191,10 @@ def create_dataset(
         root: its folder; data/README.md says what it must hold.
         split: "train" or "test".
         num_points: points of a sample, at most those stored.
-        transform: augmentation, `transform(points (B, N, 3), generator)`, as `build_augmentation` makes it.
+        transform: augmentation, `transform(points (B, N, C), generator)`, as `build_augmentation` makes it for the
+            channels.
+        channels: of a point: "xyz", "xyz+normal", "xyz+rgb" or "xyz+normal+rgb". The files must hold them. Normals are
+            unit vectors, colours lie in [0, 1].
         up_axis: vertical axis of the stored points, "y" or "z"; by default what the files say.
         normalize: centre each cloud and scale it into the unit sphere; default as published results do, which is
             no for scanobjectnn and yes for all others.
@@ -221,6 +232,12 @@ def create_dataset(
         own["normalize"] = normalize
     if allow_links:
         own["allow_links"] = True
+    check_channels(channels)
+    if channels != XYZ:
+        if not reader.takes("channels"):
+            text = f"data set '{name}' has no channels beyond xyz, asked for are {channels}"
+            raise InputError(f"{text}; set data.channels=xyz")
+        own["channels"] = channels
     dataset = reader.read(
         root,
         split,
@@ -240,4 +257,8 @@ def create_dataset(
             f"data set '{name}': its reader returns a {returned}, not a {declared}; name the class by "
             "register_dataset(..., kind=...)"
         )
+    found = getattr(dataset, "channels", XYZ)  # other samples than clouds have none
+    if found != channels:
+        text = f"{root}: data set '{name}' gives {found}, asked for are {channels}"
+        raise InputError(f"{text}; set data.channels={found}")
     return dataset

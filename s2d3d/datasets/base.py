@@ -9,12 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
+from ..channels import XYZ, num_channels
 from ..errors import InputError, printable
 from ..ops.points import gather_points
 from .labelled import TRAIN, LabelledDataset
 from .prefix import farthest_prefix
 from .stream import StreamedClouds, StreamedMasks
-from .transforms import Transform, normalize_stored
+from .transforms import Transform, coordinates, normalize_stored
 
 SHOWN_CLASSES = 8
 
@@ -28,7 +29,7 @@ class PointCloudDataset(LabelledDataset):
     - P < N: an error.
 
     Args:
-        points: (n, P, 3) float16 or float32, z up; not changed. Or clouds that stay in their files, which are read
+        points: (n, P, C) float16 or float32, z up; not changed. Or clouds that stay in their files, which are read
             batch by batch: samples are the same, and a farthest-point prefix is computed anew each time.
         labels: (n,) int64 in [0, len(class_names)).
         class_names: one name for each class.
@@ -36,9 +37,10 @@ class PointCloudDataset(LabelledDataset):
         mask: (n, P) int64, a value for each stored point, or None.
         split: "train", "test" or "val".
         num_points: N.
-        transform: `transform(points (B, N, 3), generator)`; the augmentation of a training set. Given to another
+        transform: `transform(points (B, N, C), generator)`; the augmentation of a training set. Given to another
             split it is applied too, with random numbers that depend on the indices of the batch only.
-        normalize: centre each stored cloud and scale it into the unit sphere, once.
+        normalize: centre each stored cloud and scale it into the unit sphere, once; normals and colours stay.
+        channels: the C numbers of a point, one of `s2d3d.channels.CHANNELS`. Points are chosen by coordinates alone.
         cache_dirs: where farthest-point prefixes may be kept; the first that can be written is used.
         source: what to call this set in errors.
 
@@ -48,7 +50,7 @@ class PointCloudDataset(LabelledDataset):
         skipped: a line for each file that the reader left out.
 
     Raises:
-        InputError: no shapes, or P < N.
+        InputError: no shapes, P < N, or another number of channels.
     """
 
     noun: ClassVar[str] = "shapes"
@@ -66,12 +68,17 @@ class PointCloudDataset(LabelledDataset):
         num_points: int = 1024,
         transform: Transform | None = None,
         normalize: bool = True,
+        channels: str = XYZ,
         cache_dirs: Sequence[Path] = (),
         source: str = "data set",
     ) -> None:
         count, stored_points = points.shape[:2]
         assert len(labels) == count, "one label for each shape"
         super().__init__(labels, class_names, names=names, split=split, transform=transform, source=source)
+        if points.shape[2] != num_channels(channels):
+            raise InputError(
+                f"{source}: its clouds have {points.shape[2]} channels, {channels} are {num_channels(channels)}"
+            )
         if num_points < 1:
             raise InputError(f"{source}: num_points is {num_points}, must be at least 1")
         if stored_points < num_points:
@@ -87,7 +94,7 @@ class PointCloudDataset(LabelledDataset):
         else:
             points = normalize_stored(points) if normalize else points
             if stored_points > num_points:
-                prefix = farthest_prefix(points, length, cache_dirs)
+                prefix = farthest_prefix(coordinates(points), length, cache_dirs)
                 points = gather_points(points, prefix)
                 mask = mask.gather(1, prefix) if mask is not None else None
             self._storage = _share(points)
@@ -95,11 +102,12 @@ class PointCloudDataset(LabelledDataset):
         self.num_points = num_points
         self.stored_points = stored_points
         self.normalized = normalize
+        self.channels = channels
         assert mask is None or mask.shape == points.shape[:2], "one mask value for each point"
 
     @property
     def points(self) -> Tensor:
-        """(n, M, 3) float16 or float32: the points in use, M = P, or the prefix of about 1.2 N when P > N.
+        """(n, M, C) float16 or float32: the points in use, M = P, or the prefix of about 1.2 N when P > N.
 
         Of a set that stays in its files this reads everything.
         """
@@ -118,9 +126,10 @@ class PointCloudDataset(LabelledDataset):
         stored = "" if self.stored_points == self.num_points else f" of {self.stored_points} stored"
         shown = ", ".join(map(printable, self.class_names[:SHOWN_CLASSES]))
         more = ", ..." if self.num_classes > SHOWN_CLASSES else ""
+        named = "" if self.channels == XYZ else f" ({self.channels})"
         return (
             f"{self.source}: split {self.split}, {len(self)} clouds of {self.num_points} points{stored}, "
-            f"{self._storage.shape[2]} channels, {self.num_classes} classes ({shown}{more})"
+            f"{self._storage.shape[2]} channels{named}, {self.num_classes} classes ({shown}{more})"
         )
 
     def sample(self, indices: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -131,7 +140,7 @@ class PointCloudDataset(LabelledDataset):
             generator: random sampling with it, plain sampling without.
 
         Returns:
-            points (B, num_points, 3) float32, contiguous; labels (B,) int64.
+            points (B, num_points, C) float32, contiguous; labels (B,) int64.
         """
         rows = self._rows[indices]
         points = self._storage[rows]

@@ -3,6 +3,10 @@
 The parameters are those of ModelNet-C, see docs/robustness.md. Its counts of points are meant for clouds of 1024; for
 other clouds they are scaled in proportion.
 
+They are meant for coordinates alone. With more channels the corrupted coordinates are the same: normals turn with the
+points and stay perpendicular to a scaled surface, noise leaves normals and colours, and an added point has those of a
+point of the cloud: in a cluster of its centre, elsewhere of any.
+
 Source: Ren et al. 2022, "Benchmarking and Analyzing Point Cloud Classification under Corruptions", arXiv 2202.03377,
 and the generator published with it.
 """
@@ -13,11 +17,12 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 
+from ..channels import WIDTH, XYZ
 from ..errors import InputError, did_you_mean
 from ..ops.points import gather_points
 from ..random_state import derived_generator
 from .base import PointCloudDataset
-from .transforms import normalize_unit_sphere, unit_sphere_frame
+from .transforms import coordinates, normalize_unit_sphere, replace_coordinates, scale_axes, turn, unit_sphere_frame
 
 SEVERITIES = (1, 2, 3, 4, 5)
 REFERENCE_POINTS = 1024
@@ -29,18 +34,19 @@ MAX_CLUSTERS = 7
 CLUSTER_STD = (0.075, 0.125)
 
 
-def corrupt(points: Tensor, name: str, severity: int, *, seed: int, index: int) -> Tensor:
+def corrupt(points: Tensor, name: str, severity: int, *, seed: int, index: int, channels: str = XYZ) -> Tensor:
     """Corrupt one cloud.
 
     Args:
-        points: (N, 3) float32, z up, unit sphere; not changed.
+        points: (N, C) float32, z up, unit sphere; not changed.
         name: one of `CORRUPTIONS`.
         severity: 1 (mild) to 5; 0 returns the points as they are.
         seed: of the corrupted set.
         index: number of the shape. The result is a function of the points, name, severity, seed and index.
+        channels: of a point.
 
     Returns:
-        (M, 3) float32; M is `corrupted_size(N, name, severity)`.
+        (M, C) float32; M is `corrupted_size(N, name, severity)`.
 
     Raises:
         InputError: an unknown name, or a severity outside 0 .. 5.
@@ -52,7 +58,8 @@ def corrupt(points: Tensor, name: str, severity: int, *, seed: int, index: int) 
     check_corruption(name, severity)
     if severity == 0:
         return points
-    return CORRUPTIONS[name](points, severity, derived_generator(seed, "corruption", name, severity, index))
+    generator = derived_generator(seed, "corruption", name, severity, index)
+    return CORRUPTIONS[name](points, severity, generator, channels)
 
 
 def corrupted_size(num_points: int, name: str, severity: int) -> int:
@@ -139,70 +146,78 @@ class CorruptedDataset(PointCloudDataset):
         self.corruption, self.severity, self.corruption_seed = name, severity, seed
 
     def sample(self, indices: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Return corrupted points (B, M, 3) float32 and labels (B,); a generator shuffles the order of the points."""
+        """Return corrupted points (B, M, C) float32 and labels (B,); a generator shuffles the order of the points."""
         points, labels = super().sample(indices)
         rows = self._rows[indices].tolist()
         seed = self.corruption_seed
         own_frame = self.severity > 0 and not self.normalized
         if own_frame:
-            center, radius = unit_sphere_frame(points)
-            points = (points - center) / radius
-        corrupted = [corrupt(p, self.corruption, self.severity, seed=seed, index=i) for p, i in zip(points, rows)]
+            center, radius = unit_sphere_frame(coordinates(points))
+            points = replace_coordinates(points, (points[..., :WIDTH] - center) / radius)
+        options = dict(seed=seed, channels=self.channels)
+        corrupted = [corrupt(p, self.corruption, self.severity, index=i, **options) for p, i in zip(points, rows)]
         points = torch.stack(corrupted)
         if own_frame:
-            points = points * radius + center
+            points = replace_coordinates(points, points[..., :WIDTH] * radius + center)
         if generator is not None:
             points = gather_points(points, torch.rand(points.shape[:2], generator=generator).argsort(dim=1))
         return points.contiguous(), labels
 
 
-def _jitter(points: Tensor, severity: int, generator: Generator) -> Tensor:
+def _jitter(points: Tensor, severity: int, generator: Generator, channels: str = XYZ) -> Tensor:
     """Add normal noise to every coordinate."""
-    return points + 0.01 * severity * torch.randn(points.shape, generator=generator)
+    noise = 0.01 * severity * torch.randn((len(points), WIDTH), generator=generator)
+    return replace_coordinates(points, points[:, :WIDTH] + noise)
 
 
-def _scale(points: Tensor, severity: int, generator: Generator) -> Tensor:
+def _scale(points: Tensor, severity: int, generator: Generator, channels: str = XYZ) -> Tensor:
     """Scale each axis by its own factor from U(1/S, S), then bring the cloud back into the unit sphere."""
     high = 1.5 + 0.1 * severity
     factors = 1 / high + (high - 1 / high) * torch.rand(3, generator=generator)
-    return normalize_unit_sphere((points * factors).unsqueeze(0))[0]
+    points = scale_axes(points, factors, channels)
+    return replace_coordinates(points, normalize_unit_sphere(coordinates(points).unsqueeze(0))[0])
 
 
-def _rotate(points: Tensor, severity: int, generator: Generator) -> Tensor:
+def _rotate(points: Tensor, severity: int, generator: Generator, channels: str = XYZ) -> Tensor:
     """Rotate about each axis by its own angle from U(-a, a).
 
     The published order of the three turns, for clouds with y up, is z, y, x: here that is y, z (the vertical), x.
     """
     limit = math.pi / 30 * severity
     x, y, z = ((2 * torch.rand(3, generator=generator) - 1) * limit).tolist()
-    turn = _rotation(0, x) @ _rotation(2, z) @ _rotation(1, y)
-    return points @ turn.T
+    matrix = _rotation(0, x) @ _rotation(2, z) @ _rotation(1, y)
+    return turn(points, channels, lambda vectors: vectors @ matrix.T)
 
 
-def _drop_global(points: Tensor, severity: int, generator: Generator) -> Tensor:
+def _drop_global(points: Tensor, severity: int, generator: Generator, channels: str = XYZ) -> Tensor:
     """Keep a random subset."""
     kept = corrupted_size(len(points), "drop_global", severity)
     return points[torch.randperm(len(points), generator=generator)[:kept]]
 
 
-def _drop_local(points: Tensor, severity: int, generator: Generator) -> Tensor:
+def _drop_local(points: Tensor, severity: int, generator: Generator, channels: str = XYZ) -> Tensor:
     """Drop random clusters: one after the other, a random remaining point with its nearest neighbours."""
     total = len(points) - corrupted_size(len(points), "drop_local", severity)
     for size in _cluster_sizes(total, MAX_CLUSTERS, generator):
-        center = points[_randint(len(points), generator)]
-        nearest = (points - center).square().sum(1).argsort(stable=True)
+        xyz = coordinates(points)
+        center = xyz[_randint(len(xyz), generator)]
+        nearest = (xyz - center).square().sum(1).argsort(stable=True)
         points = points[nearest[size:].sort().values]
     return points
 
 
-def _add_global(points: Tensor, severity: int, generator: Generator) -> Tensor:
+def _add_global(points: Tensor, severity: int, generator: Generator, channels: str = XYZ) -> Tensor:
     """Add points uniform in the unit ball."""
     added = corrupted_size(len(points), "add_global", severity) - len(points)
-    directions = torch.nn.functional.normalize(torch.randn(added, 3, generator=generator), dim=1)
-    return torch.cat([points, directions * torch.rand(added, 1, generator=generator) ** (1 / 3)])
+    directions = torch.nn.functional.normalize(torch.randn(added, WIDTH, generator=generator), dim=1)
+    places = directions * torch.rand(added, 1, generator=generator) ** (1 / 3)
+    if points.shape[1] == WIDTH:
+        return torch.cat([points, places])
+    models = points[torch.randint(len(points), (added,), generator=generator)]
+    return torch.cat([points, replace_coordinates(models, places)])
 
 
-def _add_local(points: Tensor, severity: int, generator: Generator) -> Tensor:
+def _add_local(points: Tensor, severity: int, generator: Generator, channels: str = XYZ) -> Tensor:
     """Add normal clusters around random points of the cloud.
 
     As published, an added point p outside the unit sphere is moved inside to p / |p|^2.
@@ -213,11 +228,13 @@ def _add_local(points: Tensor, severity: int, generator: Generator) -> Tensor:
     low, high = CLUSTER_STD
     deviations = low + (high - low) * torch.rand(len(centers), generator=generator)
     cluster = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-    added = centers[cluster] + deviations[cluster, None] * torch.randn(len(cluster), 3, generator=generator)
-    return torch.cat([points, added / added.square().sum(1, keepdim=True).clamp_min(1)])
+    models = centers[cluster]
+    added = models[:, :WIDTH] + deviations[cluster, None] * torch.randn(len(cluster), WIDTH, generator=generator)
+    added = added / added.square().sum(1, keepdim=True).clamp_min(1)
+    return torch.cat([points, replace_coordinates(models, added)])
 
 
-CORRUPTIONS: dict[str, Callable[[Tensor, int, Generator], Tensor]] = {
+CORRUPTIONS: dict[str, Callable[[Tensor, int, Generator, str], Tensor]] = {
     "scale": _scale,
     "jitter": _jitter,
     "rotate": _rotate,
@@ -226,7 +243,7 @@ CORRUPTIONS: dict[str, Callable[[Tensor, int, Generator], Tensor]] = {
     "add_global": _add_global,
     "add_local": _add_local,
 }
-"""Name -> function of (points (N, 3), severity 1 .. 5, generator)."""
+"""Name -> function of (points (N, C), severity 1 .. 5, generator, channels)."""
 
 
 def _cluster_sizes(total: int, max_clusters: int, generator: Generator) -> list[int]:

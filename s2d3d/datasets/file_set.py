@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..channels import XYZ
 from ..errors import InputError
 from .base import PointCloudDataset
 from .files import SUFFIXES, read_cloud
@@ -87,6 +88,8 @@ def load_files(
     normalize: bool = True,
     seed: int = 0,
     allow_missing: bool = True,
+    channels: str = XYZ,
+    estimate_normals: bool = False,
 ) -> PointCloudDataset:
     """Read files as a test split, each cloud as `read_cloud` gives it.
 
@@ -99,6 +102,8 @@ def load_files(
         normalize: as the model was trained, `data.normalize`.
         seed: of the points drawn from meshes.
         allow_missing: see `read_points`.
+        channels: that the model takes.
+        estimate_normals: see `read_points`.
 
     Raises:
         InputError: a file that cannot be read, or has fewer points.
@@ -110,8 +115,10 @@ def load_files(
         >>> load_files([path], ["box", "mug"], [1], num_points=4).batch(torch.tensor([0]))[0].shape
         torch.Size([1, 4, 3])
     """
-    options = dict(up_axis=up_axis, normalize=normalize, seed=seed, allow_missing=allow_missing)
-    (dataset,) = group_files(files, class_names, labels, num_points, **options)  # type: ignore[arg-type]
+    (dataset,) = group_files(
+        files, class_names, labels, num_points, up_axis=up_axis, normalize=normalize, seed=seed,
+        allow_missing=allow_missing, channels=channels, estimate_normals=estimate_normals,
+    )  # fmt: skip
     return dataset
 
 
@@ -123,6 +130,7 @@ def group_files(
     *,
     least: int | None = None,
     normalize: bool = True,
+    channels: str = XYZ,
     **options: Any,
 ) -> list[PointCloudDataset]:
     """Read files as `load_files`, also such with fewer points: a set for each number of points, the largest first.
@@ -134,12 +142,14 @@ def group_files(
         num_points: of a cloud with enough of them.
         least: fewest points of a cloud, which then keeps what it has; see `read_cloud`.
         normalize: as the model was trained.
+        channels: that the model takes.
         **options: further keywords of `read_cloud`.
 
     Raises:
         InputError: a file that cannot be read, or has fewer points than allowed.
     """
-    clouds = [read_cloud(file, num_points, least=least, normalize=normalize, **options) for file in files]
+    options |= dict(least=least, normalize=normalize, channels=channels)
+    clouds = [read_cloud(file, num_points, **options) for file in files]
     groups = []
     for size in sorted({len(cloud) for cloud in clouds}, reverse=True):
         places = [place for place, cloud in enumerate(clouds) if len(cloud) == size]
@@ -147,7 +157,7 @@ def group_files(
         dataset = PointCloudDataset(
             torch.stack([clouds[place] for place in places]), own, class_names,
             names=[files[place].name for place in places], split="test", num_points=size, normalize=False,
-            source="files",
+            channels=channels, source="files",
         )  # fmt: skip
         dataset.normalized = normalize  # file by file, before points were chosen
         groups.append(dataset)

@@ -11,21 +11,24 @@ import h5py
 import numpy as np
 
 from ..atomic import replacing
+from ..channels import WIDTH, XYZ, num_channels
 from ..errors import InputError, printable
 from .h5_checks import (
     MAX_BYTES,
     READ_BYTES,
     SEE,
     check_up_axis,
+    further_datasets,
     kept_dtype,
+    load_channels,
     load_mask,
     load_points,
     mask_dataset,
     points_dataset,
+    read_extra,
     read_label,
     read_mask,
     read_names,
-    read_normal,
     read_up_axis,
     rows_per_read,
 )
@@ -36,10 +39,11 @@ class CloudFile:
     """What one HDF5 file holds.
 
     Attributes:
-        points: (n, P, 3) float16 or float32, as stored.
+        points: (n, P, C) float16 or float32: coordinates as stored, then the channels that were asked for.
         label: (n,) int64.
         names: n names of shapes, or None.
-        normal: (n, P, 3) of the dtype of `points`, or None.
+        normal: (n, P, 3) of the dtype of `points`, as stored, or None.
+        rgb: (n, P, 3), as stored, or None.
         mask: (n, P) int64 part or foreground labels, or None.
         up_axis: "y" or "z", the file's attribute of that name, or None.
     """
@@ -48,6 +52,7 @@ class CloudFile:
     label: np.ndarray
     names: list[str] | None = None
     normal: np.ndarray | None = None
+    rgb: np.ndarray | None = None
     mask: np.ndarray | None = None
     up_axis: str | None = None
 
@@ -63,7 +68,7 @@ class CloudLayout:
 
     Attributes:
         path: the file.
-        shape: (n, P, 3) of its points.
+        shape: (n, P, C) of its points.
         dtype: float16 or float32, that of the points once read.
         rows_per_read: clouds of one chunk of the file; parts that begin at a multiple of it are read fastest.
         label: (n,) int64.
@@ -71,6 +76,7 @@ class CloudLayout:
         has_mask: whether there is a mask.
         up_axis: "y" or "z", the file's attribute of that name, or None.
         stamp: size and time of change, to detect that the file has been replaced.
+        channels: those that are read.
     """
 
     path: Path
@@ -82,21 +88,30 @@ class CloudLayout:
     has_mask: bool
     up_axis: str | None
     stamp: tuple[int, int]
+    channels: str = XYZ
 
 
 def read_h5(
-    path: str | os.PathLike, *, num_classes: int | None = None, extras: bool = True, max_bytes: int = MAX_BYTES
+    path: str | os.PathLike,
+    *,
+    num_classes: int | None = None,
+    extras: bool = True,
+    channels: str = XYZ,
+    max_bytes: int = MAX_BYTES,
 ) -> CloudFile:
     """Read and check one file: `data` (n, P, 3) float, `label` (n,) or (n, 1) whole numbers.
 
-    Optional: `name` (n,), `normal` (n, P, 3), `mask` (n, P), attribute `up_axis`. Other keys are ignored. Links to
+    Optional: `name` (n,), `normal` (n, P, 3), `rgb` (n, P, 3), `mask` (n, P), attribute `up_axis`. Other keys are
+    ignored. Links to
     other places and raw data outside the file are refused; float64 coordinates become float32, clouds far from the
     origin after they were moved to it.
 
     Args:
         path: the file.
         num_classes: labels must lie in [0, num_classes); without it, be at least 0.
-        extras: read `normal` and `mask` too.
+        extras: read `normal`, `rgb` and `mask` too, as they are stored.
+        channels: of the points, one of `s2d3d.channels.CHANNELS`; those beyond x, y, z must be there. Normals become
+            unit vectors; colours lie in [0, 1], whole numbers are divided by 255 (8 bits) or 65535.
         max_bytes: refuse a dataset that declares more than this.
 
     Raises:
@@ -112,19 +127,21 @@ def read_h5(
         item = points_dataset(path, file, max_bytes)
         count = item.shape[0]
         label = read_label(path, file, count, num_classes, max_bytes)
+        further = further_datasets(path, file, channels, item.shape, max_bytes)
         points = load_points(path, item, 0, count)
         return CloudFile(
-            points=points,
+            points=load_channels(path, points, further, 0, count),
             label=label,
             names=read_names(path, file, count, max_bytes),
-            normal=read_normal(path, file, points, max_bytes) if extras else None,
+            normal=read_extra(path, file, "normal", points, max_bytes) if extras else None,
+            rgb=read_extra(path, file, "rgb", points, max_bytes) if extras else None,
             mask=read_mask(path, file, points.shape[:2], max_bytes) if extras else None,
             up_axis=read_up_axis(path, file),
         )
 
 
-def points_bytes(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> int:
-    """Return the bytes that the points of a file take once read; they are not read.
+def points_bytes(path: str | os.PathLike, *, channels: str = XYZ, max_bytes: int = MAX_BYTES) -> int:
+    """Return the bytes that the points of a file take once read, with these channels; they are not read.
 
     Raises:
         InputError: the `data` of the file is wrong.
@@ -132,15 +149,18 @@ def points_bytes(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> int:
     path = Path(path)
     with _opened(path) as file:
         item = points_dataset(path, file, max_bytes)
-        return item.size * kept_dtype(item).itemsize
+        return item.size * kept_dtype(item).itemsize * num_channels(channels) // WIDTH
 
 
-def inspect_h5(path: str | os.PathLike, *, num_classes: int | None = None, max_bytes: int = MAX_BYTES) -> CloudLayout:
-    """Read and check everything of a file except its points, normals and mask.
+def inspect_h5(
+    path: str | os.PathLike, *, num_classes: int | None = None, channels: str = XYZ, max_bytes: int = MAX_BYTES
+) -> CloudLayout:
+    """Read and check everything of a file except its points, normals, colours and mask.
 
     Args:
         path: the file.
         num_classes: as for `read_h5`.
+        channels: likewise; `read_rows` reads them.
         max_bytes: likewise.
 
     Raises:
@@ -157,9 +177,11 @@ def inspect_h5(path: str | os.PathLike, *, num_classes: int | None = None, max_b
         item = points_dataset(path, file, max_bytes)
         count = item.shape[0]
         mask = mask_dataset(path, file, item.shape[:2], max_bytes)
+        for further in further_datasets(path, file, channels, item.shape, max_bytes):
+            rows_per_read(path, further)
         return CloudLayout(
             path=path,
-            shape=item.shape,
+            shape=(*item.shape[:2], num_channels(channels)),
             dtype=kept_dtype(item),
             rows_per_read=rows_per_read(path, item),
             label=read_label(path, file, count, num_classes, max_bytes),
@@ -167,17 +189,21 @@ def inspect_h5(path: str | os.PathLike, *, num_classes: int | None = None, max_b
             has_mask=mask is not None,
             up_axis=read_up_axis(path, file),
             stamp=stamp,
+            channels=channels,
         )
 
 
 def read_rows(layout: CloudLayout, start: int, stop: int) -> np.ndarray:
-    """Read clouds `start` to `stop` of a file: (stop - start, P, 3) of `layout.dtype`.
+    """Read clouds `start` to `stop` of a file: (stop - start, P, C) of `layout.dtype`.
 
     Raises:
         InputError: the file is no longer the one that was inspected, or one of these clouds is not finite.
     """
     with _unchanged(layout) as file:
-        return load_points(layout.path, points_dataset(layout.path, file, MAX_BYTES), start, stop)
+        item = points_dataset(layout.path, file, MAX_BYTES)
+        further = further_datasets(layout.path, file, layout.channels, item.shape, MAX_BYTES)
+        points = load_points(layout.path, item, start, stop)
+        return load_channels(layout.path, points, further, start, stop)
 
 
 def read_mask_rows(layout: CloudLayout, start: int, stop: int) -> np.ndarray:
@@ -193,6 +219,7 @@ def write_h5(
     *,
     names: Sequence[str] | None = None,
     normal: np.ndarray | None = None,
+    rgb: np.ndarray | None = None,
     mask: np.ndarray | None = None,
     up_axis: str | None = None,
     attributes: Mapping[str, str | int | bool] | None = None,
@@ -205,6 +232,7 @@ def write_h5(
         label: (n,) class indices.
         names: n names.
         normal: (n, P, 3).
+        rgb: (n, P, 3), floats in [0, 1] or unsigned whole numbers of 8 or 16 bits.
         mask: (n, P).
         up_axis: "y" or "z", stored as an attribute.
         attributes: more attributes of the file.
@@ -221,7 +249,7 @@ def write_h5(
         file["label"] = np.asarray(label, dtype=np.int64).reshape(-1, 1)
         if names is not None:
             file["name"] = np.array([name.encode() for name in names], dtype=np.bytes_)
-        for key, extra in (("normal", normal), ("mask", mask)):
+        for key, extra in (("normal", normal), ("rgb", rgb), ("mask", mask)):
             if extra is not None:
                 _write_array(file, key, np.asarray(extra))
         attributes = dict(attributes or {}, **({} if up_axis is None else {"up_axis": up_axis}))

@@ -1,11 +1,14 @@
 """Checks of the datasets in an HDF5 file of point clouds, and how each is read; used by `h5`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import h5py
 import numpy as np
 
+from ..channels import WIDTH, XYZ, groups, missing
 from ..errors import InputError
+from .attributes import unit_colors, unit_normals
 from .precision import MAX_COORDINATE, has_lost_shape, is_single, to_single
 
 MAX_BYTES = 64 * 2**30
@@ -83,14 +86,14 @@ def kept_dtype(item: h5py.Dataset) -> np.dtype:
 
 
 def rows_per_read(path: Path, item: h5py.Dataset) -> int:
-    """Return how many clouds are in one chunk of the file."""
+    """Return how many clouds are in one chunk of a dataset."""
     row_bytes = item.dtype.itemsize * item.shape[1] * item.shape[2]
     if item.chunks is None:
         return max(1, READ_BYTES // row_bytes)
     if int(np.prod(item.chunks, dtype=object)) * item.dtype.itemsize > MAX_PIECE:
         raise InputError(
-            f"{path}: dataset 'data' is stored in chunks {item.chunks}, too large to be read one by one; raise "
-            "data.memory_budget_gb, or copy it with tools/prepare_data.py"
+            f"{path}: dataset '{item.name[1:]}' is stored in chunks {item.chunks}, too large to be read one by one; "
+            "raise data.memory_budget_gb, or copy it with tools/prepare_data.py"
         )
     return item.chunks[0]
 
@@ -175,14 +178,67 @@ def read_names(path: Path, file: h5py.File, count: int, max_bytes: int) -> list[
         raise InputError(f"{path}: dataset 'name' is not UTF-8 text ({error.reason})") from error
 
 
-def read_normal(path: Path, file: h5py.File, points: np.ndarray, max_bytes: int) -> np.ndarray | None:
-    """Read the normals, if there are any."""
-    item = dataset(path, file, "normal", max_bytes)
+def group_dataset(path: Path, file: h5py.File, group: str, shape: tuple, max_bytes: int) -> h5py.Dataset | None:
+    """Return `normal` or `rgb` after checking its shape and type, if it is there."""
+    item = dataset(path, file, group, max_bytes)
+    kinds, named = ("f", "float") if group == "normal" else ("fu", "float or unsigned integers")
+    if item is not None and (item.shape != shape or item.dtype.kind not in kinds):
+        raise InputError(f"{path}: dataset '{group}' is {item.shape} {item.dtype}, must be {shape} {named}")
+    return item
+
+
+def further_datasets(path: Path, file: h5py.File, channels: str, shape: tuple, max_bytes: int) -> list[h5py.Dataset]:
+    """Return the datasets of the channels beyond the coordinates, each checked.
+
+    Raises:
+        InputError: one is not there or wrong.
+    """
+    items = []
+    for group in groups(channels):
+        if group == XYZ:
+            continue
+        item = group_dataset(path, file, group, shape, max_bytes)
+        if item is None:
+            add = "add them with: prepare_data.py modelnet40 --from DIR --estimate-normals"
+            stored = f"no dataset '{group}'"
+            raise missing(path, group, channels, stored=stored, advice=add if group == "normal" else "")
+        items.append(item)
+    return items
+
+
+def load_channels(path: Path, points: np.ndarray, items: Sequence[h5py.Dataset], start: int, stop: int) -> np.ndarray:
+    """Put the normals and colours of clouds `start` to `stop` behind their points, in the type of these.
+
+    Args:
+        path: the file.
+        points: (stop - start, P, 3), as `load_points` gives them.
+        items: of `further_datasets`.
+        start: the first cloud.
+        stop: behind the last cloud.
+
+    Returns:
+        (stop - start, P, C).
+
+    Raises:
+        InputError: a normal is not finite, or a colour is out of range.
+    """
+    if not items:
+        return points
+    result = np.empty((*points.shape[:2], WIDTH * (1 + len(items))), points.dtype)
+    result[..., :WIDTH] = points
+    for number, item in enumerate(items, 1):
+        where, values = f"{path}: dataset '{item.name[1:]}' from sample {start} on", item[start:stop]
+        unit = unit_normals(values, where) if item.name == "/normal" else unit_colors(values, where, by_type=True)
+        result[..., WIDTH * number : WIDTH * (number + 1)] = unit
+    return result
+
+
+def read_extra(path: Path, file: h5py.File, group: str, points: np.ndarray, max_bytes: int) -> np.ndarray | None:
+    """Read `normal`, in the type of the points, or `rgb` as it is, if it is there."""
+    item = group_dataset(path, file, group, points.shape, max_bytes)
     if item is None:
         return None
-    if item.shape != points.shape or item.dtype.kind != "f":
-        raise InputError(f"{path}: dataset 'normal' is {item.shape} {item.dtype}, must be {points.shape} float")
-    return item[()].astype(points.dtype, copy=False)
+    return item[()].astype(points.dtype, copy=False) if group == "normal" else item[()]
 
 
 def mask_dataset(path: Path, file: h5py.File, shape: tuple[int, ...], max_bytes: int) -> h5py.Dataset | None:

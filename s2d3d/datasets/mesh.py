@@ -1,4 +1,4 @@
-"""Meshes: OFF and OBJ as streams of tokens, STL and GLB, and points drawn from their surfaces."""
+"""Meshes: OFF and OBJ as streams of tokens, STL and GLB."""
 
 import io
 import json
@@ -8,9 +8,9 @@ import struct
 from pathlib import Path
 
 import numpy as np
-from numpy.random import Generator
 
 from ..errors import InputError, quoted
+from .attributes import Extras
 from .text import number, parse_lines, read_bytes
 
 _OFF = re.compile(rb"\s*((ST)?(C)?(N)?(4)?(n)?OFF)(\s+BINARY)?", re.IGNORECASE)
@@ -23,8 +23,10 @@ _GLB_ERRORS = (
 """What trimesh raises on a damaged file: it depends on the part that is damaged."""
 
 
-def read_off(path: str | os.PathLike, *, faces_required: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """Read a mesh. Polygons become fans of triangles; colours, normals and comments are passed over.
+def read_off(
+    path: str | os.PathLike, *, faces_required: bool = True, extras: Extras | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Read a mesh. Polygons become fans of triangles; colours and normals are passed over, as are comments.
 
     The keyword may be any of OFF, COFF, NOFF, STOFF and their combinations, in small letters, or missing. Some files of
     ModelNet have the counts on the line of the keyword, `OFF490 518 0`. Vertices and faces stand one a line, with what
@@ -33,6 +35,7 @@ def read_off(path: str | os.PathLike, *, faces_required: bool = True) -> tuple[n
     Args:
         path: the file.
         faces_required: refuse vertices without faces, which are a cloud.
+        extras: takes the normals and colours of the vertices, where given and announced by the keyword: NOFF, COFF.
 
     Returns:
         (V, 3) float64 vertices, (F, 3) int64 triangles.
@@ -70,15 +73,27 @@ def read_off(path: str | os.PathLike, *, faces_required: bool = True) -> tuple[n
     parts = list(parse_lines(data, start, line=line, where=f"{path}: not an OFF file"))
     flat, counts, numbers = (np.concatenate([part[i] for part in parts] or [np.empty(0)]) for i in range(3))
     width = 3 + 4 * bool(head and head[3]) + 3 * bool(head and head[4]) + 2 * bool(head and head[2])
-    found = _off_lines(flat, counts.astype(np.int64), num_vertices, num_faces)
+    further = {}
+    if extras is not None and head is not None and num_vertices:
+        announced = [group for group, letter in (("normal", head[4]), ("rgb", head[3])) if letter]
+        further = {group: 3 + 3 * number for number, group in enumerate(announced)}
+    need = 3 + 3 * len(further)
+    found = _off_lines(flat, counts.astype(np.int64), num_vertices, num_faces, need)
+    if isinstance(found, int) and further:  # not one a line, or lines without what is announced
+        found = _off_lines(flat, counts.astype(np.int64), num_vertices, num_faces)
+        further = {} if not isinstance(found, int) else further
     if isinstance(found, int):
-        stream = _off_stream(flat, width, num_vertices, num_faces)
+        stream = _off_stream(flat, width, num_vertices, num_faces, need)
         if stream is None and head is None:
             raise InputError(f"{path}: not an OFF file, its first word must be OFF, and its numbers fit no mesh")
         if stream is None:
             raise _off_error(path, flat, counts.astype(np.int64), numbers, num_vertices, num_faces, found)
         found = stream
     vertices, corners, lengths = found
+    for group, place in further.items():
+        assert extras is not None
+        extras[group] = vertices[:, place : place + 3]
+    vertices = vertices[:, :3]
     if faces_required and not np.isfinite(vertices).all():
         raise InputError(f"{path}: a vertex is not three finite numbers")
     return vertices, fan_triangles(corners, lengths, num_vertices, str(path))
@@ -96,16 +111,16 @@ def _off_counts(path: Path, data: bytes, start: int) -> tuple[int, int, int]:
 
 
 def _off_lines(
-    flat: np.ndarray, counts: np.ndarray, num_vertices: int, num_faces: int
+    flat: np.ndarray, counts: np.ndarray, num_vertices: int, num_faces: int, need: int = 3
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | int:
-    """Return vertices, corners and their counts where each has its line; else the place of the first wrong line."""
+    """Return vertices (V, need), corners and their counts where each has its line; else the place of a wrong line."""
     if len(counts) < num_vertices + num_faces:
         return len(counts)
     starts = np.cumsum(counts) - counts
-    short = counts[:num_vertices] < 3
+    short = counts[:num_vertices] < need
     if short.any():
         return int(short.argmax())
-    vertices = flat[starts[:num_vertices, None] + np.arange(3)]
+    vertices = flat[starts[:num_vertices, None] + np.arange(need)]
     first = starts[num_vertices : num_vertices + num_faces]
     there = counts[num_vertices : num_vertices + num_faces] - 1
     lengths = flat[first]
@@ -119,7 +134,7 @@ def _off_lines(
 
 
 def _off_stream(
-    flat: np.ndarray, width: int, num_vertices: int, num_faces: int
+    flat: np.ndarray, width: int, num_vertices: int, num_faces: int, need: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """Return vertices, corners and their counts of a stream without additions that holds nothing more; else None."""
     at = num_vertices * width
@@ -133,7 +148,7 @@ def _off_stream(
         at += 1 + int(flat[at])
     if at != len(flat):
         return None
-    return flat[: num_vertices * width].reshape(-1, width)[:, :3], flat[_spans(starts, lengths)], lengths
+    return flat[: num_vertices * width].reshape(-1, width)[:, :need], flat[_spans(starts, lengths)], lengths
 
 
 def _off_error(
@@ -151,8 +166,13 @@ def _off_error(
     return InputError(f"{path}: not an OFF file: line {int(numbers[place])} is no {what}: {what} {shown}")
 
 
-def read_obj(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+def read_obj(path: Path, extras: Extras | None = None) -> tuple[np.ndarray, np.ndarray | None]:
     """Read vertices and faces of a Wavefront file; a backslash at the end continues a line.
+
+    Args:
+        path: the file.
+        extras: takes, where given, the colours of the vertices, which many programs write behind their coordinates, and
+            the normals `vn` where there is one for each vertex.
 
     Returns:
         (V, 3) float64 vertices; (F, 3) int64 triangles, None without faces. Polygons become fans.
@@ -163,6 +183,7 @@ def read_obj(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     vertices: list[float] = []
     corners: list[int] = []
     lengths: list[int] = []
+    more: dict[str, list[float | None]] = {"normal": [], "rgb": []}
     pending = b""
     for line, text in enumerate(read_bytes(path).split(b"\n"), 1):
         text = pending + text.partition(b"#")[0].strip()
@@ -176,6 +197,10 @@ def read_obj(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
             if len(values) != 3 or None in values:
                 raise InputError(f"{path}: not an OBJ file: line {line} is no vertex: {_shown(text)}")
             vertices += values  # type: ignore[arg-type]
+            if extras is not None and len(rest) in (6, 7):
+                more["rgb"] += [number(field) for field in rest[-3:]]
+        elif word == b"vn" and extras is not None:
+            more["normal"] += [number(field) for field in rest[:3]]
         elif word in (b"f", b"fo"):  # corners such as 3, 3/1/2 or -1, which counts from the last vertex so far
             try:
                 found = [int(corner.partition(b"/")[0]) for corner in rest]
@@ -189,6 +214,9 @@ def read_obj(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
             corners += [corner - 1 if corner > 0 else so_far + corner for corner in found]
             lengths.append(len(found))
     points = np.array(vertices, dtype=np.float64).reshape(-1, 3)
+    for group, values in more.items():
+        if extras is not None and len(values) == points.size and None not in values:
+            extras[group] = np.array(values, dtype=np.float64).reshape(-1, 3)
     if not lengths:
         return points, None
     return points, fan_triangles(np.array(corners, dtype=object), np.array(lengths), len(points), str(path))
@@ -310,38 +338,3 @@ def _spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Return the places `starts[i]`, ..., `starts[i] + lengths[i] - 1`, one span after the other."""
     ends = np.cumsum(lengths)
     return np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(starts - ends + lengths, lengths)
-
-
-def sample_by_area(triangles: np.ndarray, count: int, rng: Generator) -> np.ndarray:
-    """Draw (count, 3) points, uniform on the surface."""
-    a, b, c = triangles.transpose(1, 0, 2)
-    area = np.linalg.norm(np.cross(b - a, c - a), axis=1)
-    chosen = rng.choice(len(triangles), size=count, p=area / area.sum())
-    u, v = rng.random((2, count, 1))
-    fold = u + v > 1
-    u, v = np.where(fold, 1 - u, u), np.where(fold, 1 - v, v)
-    return a[chosen] + u * (b - a)[chosen] + v * (c - a)[chosen]
-
-
-def sample_mesh(
-    vertices: np.ndarray, faces: np.ndarray, num_points: int, rng: np.random.Generator, where: str
-) -> np.ndarray:
-    """Draw (num_points, 3) points evenly from the surface of a mesh.
-
-    Args:
-        vertices: (V, 3).
-        faces: (F, 3) indices of vertices.
-        num_points: at least 1.
-        rng: where random numbers come from.
-        where: file, for the message.
-
-    Raises:
-        InputError: a corner is not finite, or all triangles have area 0.
-    """
-    corners = vertices[faces]
-    if not np.isfinite(corners).all():
-        vertex = int(faces.ravel()[np.isfinite(corners).all(axis=2).ravel().argmin()])
-        raise InputError(f"{where}: vertex {vertex} of a face is not three finite numbers; correct it")
-    if not np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1).any():
-        raise InputError(f"{where}: all triangles have area 0")
-    return sample_by_area(corners, num_points, rng)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..channels import XYZ
 from ..errors import InputError, did_you_mean, quoted
 from .base import PointCloudDataset
 from .h5 import SEE, CloudFile, CloudLayout, check_up_axis, read_h5
@@ -35,6 +36,7 @@ def load_modelnet40(
     *,
     num_points: int = 1024,
     transform: Transform | None = None,
+    channels: str = XYZ,
     up_axis: str | None = None,
     normalize: bool = True,
     classes: Sequence[str] | None = None,
@@ -51,6 +53,7 @@ def load_modelnet40(
         split: "train" or "test".
         num_points: points of a sample; see `PointCloudDataset`.
         transform: augmentation.
+        channels: of a point; normals are the dataset `normal` of the files, colours `rgb`.
         up_axis: the vertical of the stored points, "y" or "z"; default `stored_up_axis`. They are turned z up.
         normalize: centre the clouds and scale them into the unit sphere.
         classes: keep these classes only, numbered in this order.
@@ -77,15 +80,16 @@ def load_modelnet40(
     class_names = read_class_names(root, allow_links=allow_links)
     files = list_files(root, split, allow_links=allow_links)
     stored: torch.Tensor | StreamedClouds
-    if exceeds_budget(files, memory_budget_gb):
+    if exceeds_budget(files, memory_budget_gb, channels):
         stored, all_labels, names = open_clouds(
             files,
             num_classes=len(class_names),
             up_axis=lambda file: up_axis or stored_up_axis(file),
             budget_gb=memory_budget_gb,
+            channels=channels,
         )
     else:
-        stored, all_labels, names = _read_clouds(files, len(class_names), up_axis)
+        stored, all_labels, names = _read_clouds(files, len(class_names), up_axis, channels)
     kept, all_labels, class_names = choose_shapes(
         all_labels, class_names, split=split, classes=classes, fraction=fraction, seed=seed
     )
@@ -100,6 +104,7 @@ def load_modelnet40(
         num_points=num_points,
         transform=transform,
         normalize=normalize,
+        channels=channels,
         cache_dirs=cache_folders(root, cache_dir),
         source=str(root),
     )
@@ -124,18 +129,19 @@ def _check_folder(root: Path, advice: str) -> None:
 
 
 def _read_clouds(
-    files: Sequence[Path], num_classes: int, up_axis: str | None
+    files: Sequence[Path], num_classes: int, up_axis: str | None, channels: str
 ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """Read all files of a split: points (n, P, 3) z up, labels (n,), names."""
+    """Read all files of a split: points (n, P, C) z up, labels (n,), names."""
     points: list[torch.Tensor] = []
     labels, names = [], []
     for path in files:
-        file = read_h5(path, num_classes=num_classes, extras=False)
+        file = read_h5(path, num_classes=num_classes, extras=False, channels=channels)
         stored_points = file.points.shape[1]
         if points and stored_points != points[0].shape[1]:
             raise InputError(f"{path}: {stored_points} points a shape, the files before it {points[0].shape[1]}; {SEE}")
-        check_shapes(path, file.points)
-        points.append(turn_up_axis(torch.from_numpy(file.points), up_axis or stored_up_axis(file)))
+        check_shapes(path, file.points[..., :3])
+        axis = up_axis or stored_up_axis(file)
+        points.append(turn_up_axis(torch.from_numpy(file.points), axis, channels=channels))
         labels.append(file.label)
         names += shape_names(path, file)
     return torch.cat(points), torch.from_numpy(np.concatenate(labels)), names

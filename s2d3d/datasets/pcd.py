@@ -1,4 +1,4 @@
-"""PCD files of the Point Cloud Library, and LAS files of laser scanners: points alone.
+"""PCD files of the Point Cloud Library, and LAS files of laser scanners.
 
 Sources: "The PCD (Point Cloud Data) file format", documentation of PCL; ASPRS, "LAS Specification", 1.2 and 1.4; the
 compression is that of Lehmann's liblzf.
@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InputError, quoted
+from .attributes import Extras, named_columns
 from .text import count_lines, parse_rows
 
 KINDS = {"I": "i", "U": "u", "F": "f"}
@@ -18,8 +19,18 @@ MAX_EXPANSION = 100
 MAX_HEADER = 2**16
 
 
-def read_pcd(path: Path) -> np.ndarray:
-    """Read the points of a file: ascii, binary or binary_compressed; fields other than x, y and z are passed over.
+PACKED = ("rgb", "rgba")
+"""Names of a field that holds a colour in the bytes of one 32-bit number: blue in the lowest, then green, then red."""
+RGB_OFFSETS = {2: 20, 3: 28, 5: 28, 7: 30, 8: 30, 10: 30}
+"""By form of a LAS record: where its colour stands, three 16-bit numbers."""
+
+
+def read_pcd(path: Path, extras: Extras | None = None) -> np.ndarray:
+    """Read the points of a file: ascii, binary or binary_compressed.
+
+    Args:
+        path: the file.
+        extras: takes normals and colours, where given; other fields are passed over.
 
     Returns:
         (N, 3) float64.
@@ -51,6 +62,8 @@ def read_pcd(path: Path) -> np.ndarray:
         raise InputError(f"{path}: announces {points} points and {width} x {height}; is its header damaged?")
     places = np.cumsum([0, *counts])
     axes = [names.index(axis) for axis in "xyz"]
+    further = {} if extras is None else _further_fields(names, sizes, counts)
+    axes += [place for fields in further.values() for place in fields]
     if form == "ascii":
         room = count_lines(data, start)
         if points > room:
@@ -60,7 +73,8 @@ def read_pcd(path: Path) -> np.ndarray:
         if len(found) != points:
             state = "is cut short" if len(found) < points else "is damaged"
             raise InputError(f"{path}: {state}: {points} points are announced, {len(found)} rows follow the header")
-        return found
+        _keep_extras(path, extras, further, [found[:, number] for number in range(3, len(axes))], kinds)
+        return found[:, :3]
     fields = [(f"f{place}", kind, (count,)) for place, (kind, count) in enumerate(zip(kinds, counts))]
     record = np.dtype(fields)
     wanted = points * record.itemsize
@@ -83,7 +97,37 @@ def read_pcd(path: Path) -> np.ndarray:
         columns = [np.frombuffer(flat, kinds[axis], points, offset) for axis, offset in zip(axes, offsets)]
     else:
         raise InputError(f"{path}: its data are {quoted(form, 30)}, must be ascii, binary or binary_compressed")
-    return np.stack([column.astype(np.float64) for column in columns]).T
+    _keep_extras(path, extras, further, columns[3:], kinds)
+    return np.stack([column.astype(np.float64) for column in columns[:3]]).T
+
+
+def _further_fields(names: list[str], sizes: list[int], counts: list[int]) -> dict[str, list[int]]:
+    """Return the fields of normals and colours; a packed colour is one field."""
+    single = [name if count == 1 else "" for name, count in zip(names, counts)]
+    further = named_columns(single)
+    packed = next((single.index(name) for name in PACKED if single.count(name) == 1), -1)
+    if packed >= 0 and sizes[packed] == 4:
+        further["rgb"] = [packed]
+    return further
+
+
+def _keep_extras(
+    path: Path, extras: Extras | None, further: dict[str, list[int]], columns: list[np.ndarray], kinds: list[np.dtype]
+) -> None:
+    """Put the columns of normals and colours into `extras`, in the types that the header names."""
+    at = 0
+    for group, fields in further.items():
+        assert extras is not None
+        values, types = columns[at : at + len(fields)], [kinds[field] for field in fields]
+        at += len(fields)
+        if len(fields) == 3:
+            extras[group] = np.stack([value.astype(kind) for value, kind in zip(values, types)], axis=1)
+            continue
+        if not np.isfinite(values[0]).all() and values[0].dtype == np.float64:  # text has one word for all NaN
+            raise InputError(f"{path}: its packed colours hold NaN, in which they are lost; store them as type U")
+        with np.errstate(over="ignore"):
+            bits = values[0].astype(np.int64) if types[0].kind in "iu" else values[0].astype("<f4").view("<u4")
+        extras[group] = np.stack([bits >> shift & 255 for shift in (16, 8, 0)], axis=1).astype(np.uint8)
 
 
 def _pcd_header(path: Path, data: bytes) -> tuple[dict[str, list[str]], int, int]:
@@ -146,8 +190,12 @@ def unpack_lzf(packed: bytes, size: int) -> bytes | None:
     return bytes(found) if len(found) == size else None
 
 
-def read_las(path: Path) -> np.ndarray:
+def read_las(path: Path, extras: Extras | None = None) -> np.ndarray:
     """Read the points of an uncompressed LAS file, in its units: whole numbers times scale plus offset.
+
+    Args:
+        path: the file.
+        extras: takes the colours, where given and there.
 
     Returns:
         (N, 3) float64.
@@ -173,4 +221,8 @@ def read_las(path: Path) -> np.ndarray:
         )
     record = np.dtype({"names": ["p"], "formats": [("<i4", 3)], "offsets": [0], "itemsize": length})
     whole = np.frombuffer(data, record, count, start)["p"]
+    place = RGB_OFFSETS.get(form & 0x3F, length)
+    if extras is not None and place + 6 <= length:
+        colored = np.dtype({"names": ["c"], "formats": [("<u2", 3)], "offsets": [place], "itemsize": length})
+        extras["rgb"] = np.frombuffer(data, colored, count, start)["c"]
     return np.stack([whole[:, axis] * steps[axis] + steps[3 + axis] for axis in range(3)]).T

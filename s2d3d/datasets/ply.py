@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InputError, quoted
+from .attributes import Extras, named_columns
 from .mesh import fan_triangles
 from .text import CHUNK, count_lines, parse_lines, parse_rows
 
@@ -52,12 +53,17 @@ class _Element:
         names = [item.name for item in self.properties]
         return names.index(name) if name in names else names.index(name.upper()) if name.upper() in names else -1
 
+    def further(self) -> dict[str, list[int]]:
+        """Return where normals and colours stand."""
+        return named_columns([item.name.lower() if item.counts is None else "" for item in self.properties])
 
-def read_ply(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+
+def read_ply(path: Path, extras: Extras | None = None) -> tuple[np.ndarray, np.ndarray | None]:
     """Read the vertices of a file, ascii or binary, and its faces as triangles.
 
     Args:
         path: the file.
+        extras: takes the normals and colours of the vertices, where given.
 
     Returns:
         (V, 3) float64 vertices; (F, 3) int64 triangles, None without faces. Polygons become fans.
@@ -75,6 +81,8 @@ def read_ply(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     for element in elements:
         is_vertex, is_face = element.name == "vertex", element.name == "face"
         axes = [element.place(axis) for axis in "xyz"] if is_vertex else []
+        further = element.further() if is_vertex and extras is not None else {}
+        axes += [place for places in further.values() for place in places]
         wanted = max(map(element.place, CORNERS)) if is_face else -1
         if not order:
             stop = _end_of_lines(data, start, element.count)
@@ -83,7 +91,12 @@ def read_ply(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         else:
             start, found = _read_binary(path, data, start, order, element, axes, wanted)
         if is_vertex:
-            vertices = found
+            assert isinstance(found, np.ndarray)
+            vertices = found[:, :3]
+            for number, (group, places) in enumerate(further.items(), 1):
+                assert extras is not None
+                stored = found[:, 3 * number : 3 * number + 3]
+                extras[group] = stored.astype(np.result_type(*(element.properties[place].type for place in places)))
         elif is_face and wanted >= 0 and element.count:
             corners = found
     rest = data[start:].strip(b"\0\r\n\t ")
@@ -218,7 +231,7 @@ def _read_ascii(
     if there != element.count:
         raise InputError(f"{path}: holds {there} of {element.count} rows of '{element.name}'; is it cut short?")
     if axes:
-        return np.array(rows, dtype=np.float64).reshape(-1, 3)
+        return np.array(rows, dtype=np.float64).reshape(-1, len(axes))
     return (np.concatenate(corners), np.concatenate(counts)) if counts else None
 
 
@@ -241,14 +254,14 @@ def _read_binary(
 ) -> tuple[int, np.ndarray | tuple[np.ndarray, np.ndarray] | None]:
     """Return where the next element begins, and the vertices or the corners and their counts."""
     if not element.count:
-        return start, np.empty((0, 3)) if axes else None
+        return start, np.empty((0, len(axes))) if axes else None
     lengths = _first_lengths(data, start, order, element)
     table = None if lengths is None else _regular(data, start, order, element, lengths)
     if table is None:
         return _walk_binary(path, data, start, order, element, axes, wanted)
     stop = start + table.nbytes
     if axes:
-        vertices = np.empty((3, element.count))
+        vertices = np.empty((len(axes), element.count))
         for row, axis in zip(vertices, axes):
             row[:] = table[f"p{axis}"]
         return stop, vertices.T
@@ -323,7 +336,7 @@ def _walk_binary(
             corners.append(data[at : at + size * steps[wanted][1].itemsize])
             counts.append(size)
     if axes:
-        return start, np.array(rows, dtype=np.float64).reshape(-1, 3)
+        return start, np.array(rows, dtype=np.float64).reshape(-1, len(axes))
     if wanted < 0:
         return start, None
     flat = np.frombuffer(b"".join(corners), steps[wanted][1]).astype(np.int64)

@@ -17,6 +17,7 @@ from typing import Literal
 
 import torch
 
+from ..channels import XYZ
 from ..errors import InputError, did_you_mean
 from .base import PointCloudDataset
 from .h5 import SEE, CloudFile, CloudLayout, check_up_axis, read_h5
@@ -76,6 +77,7 @@ def load_scanobjectnn(
     background: bool | None = None,
     num_points: int = 1024,
     transform: Transform | None = None,
+    channels: str = XYZ,
     up_axis: str | None = None,
     normalize: bool = False,
     classes: Sequence[str] | None = None,
@@ -94,6 +96,7 @@ def load_scanobjectnn(
         background: whether to read `main_split`, with background, or `main_split_nobg`; None: as the variant says.
         num_points: points of a sample; see `PointCloudDataset`.
         transform: augmentation.
+        channels: of a point; normals are the dataset `normal` of the file, colours `rgb`; public files have neither.
         up_axis: the vertical of the stored points; default the file's attribute, without one "y". They are turned z up.
         normalize: centre the clouds and scale them into the unit sphere; published results do not.
         classes: keep these classes only, numbered in this order.
@@ -119,17 +122,18 @@ def load_scanobjectnn(
     named = (root / "shape_names.txt").is_file()
     class_names = read_class_names(root, allow_links=allow_links) if named else CLASS_NAMES
     file: CloudFile | CloudLayout
-    if exceeds_budget([path], memory_budget_gb):
+    if exceeds_budget([path], memory_budget_gb, channels):
         clouds, all_labels, _ = open_clouds(
             [path],
             num_classes=len(class_names),
             up_axis=lambda file: up_axis or file.up_axis or "y",
             budget_gb=memory_budget_gb,
+            channels=channels,
         )
         file = clouds.layouts[0]
     else:
-        file = read_h5(path, num_classes=len(class_names))
-        check_shapes(path, file.points)
+        file = read_h5(path, num_classes=len(class_names), channels=channels)
+        check_shapes(path, file.points[..., :3])
         all_labels = torch.from_numpy(file.label)
     kept, labels, class_names = choose_shapes(
         all_labels, class_names, split=split, classes=classes, fraction=fraction, seed=seed
@@ -141,7 +145,8 @@ def load_scanobjectnn(
         points = clouds.subset(kept)
     else:
         stored = torch.from_numpy(file.points)
-        points = turn_up_axis(stored if len(kept) == len(stored) else stored[kept], up_axis or file.up_axis or "y")
+        stored = stored if len(kept) == len(stored) else stored[kept]
+        points = turn_up_axis(stored, up_axis or file.up_axis or "y", channels=channels)
         mask = None if file.mask is None else torch.from_numpy(file.mask)[kept]
     return PointCloudDataset(
         points,
@@ -153,6 +158,7 @@ def load_scanobjectnn(
         num_points=num_points,
         transform=transform,
         normalize=normalize,
+        channels=channels,
         cache_dirs=cache_folders(root, cache_dir),
         source=str(path),
     )

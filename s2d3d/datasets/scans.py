@@ -14,17 +14,17 @@ import torch
 from tqdm import tqdm
 
 from ..atomic import locked, read_json, workspace, write_json, write_text
+from ..channels import XYZ, by_group
 from ..errors import InputError, first_line
 from ..workers import worker_pool
 from .base import PointCloudDataset
 from .class_folders import ClassFolders, find_class_folders
-from .files import read_points
+from .files import as_cloud, read_points
 from .h5 import write_h5
 from .labelled import TRAIN
 from .modelnet40 import load_modelnet40
-from .precision import check_extent, is_single
 from .prefix import cache_folders, can_hold, farthest_prefix
-from .transforms import normalize_unit_sphere
+from .transforms import coordinates
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,13 @@ class Options(NamedTuple):
     normalize: bool
     short: str
     skip_unreadable: bool
+    channels: str = XYZ
+    estimate_normals: bool = False
+
+    def described(self) -> str:
+        """Return what is hashed; of clouds of x, y, z alone it is what it was before there were channels."""
+        first = ", ".join(f"{key}={getattr(self, key)!r}" for key in self._fields[:4])
+        return f"Options({first})" + ("" if self.channels == XYZ else f" {self[4:]}")
 
 
 def load_scans(
@@ -54,6 +61,7 @@ def load_scans(
     split: str,
     *,
     num_points: int = 1024,
+    channels: str = XYZ,
     normalize: bool = True,
     cache_dir: str | os.PathLike | None = None,
     allow_links: bool = False,
@@ -61,6 +69,7 @@ def load_scans(
     split_seed: int = 0,
     short: Literal["repeat", "skip", "error"] = "repeat",
     skip_unreadable: bool = False,
+    estimate_normals: bool = False,
     **shared: Any,
 ) -> PointCloudDataset:
     """Read one split of a folder whose class folders hold clouds and meshes, see `find_class_folders`.
@@ -72,6 +81,7 @@ def load_scans(
         root: the folder.
         split: "train" or "test".
         num_points: of a sample.
+        channels: of a point; each file must hold them, see `read_points`.
         normalize: centre the clouds and scale them into the unit sphere.
         cache_dir: default `ROOT/.fps_cache`, or the user's cache if the folder cannot be written.
         allow_links: follow links that lead out of the folder.
@@ -80,6 +90,7 @@ def load_scans(
         short: what to do with a file of fewer than `num_points` points: repeat its points, skip it, or stop. A file of
             fewer than 32 is unreadable.
         skip_unreadable: leave out files that cannot be read, instead of stopping at the first.
+        estimate_normals: estimate the normals of clouds that have none, by Open3D, if `data.channels` has normals.
         **shared: further keywords of `load_modelnet40`; the vertical `up_axis` of the files is "z" by default.
 
     Returns:
@@ -95,7 +106,7 @@ def load_scans(
     say = split == TRAIN  # once, not for each split
     if say:
         log.info("%s", found.summary())
-    options = Options(num_points, normalize, short, skip_unreadable)
+    options = Options(num_points, normalize, short, skip_unreadable, channels, estimate_normals)
     name = f"files_{_content_hash(found, options)}"
     kept = None
     for folder in cache_folders(Path(root), cache_dir):
@@ -113,13 +124,17 @@ def load_scans(
     notes = read_json(kept / "notes.json", advice="remove its folder, it is made anew")
     for text in notes["said"] if say else []:
         log.warning("%s: %s", root, text)
-    dataset = load_modelnet40(kept, split, num_points=num_points, normalize=False, cache_dir=kept.parent, **shared)
+    dataset = load_modelnet40(
+        kept, split, num_points=num_points, channels=channels, normalize=False, cache_dir=kept.parent, **shared
+    )
     dataset.source, dataset.skipped = str(root), tuple(notes["skipped"])
     dataset.normalized = normalize  # file by file, before points were chosen
     return dataset
 
 
-def check_scans(test_fraction: float, split_seed: int, short: str, skip_unreadable: bool) -> dict[str, str]:
+def check_scans(
+    test_fraction: float, split_seed: int, short: str, skip_unreadable: bool, estimate_normals: bool
+) -> dict[str, str]:
     """Return by keyword of `load_scans` what is wrong with its value."""
     problems = {}
     if not 0 < test_fraction < 1:
@@ -134,40 +149,41 @@ def stored_points(num_points: int) -> int:
     return num_points * 6 // 5
 
 
-def read_stored(path: Path, num_points: int, normalize: bool) -> np.ndarray:
+def read_stored(
+    path: Path, num_points: int, normalize: bool, channels: str = XYZ, estimate_normals: bool = False
+) -> np.ndarray:
     """Read a file as it is kept: put into the unit sphere, as `read_cloud` does, and thinned.
 
     Args:
         path: see `read_points`.
         num_points: of a sample.
         normalize: whether to put the cloud into the unit sphere.
+        channels: of a point.
+        estimate_normals: see `read_points`.
 
     Returns:
-        (M, 3) float32 with M at most `stored_points(num_points)`, in the order of farthest point sampling.
+        (M, C) float32 with M at most `stored_points(num_points)`, in the order of farthest point sampling.
 
     Raises:
         InputError: as `read_points`; fewer than `LEAST_POINTS` points.
     """
-    points = read_points(path, 2 * num_points)
+    points = read_points(path, 2 * num_points, channels=channels, estimate_normals=estimate_normals)
     if len(points) < LEAST_POINTS:
         raise InputError(f"{path}: {len(points)} points show no shape; at least {LEAST_POINTS} are needed")
-    if normalize and not is_single(points):
-        points = points - points.mean(axis=0)
-    elif not normalize:
-        check_extent(points.astype(np.float32).astype(np.float64), f"{path}: not normalised")
-    cloud = torch.from_numpy(np.ascontiguousarray(points, dtype=np.float32))[None]
-    cloud = normalize_unit_sphere(cloud) if normalize else cloud
+    cloud = as_cloud(points, str(path), normalize=normalize, up_axis="z", channels=channels)  # turned when read again
     if cloud.shape[1] > _MOST_POINTS:
         kept = np.random.default_rng(0).choice(cloud.shape[1], _MOST_POINTS, replace=False)
         cloud = cloud[:, torch.from_numpy(np.sort(kept))]
-    chosen = farthest_prefix(cloud, min(cloud.shape[1], stored_points(num_points)))[0].long()
+    chosen = farthest_prefix(coordinates(cloud), min(cloud.shape[1], stored_points(num_points)))[0].long()
     return cloud[0, chosen].numpy()
 
 
-def _try_read(path: Path, num_points: int, normalize: bool) -> np.ndarray | str:
+def _try_read(path: Path, options: Options) -> np.ndarray | str:
     """Read a file, or return why that fails; for worker processes, whose errors would lose their type."""
     try:
-        return read_stored(path, num_points, normalize)
+        return read_stored(
+            path, options.num_points, options.normalize, options.channels, options.estimate_normals
+        )  # fmt: skip
     except (InputError, OSError, MemoryError) as error:
         return first_line(error, limit=1000)
 
@@ -175,10 +191,10 @@ def _try_read(path: Path, num_points: int, normalize: bool) -> np.ndarray | str:
 def _write_set(folder: Path, found: ClassFolders, options: Options) -> None:
     """Read all files and write them in the layout of `load_modelnet40`, with notes on what was left out."""
     labelled = [(split, path, label) for split, files in found.files.items() for path, label in files]
-    parts = {split: _Part(folder, split) for split in found.files}
+    parts = {split: _Part(folder, split, options.channels) for split in found.files}
     skipped, num_short = [], 0
     num_points = options.num_points
-    read = partial(_try_read, num_points=num_points, normalize=options.normalize)
+    read = partial(_try_read, options=options)
     paths = [path for _, path, _ in labelled]
     with worker_pool(_workers(paths), __name__, doing="reading", remedy="free some and start again") as spread:
         clouds = tqdm(spread(read, paths), total=len(paths), desc="files (once)", disable=None, leave=False)
@@ -196,7 +212,8 @@ def _write_set(folder: Path, found: ClassFolders, options: Options) -> None:
                     skipped.append(text)
                     continue
                 num_short += 1
-            parts[split].add(np.resize(cloud, (stored_points(num_points), 3)), label, str(path.relative_to(found.root)))
+            repeated = np.resize(cloud, (stored_points(num_points), cloud.shape[1]))
+            parts[split].add(repeated, label, str(path.relative_to(found.root)))
     for split, part in parts.items():
         empty = [name for label, name in enumerate(found.class_names) if label not in part.classes]
         if (empty and split == "train") or len(empty) == len(found.class_names):
@@ -217,9 +234,9 @@ def _write_set(folder: Path, found: ClassFolders, options: Options) -> None:
 class _Part:
     """Writes the clouds of one split, a file for every `_FILE_ROWS` of them."""
 
-    def __init__(self, folder: Path, split: str) -> None:
+    def __init__(self, folder: Path, split: str, channels: str) -> None:
         self.classes: set[int] = set()
-        self._folder, self._split = folder, split
+        self._folder, self._split, self._channels = folder, split, channels
         self._rows: list[tuple[np.ndarray, int, str]] = []
         self._names: list[str] = []
 
@@ -238,7 +255,11 @@ class _Part:
     def _flush(self) -> None:
         clouds, labels, names = zip(*self._rows)
         self._names.append(f"{self._split}{len(self._names)}.h5")
-        write_h5(self._folder / self._names[-1], np.stack(clouds), labels, names=names, up_axis="z")
+        groups = by_group(np.stack(clouds), self._channels)
+        write_h5(
+            self._folder / self._names[-1], groups["xyz"], labels, names=names, normal=groups.get("normal"),
+            rgb=groups.get("rgb"), up_axis="z",
+        )  # fmt: skip
         self._rows.clear()
 
 
@@ -250,7 +271,7 @@ def _workers(paths: Sequence[Path]) -> int:
 
 def _content_hash(found: ClassFolders, options: Options) -> str:
     """Return a hash of everything that what is kept depends on."""
-    digest = hashlib.blake2b(f"{_VERSION} {options} {found.class_names}".encode(), digest_size=12)
+    digest = hashlib.blake2b(f"{_VERSION} {options.described()} {found.class_names}".encode(), digest_size=12)
     labelled = [(split, path, label) for split, files in found.files.items() for path, label in files]
     with ThreadPoolExecutor(4) as pool:
         contents = pool.map(_file_hash, [path for _, path, _ in labelled])

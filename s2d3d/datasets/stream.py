@@ -10,29 +10,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..channels import XYZ, num_channels
 from ..errors import InputError
 from ..ops.points import farthest_point_sample, gather_points
 from .h5 import SEE, CloudFile, CloudLayout, inspect_h5, points_bytes, read_mask_rows, read_rows
 from .h5_checks import check_shapes
-from .transforms import normalize_stored, turn_up_axis
+from .transforms import coordinates, normalize_stored, turn_up_axis
 
 MEMORY_BUDGET_GB = 4.0
 """Points of one split that are read into memory, in 10^9 bytes; a larger split is streamed."""
 
 
-def exceeds_budget(paths: Sequence[Path], budget_gb: float) -> bool:
+def exceeds_budget(paths: Sequence[Path], budget_gb: float, channels: str = XYZ) -> bool:
     """Return whether the points of some files, once read, exceed a budget; they are not read.
 
     Args:
         paths: the files.
         budget_gb: 10^9 bytes, above 0.
+        channels: of a point.
 
     Raises:
         InputError: the budget is out of range, or a file is wrong.
     """
     if not budget_gb > 0:
         raise InputError(f"memory_budget_gb is {budget_gb}, must be above 0")
-    return sum(points_bytes(path) for path in paths) > budget_gb * 1e9
+    return sum(points_bytes(path, channels=channels) for path in paths) > budget_gb * 1e9
 
 
 def open_clouds(
@@ -41,6 +43,7 @@ def open_clouds(
     num_classes: int,
     up_axis: Callable[[CloudFile | CloudLayout], str],
     budget_gb: float,
+    channels: str = XYZ,
 ) -> tuple["StreamedClouds", Tensor, list[str]]:
     """Open the files of one split without reading their points.
 
@@ -49,6 +52,7 @@ def open_clouds(
         num_classes: labels lie in [0, num_classes).
         up_axis: tells the vertical of a file, "y" or "z".
         budget_gb: the cache takes at most this, in 10^9 bytes.
+        channels: of a point.
 
     Returns:
         The clouds, their (n,) int64 labels, and n names of shapes.
@@ -56,7 +60,7 @@ def open_clouds(
     Raises:
         InputError: a file is wrong.
     """
-    layouts = [inspect_h5(path, num_classes=num_classes) for path in paths]
+    layouts = [inspect_h5(path, num_classes=num_classes, channels=channels) for path in paths]
     for layout in layouts[1:]:
         if layout.shape[1] != layouts[0].shape[1]:
             before = f"the files before it {layouts[0].shape[1]}"
@@ -72,15 +76,15 @@ def shape_names(path: Path, file: CloudFile | CloudLayout) -> list[str]:
 
 
 class StreamedClouds:
-    """Clouds (n, M, 3), z up, that are read from their files when they are asked for.
+    """Clouds (n, M, C), z up, that are read from their files when they are asked for.
 
-    `clouds[rows]` with rows (b,) int64 gives (b, M, 3), as indexing a tensor of all of them would, bit for bit. Whole
+    `clouds[rows]` with rows (b,) int64 gives (b, M, C), as indexing a tensor of all of them would, bit for bit. Whole
     chunks of a file are read. The chunks used last are kept, up to `cache_bytes` and at least one. Threads and
     forked processes may read at the same time.
 
     Attributes:
         layouts: of the files.
-        shape: (n, M, 3).
+        shape: (n, M, C).
         dtype: torch.float16 or torch.float32, the widest of the files.
         mask: gives (b, M) int32 for rows, or None where a file has no mask.
     """
@@ -89,7 +93,7 @@ class StreamedClouds:
         """Keep what the files hold; `prepared` and `subset` return views of it that share the cache.
 
         Args:
-            layouts: of the files, with equal numbers of points.
+            layouts: of the files, with equal numbers of points and channels.
             up_axes: "y" or "z" of each file.
             cache_bytes: bound of the pieces kept.
         """
@@ -102,7 +106,7 @@ class StreamedClouds:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return (len(self._rows), self._prefix, 3)
+        return (len(self._rows), self._prefix, num_channels(self.layouts[0].channels))
 
     @property
     def mask(self) -> "StreamedMasks | None":
@@ -137,7 +141,7 @@ class StreamedClouds:
         return self._prefix < self.layouts[0].shape[1]
 
     def _selected(self, points: Tensor) -> Tensor:
-        return farthest_point_sample(points, self._prefix)
+        return farthest_point_sample(coordinates(points), self._prefix)
 
     def _read(self, rows: Tensor, piece: Callable[[int, int], Tensor]) -> Tensor:
         chosen = self._rows[rows].numpy()
@@ -162,8 +166,8 @@ class StreamedClouds:
         def load() -> Tensor:
             start, stop = self._bounds(layout, number)
             points = read_rows(layout, start, stop)
-            check_shapes(layout.path, points, start)
-            return turn_up_axis(torch.from_numpy(points), up_axis).to(self.dtype)
+            check_shapes(layout.path, points[..., :3], start)
+            return turn_up_axis(torch.from_numpy(points), up_axis, channels=layout.channels).to(self.dtype)
 
         return self._cache.get(("points", file, number), load)
 

@@ -14,6 +14,7 @@ from typing import BinaryIO
 import numpy as np
 
 from ..errors import InputError, quoted
+from .attributes import UNNAMED, Extras, named_columns
 from .text import COMMENTS, number, parse_rows, read_bytes, split_fields
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,8 @@ _NUMERIC = re.compile(rb'[\s\d+\-.,;eEnaifNAIF"]*\d[\s\d+\-.,;eEnaifNAIF"]*|[\s,
 _DECIMAL = re.compile(rb"[-+]?\d*,\d+(?:[eE][-+]?\d+)?|[-+]?\d+(?:[eE][-+]?\d+)?")
 _ZIP = b"PK\x03\x04"
 _PREFERRED = ("points", "xyz", "pos", "data")
+_ARRAYS = {"normal": ("normals", "normal"), "rgb": ("colors", "colours", "color", "rgb")}
+"""Names of arrays in an archive, beside that of the points."""
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
@@ -39,17 +42,22 @@ class _Layout:
     decimal_comma: bool
     columns: int
     axes: tuple[int, int, int]
+    names: list[str] | None
     start: int
     line: int
     count: int | None
 
 
-def read_text_table(path: Path) -> np.ndarray:
+def read_text_table(path: Path, extras: Extras | None = None) -> np.ndarray:
     """Read rows of three or more numbers, of which x, y and z are taken.
 
     Numbers stand between blanks, commas, semicolons or tabs, one of these in the whole file; with blanks, semicolons or
     tabs, commas may be decimal. A header names the columns (`x y z`, `//X Y Z R G B`); without one the first three
     count. A line with the number of points may stand in front. Comments begin with `#`, `//` or `%`.
+
+    Args:
+        path: the file.
+        extras: takes normals and colours, where given and named; without names all columns behind the third.
 
     Returns:
         (N, 3) float64.
@@ -59,21 +67,36 @@ def read_text_table(path: Path) -> np.ndarray:
     """
     data = read_bytes(path)
     layout = _find_layout(path, data)
+    further: dict[str, list[int]] = {}
+    if extras is not None:
+        unnamed = {UNNAMED: list(range(3, layout.columns))} if layout.columns > 3 else {}
+        further = unnamed if layout.names is None else named_columns(layout.names)
+    keep = [*layout.axes, *(column for columns in further.values() for column in columns)]
     points = parse_rows(
-        data, layout.columns, layout.axes, start=layout.start, separator=layout.separator,
+        data, layout.columns, keep, start=layout.start, separator=layout.separator,
         decimal_comma=layout.decimal_comma, line=layout.line, where=f"{path}: cannot be read as a table",
     )  # fmt: skip
     if layout.count is not None and layout.count != len(points):
         raise InputError(f"{path}: announces {layout.count} points and holds {len(points)}; is it cut short?")
     _refuse_transposed(path, (len(points), layout.columns))
-    return points
+    at = 3
+    for group, columns in further.items():
+        assert extras is not None
+        extras[group] = points[:, at : at + len(columns)]
+        at += len(columns)
+    return points[:, :3]
 
 
-def read_array(path: Path) -> np.ndarray:
+def read_array(path: Path, extras: Extras | None = None) -> np.ndarray:
     """Read the points of a `.npy` or `.npz` file, told apart by their content.
 
     Arrays are (N, 3 or more), maps (H, W, 3), or records with fields x, y and z. Of several arrays in an archive the
     one called points, xyz, pos or data is read, or the only one of such a shape.
+
+    Args:
+        path: the file.
+        extras: takes normals and colours, where given: fields of records, arrays of the archive called normals or
+            colors, or else all columns behind the third.
 
     Returns:
         (N, 3) float64.
@@ -86,8 +109,8 @@ def read_array(path: Path) -> np.ndarray:
         head = file.read(len(_ZIP))
         file.seek(0)
         if head.startswith(_ZIP):
-            return _read_archive(path, file)
-        return _to_points(path, _read_npy(f"{path}", file, size))
+            return _read_archive(path, file, extras)
+        return _to_points(path, _read_npy(f"{path}", file, size), extras)
 
 
 def _read_npy(where: str, file: BinaryIO, size: int) -> np.ndarray:
@@ -118,7 +141,7 @@ def _npy_header(where: str, file: BinaryIO) -> tuple[tuple[int, ...], bool, np.d
         raise InputError(f"{where}: cannot be read as a table: not a NumPy file, or its header is damaged") from error
 
 
-def _read_archive(path: Path, file: BinaryIO) -> np.ndarray:
+def _read_archive(path: Path, file: BinaryIO, extras: Extras | None) -> np.ndarray:
     try:
         with zipfile.ZipFile(file) as archive:
             found: dict[str, zipfile.ZipInfo] = {}
@@ -127,15 +150,29 @@ def _read_archive(path: Path, file: BinaryIO) -> np.ndarray:
                     found[info.filename.removesuffix(".npy")] = info
             if not found:
                 raise InputError(f"{path}: is an archive without arrays; save the points in it")
-            info = found[_choose(path, archive, found)]
-            if info.file_size > max(SMALL, MAX_EXPANSION * info.compress_size):
-                raise InputError(f"{path}: {quoted(info.filename)} unpacks to {info.file_size} bytes; is it broken?")
-            with archive.open(info) as member:
-                return _to_points(path, _read_npy(str(path), member, info.file_size))  # type: ignore[arg-type]
+            points = _to_points(path, _read_member(path, archive, found[_choose(path, archive, found)]), extras)
+            for group, names in _ARRAYS.items() if extras is not None else ():
+                name = next((name for name in names if name in found), None)
+                if name is None:
+                    continue
+                assert extras is not None
+                values = _read_member(path, archive, found[name])
+                if values.dtype.kind not in "fiu" or values.shape[-1:] != (3,) or values.size != points.size:
+                    raise InputError(f"{path}: its {name} have shape {values.shape}, must be one for each point")
+                extras.pop(UNNAMED, None)
+                extras[group] = values.reshape(-1, 3)
+            return points
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError, zipfile.zlib.error) as error:  # type: ignore[attr-defined]
         if isinstance(error, OSError) and error.filename is not None:
             raise
         raise InputError(f"{path}: is a damaged archive; save the points again") from error
+
+
+def _read_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    if info.file_size > max(SMALL, MAX_EXPANSION * info.compress_size):
+        raise InputError(f"{path}: {quoted(info.filename)} unpacks to {info.file_size} bytes; is it broken?")
+    with archive.open(info) as member:
+        return _read_npy(str(path), member, info.file_size)  # type: ignore[arg-type]
 
 
 def _choose(path: Path, archive: zipfile.ZipFile, found: dict[str, zipfile.ZipInfo]) -> str:
@@ -143,7 +180,10 @@ def _choose(path: Path, archive: zipfile.ZipFile, found: dict[str, zipfile.ZipIn
         if name in found and (name in _PREFERRED or len(found) == 1):
             return name
     fitting = []
+    others = {name for names in _ARRAYS.values() for name in names}
     for name, info in found.items():
+        if name in others and len(found.keys() - others) == 1:
+            continue
         with archive.open(info) as member:
             shape, _, dtype = _npy_header(str(path), member)  # type: ignore[arg-type]
         if len(shape) >= 2 and shape[-1] >= 3 and dtype.kind in "fiu":
@@ -154,7 +194,7 @@ def _choose(path: Path, archive: zipfile.ZipFile, found: dict[str, zipfile.ZipIn
     raise InputError(f"{path}: which of its arrays holds the points? ({listed}); call it 'points'")
 
 
-def _to_points(path: Path, array: np.ndarray) -> np.ndarray:
+def _to_points(path: Path, array: np.ndarray, extras: Extras | None) -> np.ndarray:
     if array.dtype.names is not None:
         names = [name.lower() for name in array.dtype.names]
         if any(names.count(axis) != 1 for axis in "xyz"):
@@ -163,6 +203,11 @@ def _to_points(path: Path, array: np.ndarray) -> np.ndarray:
         fields = [array[array.dtype.names[names.index(axis)]] for axis in "xyz"]
         if any(field.dtype.kind not in "fiu" or field.ndim != 1 for field in fields):
             raise InputError(f"{path}: its fields x, y and z must be numbers, one a record")
+        for group, columns in named_columns(names).items() if extras is not None else ():
+            assert extras is not None
+            further = [array[array.dtype.names[column]] for column in columns]
+            if all(column.dtype.kind in "fiu" and column.ndim == 1 for column in further):
+                extras[group] = np.stack(further, axis=1)
         return np.stack([field.astype(np.float64) for field in fields]).T
     if array.dtype.kind not in "fiu":
         raise InputError(f"{path}: holds values of type {array.dtype}, must be numbers")
@@ -173,6 +218,8 @@ def _to_points(path: Path, array: np.ndarray) -> np.ndarray:
         array = array.reshape(-1, array.shape[2])
     if array.ndim != 2 or array.shape[1] < 3:
         raise InputError(f"{path}: holds numbers of shape {array.shape}, must be (N, 3) or more columns")
+    if extras is not None and array.shape[1] > 3:
+        extras[UNNAMED] = array[:, 3:]
     return np.stack([array[:, axis].astype(np.float64) for axis in range(3)]).T
 
 
@@ -206,7 +253,8 @@ def _find_layout(path: Path, data: bytes) -> _Layout:
             axes = _find_axes(path, names, len(fields), named_in)
             if len(fields) < 3:
                 raise InputError(f"{path}: line {line} holds {len(fields)} numbers, must be 3 or more: x, y, z")
-            return _Layout(separator, decimal_comma, len(fields), axes, start, line, count)
+            known = names if names is not None and axes == _named_axes(names, len(fields)) else None
+            return _Layout(separator, decimal_comma, len(fields), axes, known, start, line, count)
     raise InputError(f"{path}: holds no points, its lines are a header and a count at most")
 
 
@@ -267,6 +315,13 @@ def _named_fields(text: bytes, separator: bytes) -> list[str]:
     fields = text.decode("latin-1").strip().lstrip("#/%").removesuffix(separator.decode()).split(separator.decode())
     names = [re.sub(r"\s*[\[(].*[\])]$", "", field.strip(' \t"')).lower() for field in fields]
     return names if set("xyz") <= set(names) else _words(text)
+
+
+def _named_axes(names: list[str], columns: int) -> tuple[int, ...] | None:
+    """Return which columns are x, y and z, None where the names do not tell."""
+    if len(names) != columns or any(names.count(axis) != 1 for axis in "xyz"):
+        return None
+    return tuple(names.index(axis) for axis in "xyz")
 
 
 def _find_axes(path: Path, names: list[str] | None, columns: int, line: int) -> tuple[int, int, int]:

@@ -1,7 +1,8 @@
-"""Batch transforms of point clouds: (B, N, 3) in, a new (B, N, 3) out, randomness from an explicit generator.
+"""Batch transforms of point clouds: (B, N, C) in, a new (B, N, C) out, randomness from an explicit generator.
 
 Every transform is called as `transform(points, generator)`. Numbers are drawn on the generator's device and moved
-to that of the points, so that a CPU generator gives the same augmentation on every device.
+to that of the points, so that a CPU generator gives the same augmentation on every device. They do not depend on the
+channels: coordinates are the same with and without normals and colours. Normals turn with the points, colours stay.
 """
 
 import math
@@ -10,23 +11,60 @@ from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
+from torch.nn import functional as F
 
+from ..channels import WIDTH, XYZ, by_group, check_channels
 from ..errors import InputError
 from .precision import FAR_RADII
 
 Transform = Callable[[Tensor, Generator], Tensor]
 
 
-def turn_up_axis(points: Tensor, source: str, target: str = "z") -> Tensor:
+def coordinates(points: Tensor) -> Tensor:
+    """Return x, y, z of clouds (..., C), contiguous where there are more channels: results do not depend on these."""
+    return points if points.shape[-1] == WIDTH else points[..., :WIDTH].contiguous()
+
+
+def replace_coordinates(points: Tensor, xyz: Tensor) -> Tensor:
+    """Return clouds (..., C) with other coordinates (..., 3); the further channels stay."""
+    return xyz if points.shape[-1] == WIDTH else torch.cat([xyz, points[..., WIDTH:]], dim=-1)
+
+
+def turn(points: Tensor, channels: str, rotation: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply a rotation or reflection about the origin to the coordinates and normals of clouds (..., C).
+
+    Args:
+        points: (..., C), not changed.
+        channels: of a point.
+        rotation: maps vectors (..., 3) to vectors (..., 3).
+    """
+    parts = [part if group == "rgb" else rotation(part) for group, part in by_group(points, channels).items()]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def scale_axes(points: Tensor, factors: Tensor, channels: str) -> Tensor:
+    """Multiply the axes of clouds (..., C) by factors above 0, (..., 3); normals stay perpendicular to the surface.
+
+    The normal of a stretched surface is the normal times the inverse of the (here diagonal) matrix, at unit length.
+    """
+    parts = by_group(points, channels)
+    parts["xyz"] = parts["xyz"] * factors
+    if "normal" in parts:
+        parts["normal"] = F.normalize(parts["normal"] / factors, dim=-1)
+    return parts["xyz"] if len(parts) == 1 else torch.cat(list(parts.values()), dim=-1)
+
+
+def turn_up_axis(points: Tensor, source: str, target: str = "z", *, channels: str = XYZ) -> Tensor:
     """Rotate clouds so that what pointed along `source` points along `target`.
 
     y to z is (x, y, z) -> (x, -z, y), a quarter turn about x; z to y is its inverse, (x, y, z) -> (x, z, -y).
     Both are proper rotations (determinant 1): nothing is mirrored.
 
     Args:
-        points: (..., 3).
+        points: (..., C).
         source: "y" or "z", the present vertical.
         target: "y" or "z", the wanted one.
+        channels: of a point; normals are turned too.
 
     Raises:
         InputError: another axis.
@@ -39,8 +77,12 @@ def turn_up_axis(points: Tensor, source: str, target: str = "z") -> Tensor:
         raise InputError(f"up axis is {source!r} to {target!r}, must be 'y' or 'z'")
     if source == target:
         return points.clone()
-    x, y, z = points.unbind(-1)
-    return torch.stack((x, -z, y) if target == "z" else (x, z, -y), dim=-1)
+
+    def quarter(vectors: Tensor) -> Tensor:
+        x, y, z = vectors.unbind(-1)
+        return torch.stack((x, -z, y) if target == "z" else (x, z, -y), dim=-1)
+
+    return turn(points, channels, quarter)
 
 
 def normalize_unit_sphere(points: Tensor) -> Tensor:
@@ -78,31 +120,34 @@ def normalize_stored(points: Tensor, chunk: int = 512) -> Tensor:
     """Normalise each cloud, except float16 clouds already normalised up to rounding: rounding twice would add error.
 
     Args:
-        points: (n, P, 3) float16 or float32. What becomes of a cloud does not depend on the others.
+        points: (n, P, C) float16 or float32. What becomes of a cloud does not depend on the others. Channels other than
+            the coordinates stay.
         chunk: clouds at a time.
     """
     parts = []
-    for part in points.split(chunk):
+    for part in coordinates(points).split(chunk):
         normalized = normalize_unit_sphere(part)
         if part.dtype == torch.float16:
             change = (normalized.float() - part.float()).abs().amax(dim=(1, 2), keepdim=True)
             normalized = torch.where(change <= torch.finfo(torch.float16).eps, part, normalized)
         parts.append(normalized)
-    return torch.cat(parts)
+    return replace_coordinates(points, torch.cat(parts))
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Multiply each axis of each cloud by its own factor from U(low, high)."""
+    """Multiply each axis of each cloud by its own factor from U(low, high); see `scale_axes`."""
 
     low: float = 2 / 3
     high: float = 3 / 2
+    channels: str = XYZ
 
     def __post_init__(self) -> None:
         _check(0 < self.low <= self.high < math.inf, f"scale is ({self.low}, {self.high}), must be 0 < low <= high")
 
     def __call__(self, points: Tensor, generator: Generator) -> Tensor:
-        return points * _uniform(points, (len(points), 1, 3), self.low, self.high, generator)
+        factors = _uniform(points, (len(points), 1, WIDTH), self.low, self.high, generator)
+        return scale_axes(points, factors, self.channels)
 
 
 @dataclass(frozen=True)
@@ -115,15 +160,17 @@ class Shift:
         _check(0 <= self.limit < math.inf, f"shift is {self.limit}, must be at least 0")
 
     def __call__(self, points: Tensor, generator: Generator) -> Tensor:
-        return points + _uniform(points, (len(points), 1, 3), -self.limit, self.limit, generator)
+        offsets = _uniform(points, (len(points), 1, WIDTH), -self.limit, self.limit, generator)
+        return replace_coordinates(points, points[..., :WIDTH] + offsets)
 
 
 @dataclass(frozen=True)
 class RotateVertical:
-    """Turn each cloud about the vertical axis by its own angle from U(-limit, limit), in radians."""
+    """Turn each cloud about the vertical axis by its own angle from U(-limit, limit), in radians; normals with it."""
 
     limit: float = math.pi
     up_axis: str = "z"
+    channels: str = XYZ
 
     def __post_init__(self) -> None:
         _check(0 <= self.limit <= math.pi, f"rotation limit is {self.limit}, must be in [0, pi]")
@@ -132,10 +179,14 @@ class RotateVertical:
     def __call__(self, points: Tensor, generator: Generator) -> Tensor:
         angle = _uniform(points, (len(points), 1), -self.limit, self.limit, generator)
         cos, sin = angle.cos(), angle.sin()
-        x, y, z = points.unbind(-1)
-        if self.up_axis == "z":
-            return torch.stack((cos * x - sin * y, sin * x + cos * y, z), dim=-1)
-        return torch.stack((cos * x + sin * z, y, cos * z - sin * x), dim=-1)
+
+        def about_vertical(vectors: Tensor) -> Tensor:
+            x, y, z = vectors.unbind(-1)
+            if self.up_axis == "z":
+                return torch.stack((cos * x - sin * y, sin * x + cos * y, z), dim=-1)
+            return torch.stack((cos * x + sin * z, y, cos * z - sin * x), dim=-1)
+
+        return turn(points, self.channels, about_vertical)
 
 
 @dataclass(frozen=True)
@@ -151,8 +202,8 @@ class Jitter:
 
     def __call__(self, points: Tensor, generator: Generator) -> Tensor:
         clip = 5 * self.std if self.clip is None else self.clip
-        noise = torch.randn(points.shape, generator=generator, device=generator.device)
-        return points + noise.mul_(self.std).clamp_(-clip, clip).to(points)
+        noise = torch.randn((*points.shape[:-1], WIDTH), generator=generator, device=generator.device)
+        return replace_coordinates(points, points[..., :WIDTH] + noise.mul_(self.std).clamp_(-clip, clip).to(points))
 
 
 @dataclass(frozen=True)
@@ -178,7 +229,7 @@ class NormalizeUnitSphere:
     """`normalize_unit_sphere` as a transform, without random numbers."""
 
     def __call__(self, points: Tensor, generator: Generator) -> Tensor:
-        return normalize_unit_sphere(points)
+        return replace_coordinates(points, normalize_unit_sphere(coordinates(points)))
 
 
 @dataclass(frozen=True)
@@ -200,8 +251,11 @@ def build_augmentation(
     rotate: bool = False,
     jitter: float = 0.0,
     dropout: float = 0.0,
+    channels: str = XYZ,
 ) -> Compose:
     """Build the training augmentation: rotation, scale, shift, jitter, dropout, in this order; zero or None is off.
+
+    Normals turn with the points and stay perpendicular to a scaled surface; colours stay.
 
     Args:
         scale: low and high factor, drawn for each axis of each cloud.
@@ -209,6 +263,7 @@ def build_augmentation(
         rotate: any angle about the vertical axis z.
         jitter: deviation of the noise on each coordinate, cut at 5 deviations.
         dropout: largest share of points replaced by the first, in [0, 1).
+        channels: of a point.
 
     Raises:
         InputError: a value out of its range.
@@ -218,12 +273,13 @@ def build_augmentation(
         >>> augment(torch.rand(2, 64, 3), torch.Generator().manual_seed(0)).shape
         torch.Size([2, 64, 3])
     """
+    check_channels(channels)
     transforms: list[Transform] = []
     if rotate:
-        transforms.append(RotateVertical())
+        transforms.append(RotateVertical(channels=channels))
     if scale is not None:
         _check(len(scale) == 2, f"scale is {tuple(scale)}, must be a pair (low, high)")
-        transforms.append(Scale(*scale))
+        transforms.append(Scale(*scale, channels=channels))
     for value, build in ((shift, Shift), (jitter, Jitter), (dropout, PointDropout)):
         transform = build(value)  # built in any case: a negative value is an error, not "off"
         if value:

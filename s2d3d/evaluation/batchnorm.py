@@ -120,7 +120,7 @@ def unsettled_norms(model: nn.Module, updates: int) -> list[_BatchNorm]:
 def names_of_experts(config: Config, mof: MoFConfig) -> list[str]:
     """Name the FFNs of a dense run that `mof` would convert; empty where the model has none."""
     with torch.device("meta"):
-        model = create_for_classes(config.model.name, 2, **config.model.kwargs)
+        model = create_for_classes(config.model.name, 2, in_channels=config.in_channels, **config.model.kwargs)
         with contextlib.suppress(ValueError, TypeError):  # a dense model need not have an FFN
             return convert_to_mof_(model, mof)
     return []

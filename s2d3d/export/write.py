@@ -55,7 +55,7 @@ def export_model(
             (torch.export.load).
         num_points: points per cloud, at least the minimum of the model.
         in_channels: channels of a point, C.
-        metadata: additional metadata as plain types, such as `class_names`, `up_axis`, `normalize`.
+        metadata: additional metadata as plain types, such as `class_names`, `channels`, `up_axis`, `normalize`.
 
     Returns:
         The path.

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from ..atomic import check_parent, write_json, write_text
 from ..errors import InputError, UnreadableError, first_line
 from ..optional import optional
-from ..runs.checkpoint import build_model, description_of, load_checkpoint, require_dense, write_weights
+from ..runs.checkpoint import (
+    build_model,
+    description_of,
+    load_checkpoint,
+    require_dense,
+    stored_channels,
+    write_weights,
+)
 from ..runs.folder import HUB_CARD, HUB_CONFIG, HUB_WEIGHTS, RunFolder
 from ..runs.record import RunRecord, read_runs
 from ..runs.trained import open_trained
@@ -75,6 +82,11 @@ class PointCloudClassifier(nn.Module, PyTorchModelHubMixin, library_name="s2d3d"
     def normalize(self) -> bool:
         """Whether clouds are centred and scaled into the unit sphere."""
         return self.description["config"]["data"]["normalize"]
+
+    @property
+    def channels(self) -> str:
+        """The numbers of a point that the model takes, one of `s2d3d.channels.CHANNELS`."""
+        return stored_channels(self.description)
 
     @property
     def up_axis(self) -> str:

@@ -115,7 +115,8 @@ from s2d3d import PointCloudClassifier
 from s2d3d.datasets.files import read_cloud
 
 classifier = PointCloudClassifier.from_pretrained("FOLDER")  # or the id on the hub
-cloud = read_cloud("chair.ply", classifier.num_points, normalize=classifier.normalize)
+options = dict(normalize=classifier.normalize, channels=classifier.channels)
+cloud = read_cloud("chair.ply", classifier.num_points, **options)
 print(classifier.class_names[int(classifier(cloud[None]).argmax())])
 ```
 

@@ -4,12 +4,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..channels import CHANNELS, WIDTH, XYZ, columns, groups, num_channels
 from ..errors import InputError, first_difference
 from ..unpickle import load_data
 
@@ -38,6 +39,7 @@ class PretrainedReport:
         turned: whether the file's weights were turned from y up to z up.
         published: whether the file has the layout of the published checkpoints, which were trained y up.
         classes: how the classes that the file names differ from those of the model; empty if they do not.
+        channels: which channels of the first layers are of the file and which are not; empty if all are.
     """
 
     path: Path
@@ -48,6 +50,7 @@ class PretrainedReport:
     turned: bool = False
     published: bool = False
     classes: str = ""
+    channels: str = ""
 
     def summary(self) -> str:
         """Return one line: how many tensors matched, and what did not, counted by the first part of the key."""
@@ -55,6 +58,8 @@ class PretrainedReport:
         parts = [f"{self.path}: {len(self.matched)} of the model's {total} tensors loaded"]
         if self.turned:
             parts.append("turned from y up to z up")
+        if self.channels:
+            parts.append(self.channels)
         for text, keys in (
             (f"left fresh, {self.classes or 'another number of classes'}", self.mismatched),
             ("left fresh, not in the file", self.missing),
@@ -70,7 +75,12 @@ class PretrainedReport:
 
 
 def load_pretrained_(
-    model: nn.Module, path: str | Path, *, up_axis: str = "z", class_names: Sequence[str] | None = None
+    model: nn.Module,
+    path: str | Path,
+    *,
+    up_axis: str = "z",
+    class_names: Sequence[str] | None = None,
+    channels: str = XYZ,
 ) -> PretrainedReport:
     """Load a published checkpoint, or one of ours, into a dense model, in place.
 
@@ -78,6 +88,10 @@ def load_pretrained_(
     without `module.`) and pretrained (keys behind `transformer_q.` or `MAE_encoder.`), checkpoints of this package,
     and plain state dicts, also under the keys of `WRAPPINGS`, behind the prefixes of `WRAPPERS` or of torch.compile,
     and in half precision. Code in a file is never run.
+
+    The layers that read points may have other channels than those of the file. The columns of x, y, z, and of what else
+    both have, are the file's. Those of further channels of the model start at zero, so that at its first update the
+    model does what the file's did, and they learn from there.
 
     Args:
         model: from `create_model`, not converted yet; it is unchanged when an error is raised.
@@ -87,6 +101,7 @@ def load_pretrained_(
             the model does with a cloud z up what the file's did with the same cloud y up.
         class_names: of the model's outputs. A checkpoint of this package names its classes: where they are the same in
             another order, the rows of the last layer are put in this order; where they are others, it stays fresh.
+        channels: of a point, as the model takes them.
 
     Returns:
         What matched. The last layer stays fresh where it has another number of classes, or other ones.
@@ -109,6 +124,9 @@ def load_pretrained_(
     prefix = next((p for p in PRETRAINING_PREFIXES if _begins(p, file) and not _begins(p, own)), "")
     names = {key.removeprefix(prefix): key for key in file if key.startswith(prefix)}
     found = {key: file[names[key]] for key in own if key in names}
+    theirs = _channels_of(content, model, found, channels)
+    if theirs != channels:
+        found = _fit_channels(model, found, theirs, channels)
     _check_belongs(own, found, file, last.partition(".")[0], path)
     head = [key for key in found if last and key.startswith(f"{last}.")]
     classes, rows = _compare_classes(content, class_names if head else None)
@@ -117,7 +135,7 @@ def load_pretrained_(
     tensors = _check_tensors(own, matched, path)
     if rows is not None:
         tensors |= {key: tensors[key][rows] for key in head if key in tensors}
-    model.load_state_dict(_turn_z_up(model, tensors) if up_axis == "y" else tensors, strict=False)
+    model.load_state_dict(_turn_z_up(model, tensors, channels) if up_axis == "y" else tensors, strict=False)
     used = {names[key] for key in found}
     return PretrainedReport(
         path=Path(path),
@@ -128,6 +146,7 @@ def load_pretrained_(
         turned=up_axis == "y",
         published="format" not in content and (bool(prefix) or "base_model" in content),
         classes=classes,
+        channels=_compare_channels(theirs, channels),
     )
 
 
@@ -204,7 +223,7 @@ def _check_tensors(own: Mapping[str, Tensor], values: Mapping[str, object], path
     """Return the values; refuse such as are no ordinary tensors of the model's shapes, or hold non-finite numbers."""
     theirs: dict[str, Tensor] = {}
     for key, value in values.items():
-        if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_quantized or value.is_meta:
+        if not _is_ordinary(value):
             raise InputError(f"{path}: '{key}' is not an ordinary tensor")
         theirs[key] = value
     other = [key for key, tensor in theirs.items() if tensor.shape != own[key].shape]
@@ -227,6 +246,10 @@ def _check_tensors(own: Mapping[str, Tensor], values: Mapping[str, object], path
     return theirs
 
 
+def _is_ordinary(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.layout is torch.strided and not (value.is_quantized or value.is_meta)
+
+
 def _begins(prefix: str, keys: Iterable[str]) -> bool:
     return any(key.startswith(prefix) for key in keys)
 
@@ -243,16 +266,79 @@ def _rows_differ(own: Tensor, theirs: object) -> bool:
     return isinstance(theirs, Tensor) and own.shape != theirs.shape and own.shape[1:] == theirs.shape[1:]
 
 
-def _turn_z_up(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Turn the weights that multiply x, y, z as the data sets turn clouds from y up to z up: to x, -z, y."""
+def _input_layers(model: nn.Module, num_columns: int) -> dict[str, int]:
+    """Return the weights that read whole points, whose columns stand last, and where these columns begin.
+
+    Other layers read coordinates too, as differences between points; of these x, y, z are all.
+
+    Args:
+        model: names its layers by `coordinate_weights`.
+        num_columns: channels of a point, C.
+    """
+    own, named = model.state_dict(), getattr(model, "coordinate_weights", dict)()
+    return {key: starts[-1] for key, starts in named.items() if own[key].shape[1] == starts[-1] + num_columns}
+
+
+def _channels_of(content: object, model: nn.Module, found: Mapping[str, object], channels: str) -> str:
+    """Return the channels of a file: what it says, or else those that the width of its first layers tells.
+
+    Six channels without a name are taken for those of the model, if it has six, else for x, y, z and normals.
+    """
+    described = content.get("model") if isinstance(content, Mapping) else None
+    named = described.get("channels") if isinstance(described, Mapping) else None
+    if isinstance(named, str) and named in CHANNELS:
+        return named
+    told = []
+    for key, start in _input_layers(model, num_channels(channels)).items():
+        width = getattr(found.get(key), "shape", ())[1:2]
+        told += [known for known in (channels, *CHANNELS) if width == (start + num_channels(known),)][:1]
+    # A layer of coordinates alone looks like one that reads points of x, y, z.
+    return next((known for known in told if known != XYZ), told[0] if told else channels)
+
+
+def _fit_channels(model: nn.Module, found: Mapping[str, object], theirs: str, ours: str) -> dict[str, object]:
+    """Give the weights that read points the columns of our channels: those of the file, zeros where it has none."""
+    result, own = dict(found), model.state_dict()
+    for key, start in _input_layers(model, num_channels(ours)).items():
+        weight = found.get(key)
+        if not _is_ordinary(weight) or weight.shape[1:2] != (start + num_channels(theirs),):
+            continue
+        fitted = torch.zeros((len(weight), *own[key].shape[1:]), dtype=weight.dtype)
+        fitted[:, :start] = weight[:, :start]
+        for group in groups(ours):
+            source, target = columns(theirs, group), columns(ours, group)
+            if source and target:
+                first = slice(start + source.start, start + source.stop)
+                fitted[:, start + target.start : start + target.stop] = weight[:, first]
+        result[key] = fitted
+    return result
+
+
+def _compare_channels(theirs: str, ours: str) -> str:
+    """Return which channels of a file are used and which of the model are new; empty where they are the same."""
+    if theirs == ours:
+        return ""
+    shared = "+".join(group for group in groups(ours) if group in groups(theirs))
+    new = " and ".join(group for group in groups(ours) if group not in groups(theirs))
+    unused = " and ".join(group for group in groups(theirs) if group not in groups(ours))
+    text = f"first layers: columns of {shared} loaded" + (f", those of {new} start at zero" if new else "")
+    return text + (f"; the file's columns of {unused} are not used" if unused else "")
+
+
+def _turn_z_up(model: nn.Module, weights: dict[str, Tensor], channels: str = XYZ) -> dict[str, Tensor]:
+    """Turn the weights that multiply x, y, z as the data sets turn clouds from y up to z up: to x, -z, y.
+
+    Weights of normals are turned alike.
+    """
     coordinate_weights = getattr(model, "coordinate_weights", None)
     if coordinate_weights is None:
         raise InputError(f"weights of {type(model).__name__} cannot be turned from y up to z up")
-    result = dict(weights)
+    result, normal = dict(weights), columns(channels, "normal")
+    of_points = _input_layers(model, num_channels(channels)) if normal else {}
     for key, starts in coordinate_weights().items():
         if key in result:
             result[key] = result[key].clone()
-            for first in starts:
+            for first in (*starts, *([of_points[key] + WIDTH] if key in of_points else [])):
                 x, y, z = result[key][:, first : first + 3].clone().unbind(1)
                 result[key][:, first : first + 3] = torch.stack([x, -z, y], dim=1)
     return result

@@ -20,9 +20,10 @@ from tqdm import tqdm
 from ..atomic import claimed, parse_json, sweep, write_text
 from ..datasets.h5 import check_up_axis, write_h5
 from ..datasets.links import check_inside
-from ..datasets.mesh import read_off, sample_mesh
+from ..datasets.mesh import read_off
 from ..datasets.modelnet40 import SPLITS
 from ..datasets.precision import check_extent, to_single
+from ..datasets.surface import sample_mesh
 from ..datasets.text import parse_rows, read_bytes, split_fields
 from ..errors import InputError
 from ..random_state import derived_rng
@@ -32,10 +33,12 @@ from .folder import CONVERSION, MARK, check_output, foreign_files, take_place
 from .left_out import TRAIN_AS_IT_IS, check_left_out, find_left_out
 from .scan_view import unit_sphere
 
-PART = 512
-"""Shapes of one HDF5 file, which is what a conversion that was stopped does not do again."""
 log = logging.getLogger(__name__)
 
+PART = 512
+"""Shapes of one HDF5 file, which is what a conversion that was stopped does not do again."""
+CHANNELS = "xyz+normal"
+"""Of a converted shape: meshes have face normals, text files their own."""
 _TEXT_NAMES = ("modelnet40", "modelnet10")
 
 
@@ -93,8 +96,9 @@ def convert_modelnet(
 ) -> dict[str, int]:
     """Convert a folder of meshes or text files to HDF5 files in the layout of `modelnet40_ply_hdf5_2048`.
 
-    From the surface of each mesh `num_points` points are drawn evenly, then centred and scaled into the unit sphere; of
-    a text file's points a random `num_points` are kept, with their normals, as they are. Each shape is a function of
+    From the surface of each mesh `num_points` points are drawn evenly, with the normals of their faces, then centred
+    and scaled into the unit sphere; of a text file's points a random `num_points` are kept, with their normals, as they
+    are. Each shape is a function of
     seed, split and name, so that neither the number of processes nor an interruption changes the result.
 
     Finished files are kept in `.NAME.partial` beside the output until all are there: the same command continues an
@@ -144,7 +148,7 @@ def convert_modelnet(
     vertical = up_axis or found.up_axis
     job = {**asdict(found), "source": str(source.resolve()), "up_axis": vertical}
     counts = {split: len(shapes) for split, shapes in found.shapes.items()}
-    with _claimed(work, {**job, "num_points": num_points, "seed": seed, "part": PART}):
+    with _claimed(work, {**job, "num_points": num_points, "seed": seed, "part": PART, "channels": CHANNELS}):
         parts = []
         for split, shapes in found.shapes.items():
             entries = []
@@ -169,7 +173,7 @@ def convert_modelnet(
                 stacked = np.stack(clouds)
                 write_h5(
                     path, stacked[..., :3], [label for _, _, label in shapes], names=[name for _, name, _ in shapes],
-                    normal=stacked[..., 3:] if stacked.shape[-1] > 3 else None, up_axis=vertical,
+                    normal=stacked[..., 3:], up_axis=vertical,
                 )  # fmt: skip
         (work / MARK).write_text("".join(f"{name}\n" for name in found.class_names), encoding="utf-8")
         take_place(work, output, force, source)
@@ -234,7 +238,8 @@ class _Job:
         if self.kind == "off":
             vertices, faces = read_off(path)
             check_extent(vertices[np.unique(faces)], str(path))
-            return unit_sphere(sample_mesh(vertices, faces, self.num_points, rng, str(path))).astype(np.float32)
+            drawn = sample_mesh(vertices, faces, self.num_points, rng, str(path), channels=CHANNELS)
+            return np.concatenate([unit_sphere(drawn[:, :3]), drawn[:, 3:]], axis=1).astype(np.float32)
         return read_resampled(path, self.num_points, rng)
 
 

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 from tqdm import tqdm
 
 from ..atomic import NEW, OLD, locked, refuse_system_folder, workspace
 from ..datasets.h5 import check_up_axis, write_h5
 from ..datasets.modelnet40 import SPLITS, list_files, read_class_names, read_split, stored_up_axis
+from ..datasets.normals import estimate_normals as estimated_normals
 from ..datasets.scanobjectnn import VARIANTS, relative_path
 from ..errors import InputError
 from .left_out import check_left_out
@@ -71,18 +73,21 @@ def copy_modelnet40(
     output: str | os.PathLike,
     *,
     up_axis: str | None = None,
+    estimate_normals: bool = False,
     allow_links: bool = False,
     skip_others: bool = False,
     force: bool = False,
 ) -> dict[str, int]:
     """Check every file of a folder in ModelNet layout and write copies that record their vertical axis.
 
-    Points, labels, names, normals and masks stay as they are; point count and precision too.
+    Points, labels, names, normals, colours and masks stay as they are; point count and precision too.
 
     Args:
         source: the folder as downloaded.
         output: folder to make; it appears whole or not at all.
         up_axis: vertical of the stored points; default what `stored_up_axis` says.
+        estimate_normals: give the clouds of files without normals some, see `datasets.normals.estimate_normals`. These
+            files get an attribute `normals`, "estimated".
         allow_links: follow links that lead out of the source.
         skip_others: leave out files that the source does not list, see `check_left_out`.
         force: replace a data set that is there.
@@ -91,7 +96,8 @@ def copy_modelnet40(
         Number of shapes of each split.
 
     Raises:
-        InputError: `source` is wrong or holds further clouds, or `output` exists.
+        InputError: `source` is wrong or holds further clouds, or `output` exists; all files have normals and some are
+            to be estimated, or Open3D is missing.
     """
     source, output = Path(source), Path(output)
     if up_axis is not None:
@@ -103,7 +109,7 @@ def copy_modelnet40(
     files = {split: list_files(source, split, allow_links=allow_links) for split in SPLITS}
     summary = check_left_out(source, [path for paths in files.values() for path in paths], skip_others=skip_others)
     totals = {split: len(paths) for split, paths in files.items()}
-    counts = dict.fromkeys(SPLITS, 0)
+    counts, estimated = dict.fromkeys(SPLITS, 0), 0
     with (
         new_folder(output, source=source, force=force) as folder,
         tqdm(total=sum(totals.values()), unit="file", disable=None) as bar,
@@ -113,20 +119,32 @@ def copy_modelnet40(
             entries = []
             for number, (_, file) in enumerate(read_split(source, split, allow_links=allow_links)):
                 entries.append(f"ply_data_{split}{number}.h5")
+                missing = estimate_normals and file.normal is None
+                estimated += missing
                 write_h5(
                     folder / entries[-1],
                     file.points,
                     file.label,
                     names=file.names,
-                    normal=file.normal,
+                    normal=_estimated(file.points) if missing else file.normal,
+                    rgb=file.rgb,
                     mask=file.mask,
                     up_axis=up_axis or stored_up_axis(file),
+                    attributes={"normals": "estimated"} if missing else None,
                 )
                 counts[split] += len(file.label)
                 bar.update()
             (folder / f"{split}_files.txt").write_text("".join(f"data/{output.name}/{entry}\n" for entry in entries))
+        if estimate_normals and not estimated:
+            raise InputError(f"{source}: all its files have normals; leave out --estimate-normals")
     log.info("%s", summary)
     return counts
+
+
+def _estimated(points: np.ndarray) -> np.ndarray:
+    """Return normals for clouds (n, P, 3), in their type."""
+    clouds = tqdm(points, desc="normals", unit="shape", leave=False, disable=None)
+    return np.stack([estimated_normals(cloud) for cloud in clouds]).astype(points.dtype)
 
 
 def check_output(output: Path, force: bool, source: Path | None = None) -> None:

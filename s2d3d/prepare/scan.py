@@ -18,12 +18,14 @@ from tqdm import tqdm
 from ..datasets.h5 import check_up_axis, write_h5
 from ..datasets.h5_checks import check_shapes
 from ..datasets.links import check_inside
-from ..datasets.mesh import read_off, sample_by_area
+from ..datasets.mesh import read_off
 from ..datasets.modelnet40 import SPLITS, list_files, read_class_names, read_split, stored_up_axis
 from ..datasets.precision import check_extent
 from ..datasets.scanobjectnn import OBJECT_ONLY, relative_path
+from ..datasets.surface import sample_by_area
 from ..datasets.transforms import turn_up_axis
 from ..errors import InputError, did_you_mean
+from ..optional import import_open3d
 from ..random_state import derived_rng
 from ..version import __version__
 from ..workers import worker_pool
@@ -31,7 +33,7 @@ from . import DEFAULT_POINTS
 from .folder import MARK, check_output, new_folder
 from .left_out import check_left_out
 from .perturbations import PERTURBATIONS
-from .scan_view import View, import_open3d, simulate_view, unit_sphere, upsample
+from .scan_view import View, simulate_view, unit_sphere, upsample
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +140,7 @@ def write_scans(
             f"{source}: no such folder; --from names a data set in ModelNet layout or a folder of OFF meshes"
         )
     check_output(output, force, source)
-    import_open3d()  # missing: say so before anything is read
+    import_open3d("scanning")  # missing: say so before anything is read
     read = partial(read_shapes, allow_links=True) if allow_links else read_shapes
     class_names, shape_sets = read(source, up_axis)
     summary = check_left_out(source, _files(source, shape_sets, allow_links), skip_others=skip_others)

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.random import Generator
 
 from ..datasets.scanobjectnn import BACKGROUND
-from ..errors import InputError, first_line
-from ..optional import raise_if_interrupted
+from ..errors import InputError
+from ..optional import import_open3d
 from .perturbations import PERTURBATIONS, Perturbation
 
 OBJECT = 1
@@ -167,28 +167,12 @@ def visible(points: np.ndarray, camera: np.ndarray, radius: float) -> np.ndarray
     Raises:
         InputError: Open3D is missing.
     """
-    open3d = import_open3d()
+    open3d = import_open3d("scanning")
     cloud = open3d.geometry.PointCloud(open3d.utility.Vector3dVector(points))
     _, indices = cloud.hidden_point_removal(camera, radius * float(np.linalg.norm(camera)))
     seen = np.zeros(len(points), dtype=bool)
     seen[np.asarray(indices)] = True
     return seen
-
-
-def import_open3d():
-    """Import Open3D, which only scanning needs here.
-
-    Raises:
-        InputError: it cannot be imported.
-    """
-    try:
-        import open3d
-    except (ImportError, OSError) as error:  # OSError: a system library of it is missing
-        raise_if_interrupted(error)
-        raise InputError(
-            f"scanning needs Open3D, which cannot be imported ({first_line(error)}): pip install open3d"
-        ) from error
-    return open3d
 
 
 def turned(points: np.ndarray, angle: float) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.random import Generator
 
 from ..datasets.h5 import write_h5
-from ..datasets.mesh import sample_by_area
+from ..datasets.surface import sample_by_area
 from ..errors import InputError
 from .folder import new_folder
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..atomic import read_json, replacing
+from ..channels import XYZ, num_channels
 from ..config.keywords import check_types, keyword_fields
 from ..errors import InputError, UnreadableError, first_line, printable, quoted
 from ..machine import package_versions
@@ -105,6 +106,7 @@ def model_payload(
     class_names: list[str],
     mof: MoFConfig | None,
     config: dict[str, Any],
+    channels: str | None = None,
 ) -> dict[str, Any]:
     """Describe a model for `load_model`: architecture, experts, weights, classes and run config.
 
@@ -114,6 +116,7 @@ def model_payload(
         class_names: in the order of the logits; none of a pre-training model.
         mof: settings of the conversion; ignored if the model is dense.
         config: the run's config as plain types.
+        channels: the `in_channels` numbers of a point, one of `s2d3d.channels.CHANNELS`; None: they have no name.
     """
     experts = None
     if is_sparse(model):
@@ -129,12 +132,18 @@ def model_payload(
             "in_channels": in_channels,
             "kwargs": kwargs,
             "up_axis": "z",
+            **({} if channels is None else {"channels": channels}),
         },
         "s2d": experts,
         "state_dict": model.state_dict(),
         "class_names": list(class_names),
         "config": config,
     }
+
+
+def stored_channels(payload: dict[str, Any]) -> str:
+    """Return the numbers of a point that the model of a checkpoint takes; files that name none are of x, y, z."""
+    return payload["model"].get("channels", XYZ)
 
 
 def load_model(path: str | Path, *, merge: bool = False) -> nn.Module:
@@ -163,6 +172,8 @@ def build_model(payload: dict[str, Any], *, where: str, merge: bool = False) -> 
     def build() -> nn.Module:
         kwargs = check_types(description["kwargs"], keyword_fields(model_kwargs(description["name"])))
         shape = check_types({key: description[key] for key in _SHAPE}, keyword_fields(_SHAPE))
+        if "channels" in description and num_channels(description["channels"]) != shape["in_channels"]:
+            raise ValueError(f"its {shape['in_channels']} channels are not {description['channels']}")
         model = create_for_classes(description["name"], **shape, **kwargs)
         if experts is not None:
             check_types(experts, keyword_fields({"num_experts": 1, "every": 1, "top_k": 1}))

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..channels import columns
 from .trained import TrainedModel
 
 
@@ -23,7 +24,7 @@ def sample_clouds(trained: TrainedModel, count: int, *, required: bool = False) 
     Raises:
         InputError: the data set cannot be read, or has other classes than the checkpoint.
     """
-    data, channels = trained.config.data, trained.payload["model"]["in_channels"]
+    data, further = trained.config.data, trained.payload["model"]["in_channels"] - 3
     if required or Path(data.root).exists():
         dataset = trained.dataset()
         chosen = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long()
@@ -33,5 +34,8 @@ def sample_clouds(trained: TrainedModel, count: int, *, required: bool = False) 
 
     shapes = np.stack([make_shape(0, "test", index, data.num_points) for index in range(count)])
     points = torch.from_numpy(shapes).float()
-    more = torch.rand(*points.shape[:2], channels - 3, generator=torch.Generator().manual_seed(0))
-    return torch.cat([points, more], dim=-1), f"procedural clouds ({data.root} is not here; name it by data.root=DIR)"
+    more = torch.rand(*points.shape[:2], further, generator=torch.Generator().manual_seed(0))
+    if columns(trained.channels, "normal"):
+        more[..., :3] = torch.nn.functional.normalize(more[..., :3] - 0.5, dim=-1)
+    what = f"procedural clouds{' with random normals or colours' if further else ''}"
+    return torch.cat([points, more], dim=-1), f"{what} ({data.root} is not here; name it by data.root=DIR)"

@@ -14,7 +14,7 @@ from ..config.schema import DataConfig
 from ..datasets import LabelledDataset, dataset_reader, list_datasets
 from ..errors import InputError, printable, quoted
 from ..models import list_models
-from .checkpoint import build_model, load_checkpoint
+from .checkpoint import build_model, load_checkpoint, stored_channels
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,16 @@ class TrainedModel:
     def class_names(self) -> list[str]:
         """The classes, in the order of the logits."""
         return self.payload["class_names"]
+
+    @property
+    def channels(self) -> str:
+        """The numbers of a point that the model takes, one of `s2d3d.channels.CHANNELS`."""
+        return stored_channels(self.payload)
+
+    @property
+    def estimates_normals(self) -> bool:
+        """Whether its data set estimates the normals of files that have none."""
+        return bool(self.config.data.kwargs.get("estimate_normals", False))
 
     def dataset(self, split: str = "test") -> LabelledDataset:
         """Read a split of the data set that the config names.
@@ -132,7 +142,8 @@ def open_trained(
         merge: merge the experts into dense FFNs.
 
     Raises:
-        InputError: the checkpoint or an override cannot be read, or `merge` is set and the experts have a router.
+        InputError: the checkpoint or an override cannot be read, an override asks for other channels than the model
+            takes, or `merge` is set and the experts have a router.
 
     Example:
         >>> trained = open_trained("runs/demo/merged.pt")  # doctest: +SKIP
@@ -142,4 +153,7 @@ def open_trained(
     payload = load_checkpoint(path)
     config = stored_config(payload, path, overrides)
     model = build_model(payload, where=str(path), merge=merge).to(device)
+    if config.data.channels != stored_channels(payload):
+        text = f"{path}: takes {stored_channels(payload)}, data.channels asks for {config.data.channels}"
+        raise InputError(f"{text}; remove the override")
     return TrainedModel(str(path), payload, config, model, _unknown_data(payload, overrides))

@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass
 
+from ..channels import XYZ
 from ..config.data import build_dataset, build_test_loader
 from ..config.load import Config
 from ..datasets import BatchLoader, LabelledDataset, split_train_validation
@@ -56,6 +57,11 @@ def build_loaders(
         True
     """
     train, test = datasets or (build_dataset(config.data, split, seed=config.seed) for split in ("train", "test"))
+    for dataset in datasets or ():
+        found = getattr(dataset, "channels", XYZ)
+        if found != config.data.channels:
+            text = f"{dataset.source}: its clouds have {found}, data.channels is {config.data.channels}"
+            raise InputError(f"{text}; set data.channels={found}")
     if train.class_names != test.class_names:
         raise InputError(f"{config.data.root}: training and test split have different classes")
     if runtime.is_main and look_turned(train, test):

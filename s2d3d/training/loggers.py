@@ -89,7 +89,7 @@ class RunLoggers:
                 points, labels = dataset.batch(torch.tensor(chosen), augment=False)
                 captions = [f"shape {i}: {dataset.class_names[label]}" for i, label in zip(chosen, labels.tolist())]
                 for logger in self._loggers:
-                    logger.clouds(kind, points, captions, epoch)
+                    logger.clouds(kind, points[..., :3], captions, epoch)
 
     def close(self) -> None:
         """Close all."""

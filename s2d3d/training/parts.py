@@ -72,7 +72,9 @@ def build_model(config: Config, runtime: Runtime, class_names: list[str], *, pre
     """
     # Seeded here: a dense and a sparse run of one seed start from the same dense weights.
     seed_all(config.seed)
-    model = create_for_classes(config.model.name, len(class_names), **config.model.kwargs)
+    model = create_for_classes(
+        config.model.name, len(class_names), in_channels=config.in_channels, **config.model.kwargs
+    )
     dense_parameters = count_parameters(model)
     if config.model.pretrained and pretrained:  # before the conversion, so that experts start as copies
         report = load_pretrained_(
@@ -80,6 +82,7 @@ def build_model(config: Config, runtime: Runtime, class_names: list[str], *, pre
             find_pretrained(config.model.pretrained),
             up_axis=config.model.pretrained_up_axis,
             class_names=class_names,
+            channels=config.data.channels,
         )
         if runtime.is_main:
             logger.info(report.summary())

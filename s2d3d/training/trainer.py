@@ -365,8 +365,8 @@ class Trainer:
     def _payload(self, model: nn.Module) -> dict[str, Any]:
         cfg = self.config
         return model_payload(
-            model, name=cfg.model.name, in_channels=3, kwargs=cfg.model.kwargs, class_names=self.class_names,
-            mof=self.parts.mof, config=cfg.to_dict(),
+            model, name=cfg.model.name, in_channels=cfg.in_channels, kwargs=cfg.model.kwargs,
+            class_names=self.class_names, mof=self.parts.mof, config=cfg.to_dict(), channels=cfg.data.channels,
         )  # fmt: skip
 
     def _barrier(self) -> None:

@@ -8,6 +8,7 @@ from matplotlib import colormaps
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..channels import XYZ
 from ..datasets.corruptions import CORRUPTIONS, check_corruption, corrupt
 from ..errors import InputError
 from .sheet import CloudSheet
@@ -24,21 +25,25 @@ EXPERT_COLORS = tuple(
 """Colours of experts 0, 1, ..., from Okabe and Ito, suitable for most colour-blind people. They repeat after eight."""
 
 
-def gallery_sheet(points: Tensor, labels: Tensor, class_names: Sequence[str], title: str) -> CloudSheet:
-    """Show clouds with their class, coloured by height, in the order of the classes.
+def gallery_sheet(
+    points: Tensor, labels: Tensor, class_names: Sequence[str], title: str, colors: Tensor | None = None
+) -> CloudSheet:
+    """Show clouds with their class, in their own colours or coloured by height, in the order of the classes.
 
     Args:
         points: (n, N, 3), z up.
         labels: (n,) int64.
         class_names: names of the labels.
         title: of the sheet.
+        colors: (n, N, 3) in [0, 1]; default by height.
 
     Example:
         >>> gallery_sheet(torch.rand(2, 9, 3), torch.tensor([1, 0]), ["box", "mug"], "two").captions
         ['box', 'mug']
     """
     order = labels.argsort(stable=True)
-    return CloudSheet(points[order], [class_names[label] for label in labels[order]], title)
+    captions = [class_names[label] for label in labels[order]]
+    return CloudSheet(points[order], captions, title, None if colors is None else list(colors[order]))
 
 
 def by_mistake(probabilities: Tensor, labels: Tensor) -> Tensor:
@@ -98,7 +103,7 @@ def patches_sheet(model: nn.Module, points: Tensor, captions: Sequence[str], tit
 
     Args:
         model: see `group_of_points`; its weights do not matter.
-        points: (n, N, 3), z up.
+        points: (n, N, C), z up.
         captions: one for each cloud; the number of points in groups is added.
         title: of the sheet.
 
@@ -115,7 +120,7 @@ def patches_sheet(model: nn.Module, points: Tensor, captions: Sequence[str], tit
     palette = group_colors(centers.shape[1])
     clouds, colors, scales, texts = [], [], [], []
     for cloud, own, middle, caption in zip(points, group.numpy(), centers, captions):
-        clouds.append(torch.cat([cloud, middle]))
+        clouds.append(torch.cat([cloud[:, :3], middle]))
         of_points = np.where(own[:, None] >= 0, palette[own], GREY)
         colors.append(np.concatenate([of_points, 0.55 * palette]))
         scales.append(_scales(len(cloud), len(middle)))
@@ -128,7 +133,7 @@ def group_of_points(model: nn.Module, points: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         model: a model with a method `find_groups(points)`, such as `PointBERT`.
-        points: (B, N, 3).
+        points: (B, N, C).
 
     Returns:
         (B, N) int64, the group of each point: -1 without a group, and the one with the nearest centre if there are
@@ -141,7 +146,7 @@ def group_of_points(model: nn.Module, points: Tensor) -> tuple[Tensor, Tensor]:
     if find_groups is None:
         raise InputError(f"{type(model).__name__} has no groups to draw; patches need a Point-BERT or Point-MAE model")
     members, centers = find_groups(points)  # (B, G, S)
-    distance = _distances(centers, points)  # (B, G, N)
+    distance = _distances(centers, points[..., :3])  # (B, G, N)
     outside = torch.ones_like(distance, dtype=torch.bool).scatter_(2, members, False)
     nearest = distance.masked_fill(outside, torch.inf).min(1)
     return nearest.indices.masked_fill(nearest.values.isinf(), -1), centers
@@ -189,11 +194,11 @@ def experts_sheet(points: Tensor, passes: Sequence[TokenExperts], captions: Sequ
 
 
 def point_saliency(model: nn.Module, points: Tensor, labels: Tensor | None = None) -> Tensor:
-    """Return the sensitivity of a class score to each point: the norm of its gradient with respect to the point.
+    """Return the sensitivity of a class score to each point: the norm of its gradient with respect to the coordinates.
 
     Args:
-        model: points (B, N, 3) -> logits (B, num_classes), in eval mode, on the device of the points.
-        points: (B, N, 3).
+        model: points (B, N, C) -> logits (B, num_classes), in eval mode, on the device of the points.
+        points: (B, N, C).
         labels: (B,) int64, classes of the scores; default: the predicted classes.
 
     Returns:
@@ -213,7 +218,7 @@ def point_saliency(model: nn.Module, points: Tensor, labels: Tensor | None = Non
         chosen = logits.argmax(1) if labels is None else labels.to(logits.device)
         score = logits.gather(1, chosen[:, None]).sum()
         (gradient,) = torch.autograd.grad(score, points)
-    return gradient.norm(dim=2)
+    return gradient[..., :3].norm(dim=2)
 
 
 def saliency_sheet(
@@ -245,18 +250,20 @@ def corruptions_sheet(
     *,
     seed: int,
     indices: Sequence[int],
+    channels: str = XYZ,
     classify: Callable[[Tensor, int], tuple[str, bool]] | None = None,
 ) -> CloudSheet:
     """Show clouds unchanged and under each corruption: a row for each cloud.
 
     Args:
-        points: (n, N, 3), z up, unit sphere.
+        points: (n, N, C), z up, unit sphere.
         captions: one for each cloud.
         severity: 1 (mild) to 5.
         title: of the sheet.
         seed: of the corrupted clouds.
         indices: numbers of the clouds in their set, so that the corrupted clouds are the same as in an evaluation.
-        classify: takes a cloud (M, 3) and its row; returns a second line for its caption and whether it is right.
+        channels: of a point; the coordinates are drawn.
+        classify: takes a cloud (M, C) and its row; returns a second line for its caption and whether it is right.
 
     Raises:
         InputError: the severity is outside 1 .. 5.
@@ -272,12 +279,13 @@ def corruptions_sheet(
     clouds, texts, marks = [], [], []
     for row, (cloud, caption, index) in enumerate(zip(points, captions, indices)):
         for change in (None, *CORRUPTIONS):
-            changed = cloud if change is None else corrupt(cloud, change, severity, seed=seed, index=index)
+            options = dict(seed=seed, index=index, channels=channels)
+            changed = cloud if change is None else corrupt(cloud, change, severity, **options)
             text, mark = f"{caption}, {change or 'as it is'}", None
             if classify:
                 verdict, right = classify(changed, row)
                 text, mark = f"{text}\n{verdict}", None if right else WRONG
-            clouds.append(changed)
+            clouds.append(changed[:, :3])
             texts.append(text)
             marks.append(mark)
     return CloudSheet(clouds, texts, title, marks=marks, columns=len(CORRUPTIONS) + 1)

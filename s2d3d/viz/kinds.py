@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..channels import columns
 from ..config.data import build_dataset
 from ..config.load import Config
 from ..datasets import PointCloudDataset, require_clouds
@@ -45,7 +46,7 @@ class Source:
 
     Attributes:
         chosen: indices (n,) of the clouds in `dataset`.
-        points: the clouds (n, N, C), z up, on the CPU.
+        clouds: the clouds (n, N, C), z up, on the CPU, as the model takes them.
         labels: their classes (n,).
         title: name of the source on a sheet.
         from_files: the clouds come from named files, not from a data set.
@@ -55,13 +56,24 @@ class Source:
     config: Config
     dataset: PointCloudDataset
     chosen: Tensor
-    points: Tensor
+    clouds: Tensor
     labels: Tensor
     model: nn.Module | None
     device: torch.device
     title: str
     from_files: bool = False
     labelled: bool = True
+
+    @property
+    def points(self) -> Tensor:
+        """What is drawn: coordinates (n, N, 3)."""
+        return self.clouds[..., :3]
+
+    @property
+    def colors(self) -> Tensor | None:
+        """The colours of the points (n, N, 3), None where the clouds have none."""
+        place = columns(self.dataset.channels, "rgb")
+        return None if place is None else self.clouds[..., place]
 
     @property
     def captions(self) -> list[str]:
@@ -97,6 +109,7 @@ def read_source(
     files: Sequence[str] = (),
     up_axis: str | None = None,
     allow_missing: bool = True,
+    estimate_normals: bool = False,
     split: str = "test",
     num_clouds: int | None = None,
     seed: int = 0,
@@ -112,6 +125,7 @@ def read_source(
         files: clouds and meshes, or folders of them, instead of the data set.
         up_axis: vertical axis of the files, "y" or "z"; None: z.
         allow_missing: drop points of files that are NaN or infinite, instead of refusing these files.
+        estimate_normals: estimate the normals of files that have none, if the model takes normals.
         split: of the data set, "train" or "test".
         num_clouds: number of clouds; None: the default of the kind, or all files.
         seed: of the choice of clouds.
@@ -132,11 +146,14 @@ def read_source(
     if files:
         known = trained.class_names if trained else []
         dataset, labelled = _read_files(
-            config, files, known, up_axis=up_axis or "z", allow_missing=allow_missing, seed=seed
-        )
+            config, files, known, up_axis=up_axis or "z", allow_missing=allow_missing, seed=seed,
+            estimate_normals=estimate_normals or bool(trained and trained.estimates_normals),
+        )  # fmt: skip
     else:
         if up_axis:
             raise InputError("--up-axis: is for --files only; that of a data set is data.up_axis")
+        if estimate_normals:
+            raise InputError("--estimate-normals: is for --files only; data sets get them by prepare_data.py")
         read = trained.dataset(split) if trained else build_dataset(config.data, split, seed=config.seed)
         dataset = require_clouds(read, "a picture")
         labelled = True
@@ -157,29 +174,39 @@ def read_source(
 
 
 def _read_files(
-    config: Config, paths: Sequence[str], class_names: Sequence[str], *, up_axis: str, allow_missing: bool, seed: int
+    config: Config,
+    paths: Sequence[str],
+    class_names: Sequence[str],
+    *,
+    up_axis: str,
+    allow_missing: bool,
+    seed: int,
+    estimate_normals: bool,
 ) -> tuple[PointCloudDataset, bool]:
     """Read files as a data set; also return whether all of them are in folders named after classes."""
     files = find_files(paths)
     labels = folder_labels(files, class_names)
     dataset = load_files(
         files, class_names or ["file"], labels, num_points=config.data.num_points, up_axis=up_axis,
-        normalize=bool(config.data.normalize), seed=seed, allow_missing=allow_missing,
+        normalize=bool(config.data.normalize), seed=seed, allow_missing=allow_missing, channels=config.data.channels,
+        estimate_normals=estimate_normals,
     )  # fmt: skip
     return dataset, labels is not None
 
 
 def gallery(source: Source) -> CloudSheet:
     """Show clouds of every class in the order of the classes; files keep their order."""
-    data, dataset = source.config.data, source.dataset
+    data, dataset, colors = source.config.data, source.dataset, source.colors
+    shown = "colour shows height" if colors is None else "in their own colours"
     if source.from_files:
-        title = f"{len(source.points)} files, {data.num_points} points each\ncolour shows height"
-        return CloudSheet(source.points, [dataset.names[index] for index in source.chosen], title)
+        title = f"{len(source.points)} files, {data.num_points} points each\n{shown}"
+        names = [dataset.names[index] for index in source.chosen]
+        return CloudSheet(source.points, names, title, None if colors is None else list(colors))
     title = (
         f"{data.name}, {dataset.split} split\n"
-        f"{len(source.points)} of {len(dataset)} clouds, {data.num_points} points each; colour shows height"
+        f"{len(source.points)} of {len(dataset)} clouds, {data.num_points} points each; {shown}"
     )
-    return gallery_sheet(source.points, source.labels, dataset.class_names, title)
+    return gallery_sheet(source.points, source.labels, dataset.class_names, title, colors)
 
 
 def predictions(source: Source) -> tuple[CloudSheet, list[str]]:
@@ -204,13 +231,13 @@ def patches(source: Source) -> CloudSheet:
     model = source.network
     sizes = f"{getattr(model, 'num_group', 0)} groups of {getattr(model, 'group_size', 0)} points"
     title = f"{sizes}, each one token\n{source.title}; a colour for each group, centres large, grey in none"
-    return patches_sheet(model, source.points, source.captions, title)
+    return patches_sheet(model, source.clouds, source.captions, title)
 
 
 def experts(source: Source, *, layer: str | None = None, passes: int = 4, seed: int = 0) -> CloudSheet:
     """Show the expert of each token for each pass."""
     traced = trace_experts(
-        source.network, source.points.to(source.device), layer=layer, passes=passes, seed=seed
+        source.network, source.clouds.to(source.device), layer=layer, passes=passes, seed=seed
     )  # fmt: skip
     title = (
         f"{traced[0].num_experts} experts of {traced[0].layer} in {passes} training passes\n"
@@ -221,7 +248,7 @@ def experts(source: Source, *, layer: str | None = None, passes: int = 4, seed: 
 
 def saliency(source: Source) -> CloudSheet:
     """Show the points on which the predicted class depends most."""
-    parts = source.points.to(source.device).split(source.config.eval.batch_size)
+    parts = source.clouds.to(source.device).split(source.config.eval.batch_size)
     values = torch.cat([point_saliency(source.network, part).cpu() for part in parts])
     verdicts = [source.verdict(shares, row) for row, shares in enumerate(source.probabilities())]
     captions = [caption for caption, _ in verdicts]
@@ -240,12 +267,13 @@ def corruptions(source: Source, severity: int) -> CloudSheet:
         return caption.splitlines()[1], not wrong
 
     return corruptions_sheet(
-        source.points,
+        source.clouds,
         source.captions,
         severity,
         f"corruptions of severity {severity}\n{source.title}; colour shows height",
         seed=SEED,
         indices=source.chosen.tolist(),
+        channels=source.dataset.channels,
         classify=classify if source.model is not None else None,
     )
 

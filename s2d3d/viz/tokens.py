@@ -40,7 +40,7 @@ def trace_experts(
 
     Args:
         model: a model with expert layers and a method `token_positions(points, layer)`, such as `PointBERT`.
-        points: (B, N, 3), on the model's device.
+        points: (B, N, C), on the model's device.
         layer: name of an expert layer; default: the first.
         passes: number of passes, at least 1; each draws its own partition.
         seed: of the partitions.

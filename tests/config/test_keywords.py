@@ -205,3 +205,25 @@ def test_null_keys_of_its_own_are_kept(blobs):
     register_dataset("mine", lambda root, split, *, variant="soft", **_: None)
     old["data"] = {"name": "mine", "root": "r", "variant": None}
     assert lines(old) == ["a.yaml: data.variant: must be text, got null"]
+
+
+# Channels
+
+
+def test_a_reader_of_channels_is_asked_for_them_and_others_are_refused(blobs):
+    def colored(root, split, *, num_points, channels="xyz", **_):
+        points = torch.rand(4, num_points, 6 if channels == "xyz+rgb" else 3)
+        return PointCloudDataset(points, torch.zeros(4), ["a"], split=split, num_points=num_points, channels=channels)
+
+    register_dataset("colored", colored)
+    assert create_dataset("colored", "x", "train", num_points=8, channels="xyz+rgb").channels == "xyz+rgb"
+    assert create_dataset("colored", "x", "train", num_points=8).points.shape == (4, 8, 3)
+    with pytest.raises(
+        InputError, match=r"^x: data set 'blobs' gives xyz, asked for are xyz\+rgb; set data.channels=xyz$"
+    ):
+        create_dataset("blobs", "x", "train", num_points=8, channels="xyz+rgb")
+    register_dataset("plain", lambda root, split, *, num_points, transform, up_axis, classes, fraction, seed, cache_dir,
+                     memory_budget_gb: read_blobs(root, split, num_points=num_points))  # fmt: skip
+    assert create_dataset("plain", "x", "train", num_points=8).channels == "xyz"
+    with pytest.raises(InputError, match=r"^data set 'plain' has no channels beyond xyz, asked for are xyz\+rgb; set"):
+        create_dataset("plain", "x", "train", num_points=8, channels="xyz+rgb")

@@ -204,6 +204,12 @@ REFUSED = [
     ),
     ("data.augment.scale", [1, "a"], "data.augment.scale.1: must be a number, got 'a'"),
     ("data.augment.dropout", 1, "data.augment.dropout: must be less than 1, got 1"),
+    (
+        "data.channels",
+        "xyz+norm",
+        "data.channels: must be 'xyz', 'xyz+normal', 'xyz+rgb' or 'xyz+normal+rgb', got "
+        "'xyz+norm'; did you mean 'xyz+normal'?",
+    ),
     ("data.augment.scales", [1, 2], "data.augment.scales: unknown key; did you mean 'scale'?"),
     ("s2d.num_expert", 4, "s2d.num_expert: unknown key; did you mean 'num_experts'?"),
     ("s2d.kind", "rups", "s2d.kind: must be 'none', 'rup' or 'topk', got 'rups'; did you mean 'rup'?"),
@@ -467,3 +473,21 @@ def test_a_pipe_as_config_is_not_waited_for(tmp_path):
 def test_values_that_no_training_survives(tiny_config, override, message):
     with pytest.raises(InputError, match=message.replace("+", "[+]")):
         tiny_config(override)
+
+
+def test_the_backbone_gets_the_channels_of_the_data_or_refuses_them(monkeypatch):
+    class OnlyCoordinates(torch.nn.Module):
+        def __init__(self, num_classes: int, in_channels: int = 3, *, width: int = 8):
+            super().__init__()
+            if in_channels != 3:
+                raise ValueError(f"in_channels is {in_channels}, must be 3")
+            self.mlp = Mlp(width, 2 * width)
+
+    assert parse_config(changed("data.channels", "xyz+normal+rgb"), where="a.yaml").in_channels == 9
+    assert parse_config(changed("seed", 0), where="a.yaml").in_channels == 3
+    monkeypatch.setattr(models, "_MODELS", dict(models._MODELS))
+    models.register_model("only", OnlyCoordinates)
+    mapping = changed("model", {"name": "only"}) | {"s2d": {"every": 1}}
+    parse_config(mapping, where="a.yaml")
+    mapping["data"]["channels"] = "xyz+rgb"
+    assert lines_of(mapping) == ["a.yaml: data.channels: only: in_channels is 6, must be 3"]

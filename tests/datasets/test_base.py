@@ -5,10 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from s2d3d.datasets import PointCloudDataset, build_augmentation, split_train_validation
+from s2d3d.datasets import BatchLoader, PointCloudDataset, build_augmentation, same_data, split_train_validation
 from s2d3d.datasets.selection import select_classes, stratified_fraction
+from s2d3d.datasets.transforms import normalize_stored
 from s2d3d.errors import InputError
-from s2d3d.ops.points import farthest_point_sample
+from s2d3d.ops.points import farthest_point_sample, gather_points
 from s2d3d.random_state import derived_generator
 
 NAMES = ["apple", "boat", "chair"]
@@ -270,3 +271,47 @@ def test_where_shared_memory_is_short_the_points_stay_private(clouds, monkeypatc
     monkeypatch.setattr("s2d3d.datasets.base.shutil.disk_usage", lambda path: usage(10**12))
     shared = make(clouds, split="test")
     assert shared.points.is_shared() and not private.points.is_shared() and private.points.equal(shared.points)
+
+
+# Normals and colours
+
+
+def colored(count: int = 6, num_points: int = 40, dtype=torch.float32) -> torch.Tensor:
+    """Make clouds whose normals are random and whose colours number the points."""
+    generator = torch.Generator().manual_seed(5)
+    xyz, normal = (torch.randn(count, num_points, 3, generator=generator) for _ in range(2))
+    rgb = (torch.arange(num_points) / num_points)[:, None].expand(count, -1, 3)
+    return torch.cat([xyz, torch.nn.functional.normalize(normal, dim=-1), rgb], -1).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("num_points", [40, 20])
+def test_channels_go_with_their_points_and_do_not_choose_them(num_points, dtype, tmp_path):
+    points, labels = colored(dtype=dtype), torch.arange(6) % 2
+    options = dict(num_points=num_points, cache_dirs=[tmp_path])
+    full = PointCloudDataset(points, labels, ["a", "b"], channels="xyz+normal+rgb", **options)
+    files = list(tmp_path.iterdir())
+    plain = PointCloudDataset(points[..., :3].contiguous(), labels, ["a", "b"], **options)
+    assert list(tmp_path.iterdir()) == files and bool(files) == (num_points < 40), "one selection for both"
+    augment = build_augmentation(jitter=0.01, rotate=True)
+    full.transform, plain.transform = build_augmentation(jitter=0.01, rotate=True, channels=full.channels), augment
+    for own, other in zip(*(BatchLoader(part, 4, shuffle=True, seed=1) for part in (full, plain)), strict=True):
+        assert own[0][..., :3].equal(other[0]) and own[1].equal(other[1])
+    drawn = full.batch(torch.arange(6), augment=False)[0]
+    numbers = (drawn[..., 6] * 40).round().long()
+    assert drawn[..., 3:].equal(gather_points(points.float(), numbers)[..., 3:]), "normals and colours as they are"
+    expected = gather_points(normalize_stored(points).float(), numbers)
+    assert drawn.equal(expected) and full.subset([1]).channels == "xyz+normal+rgb"
+
+
+def test_the_fingerprint_knows_the_channels():
+    points = colored()
+    options = dict(num_points=40, channels="xyz+normal+rgb")
+    first = PointCloudDataset(points, torch.zeros(6), ["a"], **options).fingerprint()
+    points[:, :, 3:6] = 0
+    assert not same_data(first, PointCloudDataset(points, torch.zeros(6), ["a"], **options).fingerprint())
+
+
+def test_clouds_of_other_channels_than_named_are_refused():
+    with pytest.raises(InputError, match=r"^data set: its clouds have 9 channels, xyz are 3$"):
+        PointCloudDataset(colored(), torch.zeros(6), ["a"], num_points=40)

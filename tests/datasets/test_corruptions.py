@@ -336,3 +336,58 @@ def test_training_sets_and_second_corruptions_are_refused(test_set):
         CorruptedDataset(CorruptedDataset(test_set, "jitter", 1), "scale", 1)
     with pytest.raises(InputError, match="severity is 9"):
         CorruptedDataset(test_set, "jitter", 9)
+
+
+# Normals and colours
+
+
+def cloud_with_channels(count: int = 300) -> torch.Tensor:
+    """Make a sphere: normals equal positions; the colour of a point is its number."""
+    normals = torch.nn.functional.normalize(torch.randn(count, 3, generator=torch.Generator().manual_seed(3)), dim=1)
+    number = torch.arange(count)[:, None].expand(-1, 3) / count
+    return torch.cat([normals, normals, number], 1)
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_corrupted_coordinates_do_not_depend_on_the_channels(name):
+    cloud = cloud_with_channels()
+    both = [corrupt(part, name, 4, seed=1, index=2, channels=channels) for part, channels in (
+        (cloud, "xyz+normal+rgb"), (cloud[:, :3].contiguous(), "xyz"),
+    )]  # fmt: skip
+    assert both[0][:, :3].equal(both[1]) and both[0].shape[1] == 9
+    torch.testing.assert_close(both[0][:, 3:6].norm(dim=1), torch.ones(len(both[0])))
+
+
+def test_normals_follow_the_corrupted_surface_and_rows_stay_together():
+    cloud = cloud_with_channels()
+
+    def corrupted(name):
+        return corrupt(cloud, name, 5, seed=0, index=0, channels="xyz+normal+rgb")
+
+    turned = corrupted("rotate")
+    torch.testing.assert_close(turned[:, 3:6], turned[:, :3])
+    scaled = corrupted("scale")  # an ellipsoid x = f n: its normals go with x / f^2 = n / f
+    factors = (scaled[:, :3] - scaled[:, :3].mean(0)).std(0) / cloud[:, :3].std(0)
+    expected = torch.nn.functional.normalize(cloud[:, :3] / factors, dim=1)
+    torch.testing.assert_close(scaled[:, 3:6], expected, atol=1e-4, rtol=0)
+    assert corrupted("jitter")[:, 3:].equal(cloud[:, 3:])
+    for name in ("drop_global", "drop_local"):
+        kept = corrupted(name)
+        assert kept.equal(cloud[(kept[:, 6] * len(cloud)).round().long()]), name
+    for name in ("add_global", "add_local"):
+        more = corrupted(name)
+        assert more[: len(cloud)].equal(cloud), name
+        added = more[len(cloud) :]
+        assert added[:, 3:].equal(cloud[(added[:, 6] * len(cloud)).round().long(), 3:]), name
+        assert len(added[:, 6].unique()) > 1, name
+
+
+def test_a_corrupted_set_keeps_its_channels_also_without_normalisation():
+    cloud = cloud_with_channels(64) * torch.tensor([2.0] * 3 + [1.0] * 6)
+    options = dict(split="test", num_points=64, normalize=False)
+    test = PointCloudDataset(cloud[None], torch.zeros(1), ["a"], channels="xyz+normal+rgb", **options)
+    plain = PointCloudDataset(cloud[None, :, :3], torch.zeros(1), ["a"], **options)
+    points, others = (CorruptedDataset(part, "rotate", 2).batch(torch.tensor([0]))[0] for part in (test, plain))
+    assert points[..., :3].equal(others)
+    around = points - points.mean(1, keepdim=True)  # it is turned about its own centre
+    torch.testing.assert_close(around[..., 3:6], around[..., :3] / 2)

@@ -1,5 +1,7 @@
 """Files of all kinds give the same cloud, and one that is none says so in one line."""
 
+import struct
+
 import numpy as np
 import pytest
 import torch
@@ -123,3 +125,200 @@ def test_records_are_read_by_the_names_of_their_fields(tmp_path, cloud):
     np.save(tmp_path / "other.npy", records[["intensity", "z"]])
     with pytest.raises(InputError, match=r"other\.npy: holds records of 'intensity', 'z'; fields x, y"):
         read_points(tmp_path / "other.npy", 5)
+
+
+# Normals and colours
+
+
+@pytest.fixture
+def sphere() -> dict[str, np.ndarray]:
+    """Make points of a sphere in order: normals equal positions, colours are whole numbers up to 255."""
+    rng = np.random.default_rng(3)
+    points = rng.normal(size=(60, 3))
+    points /= np.linalg.norm(points, axis=1, keepdims=True)
+    return {"xyz": points, "normal": points, "rgb": rng.integers(0, 256, (60, 3)).astype(np.uint8)}
+
+
+def rows_of(parts: dict[str, np.ndarray], order: str) -> str:
+    return "".join(" ".join(map(repr, row)) + "\n" for row in np.hstack([parts[g] for g in order.split()]).tolist())
+
+
+def write_ply(path, parts, *, binary):
+    kinds = {"xyz": ("double", "<f8", "xyz"), "normal": ("double", "<f8", ("nx", "ny", "nz"))}
+    kinds["rgb"] = ("uchar", "u1", ("red", "green", "blue"))
+    names = [(group, kinds[group]) for group in ("rgb", "xyz", "normal")]  # colours first: names tell, not places
+    head = "".join(f"property {kind} {name}\n" for _, (kind, _, columns) in names for name in columns)
+    form = "binary_little_endian" if binary else "ascii"
+    header = f"ply\nformat {form} 1.0\nelement vertex 60\n{head}end_header\n"
+    if not binary:
+        rows = (" ".join(str(v) for g, _ in names for v in parts[g][i].tolist()) for i in range(60))
+        return path.write_text(header + "\n".join(rows) + "\n")
+    record = np.zeros(60, [(group, form, 3) for group, (_, form, _) in names])
+    for group, _ in names:
+        record[group] = parts[group]
+    return path.write_bytes(header.encode() + record.tobytes())
+
+
+def write_pcd(path, parts, *, form):
+    packed = parts["rgb"].astype(np.uint32) @ np.array([65536, 256, 1], np.uint32)
+    record = np.zeros(60, [("xyz", "<f8", 3), ("rgb", "<f4"), ("normal", "<f4", 3)])
+    record["xyz"], record["rgb"], record["normal"] = parts["xyz"], packed.astype("<u4").view("<f4"), parts["normal"]
+    head = (
+        "VERSION .7\nFIELDS x y z rgb normal_x normal_y normal_z\nSIZE 8 8 8 4 4 4 4\nTYPE F F F F F F F\n"
+        f"COUNT 1 1 1 1 1 1 1\nWIDTH 60\nHEIGHT 1\nPOINTS 60\nDATA {form}\n"
+    )
+    if form == "binary":
+        return path.write_bytes(head.encode() + record.tobytes())
+    rows = (" ".join(repr(float(v)) for v in (*r["xyz"], r["rgb"], *r["normal"])) for r in record)
+    return path.write_text(head + "\n".join(rows) + "\n")
+
+
+def write_las(path, parts):
+    record = np.zeros(
+        60, {"names": ["p", "c"], "formats": [("<i4", 3), ("<u2", 3)], "offsets": [0, 20], "itemsize": 26}
+    )
+    record["p"], record["c"] = np.round(parts["xyz"] * 1e6), parts["rgb"].astype(np.uint16) * 257
+    head = bytearray(227)
+    head[:4], head[24:26] = b"LASF", bytes([1, 2])
+    struct.pack_into("<H", head, 94, 227)
+    struct.pack_into("<I4xBHI", head, 96, 227, 2, 26, 60)
+    struct.pack_into("<6d", head, 131, *[1e-6] * 3, *[0.0] * 3)
+    return path.write_bytes(bytes(head) + record.tobytes())
+
+
+FULL = {
+    "ascii.ply": lambda path, parts: write_ply(path, parts, binary=False),
+    "binary.ply": lambda path, parts: write_ply(path, parts, binary=True),
+    "ascii.pcd": lambda path, parts: write_pcd(path, parts, form="ascii"),
+    "binary.pcd": lambda path, parts: write_pcd(path, parts, form="binary"),
+    "cloudcompare.txt": lambda path, parts: path.write_text(
+        "//X Y Z R G B Nx Ny Nz\n60\n" + rows_of(parts, "xyz rgb normal")
+    ),
+    "header.csv": lambda path, parts: path.write_text(
+        "x,y,z,normal_x,normal_y,normal_z,red,green,blue\n" + rows_of(parts, "xyz normal rgb").replace(" ", ",")
+    ),
+    "plain.xyz": lambda path, parts: path.write_text(rows_of(parts, "xyz normal rgb")),
+    "plain.npy": lambda path, parts: np.save(path, np.hstack([parts["xyz"], parts["normal"], parts["rgb"]])),
+    "arrays.npz": lambda path, parts: np.savez(
+        path, points=parts["xyz"], normals=parts["normal"] * 2, colors=parts["rgb"]
+    ),
+    "cloud.off": lambda path, parts: path.write_text("CNOFF\n60 0 0\n" + rows_of(parts, "xyz normal rgb")),
+    "cloud.obj": lambda path, parts: path.write_text(
+        "".join(f"v {row}\n" for row in rows_of(parts, "xyz rgb").splitlines())
+        + "".join(f"vn {row}\n" for row in rows_of(parts, "normal").splitlines())
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_normals_and_colours_of_clouds(tmp_path, sphere, name):
+    path = tmp_path / name
+    FULL[name](path, sphere)
+    found = read_points(path, 7, channels="xyz+normal+rgb")
+    expected = np.hstack([sphere["xyz"], sphere["normal"], sphere["rgb"] / 255])
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_array_equal(found[:, :3], read_points(path, 7))
+    if not name.startswith("plain"):  # with names one may have a part of them
+        np.testing.assert_array_equal(read_points(path, 7, channels="xyz+rgb"), found[:, [0, 1, 2, 6, 7, 8]])
+
+
+def test_colours_of_laser_scans(tmp_path, sphere):
+    write_las(tmp_path / "a.las", sphere)
+    found = read_points(tmp_path / "a.las", 7, channels="xyz+rgb")
+    np.testing.assert_allclose(found[:, 3:], sphere["rgb"] / 255, atol=1e-6)
+    with pytest.raises(InputError, match="holds no normals, which"):
+        read_points(tmp_path / "a.las", 7, channels="xyz+normal")
+
+
+def test_records_of_arrays_name_their_channels(tmp_path, sphere):
+    names = ["x", "y", "z", "nx", "ny", "nz"]
+    record = np.zeros(60, [(name, "f8") for name in names])
+    for name, column in zip(names, np.hstack([sphere["xyz"], sphere["normal"]]).T):
+        record[name] = column
+    np.save(tmp_path / "a.npy", record)
+    np.testing.assert_allclose(read_points(tmp_path / "a.npy", 7, channels="xyz+normal")[:, 3:], sphere["normal"])
+
+
+@pytest.mark.parametrize("suffix", ["npy", "xyz"])
+def test_columns_without_names_must_be_what_the_channels_state(tmp_path, sphere, suffix):
+    path, points = tmp_path / f"a.{suffix}", sphere["xyz"]
+
+    def write(*more):
+        np.save(path, np.hstack([points, *more])) if suffix == "npy" else np.savetxt(path, np.hstack([points, *more]))
+
+    write(sphere["normal"])
+    assert read_points(path, 7, channels="xyz+normal").shape == (60, 6)
+    with pytest.raises(InputError, match=r"colours hold -\d"):
+        read_points(path, 7, channels="xyz+rgb")
+    write(sphere["rgb"] / 255)
+    assert np.allclose(read_points(path, 7, channels="xyz+rgb")[:, 3:], sphere["rgb"] / 255)
+    with pytest.raises(InputError, match=r"its columns 4 to 6 have no names and are no unit normals, .*; name the"):
+        read_points(path, 7, channels="xyz+normal")
+    write(sphere["normal"], sphere["rgb"])
+    with pytest.raises(InputError, match=r"holds no normals \(6 columns without names\), which"):
+        read_points(path, 7, channels="xyz+normal")
+
+
+def test_a_mesh_has_the_normals_of_its_faces_and_colours_between_its_corners(tmp_path):
+    vertices = "".join("{} {} {} {} 0 0\n".format(*vertex, 255 * vertex[0] // 2) for vertex in CUBE)
+    faces = "".join("4 {} {} {} {}\n".format(*quad) for quad in QUADS)
+    head = "".join(f"property float {axis}\n" for axis in "xyz")
+    head += "".join(f"property uchar {name}\n" for name in ("red", "green", "blue"))
+    header = f"ply\nformat ascii 1.0\nelement vertex 8\n{head}element face 6\n"
+    (tmp_path / "a.ply").write_text(header + "property list uchar int vertex_indices\nend_header\n" + vertices + faces)
+    found = read_points(tmp_path / "a.ply", 500, seed=1, channels="xyz+normal+rgb")
+    np.testing.assert_array_equal(found[:, :3], read_points(tmp_path / "a.ply", 500, seed=1))
+    on_side = np.isclose(found[:, :3], 0) | np.isclose(found[:, :3], (2, 1, 1))
+    np.testing.assert_allclose(np.abs(found[:, 3:6]), on_side, atol=1e-9)
+    np.testing.assert_allclose(found[:, 6], found[:, 0] / 2, atol=0.01)
+    assert not found[:, 7:].any()
+    (tmp_path / "a.off").write_text("COFF\n3 1 0\n0 0 0 1 0 0 1\n1 0 0 1 0 0 1\n0 1 0 1 0 0 1\n3 0 1 2\n")
+    drawn = read_points(tmp_path / "a.off", 9, channels="xyz+normal+rgb")
+    np.testing.assert_allclose(drawn[:, 2:], [[0, 0, 0, 1, 1, 0, 0]] * 9, atol=1e-9)
+    (tmp_path / "a.stl").write_text(
+        "solid a\nfacet normal 0 0 1\nouter loop\nvertex 0 0 0\nvertex 1 0 0\nvertex 0 1 0\nendloop\nendfacet\n"
+        "endsolid a\n"
+    )
+    assert (read_points(tmp_path / "a.stl", 9, channels="xyz+normal")[:, 5] == 1).all()
+    with pytest.raises(
+        InputError, match=r"a\.stl: holds no colours \(none of its vertices\), which .*=xyz\+rgb needs; set"
+    ):
+        read_points(tmp_path / "a.stl", 9, channels="xyz+rgb")
+
+
+def test_missing_channels_are_one_line_or_estimated(tmp_path, sphere):
+    np.savetxt(tmp_path / "a.xyz", sphere["xyz"] * 2 + 7)
+    with pytest.raises(InputError, match=(
+        r"a\.xyz: holds no normals, which data.channels=xyz\+normal needs; set data.channels=xyz, or estimate them by "
+        r"data.estimate_normals=true or --estimate-normals$"
+    )):  # fmt: skip
+        read_points(tmp_path / "a.xyz", 7, channels="xyz+normal")
+    found = read_points(tmp_path / "a.xyz", 7, channels="xyz+normal", estimate_normals=True)
+    assert (found[:, 3:] * sphere["normal"]).sum(1).min() > 0.7, "outwards, as far as 60 points show it"
+    write_ply(tmp_path / "b.ply", sphere, binary=True)
+    kept = read_points(tmp_path / "b.ply", 7, channels="xyz+normal", estimate_normals=True)
+    np.testing.assert_array_equal(kept, read_points(tmp_path / "b.ply", 7, channels="xyz+normal"))
+
+
+def test_points_without_a_finite_normal_are_left_out_or_refused(tmp_path, sphere):
+    normals = sphere["normal"].copy()
+    normals[5] = np.nan
+    np.savez(tmp_path / "a.npz", points=sphere["xyz"], normals=normals)
+    assert len(read_points(tmp_path / "a.npz", 7, channels="xyz+normal")) == 59
+    with pytest.raises(InputError, match="point 5 is not"):
+        read_points(tmp_path / "a.npz", 7, channels="xyz+normal", allow_missing=False)
+
+
+@pytest.mark.parametrize("up_axis", ["y", "z"])
+@pytest.mark.parametrize("num_points", [60, 20])
+def test_a_cloud_keeps_its_rows_together(tmp_path, sphere, up_axis, num_points):
+    """Of a sphere in its unit frame normals equal positions, after turning and thinning too."""
+    both = np.vstack([sphere["xyz"], -sphere["xyz"]])  # so that its centre is the origin
+    np.save(tmp_path / "a.npy", np.hstack([3 * both + 10, both, np.abs(both)]))
+    cloud = read_cloud(tmp_path / "a.npy", num_points, up_axis=up_axis, channels="xyz+normal+rgb")
+    assert cloud.shape == (num_points, 9) and cloud.dtype == torch.float32
+    torch.testing.assert_close(cloud[:, 3:6], cloud[:, :3], atol=1e-5, rtol=0)
+    place = [6, 7, 8] if up_axis == "z" else [6, 8, 7]
+    torch.testing.assert_close(cloud[:, place], cloud[:, :3].abs(), atol=1e-5, rtol=0)
+    np.save(tmp_path / "b.npy", 3 * both + 10)
+    assert cloud[:, :3].equal(read_cloud(tmp_path / "b.npy", num_points, up_axis=up_axis))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from s2d3d.datasets.h5 import read_h5, write_h5
+from s2d3d.datasets.h5 import inspect_h5, read_h5, read_rows, write_h5
 from s2d3d.errors import InputError
 
 
@@ -282,3 +282,43 @@ def test_a_file_without_permission_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "open", refused)
     with pytest.raises(InputError, match=r"a\.h5: cannot be read \(Permission denied\); change its permissions"):
         read_h5(path)
+
+
+def test_channels_stand_behind_the_points(write, clouds):
+    data, normal = clouds(4, 8), clouds(4, 8, seed=5)
+    rgb = np.random.default_rng(0).integers(0, 256, (4, 8, 3), dtype=np.uint8)
+    unit = normal / np.linalg.norm(normal, axis=2, keepdims=True)
+    path = write(data=data, normal=normal, rgb=rgb)
+    for channels, expected in (
+        ("xyz", [data]), ("xyz+normal", [data, unit]), ("xyz+rgb", [data, rgb / 255]),
+        ("xyz+normal+rgb", [data, unit, rgb / 255]),
+    ):  # fmt: skip
+        found = read_h5(path, channels=channels, extras=False)
+        assert found.points.dtype == np.float32 and found.normal is None
+        np.testing.assert_allclose(found.points, np.concatenate(expected, 2), rtol=1e-6, atol=1e-7)
+        layout = inspect_h5(path, channels=channels)
+        assert layout.shape == found.points.shape
+        np.testing.assert_array_equal(read_rows(layout, 1, 3), found.points[1:3])
+    np.testing.assert_array_equal(read_h5(path).rgb, rgb)
+    write_h5(path, data, [0] * 4, rgb=rgb)
+    assert read_h5(path).rgb.dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    ("channels", "datasets", "text"),
+    [
+        ("xyz+normal", {}, r"holds no normals \(no dataset 'normal'\), which data.channels=xyz\+normal needs; set "
+         r"data.channels=xyz, or add them with: prepare_data.py modelnet40 --from DIR --estimate-normals"),
+        ("xyz+normal+rgb", {"normal": np.ones((4, 8, 3))}, r"holds no colours \(no dataset 'rgb'\), which .*; set "
+         r"data.channels=xyz\+normal$"),
+        ("xyz+normal", {"normal": np.ones((4, 7, 3))}, r"dataset 'normal' is \(4, 7, 3\) float64, must be"),
+        ("xyz+normal", {"normal": np.full((4, 8, 3), np.nan)}, "normal 0, 0 is not three finite numbers"),
+        ("xyz+rgb", {"rgb": np.full((4, 8, 3), 3.0)}, r"colours hold 3, must be in \[0, 1\]"),
+        ("xyz+rgb", {"rgb": np.full((4, 8, 3), 3)}, r"dataset 'rgb' is \(4, 8, 3\) int64, must be"),
+    ],
+)  # fmt: skip
+def test_missing_and_wrong_channels_are_one_line(write, channels, datasets, text):
+    path = write(**datasets)
+    for read in (read_h5, lambda file, channels: read_rows(inspect_h5(file, channels=channels), 0, 4)):
+        with pytest.raises(InputError, match=f"^{path}: .*{text}"):
+            read(path, channels=channels)

@@ -138,3 +138,40 @@ def test_a_large_set_stays_on_the_disk(clouds):
 def test_values_out_of_range(clouds, key, value):
     with pytest.raises(InputError, match=key):
         create_dataset("files", clouds[0], "train", num_points=40, **{key: value})
+
+
+# Normals and colours
+
+
+def test_normals_and_colours_go_with_their_points(tmp_path):
+    """Thinning, repeating and turning keep rows together."""
+    rng, root = np.random.default_rng(0), tmp_path / "scans"
+    for name in ("ball", "rod"):
+        for index in range(4):
+            points = rng.normal(size=(90 if index else 40, 3))
+            points /= np.linalg.norm(points, axis=1, keepdims=True)
+            write(root / name / f"{index}.npy", np.hstack([5 * points, points, np.abs(points)]))
+    options = dict(num_points=50, channels="xyz+normal+rgb", up_axis="y", normalize=False)
+    train = create_dataset("files", root, "train", **options)
+    assert train.points.shape == (6, 60, 9) and train.channels == "xyz+normal+rgb"
+    torch.testing.assert_close(train.points[..., 3:6], train.points[..., :3] / 5)
+    torch.testing.assert_close(train.points[..., [6, 8, 7]], train.points[..., 3:6].abs())
+    with pytest.raises(InputError, match=r"\.npy: holds no colours \(6 columns without names\), which .*; mend it"):
+        create_dataset("files", root, "train", num_points=50, channels="xyz+rgb")
+
+
+def test_normals_are_estimated_where_asked_for(clouds):
+    root, _ = clouds
+    options = dict(num_points=40, channels="xyz+normal")
+    with pytest.raises(InputError, match=r"data\.estimate_normals=true"):
+        create_dataset("files", root, "train", **options)
+    train = create_dataset("files", root, "train", **options, estimate_normals=True)
+    plain = create_dataset("files", root, "train", num_points=40)
+    assert train.points[..., :3].equal(plain.points) and len(list((root / ".fps_cache").glob("files_*"))) == 2
+    torch.testing.assert_close(train.points[..., 3:].norm(dim=-1), torch.ones(10, 48))
+
+
+def test_what_is_kept_of_coordinates_has_the_name_that_it_had_before_channels():
+    known = "Options(num_points=40, normalize=True, short='repeat', skip_unreadable=False)"
+    assert scans.Options(40, True, "repeat", False).described() == known
+    assert scans.Options(40, True, "repeat", False, "xyz+rgb").described() != known

@@ -217,3 +217,23 @@ def test_no_rows_give_no_clouds_of_the_same_shape_as_a_tensor_would(modelnet_fol
     assert streamed._storage[none].shape == memory._storage[none].shape == (0, 28, 3)
     assert streamed._storage[none].dtype == memory._storage.dtype
     assert streamed.batch(none)[0].shape == memory.batch(none)[0].shape == (0, 24, 3)
+
+
+@pytest.mark.parametrize(("dtype", "num_points"), [(np.float16, 40), (np.float32, 24)])
+def test_channels_are_those_of_the_set_in_memory(modelnet_folder, clouds, dtype, num_points):
+    rgb = np.random.default_rng(0).integers(0, 256, (70, 40, 3), dtype=np.uint8)
+    extras = dict(normal=clouds(70, 40, dtype, seed=8), rgb=rgb)
+    root = modelnet_folder(num_points=40, per_file=70, up_axis="y", dtype=dtype, **extras)
+    options = dict(num_points=num_points, channels="xyz+normal+rgb")
+    memory = create_dataset("modelnet40", root, "train", **options)
+    streamed = create_dataset("modelnet40", root, "train", memory_budget_gb=TINY_GB, **options)
+    assert isinstance(streamed._storage, StreamedClouds) and streamed.points.shape[2] == 9
+    assert_same_batches(memory, streamed, shuffle=True)
+    assert streamed.fingerprint() == memory.fingerprint()
+
+
+def test_the_budget_counts_all_channels(modelnet_folder, clouds):
+    root = modelnet_folder(num_points=40, normal=clouds(6, 40, seed=8))
+    file = root / "ply_data_test0.h5"
+    size = 6 * 40 * 3 * 4 / 1e9
+    assert not exceeds_budget([file], 1.5 * size) and exceeds_budget([file], 1.5 * size, "xyz+normal")

@@ -14,7 +14,9 @@ from s2d3d.datasets.transforms import (
     RotateVertical,
     Scale,
     Shift,
+    normalize_stored,
     normalize_unit_sphere,
+    turn,
     turn_up_axis,
 )
 from s2d3d.errors import InputError
@@ -167,3 +169,78 @@ def test_any_size_stays_finite(batch, num_points, seed):
     cloud = torch.randn(batch, num_points, 3, generator=generator(seed))
     got = build_augmentation(rotate=True, jitter=0.02, dropout=0.9)(cloud, generator(seed))
     assert got.shape == cloud.shape and got.isfinite().all()
+
+
+# Normals and colours
+
+
+def triangles(count: int = 40, channels: str = "xyz+normal+rgb") -> torch.Tensor:
+    """Make two clouds of corners of triangles, three in a row; each corner has the triangle's normal and a colour."""
+    corners = torch.randn(2, count, 3, 3, generator=generator(4))
+    normals = facing(corners).unsqueeze(2).expand_as(corners)
+    rgb = torch.rand(corners.shape, generator=generator(5))
+    wanted = {"xyz": corners, "normal": normals, "rgb": rgb}
+    return torch.cat([wanted[group] for group in channels.split("+")], -1).flatten(1, 2)
+
+
+def facing(corners: torch.Tensor) -> torch.Tensor:
+    """Return the unit normals of triangles (..., 3, 3)."""
+    a, b, c = corners.unbind(-2)
+    return torch.nn.functional.normalize(torch.linalg.cross(b - a, c - a), dim=-1)
+
+
+@pytest.mark.parametrize("channels", ["xyz+normal", "xyz+normal+rgb"])
+def test_augmented_normals_are_those_of_the_augmented_surface(channels):
+    augment = build_augmentation(rotate=True, scale=(0.3, 3.0), shift=0.5, channels=channels)
+    before = triangles(channels=channels)
+    after = augment(before, generator())
+    expected = facing(after[..., :3].unflatten(1, (-1, 3)))
+    torch.testing.assert_close(after[..., 3:6].unflatten(1, (-1, 3)), expected.unsqueeze(2).expand(-1, -1, 3, -1))
+    assert (after[..., 3:6] - before[..., 3:6]).abs().max() > 0.5
+    assert after[..., 6:].equal(before[..., 6:]), "colours stay"
+
+
+@pytest.mark.parametrize("channels", ["xyz+normal", "xyz+rgb", "xyz+normal+rgb"])
+def test_coordinates_do_not_depend_on_the_channels(channels):
+    """The same random numbers: a run with normals sees the points of a run without."""
+    options = dict(rotate=True, jitter=0.01, dropout=0.5)
+    cloud = triangles(channels=channels)
+    after = build_augmentation(**options, channels=channels)(cloud, generator())
+    plain = build_augmentation(**options)(cloud[..., :3].contiguous(), generator())
+    assert after[..., :3].equal(plain) and after.shape == cloud.shape
+
+
+def test_dropout_replaces_all_channels_of_a_point():
+    cloud = triangles()
+    after = PointDropout(0.8)(cloud, generator())
+    rows = (after.unsqueeze(2) == cloud.unsqueeze(1)).all(-1).int().argmax(2)
+    assert after.equal(torch.stack([own[chosen] for own, chosen in zip(cloud, rows)])) and (rows == 0).sum() > 20
+
+
+def test_turning_normalising_and_reflecting_with_normals():
+    cloud = triangles()
+    turned = turn_up_axis(cloud, "y", channels="xyz+normal+rgb")
+    assert turned.equal(
+        torch.cat([turn_up_axis(part, "y") for part in cloud[..., :6].split(3, -1)] + [cloud[..., 6:]], -1)
+    )
+    moved = normalize_stored(cloud + torch.tensor([5.0, 0, 0, 0, 0, 0, 0, 0, 0]))
+    torch.testing.assert_close(moved[..., :3], normalize_unit_sphere(cloud[..., :3]), atol=1e-5, rtol=0)
+    assert moved[..., 3:].equal(cloud[..., 3:]) and NormalizeUnitSphere()(cloud, generator())[..., 3:].equal(
+        cloud[..., 3:]
+    )
+    mirrored = turn(cloud, "xyz+normal+rgb", lambda vectors: vectors * torch.tensor([-1.0, 1, 1]))
+    assert mirrored[..., 0].equal(-cloud[..., 0]) and mirrored[..., 3].equal(-cloud[..., 3])
+    assert mirrored[..., 4:].equal(cloud[..., 4:])
+
+
+def test_an_unknown_normal_stays_zero():
+    cloud = torch.cat([torch.rand(1, 4, 3), torch.zeros(1, 4, 3)], -1)
+    augment = build_augmentation(rotate=True, channels="xyz+normal")
+    assert not augment(cloud, generator())[..., 3:].any()
+
+
+def test_clouds_of_other_channels_are_refused():
+    with pytest.raises(InputError, match="clouds have 6 channels, xyz are 3"):
+        build_augmentation()(torch.rand(2, 8, 6), generator())
+    with pytest.raises(InputError, match="channels is 'normal'"):
+        build_augmentation(channels="normal")

@@ -374,3 +374,24 @@ def test_the_example_refuses_what_is_no_array_of_points(repository, tmp_path):
     for name in ("records", "zip", "objects", "short", "header", "pipe"):
         with pytest.raises(example["DAMAGED"]):
             example["read_points"](tmp_path / f"{name}.npy", 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["point_bert_tiny", "point_transformer_tiny"])
+def test_a_model_of_six_channels(tmp_path, name):
+    """The ONNX file reads normals as PyTorch does, and refuses clouds without."""
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=4, in_channels=6, **MODELS[name])
+    points = clouds(6, 128)
+    both = torch.cat([points, torch.nn.functional.normalize(torch.randn(points.shape), dim=-1)], -1)
+    for _ in range(5):
+        model.train()(both)  # statistics of BatchNorm
+    metadata = METADATA | {"channels": "xyz+normal"}
+    path = export_model(model.eval(), tmp_path / "m.onnx", num_points=128, in_channels=6, metadata=metadata)
+    exported = load_exported(path)
+    assert exported.metadata["channels"] == "xyz+normal" and exported.metadata["in_channels"] == 6
+    for part in (both, both[:2, :100]):
+        assert compare_exported(model, exported, part).wrong == 0
+    assert (exported(both) - exported(both.flip(-1))).abs().max() > 1e-3
+    with pytest.raises(InputError, match=r"points have shape \(6, 128, 3\), the exported model takes \(B, N, 6\)"):
+        exported(points)

@@ -11,6 +11,7 @@ import timm
 import torch
 from torch import nn
 
+from s2d3d.channels import num_channels
 from s2d3d.datasets.transforms import turn_up_axis
 from s2d3d.errors import InputError
 from s2d3d.models import create_model, load_pretrained_
@@ -436,3 +437,85 @@ def test_published_checkpoint(request):
     theirs = REFERENCES[name](len(head))
     theirs.load_state_dict(weights, strict=True)
     assert deviation(ours, theirs, clouds(count=1024)) < ATOL
+
+
+# Channels beyond x, y, z
+
+BACKBONES = {
+    "point_bert": kwargs_of("point_bert") | {"depth": 2},
+    "point_mae": kwargs_of("point_mae") | {"depth": 2},
+    "point_transformer": dict(channels=(16, 32), depths=(1, 1), strides=(1, 4), num_neighbors=(8, 8)),
+}
+
+
+def backbone(name, channels, seed=0):
+    torch.manual_seed(seed)
+    model = create_model(name, num_classes=5, in_channels=num_channels(channels), **BACKBONES[name])
+    return reference.draw_weights_(model, seed=seed).eval()
+
+
+def described(model, channels):
+    return model_payload(
+        model, name="any", in_channels=num_channels(channels), kwargs={}, class_names=list("abcde"), mof=None,
+        config={}, channels=channels,
+    )  # fmt: skip
+
+
+def cloud_of(channels, seed=3):
+    return torch.rand(2, 128, num_channels(channels), generator=torch.Generator().manual_seed(seed)) - 0.5
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["state dict", "checkpoint"])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_more_channels_than_the_file_start_at_zero(write, name, plain):
+    """The model does what the file's does, whatever the new channels hold, and learns from them."""
+    theirs, ours = backbone(name, "xyz"), backbone(name, "xyz+normal+rgb", seed=1)
+    path = write(theirs.state_dict() if plain else described(theirs, "xyz"))
+    report = load_pretrained_(ours, path, channels="xyz+normal+rgb")
+    assert "first layers: columns of xyz loaded, those of normal and rgb start at zero" in report.summary()
+    assert not (report.missing or report.unexpected or report.mismatched)
+    points = cloud_of("xyz+normal+rgb")
+    assert deviation(ours, lambda_model(theirs), points) < ATOL
+    ours.train()(points).square().sum().backward()
+    first = next(key for key in ("encoder.first_conv.0.weight", "enc1.0.linear.weight") if key in ours.state_dict())
+    assert ours.get_parameter(first).grad[:, 3:].abs().max() > 0
+
+
+def lambda_model(model):
+    """A model of coordinates, fed with clouds of more channels."""
+
+    class OnCoordinates(nn.Module):
+        def forward(self, points):
+            return model(points[..., :3])
+
+    return OnCoordinates()
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_fewer_and_other_channels_than_the_file(write, name):
+    theirs = backbone(name, "xyz+normal")
+    path = write(described(theirs, "xyz+normal"))
+    fewer = backbone(name, "xyz", seed=1)
+    report = load_pretrained_(fewer, path)
+    assert "columns of xyz loaded; the file's columns of normal are not used" in report.summary()
+    points = cloud_of("xyz+normal")
+    points[..., 3:] = 0
+    assert deviation(lambda_model(fewer), theirs, points) < ATOL
+    other = backbone(name, "xyz+rgb", seed=1)
+    text = "columns of xyz loaded, those of rgb start at zero; the file's columns of normal are not used"
+    assert text in load_pretrained_(other, path, channels="xyz+rgb").summary()
+    assert deviation(other, theirs, points) < ATOL
+    same = backbone(name, "xyz+normal", seed=1)
+    assert "columns of" not in load_pretrained_(same, path, channels="xyz+normal").summary()
+    assert deviation(same, theirs, cloud_of("xyz+normal")) == 0
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_weights_of_normals_are_turned_with_those_of_coordinates(write, name):
+    theirs, ours = backbone(name, "xyz+normal+rgb"), backbone(name, "xyz+normal+rgb", seed=1)
+    load_pretrained_(ours, write(theirs.state_dict()), up_axis="y", channels="xyz+normal+rgb")
+    points = cloud_of("xyz+normal+rgb")
+    turned = turn_up_axis(points, "y", "z", channels="xyz+normal+rgb")
+    with torch.no_grad():
+        assert (ours(turned) - theirs(points)).abs().max() < ATOL
+        assert (ours(points) - theirs(points)).abs().max() > 100 * ATOL

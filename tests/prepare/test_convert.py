@@ -5,6 +5,7 @@ import shutil
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from s2d3d import create_dataset
 from s2d3d.datasets.h5 import read_h5
@@ -216,3 +217,28 @@ def test_without_semaphores_one_process_does_it_all(meshes, tmp_path, monkeypatc
     monkeypatch.setattr("s2d3d.workers.ProcessPoolExecutor", refused)
     assert convert_modelnet(meshes, tmp_path / "out", num_points=16, workers=2)["train"] == 10
     assert "no worker processes (Read-only file system): converting in this one" in caplog.text
+
+
+def test_points_of_meshes_have_the_normals_of_their_faces(meshes, tmp_path):
+    """Of a box each normal is along an axis, and its point lies on a side across that axis."""
+    convert_modelnet(meshes, tmp_path / "set", num_points=64, workers=1)
+    points, normals = create_dataset(
+        "modelnet40", tmp_path / "set", "train", num_points=64, channels="xyz+normal", normalize=False
+    ).points.split(3, -1)
+    axes = normals.abs().argmax(-1, keepdim=True)
+    torch.testing.assert_close(normals.abs().gather(2, axes), torch.ones(10, 64, 1))
+    low, high = points.amin(1, keepdim=True), points.amax(1, keepdim=True)
+    to_side = torch.minimum((points - low).abs(), (points - high).abs()).gather(2, axes)
+    assert to_side.max() < 1e-5 and all((axes == axis).any() for axis in range(3))
+
+
+def test_normals_of_text_files_are_used(texts, tmp_path):
+    source, stored = texts
+    convert_modelnet(source, tmp_path / "set", num_points=30, workers=1)
+    options = dict(num_points=30, channels="xyz+normal", normalize=False)
+    dataset = create_dataset("modelnet40", tmp_path / "set", "test", **options)
+    rows = torch.from_numpy(stored["tower_0003"])
+    x, y, z, nx, ny, nz = rows.unbind(1)
+    expected = torch.stack([x, -z, y, *torch.nn.functional.normalize(torch.stack([nx, -nz, ny]), dim=0)], 1)
+    distance = torch.cdist(dataset.points[0], expected, compute_mode="donot_use_mm_for_euclid_dist").amin(1)
+    assert distance.max() < 1e-5

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from s2d3d.datasets import create_dataset
-from s2d3d.datasets.mesh import sample_by_area
 from s2d3d.datasets.scanobjectnn import BACKGROUND, VARIANTS
+from s2d3d.datasets.surface import sample_by_area
 from s2d3d.errors import InputError
 from s2d3d.prepare import scan, scan_view
 from s2d3d.prepare.perturbations import PERTURBATIONS

@@ -98,3 +98,25 @@ def test_a_description_of_other_types_is_one_line(tmp_path, part, key, value):
     path = save_checkpoint(tmp_path / "other.pt", payload)
     with pytest.raises(InputError, match=f"the checkpoint's model description is unusable .{key}: must be a "):
         open_trained(path)
+
+
+# Channels
+
+
+def test_a_checkpoint_without_channels_is_of_coordinates(tmp_path):
+    assert "channels" not in load_checkpoint(V1)["model"]
+    assert open_trained(V1).channels == "xyz" and open_trained(V1).config.data.channels == "xyz"
+    with pytest.raises(InputError, match=r"takes xyz, data\.channels asks for xyz\+normal; remove the override"):
+        open_trained(V1, ["data.channels=xyz+normal"])
+
+
+@pytest.mark.parametrize(("value", "text"), [
+    ("xyz+normal", r"its 3 channels are not xyz\+normal"), ("xyz+norml", r"channels is 'xyz\+norml'"),
+    (5, "channels is 5"),
+])  # fmt: skip
+def test_channels_that_the_model_does_not_have_are_one_line(tmp_path, value, text):
+    payload = load_checkpoint(V1)
+    payload["model"]["channels"] = value
+    path = save_checkpoint(tmp_path / "other.pt", payload)
+    with pytest.raises(InputError, match=f"the checkpoint's model description is unusable .{text}"):
+        open_trained(path)

@@ -170,4 +170,7 @@ def test_predictions_and_galleries_say_what_they_show():
     assert sheet.captions == ["box\ntaken for mug, 80 %", "box\nrecognised, 70 %"] and sheet.marks == [WRONG, None]
     assert torch.equal(sheet.clouds, POINTS.flip(0)) and sheet.title.startswith("1 of 2 clouds recognised\n")
     gallery = gallery_sheet(POINTS, torch.tensor([1, 0]), ["box", "mug"], "both")
-    assert gallery.captions == ["box", "mug"] and torch.equal(gallery.clouds, POINTS.flip(0))
+    assert gallery.captions == ["box", "mug"] and torch.equal(gallery.clouds, POINTS.flip(0)) and gallery.colors is None
+    colors = torch.rand(POINTS.shape)
+    gallery = gallery_sheet(POINTS, torch.tensor([1, 0]), ["box", "mug"], "both", colors)
+    assert torch.equal(torch.stack(gallery.colors), colors.flip(0))
