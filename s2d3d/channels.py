@@ -10,7 +10,7 @@ from .errors import InputError, did_you_mean
 Channels = Literal["xyz", "xyz+normal", "xyz+rgb", "xyz+normal+rgb"]
 CHANNELS: tuple[str, ...] = get_args(Channels)
 """Every layout. `normal` is a unit vector, or zeros where it is unknown; `rgb` is in [0, 1]."""
-XYZ = "xyz"
+XYZ: Channels = "xyz"
 """The layout of clouds, checkpoints and files that name none."""
 WIDTH = 3
 """Columns of each group."""

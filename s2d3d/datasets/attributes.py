@@ -43,9 +43,10 @@ def unit_normals(normals: np.ndarray, where: str) -> np.ndarray:
         bad = ~np.isfinite(values).all(axis=-1)
         place = ", ".join(map(str, np.unravel_index(int(bad.argmax()), bad.shape)))
         raise InputError(f"{where}: normal {place} is not three finite numbers; correct it")
+    tiny = float(np.finfo(np.float32 if values.dtype == np.float32 else np.float64).tiny)
     with np.errstate(over="ignore"):
-        values = values / np.maximum(np.abs(values).max(axis=-1, keepdims=True), np.finfo(values.dtype).tiny)
-    return values / np.maximum(np.linalg.norm(values, axis=-1, keepdims=True), np.finfo(values.dtype).tiny)
+        values = values / np.maximum(np.abs(values).max(axis=-1, keepdims=True), tiny)
+    return values / np.maximum(np.linalg.norm(values, axis=-1, keepdims=True), tiny)
 
 
 def named_columns(names: Sequence[str]) -> dict[str, list[int]]:

@@ -154,8 +154,10 @@ class CorruptedDataset(PointCloudDataset):
         if own_frame:
             center, radius = unit_sphere_frame(coordinates(points))
             points = replace_coordinates(points, (points[..., :WIDTH] - center) / radius)
-        options = dict(seed=seed, channels=self.channels)
-        corrupted = [corrupt(p, self.corruption, self.severity, index=i, **options) for p, i in zip(points, rows)]
+        corrupted = [
+            corrupt(p, self.corruption, self.severity, index=i, seed=seed, channels=self.channels)
+            for p, i in zip(points, rows)
+        ]
         points = torch.stack(corrupted)
         if own_frame:
             points = replace_coordinates(points, points[..., :WIDTH] * radius + center)

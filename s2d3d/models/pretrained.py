@@ -275,7 +275,8 @@ def _input_layers(model: nn.Module, num_columns: int) -> dict[str, int]:
         model: names its layers by `coordinate_weights`.
         num_columns: channels of a point, C.
     """
-    own, named = model.state_dict(), getattr(model, "coordinate_weights", dict)()
+    own = model.state_dict()
+    named: dict[str, Sequence[int]] = getattr(model, "coordinate_weights", dict)()
     return {key: starts[-1] for key, starts in named.items() if own[key].shape[1] == starts[-1] + num_columns}
 
 

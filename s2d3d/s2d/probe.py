@@ -161,7 +161,7 @@ class Trials:
         return self._once(layer, calls, lambda: probe_pair(layer, convert_, calls, self.routed), "pair")
 
     def _once(self, module: nn.Module, calls: Sequence[Call], trial: Callable[[], Layout], kind: str) -> Layout:
-        key = kind, signature(module), repr([[tensor.shape for tensor in tensors_of(call)] for call in calls])
+        key: Any = kind, signature(module), repr([[tensor.shape for tensor in tensors_of(call)] for call in calls])
         results = self._results
         if kind == "ffn" and not calls and _is_stock(module):
             key, results = (*key, self.num_experts, self.make, self.routed, _forwards(module)), _STOCK

@@ -279,8 +279,9 @@ def corruptions_sheet(
     clouds, texts, marks = [], [], []
     for row, (cloud, caption, index) in enumerate(zip(points, captions, indices)):
         for change in (None, *CORRUPTIONS):
-            options = dict(seed=seed, index=index, channels=channels)
-            changed = cloud if change is None else corrupt(cloud, change, severity, **options)
+            changed = cloud
+            if change is not None:
+                changed = corrupt(cloud, change, severity, seed=seed, index=index, channels=channels)
             text, mark = f"{caption}, {change or 'as it is'}", None
             if classify:
                 verdict, right = classify(changed, row)

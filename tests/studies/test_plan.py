@@ -101,8 +101,8 @@ def test_a_cell_is_frozen(write_study):
         ({"forms": {"dense": "s2d.ema"}}, "forms.dense: is the name of an arm as well; choose another"),
         (
             {"forms": {"x": "s2d.emma"}},
-            "forms.x: must be ARM.FORM with FORM one of merged, routed, ema, recalibrated, voting, initial, got 's2d.emma'; did "
-            "you mean 's2d'?",
+            "forms.x: must be ARM.FORM with FORM one of merged, routed, ema, recalibrated, voting, initial, got "
+            "'s2d.emma'; did you mean 's2d'?",
         ),
         ({"common": {"seed": 3}}, "common.seed: is decided by the study; remove it"),
         ({"common": {"eval": {"split": "test"}}}, "common.eval.split: is decided by the study; remove it"),
