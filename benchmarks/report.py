@@ -132,7 +132,7 @@ def target_table(sections: Sequence[Section], targets: Sequence[Target] = TARGET
         counts = ", ".join(f"{states.count(state)} {state}" for state in STATES)
         lines.append(f"- Machine {letter}: {name}: {counts}.")
     for index, target in enumerate(targets):
-        cells = [_cell(shown[name][index]) for name in names]
+        cells = [_cell(shown[name][index], len(names) == 1) for name in names]
         rows.append([target.title, format_bound(target), *cells])
     head = ["target", "bound", *(f"machine {letter}" for letter in LETTERS[: len(names)])]
     parts = ["\n".join(lines), table(head, rows)]
@@ -149,15 +149,18 @@ def machines(sections: Iterable[Section]) -> list[str]:
 
 
 def _concerns(target: Target, machine: str, sections: Sequence[Section]) -> bool:
-    """Tell whether a target is for a kind of device that a machine was measured on; a lone machine shows all."""
-    devices = {section.device for section in sections if section.machine == machine}
-    return target.key.split(".")[0] in devices or len(machines(sections)) == 1
+    """Tell whether a target is for a kind of device that a machine was measured on, or that none was."""
+    kind = target.key.split(".")[0]
+    of_machine = {section.device for section in sections if section.machine == machine}
+    return kind in of_machine or kind not in {section.device for section in sections}
 
 
-def _cell(verdict: Verdict | None) -> str:
+def _cell(verdict: Verdict | None, alone: bool) -> str:
     if verdict is None:
         return ""
-    return verdict.measured if verdict.state == NOT_MEASURED else f"{verdict.measured}, {verdict.state}"
+    if verdict.state == NOT_MEASURED:
+        return verdict.measured if alone else NOT_MEASURED
+    return f"{verdict.measured}, {verdict.state}"
 
 
 def report(sections: Sequence[Section], command: str) -> str:
