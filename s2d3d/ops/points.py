@@ -167,8 +167,13 @@ def _smallest(distance: Tensor, number: int) -> Tensor:
 
 
 def _can_use_numpy(tensor: Tensor) -> bool:
-    """Tell whether numpy may compute on a tensor: on a CPU, where no program is being made of the operations."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    """Tell whether numpy may compute on a tensor: with values, on a CPU, where no program is made of the operations."""
+    return (
+        type(tensor) is Tensor
+        and tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+    )
 
 
 def gather_points(features: Tensor, index: Tensor) -> Tensor:

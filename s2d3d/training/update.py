@@ -85,7 +85,8 @@ def clip_gradient_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     given = list(parameters)
     norm = nn.utils.get_total_norm([p.grad for p in given if p.grad is not None], foreach=True)
     # The factor as torch computes it. On a GPU reading it would synchronise; NaN scales, as there.
-    if norm.device.type != "cpu" or not max_norm / (norm + 1e-6) >= 1:
+    has_value = type(norm) is Tensor and norm.device.type == "cpu"
+    if not has_value or not max_norm / (norm + 1e-6) >= 1:
         nn.utils.clip_grads_with_norm_(given, max_norm, norm, foreach=True)
     return norm
 

@@ -20,7 +20,9 @@ def test_a_sparse_model_in_training_compiles_without_a_break(name, kwargs):
     torch.compiler.reset()
     model = create_model(name, num_classes=5, head_dropout=0.0, **kwargs)
     convert_to_mof_(model, MoFConfig(every=1))
-    compiled, points = torch.compile(model.train(), fullgraph=True, backend="eager"), torch.rand(4, 64, 3)
+    # In float64: neighbours come in another order, and in float32 BatchNorm of few values shows how sums are rounded.
+    model, points = model.double().train(), torch.rand(4, 64, 3, dtype=torch.float64)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
     outputs, gradients = [], []
     for network in (model, compiled):
         torch.manual_seed(1)  # the same partition of the tokens
