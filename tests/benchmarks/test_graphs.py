@@ -143,7 +143,7 @@ def test_a_part_that_reads_a_value_is_noticed(place, read, fake_step, monkeypatc
 
     with fake_step(TINY, True) as step:
         if place == "clipping":
-            monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+            monkeypatch.setattr(torch.nn.utils, "clip_grads_with_norm_", clip)
         else:
             monkeypatch.setattr(step.ewa, "average_", lambda rate: read(rate))
         step.prepare()
