@@ -15,6 +15,7 @@ SECTIONS = {
     "data": "the data path against what training consumes",
     "scale": "cost against tokens, experts, width, points, batch and ranks",
     "inference": "evaluation: dense, merged, reference modules",
+    "pretraining": "the step of masked pre-training: reference module, dense, S2D",
     "files": "reading files of points, beside plyfile, pandas and NumPy",
     "gpu": "on a GPU alone: large batches, CUDA graphs, several seeds side by side",
 }

@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "train the model that a config describes, merge and evaluate it",
     "pretrain": "pre-train a masked autoencoder without labels",
     "evaluate": "score a checkpoint on the test split of its data set",
+    "linear-probe": "score the features of a frozen model by a linear classifier",
     "predict": "classify files: clouds and meshes",
     "merge": "merge the experts of a sparse checkpoint",
     "apply-ewa": "apply Experts Weights Averaging to a checkpoint once",

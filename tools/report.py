@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from s2d3d.runs.record import RunRecord
+    from s2d3d.viz.reconstructions import Reconstructions
     from s2d3d.viz.report import Predictions
 
 
@@ -73,9 +74,12 @@ def run(arguments: argparse.Namespace) -> None:
         with_clouds = arguments.num_mistakes or arguments.clouds_per_class
         device = choose_device(arguments.device)
         keep_large_allocations()
-        said = {record.name: classify(record, overrides, device) for record in records} if with_clouds else {}
+        classifiers = [record for record in records if record.config["task"] == "classify"]
+        others = [record for record in records if record.config["task"] == "pretrain"]
+        said = {record.name: classify(record, overrides, device) for record in classifiers} if with_clouds else {}
+        made = {record.name: reconstruct(record, overrides, device) for record in others} if with_clouds else {}
         page = build_report(
-            records, said, num_mistakes=arguments.num_mistakes, clouds_per_class=arguments.clouds_per_class
+            records, said, made, num_mistakes=arguments.num_mistakes, clouds_per_class=arguments.clouds_per_class
         )
     for path, figure in plots.items():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,20 +109,33 @@ def classify(record: "RunRecord", overrides: Sequence[str], device: "torch.devic
     from s2d3d.runs.trained import open_trained
     from s2d3d.viz.report import Predictions
 
-    path = record.checkpoint
-    if path is None:
-        assert record.folder is not None, "read_runs sets it"
-        raise InputError(
-            f"{record.folder.merged}: no such file, the run is not finished; "
-            "report it without clouds by --num-mistakes 0 --clouds-per-class 0"
-        )
-    trained = open_trained(path, overrides, device=device)
+    trained = open_trained(finished(record), overrides, device=device)
     trained.require_clouds("a report with clouds (--num-mistakes 0 --clouds-per-class 0: one without)")
     config, dataset = trained.config, require_clouds(trained.dataset(), "a report with clouds")
     probabilities = class_probabilities(trained.model, dataset, device=device, batch_size=config.eval.batch_size)
     points = dataset.points[:, : dataset.num_points, :3]
     source = f"{dataset.source} {config.data.name} {config.data.classes} {config.data.num_points} {config.data.kwargs}"
     return Predictions(points, dataset.labels, probabilities, dataset.names, dataset.class_names, source)
+
+
+def reconstruct(record: "RunRecord", overrides: Sequence[str], device: "torch.device") -> "Reconstructions":
+    """Run the final model of a pre-training on a few test clouds, under the masks of evaluations."""
+    from s2d3d.viz.kinds import read_source, rebuild
+    from s2d3d.viz.reconstructions import Reconstructions
+
+    source = read_source("reconstructions", checkpoint=finished(record), overrides=overrides, device=str(device))
+    return Reconstructions(source.points, *rebuild(source), source.captions)
+
+
+def finished(record: "RunRecord") -> Path:
+    """Return the final model of a run."""
+    if record.checkpoint is None:
+        assert record.folder is not None, "read_runs sets it"
+        raise InputError(
+            f"{record.folder.merged}: no such file, the run is not finished; "
+            "report it without clouds by --num-mistakes 0 --clouds-per-class 0"
+        )
+    return record.checkpoint
 
 
 def plot_files(records: Sequence["RunRecord"], folder: Path, force: bool) -> dict[Path, "Figure"]:
@@ -128,7 +145,7 @@ def plot_files(records: Sequence["RunRecord"], folder: Path, force: bool) -> dic
 
     figures = report_figures(records)
     for entry in records:
-        if entry.final:
+        if entry.final and "confusion" in entry.final:
             title = f"{entry.name}, OA {100 * entry.final['oa']:.2f} %"
             figures[f"confusion of {entry.name}"] = confusion_figure(
                 entry.final["confusion"], entry.final["class_names"], title=title

@@ -1,4 +1,4 @@
-"""Draw point clouds: a data set, predictions, groups and tokens of a model, saliency, corruptions."""
+"""Draw point clouds: a data set, predictions, groups and tokens of a model, saliency, corruptions, reconstructions."""
 
 import argparse
 import sys
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from s2d3d.viz.sheet import CloudSheet
 
 MOST_PIXELS = 1024
-KINDS = ("gallery", "predictions", "patches", "experts", "saliency", "corruptions")
-NEEDS_MODEL = ("predictions", "patches", "experts", "saliency")
+KINDS = ("gallery", "predictions", "patches", "experts", "saliency", "corruptions", "reconstructions")
+NEEDS_MODEL = ("predictions", "patches", "experts", "saliency", "reconstructions")
 OWN_FLAGS = {"passes": ("experts", 4), "layer": ("experts", None), "severity": ("corruptions", 3)}
 """Flags that only one kind has, and their defaults."""
 
@@ -111,7 +111,11 @@ def make_sheet(arguments: argparse.Namespace, config: "Config | None") -> "Cloud
         return kinds.experts(source, layer=arguments.layer, passes=arguments.passes, seed=arguments.seed)
     if arguments.kind == "corruptions":
         return kinds.corruptions(source, arguments.severity)
-    return {"gallery": kinds.gallery, "patches": kinds.patches, "saliency": kinds.saliency}[arguments.kind](source)
+    sheets = {
+        "gallery": kinds.gallery, "patches": kinds.patches, "saliency": kinds.saliency,
+        "reconstructions": kinds.reconstructions,
+    }  # fmt: skip
+    return sheets[arguments.kind](source)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

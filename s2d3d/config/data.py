@@ -8,8 +8,15 @@ from ..errors import InputError, first_difference
 from .schema import DataConfig
 
 
-def build_dataset(data: DataConfig, split: str, *, seed: int) -> LabelledDataset:
-    """Read one split as configured; augmentation and fraction apply to the training split."""
+def build_dataset(data: DataConfig, split: str, *, seed: int, labelled: bool = True) -> LabelledDataset:
+    """Read one split as configured; augmentation and fraction apply to the training split.
+
+    Args:
+        data: config section.
+        split: "train" or "test".
+        seed: of the fraction.
+        labelled: labels are needed; see `create_dataset`.
+    """
     training = split == "train"
     return create_dataset(
         data.name,
@@ -26,6 +33,7 @@ def build_dataset(data: DataConfig, split: str, *, seed: int) -> LabelledDataset
         cache_dir=data.cache_dir,
         allow_links=data.allow_links,
         memory_budget_gb=data.memory_budget_gb,
+        labelled=labelled,
         **data.kwargs,
     )
 

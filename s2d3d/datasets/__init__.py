@@ -182,6 +182,7 @@ def create_dataset(
     cache_dir: str | os.PathLike | None = None,
     allow_links: bool = False,
     memory_budget_gb: float = MEMORY_BUDGET_GB,
+    labelled: bool = True,
     **own: Any,
 ) -> LabelledDataset:
     """Read one split of a data set; its points are turned z up.
@@ -206,6 +207,7 @@ def create_dataset(
         allow_links: follow links that lead out of the folder; otherwise they are refused.
         memory_budget_gb: 10^9 bytes, above 0. The points of a split that take more are not read into memory at once:
             they stay in their files and are read batch by batch, through a cache of this size. Samples are the same.
+        labelled: False accepts a set without labels, for a pre-training, where the reader can: class `UNLABELLED` then.
         **own: keywords that only this data set has, such as `variant` of `load_scanobjectnn`.
 
     Returns:
@@ -238,6 +240,8 @@ def create_dataset(
             text = f"data set '{name}' has no channels beyond xyz, asked for are {channels}"
             raise InputError(f"{text}; set data.channels=xyz")
         own["channels"] = channels
+    if not labelled and "labelled" in inspect.signature(reader.read).parameters:
+        own["labelled"] = False
     dataset = reader.read(
         root,
         split,

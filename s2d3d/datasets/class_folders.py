@@ -14,6 +14,8 @@ from .files import SUFFIXES
 from .links import check_inside
 
 SPLITS = ("train", "test")
+UNLABELLED = "unlabelled"
+"""The class of files outside of class folders, where no labels are needed."""
 LAYOUTS = "ROOT/CLASS/FILE, ROOT/train/CLASS/FILE with ROOT/test/CLASS/FILE, or ROOT/CLASS/train/FILE with test"
 
 
@@ -46,7 +48,12 @@ class ClassFolders:
 
 
 def find_class_folders(
-    root: str | os.PathLike, *, test_fraction: float = 0.2, split_seed: int = 0, allow_links: bool = False
+    root: str | os.PathLike,
+    *,
+    test_fraction: float = 0.2,
+    split_seed: int = 0,
+    allow_links: bool = False,
+    labelled: bool = True,
 ) -> ClassFolders:
     """Find the files of a data set in class folders, see `LAYOUTS`.
 
@@ -59,6 +66,7 @@ def find_class_folders(
         test_fraction: share of the test split, in (0, 1), where the folders do not split the files.
         split_seed: of that choice, independent of the training's seed.
         allow_links: follow links that lead out of the folder.
+        labelled: False accepts files outside of class folders, of the class `UNLABELLED`, and a single class.
 
     Raises:
         InputError: no folder, fewer than two classes, a class without a file to train on, files outside of class
@@ -88,9 +96,9 @@ def find_class_folders(
             folders = [name for name in path.relative_to(root).parts[:-1] if name not in SPLITS]
             other_folders.update(folders[:1])
             continue
-        split, class_name = _place(path.relative_to(root), path)
+        split, class_name = _place(path.relative_to(root), path, labelled)
         by_class.setdefault(class_name, {}).setdefault(split, []).append(path)
-    if len(by_class) < 2:
+    if len(by_class) < (2 if labelled else 1):
         found = f"one class, '{next(iter(by_class))}'" if by_class else f"no file of {', '.join(SUFFIXES)}"
         raise InputError(f"{root}: holds {found}; the files of at least two classes are needed, as {LAYOUTS}")
     class_names = sorted(by_class)
@@ -146,7 +154,7 @@ def walk_files(folder: Path, root: Path, *, allow_links: bool, above: frozenset[
             yield path
 
 
-def _place(relative: Path, path: Path) -> tuple[str, str]:
+def _place(relative: Path, path: Path, labelled: bool) -> tuple[str, str]:
     """Return the split of a file, "" if no folder tells it, and its class."""
     folders = relative.parts[:-1]
     split = ""
@@ -154,6 +162,8 @@ def _place(relative: Path, path: Path) -> tuple[str, str]:
         split, folders = folders[0], folders[1:]
     elif len(folders) > 1 and folders[1] in SPLITS:
         split, folders = folders[1], folders[:1]
+    if not folders and not labelled:
+        return split, UNLABELLED
     if not folders:
         raise InputError(f"{path}: lies in no class folder, so its class is unknown; move it: {LAYOUTS}")
     return split, folders[0]

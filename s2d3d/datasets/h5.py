@@ -97,6 +97,7 @@ def read_h5(
     num_classes: int | None = None,
     extras: bool = True,
     channels: str = XYZ,
+    labelled: bool = True,
     max_bytes: int = MAX_BYTES,
 ) -> CloudFile:
     """Read and check one file: `data` (n, P, 3) float, `label` (n,) or (n, 1) whole numbers.
@@ -112,6 +113,7 @@ def read_h5(
         extras: read `normal`, `rgb` and `mask` too, as they are stored.
         channels: of the points, one of `s2d3d.channels.CHANNELS`; those beyond x, y, z must be there. Normals become
             unit vectors; colours lie in [0, 1], whole numbers are divided by 255 (8 bits) or 65535.
+        labelled: False does not read `label`; all labels are 0.
         max_bytes: refuse a dataset that declares more than this.
 
     Raises:
@@ -126,7 +128,7 @@ def read_h5(
     with _opened(path) as file:
         item = points_dataset(path, file, max_bytes)
         count = item.shape[0]
-        label = read_label(path, file, count, num_classes, max_bytes)
+        label = read_label(path, file, count, num_classes, max_bytes) if labelled else np.zeros(count, np.int64)
         further = further_datasets(path, file, channels, item.shape, max_bytes)
         points = load_points(path, item, 0, count)
         return CloudFile(
@@ -152,8 +154,23 @@ def points_bytes(path: str | os.PathLike, *, channels: str = XYZ, max_bytes: int
         return item.size * kept_dtype(item).itemsize * num_channels(channels) // WIDTH
 
 
+def has_labels(path: str | os.PathLike) -> bool:
+    """Return whether a file has a dataset `label`; its content is not checked.
+
+    Raises:
+        InputError: the file cannot be opened.
+    """
+    with _opened(Path(path)) as file:
+        return "label" in file
+
+
 def inspect_h5(
-    path: str | os.PathLike, *, num_classes: int | None = None, channels: str = XYZ, max_bytes: int = MAX_BYTES
+    path: str | os.PathLike,
+    *,
+    num_classes: int | None = None,
+    channels: str = XYZ,
+    labelled: bool = True,
+    max_bytes: int = MAX_BYTES,
 ) -> CloudLayout:
     """Read and check everything of a file except its points, normals, colours and mask.
 
@@ -161,6 +178,7 @@ def inspect_h5(
         path: the file.
         num_classes: as for `read_h5`.
         channels: likewise; `read_rows` reads them.
+        labelled: likewise.
         max_bytes: likewise.
 
     Raises:
@@ -184,7 +202,7 @@ def inspect_h5(
             shape=(*item.shape[:2], num_channels(channels)),
             dtype=kept_dtype(item),
             rows_per_read=rows_per_read(path, item),
-            label=read_label(path, file, count, num_classes, max_bytes),
+            label=read_label(path, file, count, num_classes, max_bytes) if labelled else np.zeros(count, np.int64),
             names=read_names(path, file, count, max_bytes),
             has_mask=mask is not None,
             up_axis=read_up_axis(path, file),

@@ -17,7 +17,8 @@ import torch
 from ..channels import XYZ
 from ..errors import InputError, did_you_mean, quoted
 from .base import PointCloudDataset
-from .h5 import SEE, CloudFile, CloudLayout, check_up_axis, read_h5
+from .class_folders import UNLABELLED
+from .h5 import SEE, CloudFile, CloudLayout, check_up_axis, has_labels, read_h5
 from .h5_checks import check_shapes
 from .links import check_inside
 from .prefix import cache_folders
@@ -45,6 +46,7 @@ def load_modelnet40(
     cache_dir: str | os.PathLike | None = None,
     allow_links: bool = False,
     memory_budget_gb: float = MEMORY_BUDGET_GB,
+    labelled: bool = True,
 ) -> PointCloudDataset:
     """Read one split of a folder in ModelNet layout.
 
@@ -62,6 +64,8 @@ def load_modelnet40(
         cache_dir: where farthest-point prefixes are kept; default beside the set.
         allow_links: follow links that lead out of the folder.
         memory_budget_gb: 10^9 bytes; a split whose points take more stays in its files, see `StreamedClouds`.
+        labelled: False accepts a folder without `shape_names.txt`, or with a file without labels: the clouds of both
+            splits are then of the one class `UNLABELLED`.
 
     Raises:
         InputError: the folder or a file in it is missing or wrong; an argument is out of range.
@@ -77,8 +81,9 @@ def load_modelnet40(
     if up_axis is not None:
         check_up_axis(up_axis)
     _check_folder(root, f"put ModelNet40 there (see data/README.md) or run: {PREPARE}")
-    class_names = read_class_names(root, allow_links=allow_links)
     files = list_files(root, split, allow_links=allow_links)
+    labelled = labelled or _has_labels(root, allow_links=allow_links)
+    class_names = read_class_names(root, allow_links=allow_links) if labelled else [UNLABELLED]
     stored: torch.Tensor | StreamedClouds
     if exceeds_budget(files, memory_budget_gb, channels):
         stored, all_labels, names = open_clouds(
@@ -87,9 +92,10 @@ def load_modelnet40(
             up_axis=lambda file: up_axis or stored_up_axis(file),
             budget_gb=memory_budget_gb,
             channels=channels,
+            labelled=labelled,
         )
     else:
-        stored, all_labels, names = _read_clouds(files, len(class_names), up_axis, channels)
+        stored, all_labels, names = _read_clouds(files, len(class_names), up_axis, channels, labelled)
     kept, all_labels, class_names = choose_shapes(
         all_labels, class_names, split=split, classes=classes, fraction=fraction, seed=seed
     )
@@ -128,14 +134,20 @@ def _check_folder(root: Path, advice: str) -> None:
         raise InputError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}; {advice} {root}")
 
 
+def _has_labels(root: Path, *, allow_links: bool) -> bool:
+    """Return whether a folder names classes, and each of its files has labels."""
+    paths = [path for split in SPLITS for path in list_files(root, split, allow_links=allow_links)]
+    return (root / "shape_names.txt").is_file() and all(map(has_labels, paths))
+
+
 def _read_clouds(
-    files: Sequence[Path], num_classes: int, up_axis: str | None, channels: str
+    files: Sequence[Path], num_classes: int, up_axis: str | None, channels: str, labelled: bool
 ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """Read all files of a split: points (n, P, C) z up, labels (n,), names."""
     points: list[torch.Tensor] = []
     labels, names = [], []
     for path in files:
-        file = read_h5(path, num_classes=num_classes, extras=False, channels=channels)
+        file = read_h5(path, num_classes=num_classes, extras=False, channels=channels, labelled=labelled)
         stored_points = file.points.shape[1]
         if points and stored_points != points[0].shape[1]:
             raise InputError(f"{path}: {stored_points} points a shape, the files before it {points[0].shape[1]}; {SEE}")

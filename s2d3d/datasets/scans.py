@@ -70,6 +70,7 @@ def load_scans(
     short: Literal["repeat", "skip", "error"] = "repeat",
     skip_unreadable: bool = False,
     estimate_normals: bool = False,
+    labelled: bool = True,
     **shared: Any,
 ) -> PointCloudDataset:
     """Read one split of a folder whose class folders hold clouds and meshes, see `find_class_folders`.
@@ -91,6 +92,7 @@ def load_scans(
             fewer than 32 is unreadable.
         skip_unreadable: leave out files that cannot be read, instead of stopping at the first.
         estimate_normals: estimate the normals of clouds that have none, by Open3D, if `data.channels` has normals.
+        labelled: False accepts files outside of class folders, of the class `UNLABELLED`, and a single class.
         **shared: further keywords of `load_modelnet40`; the vertical `up_axis` of the files is "z" by default.
 
     Returns:
@@ -102,7 +104,9 @@ def load_scans(
     Example:
         >>> train = load_scans("scans", "train", num_points=1024)  # doctest: +SKIP
     """
-    found = find_class_folders(root, test_fraction=test_fraction, split_seed=split_seed, allow_links=allow_links)
+    found = find_class_folders(
+        root, test_fraction=test_fraction, split_seed=split_seed, allow_links=allow_links, labelled=labelled
+    )
     say = split == TRAIN  # once, not for each split
     if say:
         log.info("%s", found.summary())

@@ -44,6 +44,7 @@ def open_clouds(
     up_axis: Callable[[CloudFile | CloudLayout], str],
     budget_gb: float,
     channels: str = XYZ,
+    labelled: bool = True,
 ) -> tuple["StreamedClouds", Tensor, list[str]]:
     """Open the files of one split without reading their points.
 
@@ -53,6 +54,7 @@ def open_clouds(
         up_axis: tells the vertical of a file, "y" or "z".
         budget_gb: the cache takes at most this, in 10^9 bytes.
         channels: of a point.
+        labelled: see `inspect_h5`.
 
     Returns:
         The clouds, their (n,) int64 labels, and n names of shapes.
@@ -60,7 +62,7 @@ def open_clouds(
     Raises:
         InputError: a file is wrong.
     """
-    layouts = [inspect_h5(path, num_classes=num_classes, channels=channels) for path in paths]
+    layouts = [inspect_h5(path, num_classes=num_classes, channels=channels, labelled=labelled) for path in paths]
     for layout in layouts[1:]:
         if layout.shape[1] != layouts[0].shape[1]:
             before = f"the files before it {layouts[0].shape[1]}"

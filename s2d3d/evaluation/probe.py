@@ -139,6 +139,29 @@ def probe_model(
     return linear_probe(parts[0], parts[1], seed=seed, progress=progress)
 
 
+def probe_coordinates(
+    train: LabelledDataset, test: LabelledDataset, *, batch_size: int = 64, seed: int = 0, progress: bool = True
+) -> ProbeReport:
+    """Fit a linear probe to `coordinate_statistics` of plain training clouds, and score it on test clouds.
+
+    Each number is standardised by its mean and deviation over the training clouds, as they have different units.
+
+    Args:
+        train: labelled clouds; its augmentation is not applied.
+        test: likewise, with the same classes.
+        batch_size: clouds read at once.
+        seed: see `linear_probe`.
+        progress: show progress bars on a terminal.
+    """
+    features = [
+        torch.cat([coordinate_statistics(points) for points, _ in BatchLoader(part, batch_size, augment=False)])
+        for part in (train, test)
+    ]
+    mean, deviation = features[0].mean(0), features[0].std(0, correction=0).clamp_min(1e-6)
+    parts = [((rows - mean) / deviation, part.labels) for rows, part in zip(features, (train, test))]
+    return linear_probe(parts[0], parts[1], seed=seed, progress=progress)
+
+
 def random_encoder(
     name: str,
     kwargs: Mapping[str, Any],

@@ -244,6 +244,25 @@ class PointMAEPretrain(nn.Module):
         loss = chamfer_distance(rebuilt.flatten(0, 1), target.flatten(0, 1), norm=self.loss)
         return Reconstruction(loss, rebuilt, target, tokens, mask)
 
+    def complete(self, points: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return visible, predicted and true hidden points of clouds, in the coordinates of the clouds.
+
+        Args:
+            points: (B, N, in_channels).
+            mask: see `reconstruct`.
+
+        Returns:
+            (B, V * S, 3), (B, M * S, 3) and (B, M * S, 3): groups overlap, so that points occur more than once.
+        """
+        result = self.reconstruct(points, mask)
+        groups, centers = self.group(points)
+        hidden = _places(result.mask, result.rebuilt.shape[1])
+        visible = _places(~result.mask, self.num_group - hidden.shape[1])
+        around = _choose(centers, hidden).unsqueeze(2)
+        seen = _choose(groups[..., :3].flatten(2), visible).view(*visible.shape, self.group_size, 3)
+        parts = (seen + _choose(centers, visible).unsqueeze(2), result.rebuilt.float() + around, result.target + around)
+        return parts[0].flatten(1, 2), parts[1].flatten(1, 2), parts[2].flatten(1, 2)
+
     def forward_features(self, points: Tensor) -> Tensor:
         """Map clouds (B, N, in_channels), nothing masked, to normalised tokens (B, num_group, trans_dim)."""
         groups, centers = self.group(points)

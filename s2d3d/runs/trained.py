@@ -37,7 +37,7 @@ class TrainedModel:
 
     @property
     def class_names(self) -> list[str]:
-        """The classes, in the order of the logits."""
+        """The classes, in the order of the logits; none of a pre-training."""
         return self.payload["class_names"]
 
     @property
@@ -63,8 +63,10 @@ class TrainedModel:
                 f"that registers it by --plugin {printable(str(plugins[0]))}, or other data by data.name= and "
                 "data.root="
             )
-        dataset = build_dataset(self.config.data, split, seed=self.config.seed)
-        check_classes(dataset, self.class_names, self.path)
+        labelled = self.config.task == "classify"
+        dataset = build_dataset(self.config.data, split, seed=self.config.seed, labelled=labelled)
+        if labelled:
+            check_classes(dataset, self.class_names, self.path)
         return dataset
 
     def require_clouds(self, use: str) -> None:
@@ -122,6 +124,16 @@ def stored_config(payload: Mapping[str, Any], where: str | Path, overrides: Sequ
     return config
 
 
+_OTHER_TASK = {
+    "pretrain": (
+        "is a pre-training, it has no classes; fine-tune it by model.pretrained={path}, score it with "
+        "tools/linear_probe.py, or draw it with tools/visualize.py --kind reconstructions"
+    ),
+    "classify": "is a classifier, a pre-training is needed, as tools/pretrain.py makes it",
+}
+"""By the task of a checkpoint: why it does not do."""
+
+
 def _unknown_data(payload: Mapping[str, Any], overrides: Sequence[str]) -> str | None:
     """Return the name of the checkpoint's data set if nothing has registered it and no override names another."""
     stored = payload["config"].get("data")
@@ -131,7 +143,12 @@ def _unknown_data(payload: Mapping[str, Any], overrides: Sequence[str]) -> str |
 
 
 def open_trained(
-    path: str | Path, overrides: Sequence[str] = (), *, device: torch.device | str = "cpu", merge: bool = False
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    device: torch.device | str = "cpu",
+    merge: bool = False,
+    task: str | None = "classify",
 ) -> TrainedModel:
     """Open a checkpoint: build its model and parse the config of its run. No data is read.
 
@@ -140,10 +157,11 @@ def open_trained(
         overrides: changes to the config, as `section.key=value`.
         device: device of the model.
         merge: merge the experts into dense FFNs.
+        task: what the model must be for, "classify" or "pretrain"; None: either.
 
     Raises:
-        InputError: the checkpoint or an override cannot be read, an override asks for other channels than the model
-            takes, or `merge` is set and the experts have a router.
+        InputError: the checkpoint or an override cannot be read, its model is for another task, an override asks for
+            other channels than the model takes, or `merge` is set and the experts have a router.
 
     Example:
         >>> trained = open_trained("runs/demo/merged.pt")  # doctest: +SKIP
@@ -152,6 +170,8 @@ def open_trained(
     """
     payload = load_checkpoint(path)
     config = stored_config(payload, path, overrides)
+    if task not in (None, config.task):
+        raise InputError(f"{path}: {_OTHER_TASK[config.task].format(path=path)}")
     model = build_model(payload, where=str(path), merge=merge).to(device)
     if config.data.channels != stored_channels(payload):
         text = f"{path}: takes {stored_channels(payload)}, data.channels asks for {config.data.channels}"

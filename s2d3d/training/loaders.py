@@ -56,7 +56,10 @@ def build_loaders(
         >>> loaders.scored is loaders.test  # doctest: +SKIP
         True
     """
-    train, test = datasets or (build_dataset(config.data, split, seed=config.seed) for split in ("train", "test"))
+    train, test = datasets or (
+        build_dataset(config.data, split, seed=config.seed, labelled=config.task == "classify")
+        for split in ("train", "test")
+    )
     for dataset in datasets or ():
         found = getattr(dataset, "channels", XYZ)
         if found != config.data.channels:

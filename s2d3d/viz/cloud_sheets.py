@@ -242,6 +242,40 @@ def saliency_sheet(
     return CloudSheet(points, captions, title, colors, scales, marks)
 
 
+RECONSTRUCTED = (0.0, 0.447, 0.698)
+"""Colour of predicted and of hidden points."""
+
+
+def reconstructions_sheet(
+    points: Tensor, visible: Tensor, rebuilt: Tensor, hidden: Tensor, captions: Sequence[str], title: str
+) -> CloudSheet:
+    """Show what a masked autoencoder does: a row of four pictures for each cloud.
+
+    They are the input, the points of the visible groups, these in grey with the predicted points, and these in grey
+    with the true points of the masked groups.
+
+    Args:
+        points: (n, N, 3), z up.
+        visible: (n, V, 3).
+        rebuilt: (n, M, 3), the predicted points.
+        hidden: (n, M, 3), the true points.
+        captions: one for each cloud.
+        title: of the sheet.
+
+    Example:
+        >>> clouds = torch.rand(4, 1, 8, 3)
+        >>> reconstructions_sheet(*clouds, ["noise"], "title").captions
+        ['noise\\ninput', 'noise\\nmasked', 'noise\\nreconstructed', 'noise\\noriginal']
+    """
+    clouds, texts, colors = [], [], []
+    for cloud, seen, made, true, caption in zip(points, visible, rebuilt, hidden, captions):
+        shades = np.repeat([GREY, RECONSTRUCTED], [len(seen), len(made)], axis=0)
+        clouds += [cloud, seen, torch.cat([seen, made]), torch.cat([seen, true])]
+        colors += [None, None, shades, shades]
+        texts += [f"{caption}\n{step}" for step in ("input", "masked", "reconstructed", "original")]
+    return CloudSheet(clouds, texts, title, colors, columns=4)
+
+
 def corruptions_sheet(
     points: Tensor,
     captions: Sequence[str],

@@ -14,8 +14,10 @@ from ..datasets import PointCloudDataset, require_clouds
 from ..datasets.file_set import find_files, folder_labels, load_files
 from ..errors import InputError
 from ..evaluation.accuracy import class_probabilities
+from ..evaluation.reconstruction import pinned_masks
 from ..evaluation.robustness import SEED
 from ..machine import choose_device
+from ..models import PointMAEPretrain
 from ..random_state import derived_generator
 from ..runs.checkpoint import require_sparse
 from ..runs.trained import TrainedModel, open_trained
@@ -28,13 +30,16 @@ from .cloud_sheets import (
     point_saliency,
     prediction_caption,
     predictions_sheet,
+    reconstructions_sheet,
     saliency_sheet,
 )
 from .sheet import CloudSheet
 from .tokens import trace_experts
 
 MOST_CLOUDS = 400  # a PNG of about 7000 x 7000 pixels
-NUM_CLOUDS = {"predictions": 12, "patches": 6, "experts": 3, "saliency": 12, "corruptions": 3}
+NUM_CLOUDS = {
+    "predictions": 12, "patches": 6, "experts": 3, "saliency": 12, "corruptions": 3, "reconstructions": 4
+}  # fmt: skip
 """Default number of clouds by kind of sheet; a gallery has one of each class."""
 
 
@@ -137,7 +142,8 @@ def read_source(
     place = choose_device(device)
     trained: TrainedModel | None = None
     if checkpoint is not None:
-        trained = open_trained(checkpoint, overrides, device=place)
+        task = {"reconstructions": "pretrain", "gallery": None}.get(kind, "classify")
+        trained = open_trained(checkpoint, overrides, device=place, task=task)
         trained.require_clouds("a picture")
         config = trained.config
         if kind == "experts":
@@ -255,6 +261,25 @@ def saliency(source: Source) -> CloudSheet:
     marks = [WRONG if wrong else None for _, wrong in verdicts]
     title = f"gradient of the predicted class by each point\n{source.title}; dark: none, light: large"
     return saliency_sheet(source.points, values, captions, title, marks)
+
+
+@torch.no_grad()
+def rebuild(source: Source) -> tuple[Tensor, Tensor, Tensor]:
+    """Return visible, predicted and true hidden points of the clouds, under the masks of evaluations, on the CPU."""
+    model = source.network
+    assert isinstance(model, PointMAEPretrain), "read_source asks for a pre-training"
+    masks = pinned_masks(model, len(source.dataset))[source.chosen]
+    visible, rebuilt, hidden = model.complete(source.points.to(source.device), masks)
+    return visible.cpu(), rebuilt.cpu(), hidden.cpu()
+
+
+def reconstructions(source: Source) -> CloudSheet:
+    """Show input, visible part, prediction and truth of each cloud."""
+    title = (
+        f"masked autoencoder: input, visible groups, prediction, truth\n"
+        f"{source.title}; blue: predicted and true points of masked groups"
+    )
+    return reconstructions_sheet(source.points, *rebuild(source), source.captions, title)
 
 
 def corruptions(source: Source, severity: int) -> CloudSheet:

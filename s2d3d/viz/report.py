@@ -27,6 +27,7 @@ from .plots import (
     throughput_figure,
     training_curves,
 )
+from .reconstructions import Reconstructions, pictures, quantise, reconstruction_curves
 from .sheet import embed_json, fill_template, pack
 
 MOST_BYTES = 10_000_000
@@ -35,7 +36,7 @@ Rows = tuple[list[str], list[list[str]]]
 """Head and rows of a table."""
 TITLES = {
     "sparse": "before merge", "merged": "merged or dense", "routed": "routed", "recalibrated": "BatchNorm recalibrated",
-    "voting": "voting", "ema": "moving average",
+    "voting": "voting", "ema": "moving average", "initial": "random encoder",
 }  # fmt: skip
 """Names of the measurements in metrics.json."""
 
@@ -64,6 +65,7 @@ class Predictions:
 def build_report(
     runs: Sequence[RunRecord],
     predictions: Mapping[str, Predictions] | None = None,
+    reconstructions: Mapping[str, Reconstructions] | None = None,
     *,
     title: str = "",
     num_mistakes: int = 24,
@@ -75,6 +77,7 @@ def build_report(
     Args:
         runs: at least one, with different names.
         predictions: by the name of the run, for its clouds and mistakes; a run without predictions shows none.
+        reconstructions: by the name of a pre-training.
         title: default: the names of the runs.
         num_mistakes: number of worst mistakes in the gallery of each run, at least 0.
         clouds_per_class: number of clouds of each class behind the confusion matrix, at least 0. Each kind of mistake
@@ -107,6 +110,9 @@ def build_report(
         _explorer(run, predictions.get(run.name), num_mistakes, clouds_per_class, points_per_cloud, points)
         for run in runs
     ]
+    rebuilt = [
+        {"run": name, "clouds": pictures(name, of_run, points)} for name, of_run in (reconstructions or {}).items()
+    ]
     title = title or ", ".join(names)
     page = fill_template(
         "report.html",
@@ -116,7 +122,7 @@ def build_report(
         config_title="Differences of the configs" if len(runs) > 1 else "Config",
         config=html_table(*config_rows(runs)),
         environment=html_table(*environment_rows(runs), mark_differences=True),
-        data=embed_json({"runs": [entry for entry in data if entry], "points": points}),
+        data=embed_json({"runs": [entry for entry in data if entry], "points": points, "rebuilt": rebuilt}),
     )
     if len(page.encode()) > MOST_BYTES:
         size = f"{len(page.encode()) / 1e6:.1f} MB, more than the {MOST_BYTES / 1e6:.0f} MB of a report"
@@ -127,9 +133,16 @@ def build_report(
 def report_figures(runs: Sequence[RunRecord]) -> dict[str, Any]:
     """Return the figures of a report by name; figures without data are left out."""
     logs = {run.name: run.log for run in runs}
-    tested = {run.name: run.final["oa"] for run in runs if run.final and run.metrics.get("split", "test") == "test"}
-    figures = {"training": training_curves(logs, tested)}
-    measured = {run.name: run.final["per_class"] for run in runs if run.final}
+    classifiers = {run.name: run for run in runs if not _is_pretraining(run)}
+    final = {name: run.final for name, run in classifiers.items() if run.final}
+    tested = {run.name: run.final["oa"] for run in classifiers.values() if run.final and _scored_on_test(run)}
+    figures = {}
+    if classifiers:
+        figures["training"] = training_curves({name: logs[name] for name in classifiers}, tested)
+    if len(classifiers) < len(runs):
+        others = {name: log for name, log in logs.items() if name not in classifiers}
+        figures["pretraining"] = reconstruction_curves(others)
+    measured = {name: report["per_class"] for name, report in final.items()}
     if measured:
         figures["class_accuracy"] = class_accuracy_figure(measured)
     if any(row.get("divergence") is not None for log in logs.values() for row in log):
@@ -192,7 +205,7 @@ def _explorer(
 ) -> dict[str, Any] | None:
     """Return the data of a run's confusion matrix and clouds for the page; their points are added to `points`."""
     if predictions is None:
-        if run.final is None:
+        if run.final is None or _is_pretraining(run):
             return None
         return {
             "name": run.name, "classes": run.final["class_names"], "confusion": run.final["confusion"], "clouds": [],
@@ -228,12 +241,10 @@ def _explorer(
 
 
 def _encode(cloud: Tensor, num_points: int, index: int) -> dict[str, Any]:
-    """Return a random part of a cloud as 16-bit integers relative to its centre, and their unit."""
+    """Return a random part of a cloud relative to its centre, see `quantise`."""
     kept = torch.randperm(len(cloud), generator=derived_generator("report", index))[:num_points]
     cloud = cloud[kept].double()
-    cloud = cloud - (cloud.amax(0) + cloud.amin(0)) / 2
-    unit = max(float(cloud.abs().max()), 1e-9) / 32767
-    return {"unit": unit, "data": pack((cloud / unit).round().numpy(), "<i2")}
+    return quantise(cloud - (cloud.amax(0) + cloud.amin(0)) / 2)
 
 
 def _plot(name: str, svg: str) -> str:
@@ -253,16 +264,21 @@ def summary_rows(runs: Sequence[RunRecord], predictions: Mapping[str, Prediction
         "seed": [_get(run.config, "seed") for run in runs],
     }
     table["final model"] = [TITLES[final_form(run.metrics)] if run.metrics else None for run in runs]
-    table["OA, final model"] = [_percent(run.final, "oa") for run in runs]
-    table["mAcc, final model"] = [_percent(run.final, "macc") for run in runs]
+    finals = [None if _is_pretraining(run) else run.final for run in runs]
+    table["OA, final model"] = [_percent(report, "oa") for report in finals]
+    table["mAcc, final model"] = [_percent(report, "macc") for report in finals]
+    probed = [(run.final, run.metrics.get("initial")) if _is_pretraining(run) else (None, None) for run in runs]
+    table["OA of a linear probe"] = [_percent(report, "oa") for report, _ in probed]
+    table["OA of a linear probe, random encoder"] = [_percent(report, "oa") for _, report in probed]
     for form, title in TITLES.items():
-        reports = [run.metrics.get(form) for run in runs]
+        reports = [None if _is_pretraining(run) else run.metrics.get(form) for run in runs]
         table[f"OA, {title}"] = [_percent(report, "oa") for report in reports]
         table[f"mAcc, {title}"] = [_percent(report, "macc") for report in reports]
     table["scored on"] = [
         {"test": "test split", "validation": "validation part"}.get(str(run.metrics.get("split"))) for run in runs
     ]
-    table["loss"] = [f"{run.final['loss']:.4f}" if run.final else None for run in runs]
+    table["loss"] = [f"{report['loss']:.4f}" if report else None for report in finals]
+    table["reconstruction loss"] = [f"{report['loss']:.6f}" if report else None for report, _ in probed]
     table["clouds"] = [str(run.final["num_samples"]) if run.final else None for run in runs]
     table["evaluated for this report, OA"] = [_evaluated(predictions.get(run.name)) for run in runs]
     table["mean OA of corruptions"] = [_percent(run.robustness, "mean_oa") for run in runs]
@@ -310,6 +326,14 @@ def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, mark_diffe
     return f"<table><thead><tr>{top}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
+def _scored_on_test(run: RunRecord) -> bool:
+    return run.metrics.get("split", "test") == "test"
+
+
+def _is_pretraining(run: RunRecord) -> bool:
+    return run.config.get("task") == "pretrain"
+
+
 def _get(config: Mapping[str, Any], key: str) -> str | None:
     value = flatten(config).get(key)
     return None if value is None else str(value)
@@ -345,7 +369,7 @@ def _evaluated(predictions: Predictions | None) -> str | None:
 
 
 def _percent(report: Mapping[str, Any] | None, key: str) -> str | None:
-    return f"{100 * report[key]:.2f} %" if report else None
+    return f"{100 * report[key]:.2f} %" if report and key in report else None
 
 
 def _count(value: int | None) -> str | None:

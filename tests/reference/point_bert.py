@@ -46,20 +46,20 @@ class Group(nn.Module):
 class Encoder(nn.Module):
     """Mini-PointNet: neighbourhoods (B, G, S, 3) to tokens (B, G, C)."""
 
-    def __init__(self, encoder_channel):
+    def __init__(self, encoder_channel, width=128):
         super().__init__()
         self.encoder_channel = encoder_channel
         self.first_conv = nn.Sequential(
-            nn.Conv1d(3, 128, 1),
-            nn.BatchNorm1d(128),
+            nn.Conv1d(3, width, 1),
+            nn.BatchNorm1d(width),
             nn.ReLU(inplace=True),
-            nn.Conv1d(128, 256, 1),
+            nn.Conv1d(width, 2 * width, 1),
         )
         self.second_conv = nn.Sequential(
-            nn.Conv1d(512, 512, 1),
-            nn.BatchNorm1d(512),
+            nn.Conv1d(4 * width, 4 * width, 1),
+            nn.BatchNorm1d(4 * width),
             nn.ReLU(inplace=True),
-            nn.Conv1d(512, encoder_channel, 1),
+            nn.Conv1d(4 * width, encoder_channel, 1),
         )
 
     def forward(self, neighborhood):

@@ -19,9 +19,9 @@ class Blocks(nn.Module):
 
 
 class MaskTransformer(nn.Module):
-    def __init__(self, dim, depth, heads, mlp_ratio, rate):
+    def __init__(self, dim, depth, heads, mlp_ratio, rate, width):
         super().__init__()
-        self.encoder = Encoder(dim)
+        self.encoder = Encoder(dim, width)
         self.pos_embed = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, dim))
         self.blocks = Blocks(dim, depth, heads, mlp_ratio, rate)
         self.norm = nn.LayerNorm(dim)
@@ -71,12 +71,13 @@ class PointMAEPretrain(nn.Module):
         mlp_ratio=4.0,
         drop_path_rate=0.1,
         loss="l2",
+        encoder_width=128,
     ):
         super().__init__()
         self.group_size = group_size
         self.loss = loss
         self.group_divider = Group(num_group, group_size)
-        self.MAE_encoder = MaskTransformer(trans_dim, depth, num_heads, mlp_ratio, drop_path_rate)
+        self.MAE_encoder = MaskTransformer(trans_dim, depth, num_heads, mlp_ratio, drop_path_rate, encoder_width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, trans_dim))
         self.decoder_pos_embed = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, trans_dim))
         self.MAE_decoder = Decoder(trans_dim, decoder_depth, decoder_num_heads, mlp_ratio, drop_path_rate)

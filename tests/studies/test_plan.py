@@ -176,3 +176,11 @@ def test_a_test_curve_scores_each_epoch_and_needs_the_test_split(write_study, re
 def test_a_margin_is_above_zero(refused):
     (line,) = refused(equivalence=0)
     assert line.startswith("equivalence: must be")
+
+
+def test_each_run_has_a_pre_training_of_its_own_seed(write_study):
+    path = write_study(arms={"dense": {"s2d.kind": "none"}, "s2d": {"model.pretrained": "pre/seed{seed}/merged.pt"}})
+    pretrained = {(cell.arm, cell.seed): cell.config.model.pretrained for cell in load_study(path).cells}
+    assert pretrained == {
+        ("dense", 0): None, ("s2d", 0): "pre/seed0/merged.pt", ("dense", 1): None, ("s2d", 1): "pre/seed1/merged.pt"
+    }  # fmt: skip

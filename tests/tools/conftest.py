@@ -285,3 +285,24 @@ def broken_checkpoint(request, tmp_path, trained) -> Iterator[tuple[Path, str]]:
     make(path, trained)
     yield path, message
     assert not (tmp_path / "executed").exists(), "code in a checkpoint was run"
+
+
+PRETRAINING = (
+    "data.name=shapes", "data.num_points=128", "model.trans_dim=24", "model.encoder_dims=24", "model.depth=2",
+    "model.num_heads=2", "model.decoder_depth=2", "model.decoder_num_heads=2", "model.num_group=12",
+    "model.group_size=8", "model.encoder_width=8", "s2d.kind=rup", "optim.warmup_epochs=1", "train.epochs=2",
+    "train.batch_size=16", "eval.every=1",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def pretrained(fork, repository, shapes_root, tmp_path_factory) -> Trained:
+    """A run that `tools/pretrain.py` finished in a process of its own."""
+    root = tmp_path_factory.mktemp("pretrained")
+    folder = RunFolder(root / "run")
+    overrides = [f"data.root={shapes_root}", f"output_dir={folder.root}", *PRETRAINING]
+    config = root / "config.yaml"
+    config.write_text(dump_config(load_config(repository / "configs" / "pretrain_mae_small.yaml", overrides)))
+    process = fork("pretrain", config)
+    assert process.returncode == 0, process.stderr
+    return Trained(config, folder, process)

@@ -6,6 +6,8 @@ import multiprocessing
 import signal
 import time
 
+import h5py
+import numpy as np
 import pytest
 import torch
 from children import START
@@ -209,3 +211,27 @@ def test_refused_configs(tiny_pretraining, override, message):
     with pytest.raises(InputError, match=message) as refusal:
         tiny_pretraining(override)
     assert str(refusal.value).count("\n") == 0
+
+
+def test_clouds_without_labels_are_enough_and_are_not_for_a_classifier(tiny_pretraining, tiny_config, tmp_path):
+    """Files in no class folder, and HDF5 files without labels and names of classes."""
+    rng, root, folder = np.random.default_rng(0), tmp_path / "scans", tmp_path / "h5"
+    root.mkdir()
+    folder.mkdir()
+    for number in range(40):
+        np.save(root / f"{number}.npy", rng.normal(size=(140, 3)).astype(np.float32))
+    for split, count in (("train", 32), ("test", 4)):
+        with h5py.File(folder / f"{split}.h5", "w") as file:
+            file["data"] = rng.normal(size=(count, 130, 3)).astype(np.float32)
+        (folder / f"{split}_files.txt").write_text(f"{split}.h5\n")
+    for name, place, count in (("files", root, 32), ("modelnet40", folder, 32)):
+        data = f"data.name={name}", f"data.root={place}"
+        trainer = Trainer(tiny_pretraining(*data, f"output_dir={tmp_path / name}", "train.max_steps=1"))
+        trainer.fit()
+        assert len(trainer.data.train.dataset) == count and trainer.data.class_names == ["unlabelled"]
+    with pytest.raises(InputError, match="lies in no class folder, so its class is unknown"):
+        Trainer(tiny_config("data.name=files", f"data.root={root}")).fit()
+    with pytest.raises(InputError, match=r"shape_names\.txt: no such file"):
+        Trainer(tiny_config("data.name=modelnet40", f"data.root={folder}")).fit()
+    with pytest.raises(InputError, match=r"holds no labels, which eval\.probe needs"):
+        Trainer(tiny_pretraining("data.name=files", f"data.root={root}", "eval.probe=true")).fit()
