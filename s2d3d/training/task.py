@@ -134,14 +134,8 @@ class Pretraining:
             return
         config, train = self._config, data.plain_train.dataset
         size = config.eval.batch_size
-        fresh = random_encoder(
-            config.model.name,
-            {**config.model.kwargs, "in_channels": config.in_channels},
-            train,
-            seed=config.seed,
-            device=self._device,
-            batch_size=size,
-        )
+        kwargs = {**config.model.kwargs, "in_channels": config.in_channels}
+        fresh = random_encoder(config.model.name, kwargs, train, seed=config.seed, device=self._device, batch_size=size)
         reports["initial"] = self.evaluate(fresh, data.scored)
         for form, network in ((kept, model), ("initial", fresh)):
             probe = probe_model(
