@@ -28,7 +28,7 @@ demo: $(VENV)/.s2d3d data/shapes/train_files.txt
 	@echo "    $(RUN) tools/report.py runs/demo --output runs/demo/report.html"
 
 # Bytecode is kept, whatever the environment says: without it, each process that a test starts compiles the package anew.
-test: $(VENV)/.s2d3d $(VENV)/.browser
+test: $(VENV)/.s2d3d $(VENV)/.browser $(VENV)/.web
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(TEST_PROCESSES) --dist worksteal
 
 # Thorough fault injection and fuzzing; half an hour. Notes go to docs/results, the table to docs/reliability.md.
@@ -138,6 +138,18 @@ $(VENV)/.browser: | $(VENV)/.python
 	fi; \
 	if [ -n "$$found" ]; then touch $@; else \
 		echo "tests that open pages in a browser are skipped; for them: sudo apt-get install $(BROWSER_PACKAGE)"; \
+	fi
+
+# ONNX Runtime for browsers (14 MB of the npm package), for the tests of the exported web page; skipped likewise.
+WEB_PACKAGE := onnxruntime-web@1.30.0
+WEB_FILES := ort.wasm.min.mjs ort-wasm-simd-threaded.mjs ort-wasm-simd-threaded.wasm
+$(VENV)/.web: | $(VENV)/.python
+	@place=$(VENV)/onnxruntime-web; mkdir -p $$place; \
+	if command -v npm >/dev/null && npm pack $(WEB_PACKAGE) --silent --pack-destination $$place >/dev/null 2>&1 \
+		&& tar xzf $$place/*.tgz -C $$place --strip-components=2 $(addprefix package/dist/,$(WEB_FILES)); then \
+		rm $$place/*.tgz; touch $@; \
+	else \
+		rm -rf $$place; echo "tests of the exported web page are skipped; they need npm, which fetches $(WEB_PACKAGE)"; \
 	fi
 
 clean:

@@ -59,7 +59,12 @@ setup(
         "s2d3d.configs": "configs",
         "s2d3d.configs.studies": "configs/studies",
     },
-    package_data={"s2d3d.viz": ["*.css", "*.html", "*.js"], "s2d3d": ["py.typed"], "": ["*.yaml"]},
+    package_data={
+        "s2d3d.viz": ["*.css", "*.html", "*.js"],
+        "s2d3d.export": ["web/*"],
+        "s2d3d": ["py.typed"],
+        "": ["*.yaml"],
+    },
     cmdclass={"build_py": BuildWithoutBenchmarks},
     entry_points={"console_scripts": ["s2d3d = s2d3d.console:main"]},
     install_requires=[

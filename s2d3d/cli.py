@@ -98,7 +98,7 @@ def print_error(error: Exception) -> bool:
 
 
 def own_command(tool: str) -> str:
-    """Return the beginning of a command line that starts a tool as this process was started.
+    """Return the beginning of a command line that starts a tool in the way in which this process was started.
 
     Args:
         tool: its name as a subcommand, such as "train".
@@ -108,7 +108,8 @@ def own_command(tool: str) -> str:
         return f"s2d3d {tool}"
     here = Path(sys.executable).is_relative_to(Path.cwd())
     python = os.path.relpath(sys.executable) if here else sys.executable
-    return shlex.join([python, "-m", "s2d3d", tool] if program.name == "__main__.py" else [python, str(program)])
+    file = program.with_name(f"{tool.replace('-', '_')}.py")
+    return shlex.join([python, str(file)] if file.is_file() else [python, "-m", "s2d3d", tool])
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:

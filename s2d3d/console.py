@@ -24,6 +24,7 @@ COMMANDS = {
     "prepare-data": "make, convert or download a data set",
     "visualize": "draw clouds: data, predictions, patches, experts",
     "report": "put runs into one HTML page",
+    "open": "show the report of a run in a browser",
     "analyze": "analyse the experts of a run",
     "few-shot": "run few-shot folds",
     "study": "run and compare configurations over paired seeds",

@@ -1,16 +1,25 @@
-"""Worker processes for the preparation of data; they end with the process that started them, however it ends."""
+"""Worker processes: for the preparation of data, and for work whose time is bounded.
+
+They end with the process that started them, however it ends.
+"""
 
 import contextlib
 import logging
 import multiprocessing
 import os
+import re
+import select
+import signal
+import sys
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import Any
 
-from .errors import InputError
+from .errors import InputError, printable
 from .machine import watch_parent
 
 log = logging.getLogger(__name__)
@@ -76,3 +85,63 @@ def _start_worker(start: Callable[..., None] | None, arguments: tuple) -> None:
         start(*arguments)
     # A process that is killed cannot stop its workers, and they would wait for work forever.
     watch_parent(lambda: os._exit(1))
+
+
+def run_within(seconds: float, body: Callable[[], object]) -> str:
+    """Run a function in a copy of this process, which is killed when its time is over.
+
+    The copy has all that is in memory, so nothing is read or imported anew, and it may use one thread of torch and no
+    GPU. Whatever happens in it, such as a crash or a lack of memory, leaves this process as it is.
+
+    Args:
+        seconds: that the function may take.
+        body: the function; what it prints is dropped.
+
+    Returns:
+        Why it did not end well, in one line; empty if it did.
+
+    Example:
+        >>> run_within(20, lambda: None), run_within(20, lambda: int("x"))
+        ('', "invalid literal for int() with base 10: 'x'")
+        >>> run_within(0.1, lambda: time.sleep(60))
+        'it took longer than 0.1 s'
+    """
+    receiver, sender = os.pipe()
+    process = multiprocessing.get_context("fork").Process(target=_run_copy, args=(body, sender), daemon=True)
+    with warnings.catch_warnings():  # of threads, whose locks could keep the copy waiting: until its time is over
+        warnings.simplefilter("ignore", DeprecationWarning)
+        process.start()
+    os.close(sender)
+    said, end = b"", time.monotonic() + seconds
+    try:
+        while select.select([receiver], [], [], max(0.0, end - time.monotonic()))[0]:
+            part = os.read(receiver, 2**16)
+            if not part:
+                break
+            said = (said + part)[-(2**16) :]
+        process.join(max(0.0, end - time.monotonic()))
+    finally:
+        late = process.is_alive()
+        process.kill()
+        process.join()
+        os.close(receiver)
+    if late:
+        return f"it took longer than {seconds:.1f} s"
+    if process.exitcode == 0:
+        return ""
+    lines = said.decode(errors="replace").strip().splitlines()
+    text = re.sub(r"^[\w.]+: ", "", lines[-1]) if lines and process.exitcode == 1 else ""
+    return printable(text[:300]) or f"its process ended with exit code {process.exitcode}"
+
+
+def _run_copy(body: Callable[[], object], sender: int) -> None:
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for stream in (1, 2):
+        os.dup2(sender, stream)
+    sys.stdout = sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+    torch.set_num_threads(1)  # those of the process that was copied are not here
+    watch_parent(lambda: os._exit(1))
+    body()

@@ -120,6 +120,7 @@ def tiny_config(shapes_root, tmp_path, repository):
                 "optim.warmup_epochs=1",
                 "train.epochs=2",
                 "train.batch_size=16",
+                "log.report=false",
                 *overrides,
             ],
         )
@@ -202,6 +203,16 @@ def enough_updates():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batchnorm, "FORGOTTEN", 1.0)
         yield
+
+
+@pytest.fixture
+def browser(tmp_path_factory):
+    """A page in a real browser; the test is skipped where there is none."""
+    from chromium import Chromium
+
+    browser = Chromium(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
 
 
 CLASSES = ("apple", "boat", "chair")

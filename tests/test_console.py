@@ -151,7 +151,8 @@ def test_the_wheel_alone_trains_and_evaluates(repository, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "site")
-    for needed in ("s2d3d/py.typed", "s2d3d/tools/train.py", "s2d3d/configs/demo.yaml", "s2d3d/viz/report.html"):
+    web = [f"s2d3d/export/web/{path.name}" for path in (repository / "s2d3d" / "export" / "web").iterdir()]
+    for needed in ("s2d3d/py.typed", "s2d3d/tools/train.py", "s2d3d/configs/demo.yaml", "s2d3d/viz/report.html", *web):
         assert needed in names
     assert not [name for name in names if name.startswith(("tests/", "docs/")) or "bench" in name]
     (entry,) = (name for name in names if name.endswith("entry_points.txt"))

@@ -177,7 +177,7 @@ def test_the_names_are_those_that_the_tests_look_for(repository):
         for line in (repository / "Makefile").read_text().splitlines()
         if line.startswith("BROWSERS :=")
     )
-    source = (Path(__file__).parent / "viz" / "chromium.py").read_text()
+    source = (Path(__file__).parent / "chromium.py").read_text()
     scope: dict[str, tuple[str, ...]] = {}
     exec(source[source.index("NAMES = (") : source.index("PATIENCE")], scope)
     assert sorted(names) == sorted(scope["NAMES"])

@@ -9,7 +9,10 @@ import torch
 
 from s2d3d.console import main
 
-SHORT = ["train.epochs=2", "data.num_points=64", "model.depth=2", "model.num_group=8", "model.group_size=8"]
+SHORT = [
+    "train.epochs=2", "data.num_points=64", "model.depth=2", "model.num_group=8", "model.group_size=8",
+    "log.report=false",
+]  # fmt: skip
 
 
 @pytest.fixture

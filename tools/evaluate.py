@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def build_parser() -> argparse.ArgumentParser:
     example = "s2d3d evaluate --checkpoint runs/demo/merged.pt --votes 10"
     parser = argparse.ArgumentParser(prog="evaluate.py", **described(__doc__, example))
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a checkpoint, sparse or dense")
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a checkpoint, or an exported .onnx file")
     add_overrides(parser)
     add_files(parser, "files or folders of files instead of the data set, each in a folder named after its class")
     parser.add_argument(
@@ -61,11 +61,10 @@ def run(arguments: argparse.Namespace) -> None:
         evaluate_corruptions,
         robustness_table,
     )
-    from s2d3d.machine import choose_device, keep_large_allocations
+    from s2d3d.machine import keep_large_allocations
     from s2d3d.runs.record import find_reference, read_robustness
-    from s2d3d.runs.trained import open_trained
+    from s2d3d.runs.trained import open_classifier
 
-    device = choose_device(arguments.device)
     corruption = parse_corruption(arguments.corruption) if arguments.corruption and not everything else None
     reference = arguments.reference
     if everything and not arguments.files and not reference:  # the baseline's file is for the test set
@@ -73,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
     compared = read_robustness(reference) if reference else None
     keep_large_allocations()
     overrides = [*arguments.overrides, *([f"eval.votes={arguments.votes}"] if arguments.votes is not None else [])]
-    trained = open_trained(arguments.checkpoint, overrides, device=device)
+    trained, device = open_classifier(arguments.checkpoint, overrides, device=arguments.device)
     model, config = trained.model, trained.config
     if arguments.corruption:
         trained.require_clouds("--corruption")

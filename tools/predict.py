@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def build_parser() -> argparse.ArgumentParser:
     example = "s2d3d predict --checkpoint runs/demo/merged.pt chair.ply scans"
     parser = argparse.ArgumentParser(prog="predict.py", **described(__doc__, example))
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a checkpoint, sparse or dense")
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a checkpoint, or an exported .onnx file")
     parser.add_argument("files", nargs="+", metavar="FILE", help=f"files, or folders of them: {CLOUD_FILES}")
     parser.add_argument("--up-axis", choices=("y", "z"), default="z", help="vertical axis of the files (default: z)")
     add_refuse_missing(parser)
@@ -59,11 +59,9 @@ def run(arguments: argparse.Namespace) -> int:
     from s2d3d.datasets.file_set import find_files
     from s2d3d.datasets.files import read_cloud
     from s2d3d.evaluation.classify import classify_clouds
-    from s2d3d.machine import choose_device
-    from s2d3d.runs.trained import open_trained
+    from s2d3d.runs.trained import open_classifier
 
-    device = choose_device(arguments.device)
-    trained = open_trained(arguments.checkpoint, device=device)
+    trained, device = open_classifier(arguments.checkpoint, device=arguments.device)
     trained.require_clouds("predict.py")
     names, data, results, num_failed = trained.class_names, trained.config.data, [], 0
 

@@ -14,12 +14,10 @@ from s2d3d.errors import InputError
 from s2d3d.runs.folder import require_run
 
 if TYPE_CHECKING:
-    import torch
     from matplotlib.figure import Figure
 
     from s2d3d.runs.record import RunRecord
     from s2d3d.viz.reconstructions import Reconstructions
-    from s2d3d.viz.report import Predictions
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -66,6 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     from s2d3d.runs.record import read_runs, require_whole
     from s2d3d.viz.figure import save_figure
     from s2d3d.viz.report import build_report
+    from s2d3d.viz.run_report import predict_run
 
     records = read_runs(folders)
     require_whole(records)
@@ -76,7 +75,11 @@ def run(arguments: argparse.Namespace) -> None:
         keep_large_allocations()
         classifiers = [record for record in records if record.config["task"] == "classify"]
         others = [record for record in records if record.config["task"] == "pretrain"]
-        said = {record.name: classify(record, overrides, device) for record in classifiers} if with_clouds else {}
+        said = (
+            {record.name: predict_run(record, overrides, device=device) for record in classifiers}
+            if with_clouds
+            else {}
+        )
         made = {record.name: reconstruct(record, overrides, device) for record in others} if with_clouds else {}
         page = build_report(
             records, said, made, num_mistakes=arguments.num_mistakes, clouds_per_class=arguments.clouds_per_class
@@ -102,40 +105,14 @@ def split_arguments(items: Sequence[str]) -> tuple[list[str], list[str]]:
     return folders, overrides
 
 
-def classify(record: "RunRecord", overrides: Sequence[str], device: "torch.device") -> "Predictions":
-    """Run the final model of a run on its test set, once."""
-    from s2d3d.datasets import require_clouds
-    from s2d3d.evaluation.accuracy import class_probabilities
-    from s2d3d.runs.trained import open_trained
-    from s2d3d.viz.report import Predictions
-
-    trained = open_trained(finished(record), overrides, device=device)
-    trained.require_clouds("a report with clouds (--num-mistakes 0 --clouds-per-class 0: one without)")
-    config, dataset = trained.config, require_clouds(trained.dataset(), "a report with clouds")
-    probabilities = class_probabilities(trained.model, dataset, device=device, batch_size=config.eval.batch_size)
-    points = dataset.points[:, : dataset.num_points, :3]
-    source = f"{dataset.source} {config.data.name} {config.data.classes} {config.data.num_points} {config.data.kwargs}"
-    return Predictions(points, dataset.labels, probabilities, dataset.names, dataset.class_names, source)
-
-
 def reconstruct(record: "RunRecord", overrides: Sequence[str], device: "torch.device") -> "Reconstructions":
     """Run the final model of a pre-training on a few test clouds, under the masks of evaluations."""
     from s2d3d.viz.kinds import read_source, rebuild
     from s2d3d.viz.reconstructions import Reconstructions
+    from s2d3d.viz.run_report import finished
 
     source = read_source("reconstructions", checkpoint=finished(record), overrides=overrides, device=str(device))
     return Reconstructions(source.points, *rebuild(source), source.captions)
-
-
-def finished(record: "RunRecord") -> Path:
-    """Return the final model of a run."""
-    if record.checkpoint is None:
-        assert record.folder is not None, "read_runs sets it"
-        raise InputError(
-            f"{record.folder.merged}: no such file, the run is not finished; "
-            "report it without clouds by --num-mistakes 0 --clouds-per-class 0"
-        )
-    return record.checkpoint
 
 
 def plot_files(records: Sequence["RunRecord"], folder: Path, force: bool) -> dict[Path, "Figure"]:

@@ -13,7 +13,13 @@ from s2d3d.errors import InputError
 from s2d3d.runs.folder import RunFolder, find_checkpoint
 
 if TYPE_CHECKING:
+    from s2d3d import Trainer
     from s2d3d.config.load import Config
+
+REPORT_SHARE = 0.1
+"""Share of the training's time that the report at its end may take."""
+LEAST_SECONDS, MOST_SECONDS = 1.0, 300.0
+"""Below the first no report can be made, so none is begun. The second ends one that hangs."""
 
 
 EXAMPLE = "s2d3d train configs/files.yaml data.root=scans output_dir=runs/scans"
@@ -73,6 +79,7 @@ def run(arguments: argparse.Namespace, command: str = "train") -> int:
     from s2d3d.training.signals import StoppedBySignal
 
     trainer = Trainer(config, force=arguments.force)
+    foreign = [path for path in trainer.folder.report_files() if path.exists() and not trainer.folder.config.exists()]
     try:
         path = trainer.fit(resume=arguments.resume)
     except StoppedBySignal as stop:
@@ -81,8 +88,53 @@ def run(arguments: argparse.Namespace, command: str = "train") -> int:
             print(f"{stop.reason}; continue with: {again}", file=sys.stderr)
         return stop.exit_code
     if trainer.runtime.is_main and path != trainer.folder.last:
-        print(trainer.summary())
+        print(trainer.summary(), flush=True)
+        if config.log.report and trainer.logits is not None:  # a pre-training has no classes to report
+            write_report(trainer, foreign)
     return 0
+
+
+def write_report(trainer: "Trainer", foreign: Sequence[Path]) -> None:
+    """Write the report of a finished run within its share of the training's time; what hinders it is one line.
+
+    Args:
+        trainer: of the finished run.
+        foreign: files that had the names of the report before the run; they are not replaced.
+    """
+    from s2d3d.atomic import sweep
+    from s2d3d.workers import run_within
+
+    folder, config, dataset = trainer.folder, trainer.config, trainer.data.scored.dataset
+    assert trainer.logits is not None
+    probabilities = trainer.logits.softmax(1)
+    before = folder.report.stat().st_mtime if folder.report.is_file() else None
+    seconds = min(MOST_SECONDS, REPORT_SHARE * sum(row["seconds"] for row in trainer.history))
+
+    def write() -> None:
+        from s2d3d.datasets import PointCloudDataset
+        from s2d3d.viz.run_report import as_predictions, write_run_report
+
+        # Of other samples the report shows numbers alone.
+        clouds = as_predictions(probabilities, dataset, config) if isinstance(dataset, PointCloudDataset) else None
+        write_run_report(folder, clouds)
+
+    if foreign:
+        reason = f"{foreign[0]} was there before the run; move it elsewhere"
+    elif seconds < LEAST_SECONDS:
+        reason = f"a tenth of the training's time, {seconds:.1f} s, is too short to make one"
+    else:
+        try:
+            reason = run_within(seconds, write)
+        except KeyboardInterrupt:
+            reason = "interrupted"
+        except OSError as error:  # no process can be started
+            reason = str(error)
+    if folder.report.is_file() and folder.report.stat().st_mtime != before:
+        print(f"{'report':<34}{folder.report}")
+    if reason:
+        sweep(folder.root, folder.plots)
+        command = f"{own_command('open')} {shlex.quote(str(folder.root))}"
+        print(f"the report is not complete: {reason}; make it with: {command}", file=sys.stderr)
 
 
 def find_config(arguments: argparse.Namespace, overrides: list[str]) -> str:

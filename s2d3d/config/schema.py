@@ -336,6 +336,11 @@ class LogConfig(Section):
     progress: Bool = Field(True, description="Show progress bars on a terminal.")
     tensorboard: Bool = Field(False, description="Write TensorBoard events to tensorboard/ in the run folder.")
     wandb: Str | None = Field(None, description="Weights & Biases project of the run; null: none.")
+    report: Bool = Field(
+        True,
+        description="At the end of `s2d3d train`, write report.html and plots/ into the run folder, if matplotlib is "
+        "installed and a tenth of the training's time is enough.",
+    )
 
 
 class Config(Section):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,8 @@ MATRIX_CLASSES = 16
 TOP_CONFUSIONS = 10
 BATCH_SIZE = 64
 """Clouds of one forward pass, where a data set is evaluated."""
+Part = TypeVar("Part")
+"""What is known of a part of a batch."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,27 @@ def evaluate(
         >>> evaluate(model, dataset, progress=False).num_samples
         3
     """
+    return score(model, loader, device=device, votes=votes, progress=progress, class_names=class_names)[0]
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]] | Dataset,
+    *,
+    device: torch.device | str | None = None,
+    votes: int = 1,
+    progress: bool = True,
+    class_names: list[str] | None = None,
+) -> tuple[ClassificationReport, list[Tensor]]:
+    """Do as `evaluate`; return the report, and the logits (b, num_classes) of each batch of this rank.
+
+    Example:
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(24, 2))
+        >>> loader = [(torch.rand(4, 8, 3), torch.tensor([0, 1, 0, 0]))]
+        >>> [len(logits) for logits in score(model, loader, device="cpu", progress=False)[1]]
+        [4]
+    """
     if votes < 1:
         raise InputError(f"votes is {votes}, must be at least 1")
     if device is None:
@@ -163,6 +187,7 @@ def evaluate(
     confusion = torch.zeros(len(class_names), len(class_names), dtype=torch.int64)
     loss_sum = torch.zeros((), dtype=torch.float64)
     hits: list[str] = []
+    outputs: list[Tensor] = []
     if passes[0]:
         labels = torch.cat([label for _, label in passes[0]])
         all_logits = (torch.cat([logit for logit, _ in batches]) for batches in passes)
@@ -170,13 +195,15 @@ def evaluate(
         _check_outputs(logits, labels, len(class_names))
         confusion = confusion_matrix(logits.argmax(1), labels, len(class_names))
         loss_sum = F.cross_entropy(logits.double(), labels, reduction="sum")
-        parts = (logits.argmax(1) == labels).split([len(label) for _, label in passes[0]])
+        sizes = [len(label) for _, label in passes[0]]
+        parts = (logits.argmax(1) == labels).split(sizes)
         hits = ["".join("01"[hit] for hit in part.tolist()) for part in parts]
+        outputs = list(logits.split(sizes))
     if ranks > 1:
         for counts in (confusion, loss_sum):
             _all_reduce(counts, torch.device(device))
-        hits = _gather_in_order(hits, ranks)
-    return _report(confusion, float(loss_sum), class_names, votes, "".join(hits))
+    hits = gather_in_order(hits, ranks)
+    return _report(confusion, float(loss_sum), class_names, votes, "".join(hits)), outputs
 
 
 def _in_order(dataset: Dataset) -> Iterable[tuple[Tensor, Tensor]]:
@@ -229,11 +256,13 @@ def _all_reduce(counts: Tensor, device: torch.device) -> None:
     counts.copy_(reduced)
 
 
-def _gather_in_order(hits: list[str], ranks: int) -> list[str]:
+def gather_in_order(parts: list[Part], ranks: int) -> list[Part]:
     """Join the parts that the ranks have of each global batch; the last batch may lack some parts."""
-    everyone: list[list[str]] = [[] for _ in range(ranks)]
-    dist.all_gather_object(everyone, hits)
-    return [part for batch in zip_longest(*everyone, fillvalue="") for part in batch]
+    if ranks == 1:
+        return parts
+    everyone: list[list[Part]] = [[] for _ in range(ranks)]
+    dist.all_gather_object(everyone, parts)
+    return [part for batch in zip_longest(*everyone) for part in batch if part is not None]
 
 
 def _report(confusion: Tensor, loss_sum: float, class_names: list[str], votes: int, hits: str) -> ClassificationReport:

@@ -256,13 +256,23 @@ def _read_onnx(path: Path, threads: int | None) -> tuple[Any, dict[str, Any]]:
     except _unreadable(runtime) as error:
         raise InputError(f"{path}: not an ONNX file that this ONNX Runtime reads ({first_line(error)})") from error
     metadata = {key: _plain(text) for key, text in session.get_modelmeta().custom_metadata_map.items()}
-    return (lambda points: torch.from_numpy(session.run(["logits"], {"points": _rows(points)})[0])), metadata
+
+    def run(points: Tensor) -> Tensor:
+        try:
+            return torch.from_numpy(session.run(["logits"], {"points": _rows(points)})[0])
+        except _unreadable(runtime) as error:
+            raise InputError(f"{path}: cannot be run on a cloud ({first_line(error)})") from error
+
+    return run, metadata
 
 
 def _unreadable(runtime: ModuleType) -> tuple[type[Exception], ...]:
     """Return the errors of ONNX Runtime for unreadable files; these classes have no common base."""
     kinds = runtime.capi.onnxruntime_pybind11_state
-    return kinds.Fail, kinds.InvalidProtobuf, kinds.InvalidGraph, kinds.InvalidArgument, kinds.NotImplemented
+    return (
+        kinds.Fail, kinds.InvalidProtobuf, kinds.InvalidGraph, kinds.InvalidArgument, kinds.NotImplemented,
+        kinds.RuntimeException, ValueError,
+    )  # fmt: skip
 
 
 def _read_torchscript(path: Path, threads: int | None) -> tuple[Any, dict[str, Any]]:

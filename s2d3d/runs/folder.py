@@ -29,8 +29,8 @@ class RunFolder:
     `config.yaml` (resolved), `environment.json`, `log.csv`, `metrics.json`, `checkpoints/last.pt`,
     `checkpoints/previous.pt` (what last.pt was before), `checkpoints/best.pt` and `merged.pt`, or `final.pt` where
     experts stay (`s2d.kind: topk`); with `train.keep_every` also `checkpoints/epoch_NNN.pt`; `skipped_files.txt` if the
-    data set left out files. A run that `--force`
-    replaces is kept in `replaced/` until an epoch of the new one is saved.
+    data set left out files; `report.html` and `plots/` at the end. A run that `--force` replaces is kept in `replaced/`
+    until an epoch of the new one is saved.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -48,6 +48,8 @@ class RunFolder:
         self.robustness = self.root / "robustness.json"
         self.analysis = self.root / "analysis.json"
         self.wandb = self.root / "wandb.json"
+        self.report = self.root / "report.html"
+        self.plots = self.root / "plots"
         self.skipped = self.root / "skipped_files.txt"
         self.replaced = ReplacedRun(self.root)
         self._claim: int | None = None
@@ -176,12 +178,17 @@ class RunFolder:
     def _findings(self) -> list[Path]:
         """Return what other tools and loggers have written about the run, where it is there."""
         events = (self.root / "tensorboard").glob("events.out.tfevents.*")
-        files = (self.robustness, self.analysis, self.analysis.with_suffix(".png"), self.wandb, *events)
+        analysis = (self.analysis, self.analysis.with_suffix(".png"))
+        files = (self.robustness, *analysis, self.wandb, *self.report_files(), *events)
         return [path for path in files if path.exists()]
 
     def _remove_run(self) -> None:
         for path in (*self._present(), *self._findings()):
             path.unlink(missing_ok=True)
+
+    def report_files(self) -> list[Path]:
+        """Return where the report of the run and its plots lie."""
+        return [self.report, *(self.plots / f"{name}.png" for name in ("training", "confusion", "mistakes"))]
 
     def owns(self, checkpoint: Path | None) -> bool:
         """Tell whether a checkpoint lies in this folder."""

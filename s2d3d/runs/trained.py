@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..channels import XYZ
 from ..config.data import build_dataset, check_classes
 from ..config.load import Config, parse_config
 from ..config.schema import DataConfig
 from ..datasets import LabelledDataset, dataset_reader, list_datasets
 from ..errors import InputError, printable, quoted
+from ..export.facts import check_facts
+from ..export.write import Exported, load_exported
+from ..machine import choose_device
 from ..models import list_models
 from .checkpoint import build_model, load_checkpoint, stored_channels
 
@@ -177,3 +181,98 @@ def open_trained(
         text = f"{path}: takes {stored_channels(payload)}, data.channels asks for {config.data.channels}"
         raise InputError(f"{text}; remove the override")
     return TrainedModel(str(path), payload, config, model, _unknown_data(payload, overrides))
+
+
+class _Network(nn.Module):
+    """An exported model as a module.
+
+    Attributes:
+        min_points: fewest points of a cloud.
+    """
+
+    def __init__(self, exported: Exported) -> None:
+        super().__init__()
+        self.exported, self.min_points = exported, exported.metadata["min_points"]
+
+    def forward(self, points: Tensor) -> Tensor:
+        logits, count = self.exported(points), len(self.exported.metadata["class_names"])
+        if logits.shape != (len(points), count):
+            shape = tuple(logits.shape)
+            raise InputError(
+                f"{self.exported.path}: gives numbers of shape {shape}, not one for each of {count} classes"
+            )
+        return logits
+
+
+@dataclass(frozen=True)
+class ExportedModel(TrainedModel):
+    """An exported model with the facts of its metadata; they do not say where its data set lies.
+
+    Attributes:
+        root_given: an override has named the folder of the data set.
+    """
+
+    root_given: bool = False
+
+    def dataset(self, split: str = "test") -> LabelledDataset:
+        """Read a split of the data set that metadata and overrides name.
+
+        Raises:
+            InputError: as `TrainedModel.dataset`; no override names the folder.
+        """
+        if not self.root_given:
+            raise InputError(f"{self.path}: an exported model does not say where its data set lies; add data.root=DIR")
+        return super().dataset(split)
+
+
+def open_exported(path: str | Path, overrides: Sequence[str] = ()) -> ExportedModel:
+    """Open an ONNX file of `tools/export.py`, which ONNX Runtime runs on the CPU.
+
+    Args:
+        path: the file.
+        overrides: changes to the config, as `section.key=value`.
+
+    Raises:
+        InputError: the file cannot be read, or lacks metadata; an override is wrong; ONNX Runtime is missing.
+
+    Example:
+        >>> open_exported("model.onnx").class_names  # doctest: +SKIP
+        ['box', 'mug']
+    """
+    exported = load_exported(path, threads=torch.get_num_threads())
+    facts = exported.metadata
+    check_facts(facts, str(path))
+    sections = {key: value for key, value in facts.get("config", {}).items() if key in ("seed", "data", "eval")}
+    data = {"name": UNKNOWN_DATA, "root": "."} | sections.pop("data", {})
+    channels = facts.get("channels", XYZ)
+    data |= {"num_points": facts["num_points"], "normalize": facts["normalize"] == "unit_sphere", "channels": channels}
+    # A config has a model; that of the file need not be known here.
+    model, s2d = {"name": "point_bert_tiny"}, {"kind": "none"}
+    config = {"output_dir": "unused", "model": model, "s2d": s2d, **sections, "data": data}
+    payload = {"config": config, "model": model | {"channels": channels}, "class_names": facts["class_names"]}
+    given = any(override.partition("=")[0].strip() == "data.root" for override in overrides)
+    return ExportedModel(
+        str(path), payload, stored_config(payload, path, overrides), _Network(exported),
+        _unknown_data(payload, overrides), given,
+    )  # fmt: skip
+
+
+def open_classifier(
+    path: str | Path, overrides: Sequence[str] = (), *, device: str = "auto"
+) -> tuple[TrainedModel, torch.device]:
+    """Open a checkpoint or, by its suffix `.onnx`, an exported model; return it with the device of its clouds.
+
+    Args:
+        path: the file.
+        overrides: changes to the config, as `section.key=value`.
+        device: "auto", "cpu", "cuda" or "cuda:N"; exported models run on the CPU.
+
+    Raises:
+        InputError: as `open_trained`, `open_exported` and `choose_device`; an exported model on another device.
+    """
+    if Path(path).suffix != ".onnx":
+        chosen = choose_device(device)
+        return open_trained(path, overrides, device=chosen), chosen
+    if device not in ("auto", "cpu"):
+        raise InputError(f"device '{device}': {path} is run by ONNX Runtime on the CPU; use device cpu or auto")
+    return open_exported(path, overrides), torch.device("cpu")

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Mapping
 
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
 from ..config.load import Config
 from ..datasets import PointCloudDataset
@@ -26,21 +26,22 @@ def end_model(
     task: Task,
     ema: ModelEmaV3 | None,
     updates: int,
-) -> tuple[nn.Module, dict[str, Report], str]:
+) -> tuple[nn.Module, dict[str, Report], str, Tensor | None]:
     """Merge the trained model, re-estimate its BatchNorm statistics if the config says so, and evaluate each form.
 
     Re-estimated are the layers behind experts, and all layers that `updates` were too few for, see `unsettled_norms`.
     A model whose experts have a router is not merged. It is evaluated with its experts.
 
     Returns:
-        The final model, a copy; the evaluations by form of the model; the form of the final model.
+        The final model, a copy; the evaluations by form of the model; the form of the final model; its logits (n, C)
+        for the scored clouds, None if it has no classes.
     """
     final = copy.deepcopy if parts.routed else merge_experts
     model, scored, kept = final(parts.model), data.scored, "routed" if parts.routed else "merged"
     reports: dict[str, Report] = {}
     if parts.converted and not parts.routed:
         reports["sparse"] = task.evaluate(parts.model, scored)
-    reports[kept] = task.evaluate(model, scored)
+    reports[kept], logits = task.score(model, scored)
     if ema:
         reports["ema"] = task.evaluate(final(ema.module), scored)
     if config.eval.recalibrate_batchnorm:
@@ -50,11 +51,11 @@ def end_model(
         norms = [norm for norm in norms if norm not in held]
         if recalibrate_batchnorm_(model, data.plain_train, device=runtime.device, layers=norms):
             kept = "recalibrated"
-            reports[kept] = task.evaluate(model, scored)
+            reports[kept], logits = task.score(model, scored)
     if config.eval.votes > 1:
         reports["voting"] = task.evaluate(model, scored, votes=config.eval.votes)
     task.finish(model, kept, reports, data)
-    return model, reports, kept
+    return model, reports, kept, logits
 
 
 NEAR_CHANCE, LEARNED = 0.1, 0.5

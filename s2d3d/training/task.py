@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..config.load import Config
 from ..datasets import BatchLoader
 from ..errors import InputError
-from ..evaluation.accuracy import ClassificationReport, evaluate
+from ..evaluation.accuracy import ClassificationReport, evaluate, gather_in_order, score
 from ..evaluation.probe import probe_model, random_encoder, require_sklearn
 from ..evaluation.reconstruction import ReconstructionReport, Report, evaluate_reconstruction
 from ..machine import Runtime
@@ -34,6 +34,9 @@ class Task(Protocol):
 
     def evaluate(self, model: nn.Module, loader: BatchLoader, votes: int = 1) -> Report:
         """Score a model on a loader; every rank takes part."""
+
+    def score(self, model: nn.Module, loader: BatchLoader) -> tuple[Report, Tensor | None]:
+        """Do as `evaluate`; return also the logits (n, num_classes) of all ranks, None without classes."""
 
     def class_names(self, names: Sequence[str]) -> list[str]:
         """Return the classes of the model on data with classes `names`."""
@@ -64,6 +67,11 @@ class Classification:
     def evaluate(self, model: nn.Module, loader: BatchLoader, votes: int = 1) -> ClassificationReport:
         """Score a model on a loader; every rank takes part."""
         return evaluate(model, loader, device=self._device, votes=votes, progress=self._progress)
+
+    def score(self, model: nn.Module, loader: BatchLoader) -> tuple[ClassificationReport, Tensor]:
+        """Do as `evaluate`; return also the logits (n, num_classes) of all ranks, in the order of the set."""
+        report, outputs = score(model, loader, device=self._device, progress=self._progress)
+        return report, torch.cat(gather_in_order(outputs, loader.world_size))
 
     def class_names(self, names: Sequence[str]) -> list[str]:
         """Return the classes of the model: those of the data."""
@@ -100,6 +108,10 @@ class Pretraining:
         assert votes == 1, "refused by the config"
         network = cast(PointMAEPretrain, model)
         return evaluate_reconstruction(network, loader, device=self._device, progress=self._progress)
+
+    def score(self, model: nn.Module, loader: BatchLoader) -> tuple[ReconstructionReport, None]:
+        """Do as `evaluate`; there are no logits."""
+        return self.evaluate(model, loader), None
 
     def class_names(self, names: Sequence[str]) -> list[str]:
         """Return no class: the model has none."""

@@ -60,6 +60,7 @@ class Trainer:
         progress: epochs and updates made so far.
         history: the rows of log.csv so far.
         reports: the evaluations at the end of the run, by form of the model.
+        logits: (n, C) of the final model at the end of the run, for the clouds of `data.scored`; None without classes.
 
     Example:
         >>> from s2d3d import load_config
@@ -328,7 +329,7 @@ class Trainer:
     def _finish_run(self) -> Path:
         """Evaluate the sparse model, merge it, evaluate the merged model, and write the model and the results."""
         cfg, scored = self.config, self.data.scored
-        model, reports, kept = end_model(
+        model, reports, kept, self.logits = end_model(
             cfg, self.runtime, self.data, self.parts, self.task, self.ema, self.progress.updates
         )
         line = doubt(model, reports, kept, self.data, self.task, self.history[-1].get("train_oa", 0.0))

@@ -6,7 +6,8 @@ The page contains everything it needs. It opens from a disk, without a server or
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ..config.compare import differing_keys, flatten
 from ..errors import InputError
+from ..export import web
 from ..random_state import derived_generator
 from ..runs.log import training_throughput
 from ..runs.record import RunRecord, final_form
@@ -30,6 +32,8 @@ from .plots import (
 from .reconstructions import Reconstructions, pictures, quantise, reconstruction_curves
 from .sheet import embed_json, fill_template, pack
 
+VIEWER = Path(web.__file__).parent / "web" / "viewer.js"
+"""What draws and turns a cloud, here and in the page of an exported model."""
 MOST_BYTES = 10_000_000
 """Maximum size of a report."""
 Rows = tuple[list[str], list[list[str]]]
@@ -41,12 +45,18 @@ TITLES = {
 """Names of the measurements in metrics.json."""
 
 
+class Clouds(Protocol):
+    """Clouds (N, 3) by their index in the set, such as a tensor (n, N, 3)."""
+
+    def __getitem__(self, index: int, /) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Predictions:
     """The predictions of a run's model on a test set.
 
     Attributes:
-        points: (n, N, 3), z up.
+        points: the clouds (N, 3), z up, by index.
         labels: (n,) int64, the true classes.
         probabilities: (n, C) of the model.
         names: of the clouds, n.
@@ -54,7 +64,7 @@ class Predictions:
         source: of the set; runs with the same source share its clouds in the page.
     """
 
-    points: Tensor
+    points: Clouds
     labels: Tensor
     probabilities: Tensor
     names: Sequence[str]
@@ -122,6 +132,7 @@ def build_report(
         config_title="Differences of the configs" if len(runs) > 1 else "Config",
         config=html_table(*config_rows(runs)),
         environment=html_table(*environment_rows(runs), mark_differences=True),
+        viewer=VIEWER.read_text(encoding="utf-8").partition("export {")[0],
         data=embed_json({"runs": [entry for entry in data if entry], "points": points, "rebuilt": rebuilt}),
     )
     if len(page.encode()) > MOST_BYTES:

@@ -70,7 +70,8 @@ def runs(launcher, repository, shapes_root, tmp_path) -> Runs:
         f"data.root={shapes_root}", "data.num_points=128", "model.depth=2", "model.trans_dim=24", "model.num_heads=2",
         "model.num_group=12", "model.group_size=8", "model.encoder_dims=16", "model.encoder_width=8",
         "optim.warmup_epochs=1", "train.epochs=3", "train.batch_size=16", "train.checkpoint_every=4",
-        "train.keep_every=2", "train.device=cpu", "train.num_threads=1", f"output_dir={tmp_path / 'run'}",
+        "train.keep_every=2", "train.device=cpu", "train.num_threads=1", "log.report=false",
+        f"output_dir={tmp_path / 'run'}",
     ]  # fmt: skip
     config = tmp_path / "config.yaml"
     config.write_text(dump_config(load_config(repository / "configs" / "demo.yaml", overrides)))

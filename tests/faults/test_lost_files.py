@@ -311,6 +311,7 @@ def test_a_source_that_turns_out_damaged_leaves_the_set(attempt, stock, command)
 FILES_OF_OTHERS = (
     "metrics.json.tmp", "config.yaml.tmp", "checkpoints/last.pt.tmp", "checkpoints/best.pt.tmp", ".last.pt.tmp",
     "analysis.json", "analysis.png", "robustness.json", "wandb.json", "tensorboard/events.out.tfevents.1.x",
+    "report.html", "plots/training.png",
     "replaced/notes.txt", "checkpoints/mine.pt", "last.pt", "notes.txt", ".metrics.json.abcdefgh.tmp/new",
     "checkpoints/.last.pt.abcdefgh.tmp/file", "wandb/x",
 )  # fmt: skip

@@ -80,13 +80,17 @@ def test_force_removes_the_run_and_nothing_else(folder):
 
 def test_force_removes_what_other_tools_found_out_about_the_run(folder):
     fill(folder)
-    others = (folder.robustness, folder.analysis, folder.root / "analysis.png")
+    others = (folder.robustness, folder.analysis, folder.root / "analysis.png", *folder.report_files())
     for path in others:
+        path.parent.mkdir(exist_ok=True)
         path.write_text("of the old model")
     folder.create(resume=folder.last)
     assert all(path.exists() for path in others), "the run goes on"
     folder.create(force=True)
     assert not any(path.exists() for path in others)
+    folder.stands()
+    (folder.plots / "mine.png").write_text("of the user")
+    assert (folder.plots / "mine.png").exists() and not any(path.exists() for path in others)
 
 
 def test_a_run_that_continues_keeps_everything(folder, monkeypatch):

@@ -23,6 +23,7 @@ TINY = (
     "model.num_heads=2", "model.num_group=16", "model.group_size=8", "model.encoder_dims=32", "model.encoder_width=16",
     "model.drop_path_rate=0", "model.head_dropout=0", "model.init_std=0.1", "s2d.share_rate=0.05", "optim.lr=3e-3",
     "optim.warmup_epochs=1", "train.epochs=10", "train.batch_size=8", "train.label_smoothing=0", "eval.every=0",
+    "log.report=false",
 )  # fmt: skip
 """A run of two seconds that learns: it tells about half of the shapes, so that equal results mean something."""
 

@@ -1,6 +1,6 @@
 """A real, headless Chromium for tests, driven through its DevTools pipe with the standard library alone.
 
-As a program it takes a picture of a page after a click: python tests/viz/chromium.py PAGE.html SELECTOR PICTURE.png
+As a program it takes a picture of a page after a click: python tests/chromium.py PAGE.html SELECTOR PICTURE.png
 """
 
 import base64
@@ -67,13 +67,14 @@ class Chromium:
         for domain in ("Page", "Network", "Runtime", "Log"):
             self._send(f"{domain}.enable")
 
-    def open(self, path: Path) -> None:
-        """Load a file of the disk, without a network, and wait until it is there."""
+    def open(self, page: Path | str) -> None:
+        """Load a file of the disk, without a network, or an address; wait until it is there."""
+        offline = isinstance(page, Path)
         self._send(
-            "Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=0, uploadThroughput=0
+            "Network.emulateNetworkConditions", offline=offline, latency=0, downloadThroughput=-1, uploadThroughput=-1
         )
         self._loaded = False
-        self._send("Page.navigate", url=path.resolve().as_uri())
+        self._send("Page.navigate", url=page.resolve().as_uri() if isinstance(page, Path) else page)
         while not self._loaded:
             self._note(self._receive())
 
@@ -105,6 +106,12 @@ class Chromium:
         x, y = self.place_of(selector)
         for kind in ("mousePressed", "mouseReleased"):
             self._send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def choose_file(self, selector: str, path: Path) -> None:
+        """Give a file to the input that fits a selector, as the user's choice."""
+        root = self._send("DOM.getDocument")["root"]["nodeId"]
+        node = self._send("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self._send("DOM.setFileInputFiles", files=[str(path.resolve())], nodeId=node)
 
     def drag(self, selector: str, dx: float, dy: float) -> None:
         """Press the mouse in the middle of an element, move it and let it go."""
