@@ -94,7 +94,7 @@ def build_step(
     ours = create_model("point_mae_pretrain", encoder_dims=size["trans_dim"], **size)
     torch.manual_seed(seed)
     clouds = (torch.rand(batch, points, 3) * 2 - 1).to(device)
-    mask = ours.draw_mask(batch).to(device)
+    mask = ours.draw_mask(batch).to(device)  # type: ignore[operator]
     model: nn.Module = ours
     if source == "reference":
         model = submodule(package, "point_mae_pretrain").PointMAEPretrain(**size)

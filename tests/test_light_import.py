@@ -26,6 +26,7 @@ TOOLS = {
     "export": ["--checkpoint", "no/such.pt", "--output", "out.onnx"],
     "few_shot": ["no/such.yaml", "--output", "out.json"],
     "merge": ["--checkpoint", "no/such.pt", "--output", "out.pt"],
+    "linear_probe": ["--checkpoint", "no/such.pt"],
     "open": ["no/such/run"],
     "predict": ["--checkpoint", "no/such.pt", "cloud.ply"],
     "prepare_data": ["shapes"],

@@ -14,6 +14,7 @@ from s2d3d.errors import InputError
 from s2d3d.runs.folder import require_run
 
 if TYPE_CHECKING:
+    import torch
     from matplotlib.figure import Figure
 
     from s2d3d.runs.record import RunRecord
