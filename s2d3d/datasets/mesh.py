@@ -213,6 +213,8 @@ def read_obj(path: Path, extras: Extras | None = None) -> tuple[np.ndarray, np.n
                 raise InputError(f"{path}: line {line}: a face names a vertex outside the {so_far} so far")
             corners += [corner - 1 if corner > 0 else so_far + corner for corner in found]
             lengths.append(len(found))
+    if pending.strip():
+        raise InputError(f"{path}: is cut short: its last line goes on after a backslash")
     points = np.array(vertices, dtype=np.float64).reshape(-1, 3)
     for group, values in more.items():
         if extras is not None and len(values) == points.size and None not in values:

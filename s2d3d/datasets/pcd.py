@@ -190,6 +190,10 @@ def unpack_lzf(packed: bytes, size: int) -> bytes | None:
     return bytes(found) if len(found) == size else None
 
 
+LAS_LENGTHS = {0: 20, 1: 28, 2: 26, 3: 34, 4: 57, 5: 63, 6: 30, 7: 36, 8: 38, 9: 59, 10: 67}
+"""By form of a LAS record, its least bytes."""
+
+
 def read_las(path: Path, extras: Extras | None = None) -> np.ndarray:
     """Read the points of an uncompressed LAS file, in its units: whole numbers times scale plus offset.
 
@@ -213,11 +217,21 @@ def read_las(path: Path, extras: Extras | None = None) -> np.ndarray:
     if form & 0xC0:
         raise InputError(f"{path}: is compressed (LAZ), which is not read; unpack it to LAS")
     steps = np.frombuffer(data, "<f8", 6, 131)
-    if length < 20 or start < header or not np.isfinite(steps).all() or not steps[:3].all():
+    if (
+        length < LAS_LENGTHS.get(form & 0x3F, 20)
+        or start < header
+        or not np.isfinite(steps).all()
+        or not steps[:3].all()
+    ):
         raise InputError(f"{path}: its header is damaged")
     if start + count * length > len(data):
         raise InputError(
             f"{path}: is cut short: {count} points take {count * length} bytes, {max(0, len(data) - start)} are there"
+        )
+    rest = len(data) - start - count * length
+    if rest >= length and (data[24], data[25]) < (1, 3):  # later versions may have other records behind the points
+        raise InputError(
+            f"{path}: announces {count} points, and room for {rest // length} more follows; is it damaged?"
         )
     record = np.dtype({"names": ["p"], "formats": [("<i4", 3)], "offsets": [0], "itemsize": length})
     whole = np.frombuffer(data, record, count, start)["p"]

@@ -24,6 +24,8 @@ SAMPLE = 50
 MAX_EXPANSION = 100
 """Largest ratio of an array to its compressed bytes, above `SMALL`."""
 SMALL = 2**28
+MOST_COLUMNS = 32
+"""Of an array whose first three columns are taken for x, y and z."""
 
 _NUMERIC = re.compile(rb'[\s\d+\-.,;eEnaifNAIF"]*\d[\s\d+\-.,;eEnaifNAIF"]*|[\s,;"]*[-+]?(?:nan|inf)\b.*', re.I)
 _DECIMAL = re.compile(rb"[-+]?\d*,\d+(?:[eE][-+]?\d+)?|[-+]?\d+(?:[eE][-+]?\d+)?")
@@ -176,19 +178,19 @@ def _read_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) ->
 
 
 def _choose(path: Path, archive: zipfile.ZipFile, found: dict[str, zipfile.ZipInfo]) -> str:
+    others = {name for names in _ARRAYS.values() for name in names}
     for name in (*_PREFERRED, *found):
-        if name in found and (name in _PREFERRED or len(found) == 1):
+        if name in found and (name in _PREFERRED or len(found) == 1) and name not in others:
             return name
     fitting = []
-    others = {name for names in _ARRAYS.values() for name in names}
     for name, info in found.items():
-        if name in others and len(found.keys() - others) == 1:
+        if name in others:
             continue
         with archive.open(info) as member:
             shape, _, dtype = _npy_header(str(path), member)  # type: ignore[arg-type]
         if len(shape) >= 2 and shape[-1] >= 3 and dtype.kind in "fiu":
             fitting.append(name)
-    if len(fitting) == 1:
+    if len(fitting) == 1 and not {"x", "y", "z"} <= found.keys():
         return fitting[0]
     listed = ", ".join(quoted(name, 30) for name in islice(found, 10))
     raise InputError(f"{path}: which of its arrays holds the points? ({listed}); call it 'points'")
@@ -213,6 +215,11 @@ def _to_points(path: Path, array: np.ndarray, extras: Extras | None) -> np.ndarr
         raise InputError(f"{path}: holds values of type {array.dtype}, must be numbers")
     if array.ndim >= 2:
         _refuse_transposed(path, array.shape)
+    if (array.ndim == 3 and array.dtype == np.uint8) or (array.ndim == 2 and array.shape[1] > MOST_COLUMNS):
+        raise InputError(
+            f"{path}: holds numbers of type {array.dtype} and shape {array.shape}: is it an image, or features? "
+            "Save the points alone"
+        )
     if array.ndim == 3 and array.shape[2] >= 3:
         log.info("%s: a map of %d x %d points", path, *array.shape[:2])
         array = array.reshape(-1, array.shape[2])
@@ -239,6 +246,8 @@ def _find_layout(path: Path, data: bytes) -> _Layout:
         raise InputError(f"{path}: holds no points, or is not a {path.suffix.lower()} file")
     if not rows:
         raise _no_number(path, lines[0])
+    if any(re.search(rb'"[-+]?\d*,\d+(?:[eE][-+]?\d+)?"', row) for row in rows):
+        raise InputError(f"{path}: holds decimal commas in quotes; write decimal points")
     separator, decimal_comma = _find_separator(path, rows)
     names, count = _comment_names(data), None
     named_in = 0
@@ -253,6 +262,8 @@ def _find_layout(path: Path, data: bytes) -> _Layout:
             axes = _find_axes(path, names, len(fields), named_in)
             if len(fields) < 3:
                 raise InputError(f"{path}: line {line} holds {len(fields)} numbers, must be 3 or more: x, y, z")
+            if fields == [b"%d" % column for column in range(len(fields))] and any(b"." in row for row in rows):
+                raise InputError(f"{path}: line {line} numbers the columns, it is no point; remove it")
             known = names if names is not None and axes == _named_axes(names, len(fields)) else None
             return _Layout(separator, decimal_comma, len(fields), axes, known, start, line, count)
     raise InputError(f"{path}: holds no points, its lines are a header and a count at most")
@@ -299,7 +310,8 @@ def _comment_names(data: bytes) -> list[str] | None:
         text = line.strip()
         if text and not text.startswith(COMMENTS):
             return None
-        words = _words(text)
+        words = [re.sub(r"(?<=.)[\[(].*$", "", word) for word in _words(text)]
+        words = words[1:] if words and words[0].endswith(":") else words
         if {"x", "y", "z"} <= set(words):
             return words
     return None
@@ -327,8 +339,15 @@ def _named_axes(names: list[str], columns: int) -> tuple[int, ...] | None:
 def _find_axes(path: Path, names: list[str] | None, columns: int, line: int) -> tuple[int, int, int]:
     """Return which columns are x, y and z, by their names where there are any."""
     unclear = names is None or any(names.count(axis) != 1 for axis in "xyz")
-    if names is None or (not line and (unclear or len(names) != columns)):
+    if names is None or (not line and unclear):
         return (0, 1, 2)
+    if not line and len(names) != columns:
+        if names[:3] == ["x", "y", "z"] or names[-3:] == ["x", "y", "z"] == names[-columns:]:
+            return (0, 1, 2)
+        shown = quoted(" ".join(names), 60)
+        raise InputError(
+            f"{path}: which columns are x, y and z? A comment says {shown}, the rows have {columns} columns; correct it"
+        )
     if unclear:
         shown = quoted(" ".join(names), 60)
         raise InputError(f"{path}: line {line}: {shown} is neither numbers nor a header with x, y and z; correct it")

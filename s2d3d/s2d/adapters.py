@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -98,6 +99,8 @@ class EntryLinear(PairPart):
         if self.experts.uses_mean():
             return self.stacked(x)
         self.plan = self.experts.draw(x)
+        if not torch.compiler.is_compiling():
+            self.experts.was_called = True
         if self.experts.layout.in_slots:
             return self.stacked(self.experts.spread(x, self.plan))
         return self.stacked.on_tokens(x, self.plan)

@@ -1,7 +1,7 @@
 """Linear layers of K experts, stacked: the only part of an FFN that experts have for themselves."""
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ class StackedLinear(nn.Module):
         without_weights = {id(parameter): None for parameter in linear.parameters()}
         object.__setattr__(self, "_shell", copy.deepcopy(linear, without_weights))
         take_hooks_(self, linear)
+        self.training = linear.training
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x through the experts, or through their mean, as the owning `ExpertLayer` says.
@@ -59,6 +60,11 @@ class StackedLinear(nn.Module):
             if self.channels_first:
                 return self._shell._conv_forward(x, weight, bias)  # type: ignore[operator]
             return F.linear(x, weight.t() if self.input_first else weight, bias)
+        if not torch.compiler.is_compiling() and not owner.was_called:
+            raise TypeError(
+                f"{owner.title()}: a part of it is called, not the whole, so that its tokens cannot be spread: "
+                "leave it out of targets"
+            )
         if owner.layout.in_slots:
             return self.multiply(x)
         return self.on_tokens(x, owner.plan)
@@ -188,6 +194,26 @@ def results_of(module: nn.Module) -> dict[int, Tensor]:
     return {id(value): value.detach() for value in values if isinstance(value, Tensor) and value.grad_fn is not None}
 
 
+def containers_of(module: nn.Module) -> dict[int, Any]:
+    """Return a memo for `copy.deepcopy` that keeps dicts, lists and sets in attributes: others may hold them."""
+    kept = {}
+    for m in module.modules():
+        for key, value in vars(m).items():
+            if key not in _OWN and type(value) in (dict, list, set) and not _holds_modules(value):
+                kept[id(value)] = value
+    return kept
+
+
+def _holds_modules(value: Any, depth: int = 3) -> bool:
+    if isinstance(value, (nn.Module, nn.Parameter)):
+        return True
+    if not depth or not isinstance(value, (dict, list, set, tuple)):
+        return False
+    items = list(value.values()) if isinstance(value, dict) else list(value)
+    return any(_holds_modules(item, depth - 1) for item in items)
+
+
+_OWN = frozenset(vars(nn.Identity()))
 HOOKS = tuple(key for key in vars(nn.Identity()) if "hook" in key and "state_dict" not in key)
 """Where `nn.Module` keeps its forward and backward hooks."""
 

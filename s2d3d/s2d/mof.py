@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .dispatch import Partition, combine, dispatch, random_partition
-from .linear import StackedLinear, drop_hooks_, is_linear, results_of, take_hooks_
+from .linear import StackedLinear, containers_of, drop_hooks_, is_linear, results_of, take_hooks_
 from .probe import Layout, probe_ffn
 from .state import check_state
 
@@ -42,9 +42,12 @@ class ExpertLayer(nn.Module):
     """In the model, for messages."""
     plan: Plan | None = None
     """Of the call that is running, where linear layers spread the tokens themselves."""
+    was_called = False
+    """In training, as a whole."""
     peer: nn.Module | None = None
     """Another module whose mode counts as well, see `ExitLinear`."""
     _template: nn.Module
+    _tensors: frozenset[tuple[str, str]] = frozenset()
 
     def __init__(self, ffn: nn.Module, num_experts: int, *, layout: Layout | None = None) -> None:
         """Build K copies of `ffn`, which is left untouched.
@@ -67,7 +70,7 @@ class ExpertLayer(nn.Module):
             probe_ffn(ffn, num_experts, RUPMoF, routed=not self.averaged_in_eval) if layout is None else layout
         )
         stacked = {id(m): StackedLinear(m, num_experts) for m in ffn.modules() if is_linear(m)}
-        template = copy.deepcopy(ffn, stacked | results_of(ffn))
+        template = copy.deepcopy(ffn, containers_of(ffn) | stacked | results_of(ffn))
         for _, module in template.named_modules():
             if isinstance(module, StackedLinear):
                 object.__setattr__(module, "_owner", self)  # not a sub-module
@@ -77,7 +80,8 @@ class ExpertLayer(nn.Module):
         object.__setattr__(self, "_template", template)
         self._modules.update(template._modules)
         self._input = next(iter(list(inspect.signature(type(ffn).forward).parameters)[1:]), "")
-        self.train(ffn.training)
+        self._tensors = frozenset(_tensors_of_children(template))
+        self.training = ffn.training  # each part keeps its own: a norm may be frozen
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Map tokens (..., C) to (..., D), or (B, C, ...) to (B, D, ...) where the FFN does so.
@@ -90,8 +94,17 @@ class ExpertLayer(nn.Module):
             return self._template(*args, **kwargs)
         x = self._tokens(args, kwargs)
         plan = self.draw(x)
+        if not torch.compiler.is_compiling():
+            self.was_called = True
+            if (
+                self.layout.in_slots
+                and self.averaged_in_eval
+                and not self._tensors.issuperset(_tensors_of_children(self._template))
+            ):  # a mask, say, which has the shape of the tokens
+                self.layout = self.layout._replace(in_slots=False)
         if self.layout.in_slots:
-            return self.combine(self._template(self.spread(x, plan)), plan)
+            rest = args[1:], {key: value for key, value in kwargs.items() if args or key != self._input}
+            return self.combine(self._template(self.spread(x, plan), *rest[0], **rest[1]), plan)
         self.plan = plan
         try:
             return self._template(*args, **kwargs)
@@ -135,7 +148,7 @@ class ExpertLayer(nn.Module):
     def averaged_expert(self) -> nn.Module:
         """Return the mean of the experts as an FFN of the original class, with keys as before the conversion."""
         linears = {id(layer): layer.averaged_linear() for _, layer in self.stacked_layers()}
-        ffn = copy.deepcopy(self._template, linears | results_of(self._template))
+        ffn = copy.deepcopy(self._template, containers_of(self._template) | linears | results_of(self._template))
         take_hooks_(ffn, self)
         return ffn
 
@@ -197,6 +210,17 @@ class ExpertLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{type(self._template).__name__}, num_experts={self.num_experts}"
+
+
+def _tensors_of_children(template: nn.Module) -> list[tuple[str, str]]:
+    """List where parts of an FFN hold tensors in plain attributes."""
+    return [
+        (name, key)
+        for name, m in template.named_modules()
+        if name
+        for key, value in vars(m).items()
+        if isinstance(value, Tensor)
+    ]
 
 
 class RUPMoF(ExpertLayer):

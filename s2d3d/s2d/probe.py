@@ -74,14 +74,8 @@ def probe_ffn(ffn: nn.Module, num_experts: int, make: Make, calls: Sequence[Call
             raise TypeError(f"{kind} does not run on tokens (groups, tokens, channels): {error}{_EXAMPLE}") from None
     with quiet(ffn):
         dense, (trials, channels_first, same_width) = _first_run(ffn, kind, num_experts, calls)
-        for call in trials:
-            if _mixes(dense.eval(), call, channels_first):
-                shape = (
-                    "" if calls else f" (tried on {tuple(call.tokens.shape)}; if the model gives others, pass example=)"
-                )
-                raise TypeError(
-                    f"{kind} mixes tokens; an FFN treats each of them by itself: leave it out of targets{shape}"
-                )
+        if calls:
+            trials = [*trials, *_other_sizes(dense, trials, channels_first, num_experts)]
         num_dims = tuple(sorted({call.tokens.dim() for call in trials})) if channels_first else ()
         problem = ""
         for in_slots in (True, False)[: 1 if routed else 2]:
@@ -142,6 +136,10 @@ def probe_pair(layer: nn.Module, convert_: Convert, calls: Sequence[Call], route
     raise TypeError(
         f"{kind} with identical experts does not train as the dense layer: {problem}; leave it out of targets"
     )
+
+
+class _MixesTokensError(TypeError):
+    """An FFN lets a token see others."""
 
 
 class Trials:
@@ -213,7 +211,7 @@ def signature(module: nn.Module) -> Any:
         if key not in _OWN and not _is_empty(value)
     ]
     shapes = [(name, tensor.shape, tensor.dtype) for name, tensor in module.state_dict().items()]
-    return type(module), repr(module), repr(state), repr(shapes)
+    return tuple(map(type, module.modules())), repr(module), repr(state), repr(shapes)
 
 
 def _is_empty(value: Any) -> bool:
@@ -235,6 +233,8 @@ def _first_run(
         dense = randomised(ffn, dtype)
         try:
             return dense, _runs(dense, kind, num_experts, [widened(call, dtype) for call in calls])
+        except _MixesTokensError:
+            raise
         except TypeError as error:
             problem = error
     raise problem
@@ -242,7 +242,7 @@ def _first_run(
 
 def _runs(dense: nn.Module, kind: str, num_experts: int, calls: list[Call]) -> tuple[list[Call], bool, bool]:
     """Return the calls on which an FFN returns one vector for each token, if channels come first, and if they stay."""
-    problem, returns, same_width = "", False, False
+    problem, mixing, returns, same_width = "", "", False, False
     widths = dict.fromkeys(linear_features(m)[0] for m in dense.modules() if is_linear(m))  # the first need not read x
     for channels_first in (False, True):
         for width in list(widths)[: 1 if calls else None]:
@@ -262,8 +262,17 @@ def _runs(dense: nn.Module, kind: str, num_experts: int, calls: list[Call]) -> t
                 if isinstance(output, Tensor) and _places(output, channels_first) == _places(x, channels_first):
                     same_width = output.shape == x.shape
                     fitting.append(call)
-            if fitting and len(fitting) >= len(calls):
+            if not fitting or len(fitting) < len(calls):
+                continue
+            mixed = [call for call in fitting if _mixes(dense.eval(), call, channels_first)]
+            if not mixed:
                 return fitting, channels_first, same_width
+            if not mixing:
+                shape = tuple(mixed[0].tokens.shape)
+                mixing = "" if calls else f" (tried on {shape}; if the model gives others, pass example=)"
+                mixing = f"{kind} mixes tokens; an FFN treats each of them by itself: leave it out of targets{mixing}"
+    if mixing:
+        raise _MixesTokensError(mixing)
     if returns:
         raise TypeError(f"{kind} does not return one vector for each token")
     hint = "" if calls else _EXAMPLE
@@ -273,16 +282,41 @@ def _runs(dense: nn.Module, kind: str, num_experts: int, calls: list[Call]) -> t
 def _random_calls(dense: nn.Module, width: int, channels_first: bool, num_experts: int) -> Iterator[Call]:
     """Make tokens in several shapes: as many groups as experts, numbers that K does not divide, two to four dims."""
     k = num_experts
-    few = next(
-        n
-        for n in range(3, 99)
-        if n not in {size for m in dense.modules() if is_linear(m) for size in linear_features(m)}
-    )
+    widths = {size for m in dense.modules() if is_linear(m) for size in linear_features(m)}
+    few = next(n for n in range(3, 99) if n not in widths)
     odd = few if few % k or k == 1 else next(n for n in range(few + 1, 99) if n % k)
+    many = next(n for n in range(33, 999) if n not in widths and (n % k or k == 1))
+    side = next(n for n in range(6, 99) if n not in widths)
     shapes = [(k, few), (k + 1, odd), (k, 2, few), (k + 1, odd, 1)] + ([] if channels_first else [(2 * k + 1,)])
+    shapes += [(1, many), (1, side, side), (1, 2, few, 5)]  # for windows, and what is kept of long sequences
     for index, shape in enumerate(shapes):
         x = noise((*shape, width), index, next(dense.parameters()))
         yield Call((x.movedim(-1, 1) if channels_first else x,), {})
+
+
+def _other_sizes(dense: nn.Module, calls: list[Call], channels_first: bool, num_experts: int) -> list[Call]:
+    """Vary the sizes of calls with tokens alone: where K divides their number, no slot idles, which hides faults."""
+    found: list[Call] = []
+    for call in calls:
+        if _extras(call):
+            continue
+        x = call.tokens.movedim(1, -1) if channels_first else call.tokens
+        made = 0
+        for more, fewer in ((1, 0), (0, 1), (1, 1), (2, 1), (1, 2), (2, 0)):
+            other = torch.cat([x, *[x[:1]] * more])
+            for dim in range(1, x.dim() - 1):
+                other = other.narrow(dim, 0, max(1, x.shape[dim] - fewer))
+            if made == 2 or other.shape[:-1].numel() % num_experts == 0:
+                continue
+            variant = call.with_tokens((other.movedim(-1, 1) if channels_first else other).contiguous())
+            try:
+                with pinned():
+                    copied_call(variant).on(dense.train())
+            except FAILURES:
+                continue
+            made += 1
+            found.append(variant)
+    return found
 
 
 def _pair_tokens(layer: nn.Module) -> list[Tensor]:
@@ -311,8 +345,10 @@ def _mixes(dense: nn.Module, call: Call, channels_first: bool) -> bool:
 
     number = torch.arange(x.shape[:-1].numel(), device=x.device)
     here, there = run(x), run(others)
-    for bit in range(max(1, int(number[-1]).bit_length())):
-        chosen = number >> bit & 1 == 1
+    halves = [number >> bit & 1 == 1 for bit in range(max(1, int(number[-1]).bit_length()))]
+    if len(number) > 30:  # what mixes so many tokens mixes most pairs
+        halves = [noise((len(number),), seed, x) > 0 for seed in range(3)]
+    for chosen in halves:
         mixed = run(torch.where(chosen.view(*x.shape[:-1], 1), others, x))
         if differ(mixed, torch.where(chosen.unsqueeze(1), there, here)) > 1:
             return True

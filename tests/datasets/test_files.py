@@ -322,3 +322,75 @@ def test_a_cloud_keeps_its_rows_together(tmp_path, sphere, up_axis, num_points):
     torch.testing.assert_close(cloud[:, place], cloud[:, :3].abs(), atol=1e-5, rtol=0)
     np.save(tmp_path / "b.npy", 3 * both + 10)
     assert cloud[:, :3].equal(read_cloud(tmp_path / "b.npy", num_points, up_axis=up_axis))
+
+
+# What could be taken for points and is not, or is them in other columns
+
+ROWS = "".join(f"{n + 0.5} {n + 1.5} {n * n + 2.5} {n + 3.5}\n" for n in range(20))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content", "message"),
+    [
+        (
+            ".xyz",
+            "# number x y z and time\n" + ROWS,
+            "which columns are x, y and z? A comment says 'number x y z and time'",
+        ),
+        (".csv", "0,1,2\n" + ROWS.replace(" ", ","), "line 1 numbers the columns, it is no point; remove it"),
+        (".csv", "0,1,2,3\n" + ROWS.replace(" ", ","), "line 1 numbers the columns, it is no point; remove it"),
+        (".csv", '"1,4","2,3","4,6"\n' * 9, "holds decimal commas in quotes; write decimal points"),
+        (".obj", "v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 \\", "its last line goes on after a backslash"),
+    ],
+)
+def test_text_that_could_be_misread_is_refused(tmp_path, suffix, content, message):
+    path = tmp_path / f"a{suffix}"
+    path.write_text(content)
+    with pytest.raises(InputError) as error:
+        read_points(path, 8)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("comment", ["# columns: id x y z", "# Fields: id, X, Y, Z", "# id[-] X[m] Y[m] Z[m]"])
+def test_a_comment_names_the_columns(tmp_path, comment):
+    (tmp_path / "a.xyz").write_text(comment + "\n" + ROWS)
+    assert read_points(tmp_path / "a.xyz", 8)[0].tolist() == [1.5, 2.5, 3.5]
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros((48, 64, 3), np.uint8), np.random.default_rng(0).random((200, 64))], ids=["image", "features"]
+)
+def test_arrays_that_are_no_cloud_are_refused(tmp_path, array):
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(InputError, match="is it an image, or features"):
+        read_points(tmp_path / "a.npy", 8)
+
+
+@pytest.mark.parametrize(
+    "arrays", [{"x": np.arange(9.0), "y": np.arange(9.0), "z": np.arange(9.0), "rgb": np.eye(9)[:, :3]},
+               {"normals": np.eye(9)[:, :3]}],
+)  # fmt: skip
+def test_an_archive_without_points_asks_for_them(tmp_path, arrays):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(InputError, match="which of its arrays holds the points"):
+        read_points(tmp_path / "a.npz", 8)
+
+
+@pytest.mark.parametrize(
+    ("offset", "value", "message"), [(105, 24, "its header is damaged"), (107, 100, "announces 100 points")]
+)
+def test_a_laser_scan_whose_header_does_not_fit_is_refused(tmp_path, offset, value, message):
+    content = bytearray(227 + 200 * 28)
+    content[:4], content[24:26] = b"LASF", bytes((1, 2))
+    struct.pack_into("<H", content, 94, 227)
+    struct.pack_into("<I4xBHI", content, 96, 227, 1, 28, 200)
+    struct.pack_into("<6d", content, 131, 0.01, 0.01, 0.01, 0, 0, 0)
+    for n in range(200):
+        struct.pack_into("<3i", content, 227 + 28 * n, n, 2 * n, n * n)
+    path = tmp_path / "a.las"
+    path.write_bytes(content)
+    assert len(read_points(path, 8)) == 200
+    struct.pack_into("<H" if offset == 105 else "<I", content, offset, value)
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_points(path, 8)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import quick
 from torch.nn import functional as F
 
 from s2d3d import MoFConfig, convert_to_mof_, create_model
@@ -11,11 +12,11 @@ from s2d3d.ops.points import farthest_point_sample, is_exporting
 
 @pytest.mark.parametrize(
     "name, kwargs",
-    [
+    quick(1, [
         ("point_bert_tiny", dict(depth=1, num_group=8)),
         ("point_transformer_tiny", dict(channels=(16, 32), depths=(0, 1), strides=(1, 4), num_neighbors=(8, 8))),
-    ],
-)
+    ]),
+)  # fmt: skip
 def test_a_sparse_model_in_training_compiles_without_a_break(name, kwargs):
     torch.compiler.reset()
     model = create_model(name, num_classes=5, head_dropout=0.0, **kwargs)

@@ -459,3 +459,137 @@ def test_a_routed_layer_needs_slots():
     assert isinstance(conv[0].mlp, TopKMoE)
     dense = merge_experts(conv, allow_average=True)
     torch.testing.assert_close(conv(IMAGES[0]), dense(IMAGES[0]))
+
+
+# What a sample input, or a first look, does not show
+
+
+def norm_between():
+    return nn.Sequential(nn.Linear(C, H), TokenBatchNorm(H), nn.ReLU(), nn.Linear(H, C))
+
+
+@pytest.mark.parametrize(
+    ("make", "example", "inputs"),
+    [
+        (norm_between, torch.randn(K, 16, C), BATCHES),
+        (lambda: conv_ffn(nn.Conv1d), torch.randn(K, C, 16), SERIES),
+        (lambda: conv_ffn(nn.Conv2d, nn.BatchNorm2d), torch.randn(K, C, 4, 4), IMAGES),
+        (lambda: Between(lambda m, x: x / x.shape[-1]), torch.randn(K, 16, C), BATCHES),
+    ],
+)
+def test_an_example_whose_tokens_divide_evenly_shows_no_less(make, example, inputs):
+    """No slot idles then, whose content BatchNorm would see."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Residual(make()))
+    assert training_error(model, inputs, CONFIG, example=example, run=lambda module, x: module(x.clone())) < EXACT
+
+
+class Scaled(Between):
+    def forward(self, x, scale=2.0):
+        return self.fc2(F.gelu(self.fc1(x)) * (1.0 if scale is None else scale))
+
+
+class PassesNone(Residual):
+    def forward(self, x):
+        return x + self.mlp(x, scale=None)
+
+
+def test_none_is_passed_on():
+    assert training_error(nn.Sequential(PassesNone(Scaled(None))), BATCHES, CONFIG) < EXACT
+
+
+def act_of(function):
+    class Act(nn.Module):
+        def forward(self, x):
+            return function(x)
+
+    return Act()
+
+
+def test_classes_of_one_name_are_told_apart():
+    for function in (F.gelu, F.relu):
+        convert_to_mof_(
+            nn.Sequential(Residual(nn.Sequential(nn.Linear(C, H), act_of(function), nn.Linear(H, C)))), CONFIG
+        )
+    mixing = nn.Sequential(nn.Linear(C, H), act_of(lambda x: x.cumsum(-2)), nn.Linear(H, C))
+    both = nn.Sequential(Residual(nn.Sequential(nn.Linear(C, H), act_of(F.gelu), nn.Linear(H, C))), Residual(mixing))
+    with pytest.raises(TypeError, match=r"'1.mlp' cannot become experts: Sequential mixes tokens"):
+        convert_to_mof_(both, CONFIG)
+
+
+class SharesState(nn.Module):
+    """The FFN and its block hold one dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.state = {"scale": 1.0}
+        self.mlp = Between(lambda m, x: x * m.state["scale"])
+        self.mlp.state = self.state
+
+    def forward(self, x):
+        self.state["scale"] = 1.0 + x.shape[0]
+        return x + self.mlp(x)
+
+
+def test_state_that_is_shared_stays_shared():
+    model = nn.Sequential(SharesState())
+    assert training_error(model, BATCHES, CONFIG) < EXACT
+    dense = nn.Sequential(SharesState())
+    dense.load_state_dict(model.state_dict())
+    convert_to_mof_(model, CONFIG)
+    for other in (model.eval(), merge_experts(model).eval()):
+        torch.testing.assert_close(other(BATCHES[1]), dense.eval()(BATCHES[1]))
+
+
+def test_a_mask_that_is_set_on_a_part_later_keeps_tokens_in_order():
+    class Masked(nn.Module):
+        mask = None
+
+        def forward(self, x):
+            return F.gelu(x) if self.mask is None else F.gelu(x) * self.mask
+
+    def run(model, x):
+        (sparse_or_dense,) = (m for m in model.modules() if isinstance(m, Masked))
+        sparse_or_dense.mask = (x[..., :1] > 0).float()
+        return model(x)
+
+    model = nn.Sequential(Residual(nn.Sequential(nn.Linear(C, H), Masked(), nn.Linear(H, C))))
+    assert training_error(model, BATCHES, CONFIG, run=run) < EXACT
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda m, x: torch.cat([x[..., :8, :].flip(-2), x[..., 8:, :]], -2) if x.shape[-2] >= 8 else x,
+        lambda m, x: torch.cat([x[..., :12, :], 0 * x[..., 12:, :] + x[..., :1, :]], -2),
+        lambda m, x: x.roll(1, 1) if x.dim() == 5 else x,
+    ],
+    ids=["windows", "first twelve", "video"],
+)
+def test_mixing_that_begins_with_more_tokens_is_seen(between):
+    with pytest.raises(TypeError, match="mixes tokens"):
+        convert_to_mof_(nn.Sequential(Residual(Between(between))), CONFIG)
+
+
+def test_a_block_that_calls_parts_of_its_ffn_is_refused_in_its_first_step():
+    class Parts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mlp = Mlp(C, H)
+
+        def forward(self, x):
+            return x + self.mlp.fc2(F.gelu(self.mlp.fc1(x)))
+
+    model = nn.Sequential(Parts())
+    convert_to_mof_(model, CONFIG)
+    with pytest.raises(TypeError, match=r"expert layer '0.mlp': a part of it is called, not the whole"):
+        model(torch.randn(K, 6, C))
+    with pytest.raises(TypeError, match=r"does not train|a part of it is called|not called when the model runs"):
+        convert_to_mof_(nn.Sequential(Parts()), CONFIG, example=torch.randn(K, 6, C))
+
+
+def test_a_frozen_norm_stays_frozen():
+    model = nn.Sequential(Residual(Mlp(C, H, norm_layer=nn.LayerNorm))).train()
+    model[0].mlp.norm.eval()
+    convert_to_mof_(model, CONFIG)
+    assert model[0].mlp.training and not model[0].mlp.norm.training

@@ -294,13 +294,19 @@ def test_overrides_stand_on_the_page(write_study, results, tmp_path):
 
 @pytest.mark.parametrize(("evaluate", "split"), [("validation", "val"), ("test", "test")])
 def test_only_the_named_split_is_scored(write_study, results, monkeypatch, evaluate, split):
-    scored, original = [], task_module.evaluate
+    scored = []
 
-    def watched(model, loader, **kwargs):
-        scored.append(loader.dataset.split)
-        return original(model, loader, **kwargs)
+    def watch(name):
+        original = getattr(task_module, name)
 
-    monkeypatch.setattr(task_module, "evaluate", watched)
+        def watched(model, loader, **kwargs):
+            scored.append(loader.dataset.split)
+            return original(model, loader, **kwargs)
+
+        monkeypatch.setattr(task_module, name, watched)
+
+    watch("evaluate")
+    watch("score")
     common = {"data.val_fraction": 0.25 if evaluate == "validation" else 0}
     study = load_study(write_study(evaluate=evaluate, seeds=[0], common=common))
     run_study(study, results=results, only=["s2d"])
