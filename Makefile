@@ -25,7 +25,7 @@ demo: $(VENV)/.s2d3d data/shapes/train_files.txt
 	@$(RUN) tools/visualize.py --checkpoint runs/demo/merged.pt --output runs/demo/predictions.png --force \
 		|| echo "no picture this time, for the reason above; training and evaluation do not need it"
 	@echo "next, one page with curves, confusion matrix and mistakes:"
-	@echo "    $(RUN) tools/report.py runs/demo --output runs/demo/report.html"
+	@echo "    $(RUN) tools/open.py runs/demo"
 
 # Bytecode is kept, whatever the environment says: without it, each process that a test starts compiles the package anew.
 test: $(VENV)/.s2d3d $(VENV)/.browser $(VENV)/.web

@@ -164,10 +164,10 @@ def test_the_demo_ends_with_the_command_of_the_next_step(repository, tool):
         timeout=60,
     )
     command = shlex.split(process.stdout.splitlines()[-1].removeprefix("echo ").strip('" '))
-    assert process.returncode == 0 and command[:2] == ["venv/bin/python", "tools/report.py"]
-    arguments = tool("report").build_parser().parse_args(command[2:])
+    assert process.returncode == 0 and command[:2] == ["venv/bin/python", "tools/open.py"]
+    arguments = tool("open").build_parser().parse_args(command[2:])
     (trained,) = [line.split()[2] for line in process.stdout.splitlines() if "tools/train.py" in line]
-    assert arguments.runs == [load_config(repository / trained).output_dir] and arguments.output.endswith(".html")
+    assert arguments.run == load_config(repository / trained).output_dir
 
 
 def test_the_names_are_those_that_the_tests_look_for(repository):

@@ -205,7 +205,7 @@ def _write_set(folder: Path, found: ClassFolders, options: Options) -> None:
         for (split, path, label), cloud in zip(labelled, clouds):
             if isinstance(cloud, str):
                 if not options.skip_unreadable:
-                    raise InputError(f"{cloud}; mend it or take it away, or set data.skip_unreadable=true")
+                    raise InputError(f"{cloud}; correct it or remove it, or set data.skip_unreadable=true")
                 skipped.append(cloud)
                 continue
             if len(cloud) < num_points:

@@ -111,7 +111,7 @@ def test_unreadable_files_stop_or_are_named(clouds):
     (root / "ball" / "0.npy").write_bytes(b"not numpy")
     (root / "rod" / "few.xyz").write_text("0 0 0\n1 0 0\n0 1 0\n")
     with pytest.raises(
-        InputError, match=r"(ball/0\.npy|rod/few\.xyz): .*; mend it or take it away, or set data\.skip_unreadable=true"
+        InputError, match=r"(ball/0\.npy|rod/few\.xyz): .*; correct it or remove it, or set data\.skip_unreadable=true"
     ):
         create_dataset("files", root, "train", num_points=40)
     train = create_dataset("files", root, "train", num_points=40, skip_unreadable=True)
