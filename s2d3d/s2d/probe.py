@@ -6,6 +6,7 @@ runs what training will run, on a copy with random weights (a branch that starts
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -288,7 +289,8 @@ def _random_calls(dense: nn.Module, width: int, channels_first: bool, num_expert
     many = next(n for n in range(33, 999) if n not in widths and (n % k or k == 1))
     side = next(n for n in range(6, 99) if n not in widths)
     shapes = [(k, few), (k + 1, odd), (k, 2, few), (k + 1, odd, 1)] + ([] if channels_first else [(2 * k + 1,)])
-    shapes += [(1, many), (1, side, side), (1, 2, few, 2)]  # for windows, and what is kept of long sequences
+    more = [(1, many), (1, side, side), (1, 2, few, 2)]  # for windows, and what is kept of long sequences
+    shapes += [shape for shape in more if math.prod(shape) >= k]
     for index, shape in enumerate(shapes):
         x = noise((*shape, width), index, next(dense.parameters()))
         yield Call((x.movedim(-1, 1) if channels_first else x,), {})
@@ -306,7 +308,8 @@ def _other_sizes(dense: nn.Module, calls: list[Call], channels_first: bool, num_
             other = torch.cat([x, *[x[:1]] * more])
             for dim in range(1, x.dim() - 1):
                 other = other.narrow(dim, 0, max(1, x.shape[dim] - fewer))
-            if made == 2 or other.shape[:-1].numel() % num_experts == 0:
+            count = other.shape[:-1].numel()
+            if made == 2 or count < num_experts or count % num_experts == 0:
                 continue
             variant = call.with_tokens((other.movedim(-1, 1) if channels_first else other).contiguous())
             try:
