@@ -156,7 +156,7 @@ def test_normals_and_colours_go_with_their_points(tmp_path):
     assert train.points.shape == (6, 60, 9) and train.channels == "xyz+normal+rgb"
     torch.testing.assert_close(train.points[..., 3:6], train.points[..., :3] / 5)
     torch.testing.assert_close(train.points[..., [6, 8, 7]], train.points[..., 3:6].abs())
-    with pytest.raises(InputError, match=r"\.npy: holds no colours \(6 columns without names\), which .*; mend it"):
+    with pytest.raises(InputError, match=r"\.npy: holds no colours \(6 columns without names\), which .*; correct it"):
         create_dataset("files", root, "train", num_points=50, channels="xyz+rgb")
 
 
