@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .adapters import FFN, EntryLinear, ExitLinear, LinearPair, find_block_ffns, find_ffn, find_ffns
-from .linear import StackedLinear, drop_hooks_, is_linear, linear_parameters, results_of
+from .linear import OF_EVERY_MODULE, StackedLinear, drop_hooks_, is_linear, linear_parameters, results_of
 from .merge import is_sparse, mark_no_weight_decay_, replace_
 from .moe import TopKMoE, check_top_k
 from .mof import ExpertLayer, RUPMoF
@@ -358,16 +358,13 @@ def _check_references(model: nn.Module, ffns: list[FFN]) -> None:
         if id(module) in places:
             continue
         for key, value in vars(module).items():
-            place = None if key in vars(_PLAIN) else place_of(value)
+            place = None if key in OF_EVERY_MODULE else place_of(value)
             if place:
                 raise TypeError(
                     f"module '{place}' cannot become experts: '{name}.{key}' holds it as well, outside the module "
                     "tree, and would go on using the dense weights: set it after the conversion (convert before "
                     "torch.compile)"
                 )
-
-
-_PLAIN = nn.Identity()
 
 
 def _candidates(model: nn.Module, trials: Trials) -> list[str]:

@@ -199,7 +199,7 @@ def containers_of(module: nn.Module) -> dict[int, Any]:
     kept = {}
     for m in module.modules():
         for key, value in vars(m).items():
-            if key not in _OWN and type(value) in (dict, list, set) and not _holds_modules(value):
+            if key not in OF_EVERY_MODULE and type(value) in (dict, list, set) and not _holds_modules(value):
                 kept[id(value)] = value
     return kept
 
@@ -213,7 +213,8 @@ def _holds_modules(value: Any, depth: int = 3) -> bool:
     return any(_holds_modules(item, depth - 1) for item in items)
 
 
-_OWN = frozenset(vars(nn.Identity()))
+OF_EVERY_MODULE = frozenset(vars(nn.Identity()))
+"""Attributes that `nn.Module` itself has."""
 HOOKS = tuple(key for key in vars(nn.Identity()) if "hook" in key and "state_dict" not in key)
 """Where `nn.Module` keeps its forward and backward hooks."""
 

@@ -103,8 +103,8 @@ class ExpertLayer(nn.Module):
             ):  # a mask, say, which has the shape of the tokens
                 self.layout = self.layout._replace(in_slots=False)
         if self.layout.in_slots:
-            rest = args[1:], {key: value for key, value in kwargs.items() if args or key != self._input}
-            return self.combine(self._template(self.spread(x, plan), *rest[0], **rest[1]), plan)
+            nones = {key: value for key, value in kwargs.items() if args or key != self._input}
+            return self.combine(self._template(self.spread(x, plan), *args[1:], **nones), plan)
         self.plan = plan
         try:
             return self._template(*args, **kwargs)

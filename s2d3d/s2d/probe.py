@@ -78,13 +78,14 @@ def probe_ffn(ffn: nn.Module, num_experts: int, make: Make, calls: Sequence[Call
         if calls:
             trials = [*trials, *_other_sizes(dense, trials, channels_first, num_experts)]
         num_dims = tuple(sorted({call.tokens.dim() for call in trials})) if channels_first else ()
-        problem = ""
+        problem, unused = "", copy.deepcopy(dense.train(), results_of(dense))  # what the experts keep is their own
         for in_slots in (True, False)[: 1 if routed else 2]:
             layout = Layout(in_slots, channels_first, num_dims, bool(calls) and not in_slots, same_width)
             if in_slots and (any(_extras(call) for call in trials) or _has_hooks(ffn)):
                 problem = "it is called with more than one tensor, or has hooks inside"
                 continue
-            problem = _difference(dense, make(dense.train(), num_experts, layout=layout), trials, in_slots)
+            pristine, tried = copy.deepcopy(unused), copy.deepcopy(unused)
+            problem = _difference(tried, make(pristine, num_experts, layout=layout), trials, in_slots)
             if not problem:
                 return layout
     raise TypeError(
@@ -124,14 +125,14 @@ def probe_pair(layer: nn.Module, convert_: Convert, calls: Sequence[Call], route
             if calls or routed:
                 raise TypeError(f"{kind} does not run in training: {problem}")
             return Layout(in_slots=False)
-        problem = ""
+        problem, unused = "", copy.deepcopy(dense, results_of(dense))
         for in_slots in (True, False)[: 1 if routed else 2]:
-            sparse, layout = copy.deepcopy(dense, results_of(dense)), Layout(in_slots)
+            tried, sparse, layout = copy.deepcopy(unused), copy.deepcopy(unused), Layout(in_slots)
             if in_slots and _has_hooks(layer):
                 problem = "it has hooks inside"
                 continue
             convert_(sparse, layout)
-            problem = _difference(dense, sparse, trials, in_slots)
+            problem = _difference(tried, sparse, trials, in_slots)
             if not problem:
                 return layout
     raise TypeError(

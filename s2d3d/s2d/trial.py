@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .linear import drop_hooks_, is_linear, results_of
+from .linear import OF_EVERY_MODULE, drop_hooks_, is_linear, results_of
 
 FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What a module may raise that is run on something it does not expect."""
@@ -157,11 +157,8 @@ def left_behind(module: nn.Module) -> dict[str, list[Any]]:
         for name, m in module.named_modules()
         if not is_linear(m)
         for key, value in vars(m).items()
-        if key not in _PLAIN
+        if key not in OF_EVERY_MODULE
     }
-
-
-_PLAIN = frozenset(vars(nn.Identity()))
 
 
 def noise(shape: Sequence[int], seed: int, like: Tensor) -> Tensor:

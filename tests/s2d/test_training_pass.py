@@ -593,3 +593,29 @@ def test_a_frozen_norm_stays_frozen():
     model[0].mlp.norm.eval()
     convert_to_mof_(model, CONFIG)
     assert model[0].mlp.training and not model[0].mlp.norm.training
+
+
+class KeepsLosses(Between):
+    """Appends a loss over its hidden activations to a list, which its block reads."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.losses = []
+
+    def forward(self, x):
+        hidden = F.gelu(self.fc1(x))
+        self.losses.append(hidden.square().mean())
+        return self.fc2(hidden)
+
+
+class ReadsLosses(Residual):
+    def forward(self, x):
+        out = x + self.mlp(x)
+        return out + self.mlp.losses.pop()
+
+
+def test_a_list_of_losses_is_that_of_the_tokens():
+    """Idle slots would count in the mean. The trial compares what the dense FFN and the experts kept, each its own."""
+    ffn = KeepsLosses()
+    assert training_error(nn.Sequential(ReadsLosses(ffn)), BATCHES, CONFIG) < EXACT
+    assert ffn.losses == [], "a trial leaves nothing"
