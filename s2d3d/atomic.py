@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -99,6 +99,63 @@ def workspace(target: Path) -> Iterator[Path]:
             _settle(work, target)
         finally:
             os.close(lock)
+
+
+@contextlib.contextmanager
+def whole_folder(output: Path, check: Callable[[], object]) -> Iterator[Path]:
+    """Yield a temporary folder beside `output`; it becomes `output` if the body ends without an error.
+
+    Args:
+        output: its name.
+        check: raises InputError unless `output` may be made or replaced; asked before the body and after it.
+
+    Raises:
+        InputError: as `check`, or `output` cannot be made.
+    """
+    check()
+    with contextlib.ExitStack() as stack:
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            work = stack.enter_context(workspace(output))
+        except OSError as error:
+            raise InputError(f"{output}: cannot be made there ({error.strerror}); choose another --output") from error
+        fresh = work / NEW
+        fresh.mkdir()
+        yield fresh
+        take_place(fresh, output, check)
+
+
+def take_place(fresh: Path, output: Path, check: Callable[[], object]) -> None:
+    """Give a whole folder its name; the one that it replaces is removed when it has it, and put back if it fails.
+
+    Args:
+        fresh: the new folder.
+        output: its name.
+        check: as for `whole_folder`.
+    """
+    with locked(output.parent), workspace(output) as work:  # two that end at once: the second sees the first
+        check()
+        if output.exists():
+            os.replace(output, work / OLD)
+        os.replace(fresh, output)
+
+
+def needs_force(output: Path, force: bool) -> bool:
+    """Tell whether something stands at the place of a new folder that `force` may replace, if it is of the right kind.
+
+    Raises:
+        InputError: a place of the system, no folder, or a folder with something in it and no `force`.
+    """
+    refuse_system_folder(output)
+    if not output.exists() and not output.is_symlink():
+        return False
+    if output.is_symlink() or not output.is_dir():
+        raise InputError(f"{output}: exists and is not a folder; choose another --output")
+    if not any(output.iterdir()):
+        return False
+    if not force:
+        raise InputError(f"{output}: exists; choose another --output, or --force to replace it")
+    return True
 
 
 def sweep(*folders: Path) -> None:

@@ -204,6 +204,15 @@ def drawing():
         pytest.skip(str(error))
 
 
+@pytest.fixture
+def one_thread():
+    """A fork of a process whose torch has started several threads would wait for them for ever."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def enough_updates():
     """Take the few updates of a tiny run for enough, so that BatchNorm statistics stay those of the training."""

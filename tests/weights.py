@@ -1,5 +1,6 @@
 """Comparing the weights of two models, bit for bit."""
 
+import csv
 import os
 from collections.abc import Mapping
 
@@ -17,3 +18,14 @@ def assert_same_weights(first, second):
     assert first.keys() == second.keys()
     for key in first:
         assert torch.equal(first[key], second[key]), key
+
+
+def weights(path):
+    """Return the weights of a checkpoint."""
+    return load_checkpoint(path)["state_dict"]
+
+
+def log_rows(folder):
+    """Return the log of a run without what time does to it."""
+    with open(folder.log) as file:
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]

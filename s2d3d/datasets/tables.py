@@ -342,7 +342,7 @@ def _find_axes(path: Path, names: list[str] | None, columns: int, line: int) -> 
     if names is None or (not line and unclear):
         return (0, 1, 2)
     if not line and len(names) != columns:
-        if names[:3] == ["x", "y", "z"] or names[-3:] == ["x", "y", "z"] == names[-columns:]:
+        if columns == 3 or names[:3] == ["x", "y", "z"]:
             return (0, 1, 2)
         shown = quoted(" ".join(names), 60)
         raise InputError(

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..atomic import NEW, OLD, locked, refuse_system_folder, workspace, write_json
+from ..atomic import needs_force, whole_folder, write_json
 from ..errors import InputError, first_line
 
 PAGE = Path(__file__).parent / "web"
@@ -112,30 +112,14 @@ def new_site(output: Path, *, force: bool = False) -> Iterator[Path]:
     Raises:
         InputError: `output` exists and may not be replaced, or cannot be made.
     """
-    check_site(output, force)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with workspace(output) as work:
-        fresh = work / NEW
-        fresh.mkdir()
+    with whole_folder(output, lambda: check_site(output, force)) as fresh:
         yield fresh
-        with locked(output.parent):
-            check_site(output, force)
-            if output.exists():
-                shutil.move(output, work / OLD)
-            fresh.rename(output)
 
 
 def check_site(output: Path, force: bool) -> None:
     """Raise InputError unless a page may be made at `output`; see `new_site`."""
-    refuse_system_folder(output)
-    if not output.exists() and not output.is_symlink():
+    if not needs_force(output, force):
         return
-    if output.is_symlink() or not output.is_dir():
-        raise InputError(f"{output}: exists and is not a folder; choose another --output")
-    if not any(output.iterdir()):
-        return
-    if not force:
-        raise InputError(f"{output}: exists; choose another --output, or --force to replace it")
     own = {output / name for name in (*page_files(), MODEL, FACTS, RUNTIME)}
     own |= {output / RUNTIME / name for name in RUNTIME_FILES.values()}
     others = sorted(path for path in output.rglob("*") if path not in own or path.is_symlink())

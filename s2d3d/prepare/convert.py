@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ..atomic import claimed, parse_json, sweep, write_text
+from ..atomic import claimed, parse_json, sweep, take_place, write_text
 from ..datasets.h5 import check_up_axis, write_h5
 from ..datasets.links import check_inside
 from ..datasets.mesh import read_off
@@ -29,7 +29,7 @@ from ..errors import InputError
 from ..random_state import derived_rng
 from ..workers import worker_pool
 from . import DEFAULT_POINTS
-from .folder import CONVERSION, MARK, check_output, foreign_files, take_place
+from .folder import CONVERSION, MARK, check_output, foreign_files
 from .left_out import TRAIN_AS_IT_IS, check_left_out, find_left_out
 from .scan_view import unit_sphere
 
@@ -176,7 +176,7 @@ def convert_modelnet(
                     normal=stacked[..., 3:], up_axis=vertical,
                 )  # fmt: skip
         (work / MARK).write_text("".join(f"{name}\n" for name in found.class_names), encoding="utf-8")
-        take_place(work, output, force, source)
+        take_place(work, output, lambda: check_output(output, force, source))
     (output / CONVERSION).unlink()
     log.info("%s", summary)
     return counts

@@ -3,13 +3,13 @@
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from tqdm import tqdm
 
-from ..atomic import NEW, OLD, locked, refuse_system_folder, workspace
+from ..atomic import needs_force, whole_folder
 from ..datasets.h5 import check_up_axis, write_h5
 from ..datasets.modelnet40 import SPLITS, list_files, read_class_names, read_split, stored_up_axis
 from ..datasets.normals import estimate_normals as estimated_normals
@@ -36,36 +36,8 @@ def new_folder(output: Path, *, source: Path | None = None, force: bool = False)
     Raises:
         InputError: `output` exists and may not be replaced, or `source` lies in it.
     """
-    check_output(output, force, source)
-    with ExitStack() as stack:
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            work = stack.enter_context(workspace(output))
-        except OSError as error:
-            raise InputError(f"{output}: cannot be made there ({error.strerror}); choose another --output") from error
-        fresh = work / NEW
-        fresh.mkdir()
+    with whole_folder(output, lambda: check_output(output, force, source)) as fresh:
         yield fresh
-        take_place(fresh, output, force, source)
-
-
-def take_place(fresh: Path, output: Path, force: bool, source: Path | None) -> None:
-    """Give a whole data set its name; the set that it replaces is removed when it has it, and put back if it fails.
-
-    Args:
-        fresh: the new folder.
-        output: its name.
-        force: as for `check_output`, which is asked again.
-        source: as for `check_output`.
-
-    Raises:
-        InputError: as `check_output`.
-    """
-    with locked(output.parent), workspace(output) as work:  # two that end at once: the second sees the first
-        check_output(output, force, source)
-        if output.exists():
-            os.replace(output, work / OLD)
-        os.replace(fresh, output)
 
 
 def copy_modelnet40(
@@ -149,18 +121,11 @@ def _estimated(points: np.ndarray) -> np.ndarray:
 
 def check_output(output: Path, force: bool, source: Path | None = None) -> None:
     """Raise InputError unless a data set may be made at `output` from what lies in `source`: see `new_folder`."""
-    refuse_system_folder(output)
     if source is not None and source.resolve().is_relative_to(output.resolve()):
         where = "is" if source.resolve() == output.resolve() else f"holds {source},"
         raise InputError(f"{output}: {where} the folder to read from; choose another --output")
-    if not output.exists() and not output.is_symlink():
+    if not needs_force(output, force):
         return
-    if output.is_symlink() or not output.is_dir():
-        raise InputError(f"{output}: exists and is not a folder; choose another --output")
-    if not any(output.iterdir()):
-        return
-    if not force:
-        raise InputError(f"{output}: exists; choose another --output, or --force to replace it")
     if not (output / MARK).is_file():
         raise InputError(f"{output}: is not a data set (no {MARK}), so --force does not replace it; remove it yourself")
     others = foreign_files(output)

@@ -51,8 +51,8 @@ class WholeReport(TypedDict):
     num_samples: Count
 
 
-class Metrics(TypedDict):
-    """metrics.json."""
+class _Ended(TypedDict):
+    """What every run tells of its end."""
 
     split: NotRequired[Text]
     shapes: NotRequired[Text]
@@ -61,6 +61,11 @@ class Metrics(TypedDict):
     train_seconds: NotRequired[Finite]
     parameters: NotRequired[dict[Text, Count]]
     kept: NotRequired[Text]
+
+
+class Metrics(_Ended):
+    """metrics.json."""
+
     sparse: NotRequired[Report]
     merged: NotRequired[Report]
     routed: NotRequired[Report]
@@ -78,17 +83,10 @@ class _Reconstruction(TypedDict):
     correct: NotRequired[Annotated[Text, Field(pattern="^[01]*$")]]
 
 
-class PretrainingMetrics(TypedDict):
+class PretrainingMetrics(_Ended):
     """metrics.json of a pre-training."""
 
     task: Literal["pretrain"]
-    split: NotRequired[Text]
-    shapes: NotRequired[Text]
-    epochs: NotRequired[Count]
-    updates: NotRequired[Count]
-    train_seconds: NotRequired[Finite]
-    parameters: NotRequired[dict[Text, Count]]
-    kept: NotRequired[Text]
     sparse: NotRequired[_Reconstruction]
     merged: NotRequired[_Reconstruction]
     routed: NotRequired[_Reconstruction]

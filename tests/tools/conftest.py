@@ -95,15 +95,25 @@ def call(tool, capsys):
 
 
 @pytest.fixture(scope="session")
-def trained(fork, repository, shapes_root, tmp_path_factory) -> Trained:
-    root = tmp_path_factory.mktemp("trained")
-    folder = RunFolder(root / "run")
-    overrides = [f"data.root={shapes_root}", f"output_dir={folder.root}", *TINY]
-    config = root / "config.yaml"
-    config.write_text(dump_config(load_config(repository / "configs" / "demo.yaml", overrides)))
-    process = fork("train", config)
-    assert process.returncode == 0, process.stderr
-    return Trained(config, folder, process)
+def finish(fork, repository, shapes_root, tmp_path_factory):
+    """Make a run that a tool finishes in a process of its own."""
+
+    def make(tool: str, config: str, *overrides: str) -> Trained:
+        root = tmp_path_factory.mktemp("finished")
+        folder = RunFolder(root / "run")
+        given = [f"data.root={shapes_root}", f"output_dir={folder.root}", *overrides]
+        path = root / "config.yaml"
+        path.write_text(dump_config(load_config(repository / "configs" / config, given)))
+        process = fork(tool, path)
+        assert process.returncode == 0, process.stderr
+        return Trained(path, folder, process)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def trained(finish) -> Trained:
+    return finish("train", "demo.yaml", *TINY)
 
 
 @pytest.fixture
@@ -297,13 +307,5 @@ PRETRAINING = (
 
 
 @pytest.fixture(scope="session")
-def pretrained(fork, repository, shapes_root, tmp_path_factory) -> Trained:
-    """A run that `tools/pretrain.py` finished in a process of its own."""
-    root = tmp_path_factory.mktemp("pretrained")
-    folder = RunFolder(root / "run")
-    overrides = [f"data.root={shapes_root}", f"output_dir={folder.root}", *PRETRAINING]
-    config = root / "config.yaml"
-    config.write_text(dump_config(load_config(repository / "configs" / "pretrain_mae_small.yaml", overrides)))
-    process = fork("pretrain", config)
-    assert process.returncode == 0, process.stderr
-    return Trained(config, folder, process)
+def pretrained(finish) -> Trained:
+    return finish("pretrain", "pretrain_mae_small.yaml", *PRETRAINING)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from children import START
-from weights import assert_same_weights
+from weights import assert_same_weights, log_rows, weights
 
 from s2d3d import Callback, Trainer, create_model, load_checkpoint, load_config, load_model
 from s2d3d.config.load import dump_config
@@ -22,23 +22,7 @@ from s2d3d.evaluation.reconstruction import evaluate_reconstruction, pinned_mask
 from s2d3d.runs.log import COLUMNS
 from s2d3d.runs.record import read_runs
 
-
-def weights(path):
-    return load_checkpoint(path)["state_dict"]
-
-
-def log_rows(folder):
-    with open(folder.log) as file:
-        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """A fork of a process whose torch has started several threads would wait for them for ever."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The trainer: a run that stops and resumes equals one that did not, whatever stopped it."""
 
-import csv
 import json
 import logging
 import multiprocessing
@@ -13,7 +12,7 @@ import pytest
 import torch
 from children import START
 from torch.multiprocessing import start_processes
-from weights import assert_same_weights
+from weights import assert_same_weights, log_rows, weights
 
 from s2d3d import (
     Callback,
@@ -30,24 +29,7 @@ from s2d3d.errors import InputError, TrainingError
 from s2d3d.runs.folder import RunFolder
 from s2d3d.training.signals import StoppedBySignal
 
-
-def weights(path):
-    return load_checkpoint(path)["state_dict"]
-
-
-def log_rows(folder):
-    """The log without what time does to it."""
-    with open(folder.log) as file:
-        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """A fork of a process whose torch has started several threads would wait for them for ever."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
