@@ -10,8 +10,9 @@ PYTHON ?= python3
 VENV ?= .venv
 TEST_PROCESSES ?= 2
 RUN := $(VENV)/bin/python
-# Warnings of pip, such as of an index of this machine that lacks a package, go to the log; errors are shown.
-PIP := $(RUN) -m pip --quiet --quiet --disable-pip-version-check --log $(VENV)/pip.log
+# Of pip errors are shown, and not its warnings, such as of an index of this machine that lacks a package. Not with `--log`:
+# it would show both, and progress bars.
+PIP := $(RUN) -m pip --quiet --quiet --disable-pip-version-check
 INSTALL := $(PIP) install --constraint constraints.txt
 # ninja, installed first, must be found by the compilation of torch-scatter
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -79,7 +80,7 @@ $(VENV)/.torch: $(VENV)/.python constraints.txt
 SCATTER := CFLAGS="$${CFLAGS-} -g0" $(PIP) wheel --no-build-isolation --no-deps --wheel-dir $(VENV)/wheels \
 	--constraint constraints.txt
 define build_scatter
-echo "torch-scatter: $(1); all that pip says: $(VENV)/pip.log"; rm -rf $(VENV)/wheels; \
+echo "torch-scatter: $(1)"; rm -rf $(VENV)/wheels; \
 $(SCATTER) $(2) torch-scatter & build=$$!; \
 trap 'kill $$build 2>/dev/null; exit 1' INT TERM; seconds=0; \
 while kill -0 $$build 2>/dev/null; do \

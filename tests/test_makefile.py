@@ -146,13 +146,21 @@ def test_the_other_packages_are_those_of_setup_py_without_torch_scatter(make, tm
     assert not {"torch-scatter", "torch_scatter", "mkdocs-material", "fpsample"} & names
 
 
-def test_warnings_of_pip_go_to_its_log(make, tmp_path):
-    """Every call of pip is one that shows errors alone; the log holds the rest."""
+def test_pip_shows_errors_and_no_warnings(make, tmp_path):
+    """As an index that lacks a package would give; the options are those of the Makefile."""
     log = tmp_path / "pip"
     make(".torch", df=disk(9), python=f'echo "$@" >> {log}')
-    assert log.read_text().split()[:7] == [
-        "-m", "pip", "--quiet", "--quiet", "--disable-pip-version-check", "--log", f"{tmp_path}/venv/pip.log"
-    ]  # fmt: skip
+    options = log.read_text().split("\n")[-2].partition(" install ")[0].split()
+    index = f"file://{tmp_path / 'nothing'}/"
+    command = [sys.executable, *options, "download", "--no-deps", "--dest", tmp_path, "--extra-index-url", index]
+    environment = {**os.environ, "PIP_NO_INDEX": "", "PIP_INDEX_URL": index}
+    loud = [part for part in command if part != "--quiet"]
+    said = [
+        subprocess.run([*call, "nothing-of-this-name"], env=environment, capture_output=True, text=True).stderr
+        for call in (loud, command)
+    ]
+    assert "WARNING: " in said[0] and "ERROR: " in said[0], "the comparison can fail"
+    assert "WARNING: " not in said[1] and "ERROR: " in said[1]
 
 
 def test_the_demo_ends_with_the_command_of_the_next_step(repository, tool):
