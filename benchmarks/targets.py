@@ -210,9 +210,11 @@ def fill(text: str, measures: Mapping[str, Measure]) -> str:
 
     def value(match: re.Match) -> str:
         measure = measures.get(match[1])
-        return "(not measured)" if measure is None or measure.value is None else format(measure.value, match[2])
+        if measure is None or measure.value is None:
+            return "(not measured)"
+        return format(measure.value, match[2]) + match[3]
 
-    return PLACEHOLDER.sub(value, text)
+    return re.sub(f"{PLACEHOLDER.pattern}(x?)", value, text)
 
 
 def format_bound(target: Target) -> str:
