@@ -24,7 +24,7 @@ OPTIONAL = {
     "wandb": ["wandb>=0.17"],
     "slurm": ["submitit>=1.5"],
     "integrations": ["transformers>=5", "accelerate>=1.1", "lightning>=2.4"],
-    "hub": ["huggingface_hub>=0.25"],  # folders in the layout of the Hugging Face hub
+    "hub": ["huggingface_hub>=0.25", "scipy>=1.10"],  # folders in the layout of the Hugging Face hub
     "completion": ["shtab>=1.7"],  # of commands and flags in a shell
 }
 """What some uses need, by purpose; a missing one is named with its install line."""

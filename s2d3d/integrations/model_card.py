@@ -1,6 +1,5 @@
 """The model card of a trained classifier: what it takes, how it was trained, how well it did, and its limits."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ..errors import printable
 from ..markdown import markdown_table
+from ..optional import optional
 from ..runs.record import RunRecord
 from ..version import __version__
 
@@ -20,26 +20,6 @@ DATA_LICENCES = {
 """Licence by the name of a data set, in the words of data/README.md."""
 UNKNOWN_LICENCE = "not known to s2d3d; add it here before you share the model"
 TAGS = ["point-cloud", "point-cloud-classification", "sparse-to-dense"]
-_Z = 1.959964
-
-
-def wilson_interval(correct: int, total: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share by Wilson's score, in [0, 1].
-
-    Args:
-        correct: number of successes, in [0, total].
-        total: number of trials, at least 1.
-
-    Source: closed form of the score interval, centre (p + z^2 / 2n) / (1 + z^2 / n).
-
-    Example:
-        >>> [round(bound, 3) for bound in wilson_interval(38, 40)]
-        [0.835, 0.986]
-    """
-    share, spread = correct / total, _Z**2 / total
-    centre = (share + spread / 2) / (1 + spread)
-    half = _Z * math.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def model_card(description: Mapping[str, Any], record: RunRecord | None) -> str:
@@ -142,8 +122,10 @@ def _results(description: Mapping[str, Any], record: RunRecord | None) -> str:
     total = final.get("num_samples")
     interval = "not known"
     if total:
-        low, high = wilson_interval(round(final["oa"] * total), total)
-        interval = f"[{100 * low:.1f}, {100 * high:.1f}]"
+        with optional("scipy", "the interval of an accuracy", extra="hub"):
+            from scipy.stats import binomtest
+        wilson = binomtest(round(final["oa"] * total), total).proportion_ci(method="wilson")
+        interval = f"[{100 * wilson.low:.1f}, {100 * wilson.high:.1f}]"
     macc = f"{100 * final['macc']:.2f}" if "macc" in final else "not known"
     head = ("data set", "split", "clouds", "OA, %", "95 % interval", "mAcc, %", "seed", "model of")
     row = (
