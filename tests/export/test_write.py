@@ -18,7 +18,7 @@ from s2d3d.export.write import FORMATS, export_error, fewest_points, load_export
 from s2d3d.prepare.shapes import make_shape
 
 MODELS = {
-    "point_bert_tiny": dict(trans_dim=48, depth=1, num_group=16),
+    "point_bert_tiny": dict(trans_dim=48, depth=1, num_group=8),
     "point_bert_small": {},  # as it is
     "point_mae": dict(
         trans_dim=48, encoder_dims=48, depth=2, num_heads=2, num_group=16, group_size=16, encoder_width=16, init_std=0.1
