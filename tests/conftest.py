@@ -50,7 +50,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish():
-    """Let the garbage collector pass over what the imports and the collection left: a million objects."""
+    """Keep the garbage collector from searching what the imports and the collection left: a million objects."""
     gc.collect()
     gc.freeze()
 

@@ -1,4 +1,4 @@
-"""Comparing the weights of two models, bit for bit."""
+"""What two runs left, to be compared bit for bit: weights and logs."""
 
 import csv
 import os

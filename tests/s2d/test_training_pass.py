@@ -437,17 +437,20 @@ def test_a_container_of_points_is_refused_and_the_ffn_inside_converts():
         model(ROWS[0])
 
 
+class CallsParts(nn.Module):
+    """A block that calls the linear layers of its FFN, and never the FFN."""
+
+    def __init__(self):
+        super().__init__()
+        self.mlp = Mlp(C, H)
+
+    def forward(self, x):
+        return x + self.mlp.fc2(F.gelu(self.mlp.fc1(x)))
+
+
 def test_an_ffn_that_the_model_does_not_call_is_found_by_an_example():
-    class Idle(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.mlp = Mlp(C, H)
-
-        def forward(self, x):
-            return self.mlp.fc2(F.gelu(self.mlp.fc1(x)))
-
     with pytest.raises(TypeError, match=r"module '0.mlp' is not called when the model runs on example="):
-        convert_to_mof_(nn.Sequential(Idle()), CONFIG, example=BATCHES[0])
+        convert_to_mof_(nn.Sequential(CallsParts()), CONFIG, example=BATCHES[0])
 
 
 def test_a_routed_layer_needs_slots():
@@ -572,20 +575,12 @@ def test_mixing_that_begins_with_more_tokens_is_seen(between):
 
 
 def test_a_block_that_calls_parts_of_its_ffn_is_refused_in_its_first_step():
-    class Parts(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.mlp = Mlp(C, H)
-
-        def forward(self, x):
-            return x + self.mlp.fc2(F.gelu(self.mlp.fc1(x)))
-
-    model = nn.Sequential(Parts())
+    model = nn.Sequential(CallsParts())
     convert_to_mof_(model, CONFIG)
     with pytest.raises(TypeError, match=r"expert layer '0.mlp': a part of it is called, not the whole"):
         model(torch.randn(K, 6, C))
     with pytest.raises(TypeError, match=r"does not train|a part of it is called|not called when the model runs"):
-        convert_to_mof_(nn.Sequential(Parts()), CONFIG, example=torch.randn(K, 6, C))
+        convert_to_mof_(nn.Sequential(CallsParts()), CONFIG, example=torch.randn(K, 6, C))
 
 
 def test_a_frozen_norm_stays_frozen():
