@@ -4,6 +4,8 @@ import gc
 
 import pytest
 
+collect_ignore = ["small_lightning.py"]  # no tests, and it loads Lightning
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _no_datasets():
