@@ -34,7 +34,8 @@ test: $(VENV)/.s2d3d $(VENV)/.browser $(VENV)/.web
 
 # Thorough fault injection and fuzzing; half an hour. Notes go to docs/results, the table to docs/reliability.md.
 faults: $(VENV)/.s2d3d
-	$(RUN) -m pytest tests/faults -m slow --faults-report docs/results/faults.json; status=$$?; \
+	$(RUN) -m pytest $$(PYTHONPATH=tests $(RUN) -m faults.report --tests) -m "not gpu" \
+		--faults-report docs/results/faults.json; status=$$?; \
 		PYTHONPATH=tests $(RUN) -m faults.report && exit $$status
 
 faults-table: $(VENV)/.s2d3d

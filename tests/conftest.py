@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from faults.report import note_test
 from hypothesis import settings
 
 from s2d3d import load_config
@@ -38,7 +39,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--faults-report",
         metavar="FILE",
-        help="where tests/faults notes what it tried, as JSON, such as docs/results/faults.json",
+        help="where the tests of faults note what they tried, as JSON, such as docs/results/faults.json",
     )
 
 
@@ -47,6 +48,14 @@ def pytest_configure(config):
     memory = Path("/dev/shm")
     if memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 4 * 2**30:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(memory))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    report = yield
+    if item.config.getoption("--faults-report"):
+        note_test(item, report)
+    return report
 
 
 def pytest_collection_finish():

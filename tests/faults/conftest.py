@@ -1,20 +1,11 @@
 """What the fault tests share: their report, and runs of `tools/train.py` in processes that can be killed."""
 
-import json
-import platform
-import sys
-import time
-from datetime import UTC, datetime
-from pathlib import Path
-
 import pytest
-import torch
 
+from faults.report import note_cases
 from faults.training import Launcher, Runs
 from s2d3d import load_config
 from s2d3d.config.load import dump_config
-
-RESULTS = pytest.StashKey[dict]()
 
 
 @pytest.fixture
@@ -23,37 +14,11 @@ def record(request):
 
     Call it with the name of the kind of fault, the number of cases and what became of them.
     """
-    started = time.perf_counter()
 
     def note(kind: str, cases: int, *, failures: list[str], **outcomes: int) -> None:
-        entry = {
-            "cases": cases,
-            "outcomes": {name: count for name, count in sorted(outcomes.items()) if count},
-            "failures": failures,
-            "seconds": round(time.perf_counter() - started, 1),
-            "test": request.node.nodeid,
-            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "system": f"{platform.system()} {platform.machine()}, {sys.platform}",
-        }
-        request.config.stash.setdefault(RESULTS, {})[kind] = entry
-        write_report(request.config)
+        note_cases(request.config, kind, cases, failures, **outcomes)
 
     return note
-
-
-def write_report(config: pytest.Config) -> None:
-    """Merge the notes so far into the report, after each test: a long session may be cut off."""
-    target = config.getoption("--faults-report")
-    if target is None:
-        return
-    path = Path(target)
-    known = json.loads(path.read_text()) if path.exists() else {}
-    known |= config.stash[RESULTS]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
-    temporary.replace(path)
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,11 @@
 """The table in the documentation is what was noted, and every slow test has a row in it."""
 
+import json
 import re
+import subprocess
+import sys
 
-from faults.report import BEGIN, END, KINDS, NOT_RUN, PAGE, read_notes, table, with_table
+from faults.report import BEGIN, END, KINDS, NOT_RUN, PAGE, read_notes, table, cases_of, with_table
 
 NOTE = {"cases": 30, "outcomes": {"resumed": 29, "slope 3 bytes": 1}, "failures": ["hit 4: lost"], "date": "2026-01-01"}
 
@@ -20,8 +23,21 @@ def test_notes_become_cells_and_their_absence_is_said():
 
 
 def test_every_row_is_a_test_that_exists(repository):
-    for file, test in KINDS.values():
-        text = (repository / "tests" / "faults" / f"test_{file}.py").read_text()
-        assert re.search(rf"def {re.escape(test.partition('[')[0])}\(", text), test
+    for kind in KINDS:
+        for test in cases_of(kind):
+            file, _, name = test.partition("::")
+            text = (repository / "tests" / file).read_text()
+            assert not name or re.search(rf"def {re.escape(name.partition('[')[0])}\(", text), test
     noted = set(read_notes())
     assert noted <= set(KINDS), noted - set(KINDS)
+
+
+def test_each_test_of_a_kind_is_one_case(repository, tmp_path):
+    report, test = tmp_path / "faults.json", "tests/datasets/test_file_set.py"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-k", "circle or passed_over", test, "--faults-report", report],
+        cwd=repository, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    note = json.loads(report.read_text())["links in data sets"]
+    assert (note["cases"], note["outcomes"], note["failures"]) == (2, {"as_it_should_be": 2}, [])
