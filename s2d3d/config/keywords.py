@@ -50,14 +50,12 @@ def resolve_keywords(
     Returns:
         The section's keys, the keywords, and the problems.
     """
-    own = {key: (field.annotation, field) for key, field in section.model_fields.items()}
+    own = section.model_fields
     taken = [key for key in fields or {} if key in own]
     if taken:
         text = f"has a keyword '{taken[0]}', which is a key of every such section; rename the keyword"
         return {}, [Problem(("name",), text)]
-    extra: Literal["allow", "forbid"] = "allow" if fields is None else "forbid"
-    both: dict[str, Any] = {**own, **(fields or {})}
-    schema = create_model(section.__name__, __config__=ConfigDict(extra=extra), **both)
+    schema = _with_keywords(section, fields)
     resolved, problems = {}, []
     try:
         resolved = dict(schema.model_validate(values))
@@ -67,6 +65,21 @@ def resolve_keywords(
         hints = {key: did_you_mean(key, own) for key in values if isinstance(key, str) and key not in own}
         problems += [Problem((key,), f"unknown key{hint}") for key, hint in hints.items() if hint]
     return resolved, problems
+
+
+_SCHEMAS: dict[Any, type[BaseModel]] = {}
+"""Sections with keywords: building one takes longer than a validation."""
+
+
+def _with_keywords(section: type[BaseModel], fields: Fields | None) -> type[BaseModel]:
+    """Return the schema of a section and of keywords; without keywords, one that takes any other key."""
+    key = section, None if fields is None else repr(fields)
+    if key not in _SCHEMAS:
+        own = {key: (field.annotation, field) for key, field in section.model_fields.items()}
+        extra: Literal["allow", "forbid"] = "allow" if fields is None else "forbid"
+        both: dict[str, Any] = {**own, **(fields or {})}
+        _SCHEMAS[key] = create_model(section.__name__, __config__=ConfigDict(extra=extra), **both)
+    return _SCHEMAS[key]
 
 
 def check_types(values: Mapping[str, Any], fields: Fields) -> dict[str, Any]:

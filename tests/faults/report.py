@@ -87,7 +87,7 @@ def note_cases(config: pytest.Config, kind: str, cases: int, failures: list[str]
         "torch": torch.__version__,
         "system": f"{platform.system()} {platform.machine()}, {sys.platform}",
     }
-    path = Path(target)
+    path = config.invocation_params.dir / target  # the test may be in another folder
     known = json.loads(path.read_text()) if path.exists() else {}
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(dict(sorted((known | noted).items())), indent=1) + "\n")

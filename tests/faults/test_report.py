@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 
-from faults.report import BEGIN, END, KINDS, NOT_RUN, PAGE, read_notes, table, cases_of, with_table
+from faults.report import BEGIN, END, KINDS, NOT_RUN, PAGE, cases_of, read_notes, table, with_table
 
 NOTE = {"cases": 30, "outcomes": {"resumed": 29, "slope 3 bytes": 1}, "failures": ["hit 4: lost"], "date": "2026-01-01"}
 
