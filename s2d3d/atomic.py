@@ -301,13 +301,18 @@ def check_writable(folder: Path) -> None:
         raise InputError(f"{place}: cannot be written to ({error.strerror}); choose another place") from error
 
 
+def real_path(path: str | os.PathLike) -> Path:
+    """Return a path without links, as `Path.resolve`, which fails on a circle of links: there it is the path to it."""
+    return Path(os.path.realpath(path))
+
+
 def refuse_system_folder(folder: Path) -> None:
     """Refuse a place where the system keeps devices and processes, not files.
 
     Raises:
         InputError: as said.
     """
-    real = folder.resolve()
+    real = real_path(folder)
     if any(real.is_relative_to(place) for place in _SYSTEM) and not real.is_relative_to("/dev/shm"):
         raise InputError(f"{folder}: cannot be written to (the system keeps its own files there); choose another place")
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from .atomic import real_path
 from .errors import InputError, first_line
 
 _LOADED: dict[Path, str] = {}
@@ -37,7 +38,7 @@ def load_plugins(paths: Iterable[str | Path], *, beside: Path | None = None) -> 
             if path.name in {place.name for place in _LOADED}:  # named with its folder, by the command line
                 continue
             raise InputError(f"{path}: no such plugin; name a Python file that registers models or data sets")
-        place = path.resolve()
+        place = real_path(path)
         if place in _LOADED:
             continue
         spec = importlib.util.spec_from_file_location(f"s2d3d_plugin_{place.stem}_{len(_LOADED)}", place)

@@ -107,7 +107,7 @@ def apply_overrides(mapping: dict, overrides: Sequence[str]) -> tuple[dict[Loc, 
     for override in overrides:
         where = override_name(override)
         if override.startswith("~"):
-            lines += _remove(mapping, override)
+            lines += _remove(mapping, override, where)
             continue
         key, equals, text = override.partition("=")
         loc = tuple(part.strip() for part in key.split("."))
@@ -125,14 +125,14 @@ def apply_overrides(mapping: dict, overrides: Sequence[str]) -> tuple[dict[Loc, 
     return origins, lines
 
 
-def _remove(mapping: dict, override: str) -> list[str]:
+def _remove(mapping: dict, override: str, where: str) -> list[str]:
     """Remove the key of a `~section.key` override, in place; return a line if there is none."""
     *sections, last = override[1:].strip().split(".")
     place: object = mapping
     for section in sections:
         place = place.get(section) if isinstance(place, dict) else None
     if not isinstance(place, dict) or last not in place:
-        return [f"{override}: the config has no such key to remove"]
+        return [f"{where}: the config has no such key to remove"]
     del place[last]
     return []
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ..atomic import real_path
 from ..errors import InputError
 
 
@@ -16,7 +17,7 @@ def check_inside(path: Path, root: Path, *, allow_links: bool) -> Path:
     Raises:
         InputError: it, or a folder on the way to it, is a link out of the folder.
     """
-    if not allow_links and not path.resolve().is_relative_to(root.resolve()):
+    if not allow_links and not real_path(path).is_relative_to(real_path(root)):
         raise InputError(
             f"{path}: is a link out of the folder; copy the file into {root}, or set data.allow_links=true "
             "(prepare_data: --allow-links)"

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ..atomic import claimed, parse_json, sweep, take_place, write_text
+from ..atomic import claimed, parse_json, real_path, sweep, take_place, write_text
 from ..datasets.h5 import check_up_axis, write_h5
 from ..datasets.links import check_inside
 from ..datasets.mesh import read_off
@@ -146,7 +146,7 @@ def convert_modelnet(
     summary = check_left_out(source, used, skip_others=skip_others)
     work = output.parent / f".{output.name}.partial"
     vertical = up_axis or found.up_axis
-    job = {**asdict(found), "source": str(source.resolve()), "up_axis": vertical}
+    job = {**asdict(found), "source": str(real_path(source)), "up_axis": vertical}
     counts = {split: len(shapes) for split, shapes in found.shapes.items()}
     with _claimed(work, {**job, "num_points": num_points, "seed": seed, "part": PART, "channels": CHANNELS}):
         parts = []

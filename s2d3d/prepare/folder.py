@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from tqdm import tqdm
 
-from ..atomic import needs_force, whole_folder
+from ..atomic import needs_force, real_path, whole_folder
 from ..datasets.h5 import check_up_axis, write_h5
 from ..datasets.modelnet40 import SPLITS, list_files, read_class_names, read_split, stored_up_axis
 from ..datasets.normals import estimate_normals as estimated_normals
@@ -121,8 +121,8 @@ def _estimated(points: np.ndarray) -> np.ndarray:
 
 def check_output(output: Path, force: bool, source: Path | None = None) -> None:
     """Raise InputError unless a data set may be made at `output` from what lies in `source`: see `new_folder`."""
-    if source is not None and source.resolve().is_relative_to(output.resolve()):
-        where = "is" if source.resolve() == output.resolve() else f"holds {source},"
+    if source is not None and real_path(source).is_relative_to(real_path(output)):
+        where = "is" if real_path(source) == real_path(output) else f"holds {source},"
         raise InputError(f"{output}: {where} the folder to read from; choose another --output")
     if not needs_force(output, force):
         return

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ..atomic import real_path
 from ..datasets.h5 import check_up_axis, write_h5
 from ..datasets.h5_checks import check_shapes
 from ..datasets.links import check_inside
@@ -148,7 +149,7 @@ def write_scans(
     attributes: dict[str, str | int | bool] = {
         "simulated": True,
         "generator": f"s2d3d {__version__}",
-        "source": source.resolve().name,
+        "source": real_path(source).name,
         "variant": variant,
         "seed": seed,
         "upsampled": upsample,

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..atomic import check_writable, link_or_copy, sweep, write_text
+from ..atomic import check_writable, link_or_copy, real_path, sweep, write_text
 from ..errors import InputError
 from .replaced import ReplacedRun
 
@@ -67,7 +67,7 @@ class RunFolder:
             InputError: the folder holds a run, which `resume` does not belong to, and `force` is not set; the run holds
                 one of the files to read; or no folder can be made or written here.
         """
-        if self.root.resolve() == Path("/"):
+        if real_path(self.root) == Path("/"):
             raise InputError(f"{self.root}: is the root of the file system; choose another output_dir")
         present = self._present()
         if present and force and not self.owns(resume):
@@ -101,7 +101,7 @@ class RunFolder:
                 self._remove_run()
             elif self._present():
                 self.replaced.put_aside([*self._present(), *self._findings()])
-        elif resume is not None and resume.resolve() == self.previous.resolve():
+        elif resume is not None and real_path(resume) == real_path(self.previous):
             if self.last.exists():
                 os.replace(self.last, self.aside)
             link_or_copy(self.previous, self.last)
@@ -192,12 +192,12 @@ class RunFolder:
 
     def owns(self, checkpoint: Path | None) -> bool:
         """Tell whether a checkpoint lies in this folder."""
-        return checkpoint is not None and checkpoint.resolve().is_relative_to(self.root.resolve())
+        return checkpoint is not None and real_path(checkpoint).is_relative_to(real_path(self.root))
 
     def is_latest(self, checkpoint: Path | None) -> bool:
         """Tell whether a checkpoint is the state from which this folder's run continues: last.pt, or previous.pt."""
-        latest = (self.last.resolve(), self.previous.resolve())
-        return checkpoint is not None and checkpoint.resolve() in latest
+        latest = (real_path(self.last), real_path(self.previous))
+        return checkpoint is not None and real_path(checkpoint) in latest
 
     def kept(self, epoch: int) -> Path:
         """Return where the model after `epoch` epochs is kept."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..atomic import read_json
+from ..atomic import read_json, real_path
 from ..config.load import load_config
 from ..datasets.corruptions import CORRUPTIONS, SEVERITIES
 from ..errors import InputError
@@ -84,7 +84,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[RunRecord]:
         0.9083
     """
     folders = [Path(path) for path in paths]
-    resolved = [folder.resolve() for folder in folders]
+    resolved = [real_path(folder) for folder in folders]
     for index, place in enumerate(resolved):
         if place in resolved[:index]:
             raise InputError(f"{folders[index]}: is named twice; name each run once")

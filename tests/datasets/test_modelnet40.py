@@ -136,6 +136,17 @@ def test_links_out_of_the_folder_are_refused_and_links_inside_are_not(modelnet_f
     assert len(load(other, "test", allow_links=True)) == 6
 
 
+@pytest.mark.parametrize("allow_links", [False, True])
+@pytest.mark.parametrize("name", ["shape_names.txt", "train_files.txt", "ply_data_train0.h5"])
+def test_a_link_to_itself_is_one_line(modelnet_folder, name, allow_links):
+    root = modelnet_folder()
+    (root / name).unlink()
+    (root / name).symlink_to(name)
+    with pytest.raises(InputError) as caught:
+        load(root, allow_links=allow_links)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["shape_names.txt", "train_files.txt", "ply_data_train0.h5"])
 def test_a_tree_of_links_is_read_where_the_user_says_so(modelnet_folder, tmp_path, name):
     root, store = modelnet_folder(), tmp_path / "store"

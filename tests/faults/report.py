@@ -45,6 +45,7 @@ KINDS = {
     "a hostile description of an ONNX model": "export/test_write.py::test_the_example_refuses_hostile_descriptions",
     "links in data sets": (
         "datasets/test_modelnet40.py::test_links_out_of_the_folder_are_refused_and_links_inside_are_not",
+        "datasets/test_modelnet40.py::test_a_link_to_itself_is_one_line",
         "datasets/test_modelnet40.py::test_a_tree_of_links_is_read_where_the_user_says_so",
         "datasets/test_scanobjectnn.py::test_links_out_of_the_folder_follow_the_rule_of_every_reader",
         "datasets/test_class_folders.py::test_links_out_of_the_folder_need_permission",

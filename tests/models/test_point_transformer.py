@@ -7,6 +7,7 @@ import sys
 import pytest
 import reference.point_transformer as plain
 import torch
+from cases import quick
 from reference import draw_weights_
 from torch import nn
 from torch.nn import functional as F
@@ -73,7 +74,7 @@ def test_parameters_and_keys_are_those_of_the_reference(kwargs, parameters, bloc
     assert sum(isinstance(m, point_transformer.VectorAttention) for m in ours.modules()) == blocks
 
 
-@pytest.mark.parametrize("kwargs", [{}, PUBLIC], ids=["with FFN", "public"])
+@pytest.mark.parametrize("kwargs", quick(1, [pytest.param(PUBLIC, id="public"), pytest.param({}, id="with FFN")]))
 def test_full_size_logits_equal_the_reference(kwargs):
     ours, theirs = make_pair(40, **kwargs)
     points = clouds(2, 1024)
@@ -403,7 +404,7 @@ def test_training_reports_sparse_merged_and_recalibrated(tiny_config):
     assert torch.equal(logits(load_model(path), points), logits(stock, points))
 
 
-@pytest.mark.parametrize("batch_size", [1, 19])
+@pytest.mark.parametrize("batch_size", quick(1, [19, 1]))
 def test_a_lone_last_cloud_does_not_stop_the_recalibration(tiny_config, batch_size):
     """BatchNorm in the head has no statistics of one cloud; 96 shapes are 5 batches of 19 and one more."""
     trainer = Trainer(pt_config(tiny_config(*SHORT, f"eval.batch_size={batch_size}")))

@@ -104,6 +104,7 @@ def test_published_layout_loads_every_tensor_and_gives_equal_logits(write, name,
     assert deviation(ours, theirs, clouds()) < ATOL
 
 
+@pytest.mark.slow
 def test_full_size_point_mae(write):
     theirs, ours = reference.draw_weights_(reference.PointMAE(40)), create_model("point_mae", num_classes=40)
     report = load_pretrained_(ours, write(wrapped(theirs.state_dict())))

@@ -227,7 +227,7 @@ def test_a_few_updates_with_averaging_lower_the_loss_of_the_merged_model(case):
         assert loss_of(merge_experts(sparse).eval()) < 0.98 * first
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "opt"])
+@pytest.mark.parametrize("name", quick(2, ["bert", "gpt2", "opt"]))
 def test_merged_model_survives_save_pretrained_and_from_pretrained(name, tmp_path):
     build, targets, inputs, _ = MODELS[name]
     merged = merge_experts(spread_(converted(build(), targets))).eval()
@@ -240,7 +240,7 @@ def test_merged_model_survives_save_pretrained_and_from_pretrained(name, tmp_pat
 # The gated baseline in the same places
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "opt", "eva"])
+@pytest.mark.parametrize("name", quick(2, ["opt", "eva", "gpt2", "bert"]))
 def test_gated_experts_in_the_same_places(name):
     build, targets, inputs, names = MODELS[name]
     dense = build().train()

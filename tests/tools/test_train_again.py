@@ -85,5 +85,5 @@ def test_keys_of_another_model_are_removed_by_name(tiny_config, tmp_path):
         path, ["model.name=point_transformer_tiny", "s2d.kind=none", *(f"~model.{key}" for key in keys)]
     )
     assert config.model.name == "point_transformer_tiny"
-    with pytest.raises(ValueError, match=r"~model\.width: the config has no such key to remove"):
+    with pytest.raises(ValueError, match=r"^override '~model\.width': the config has no such key to remove"):
         load_config(path, ["~model.width"])
