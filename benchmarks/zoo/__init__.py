@@ -9,7 +9,7 @@ s2d3d:point_bert_tiny torch:TransformerEncoder torch:Transformer torchvision:Vis
 timm:cait_xxs24_224 timm:deit3_small_patch16_224 timm:eva02_tiny_patch14_224 timm:vit_relpos_small_patch16_224
 torchvision:SwinTransformer timm:convnextv2_atto timm:xcit_nano_12_p16_224 timm:swinv2_cr_tiny_224
 transformers:bert transformers:gpt2 transformers:opt transformers:llama transformers:bloom
-transformers:mixtral transformers:dinov2
+transformers:mixtral transformers:t5 transformers:dinov2
 """.split()  # noqa: SIM905
 """The families that a test tries by default: cheap ones, of every kind."""
 
