@@ -1,11 +1,11 @@
 """A user's own Python files, imported for what they register: models and data sets that a config can name."""
 
 import importlib.util
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from .atomic import real_path
 from .errors import InputError, first_line
 
 _LOADED: dict[Path, str] = {}
@@ -38,7 +38,7 @@ def load_plugins(paths: Iterable[str | Path], *, beside: Path | None = None) -> 
             if path.name in {place.name for place in _LOADED}:  # named with its folder, by the command line
                 continue
             raise InputError(f"{path}: no such plugin; name a Python file that registers models or data sets")
-        place = real_path(path)
+        place = Path(os.path.realpath(path))
         if place in _LOADED:
             continue
         spec = importlib.util.spec_from_file_location(f"s2d3d_plugin_{place.stem}_{len(_LOADED)}", place)
