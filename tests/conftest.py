@@ -1,4 +1,4 @@
-"""Fixtures for all tests."""
+"""Fixtures for all tests. They import what they need: the process that shares the tests out needs none of it."""
 
 import gc
 import importlib.util
@@ -6,21 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-import yaml
-from faults.report import note_test
 from hypothesis import settings
-
-from s2d3d import load_config
-from s2d3d.config.load import dump_config
-from s2d3d.datasets import _DATASETS
-from s2d3d.datasets.h5 import write_h5
-from s2d3d.evaluation import batchnorm
-from s2d3d.models import _MODELS
-from s2d3d.plugins import _LOADED
-from s2d3d.prepare.shapes import write_shapes
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -54,6 +41,8 @@ def pytest_configure(config):
 def pytest_runtest_makereport(item):
     report = yield
     if item.config.getoption("--faults-report"):
+        from faults.report import note_test
+
         note_test(item, report)
     return report
 
@@ -66,6 +55,8 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True)
 def _seeded():
+    import torch
+
     if torch.cuda.is_available():
         torch.manual_seed(0)
     else:  # without the stack trace that torch.manual_seed keeps for a GPU: 3 ms in each of thousands of tests
@@ -83,6 +74,10 @@ def _no_waiting_for_the_disk():
 @pytest.fixture(autouse=True, scope="module")
 def _plugins_are_forgotten():
     """What a module's configs register, such as the image studies, is unknown to the next module."""
+    from s2d3d.datasets import _DATASETS
+    from s2d3d.models import _MODELS
+    from s2d3d.plugins import _LOADED
+
     registries = (_LOADED, _DATASETS, _MODELS)
     before = [dict(registry) for registry in registries]
     yield
@@ -109,6 +104,8 @@ def modelnet40_root() -> Path:
 @pytest.fixture(scope="session")
 def shapes_root(tmp_path_factory) -> Path:
     """A small procedural data set: 96 training and 36 test shapes of 12 classes, 128 points."""
+    from s2d3d.prepare.shapes import write_shapes
+
     root = tmp_path_factory.mktemp("data") / "shapes"
     write_shapes(root, num_train=96, num_test=36, num_points=128, seed=0)
     return root
@@ -117,6 +114,7 @@ def shapes_root(tmp_path_factory) -> Path:
 @pytest.fixture
 def tiny_config(shapes_root, tmp_path, repository):
     """Make a valid config of a run of a second or two: 6 updates an epoch, 2 epochs, experts in 1 of 2 blocks."""
+    from s2d3d import load_config
 
     def make(*overrides: str):
         return load_config(
@@ -147,6 +145,7 @@ def tiny_config(shapes_root, tmp_path, repository):
 @pytest.fixture
 def tiny_pretraining(shapes_root, tmp_path, repository):
     """Make a valid config of a pre-training of a second: 6 updates an epoch, experts in encoder and decoder."""
+    from s2d3d import load_config
 
     def make(*overrides: str):
         return load_config(
@@ -166,6 +165,9 @@ def tiny_pretraining(shapes_root, tmp_path, repository):
 @pytest.fixture
 def write_study(tiny_config, tmp_path):
     """Write a study of runs of a second, arms dense and s2d, seeds 0 and 1, scored on a quarter of 96 shapes."""
+    import yaml
+
+    from s2d3d.config.load import dump_config
 
     def write(**changes: object) -> Path:
         base = tmp_path / "base.yaml"
@@ -216,6 +218,8 @@ def drawing():
 @pytest.fixture
 def one_thread():
     """A fork of a process whose torch has started several threads would wait for them for ever."""
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -225,6 +229,8 @@ def one_thread():
 @pytest.fixture(scope="module")
 def enough_updates():
     """Take the few updates of a tiny run for enough, so that BatchNorm statistics stay those of the training."""
+    from s2d3d.evaluation import batchnorm
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batchnorm, "FORGOTTEN", 1.0)
         yield
@@ -246,6 +252,7 @@ CLASSES = ("apple", "boat", "chair")
 @pytest.fixture
 def clouds():
     """Make (n, P, 3) random clouds, no two alike, none centred."""
+    import numpy as np
 
     def make(count: int, num_points: int, dtype=np.float32, seed: int = 0) -> np.ndarray:
         rng = np.random.default_rng(seed)
@@ -257,6 +264,9 @@ def clouds():
 @pytest.fixture
 def modelnet_folder(tmp_path, clouds):
     """Write a folder of two training files and one test file; labels take turns over three classes."""
+    import numpy as np
+
+    from s2d3d.datasets.h5 import write_h5
 
     def make(name="set", *, num_points=16, dtype=np.float32, up_axis=None, per_file=6, entry="{file}", **extras):
         root = tmp_path / name

@@ -2,10 +2,11 @@
 
 import json
 import re
-import subprocess
-import sys
+from types import SimpleNamespace
 
-from faults.report import BEGIN, END, KINDS, NOT_RUN, PAGE, cases_of, read_notes, table, with_table
+import pytest
+
+from faults.report import BEGIN, END, KINDS, NOT_RUN, PAGE, cases_of, note_test, read_notes, table, with_table
 
 NOTE = {"cases": 30, "outcomes": {"resumed": 29, "slope 3 bytes": 1}, "failures": ["hit 4: lost"], "date": "2026-01-01"}
 
@@ -32,12 +33,14 @@ def test_every_row_is_a_test_that_exists(repository):
     assert noted <= set(KINDS), noted - set(KINDS)
 
 
-def test_each_test_of_a_kind_is_one_case(repository, tmp_path):
-    report, test = tmp_path / "faults.json", "tests/datasets/test_file_set.py"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-k", "circle or passed_over", test, "--faults-report", report],
-        cwd=repository, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
+def test_each_test_of_a_kind_is_one_case(tmp_path):
+    report, test = tmp_path / "faults.json", "tests/datasets/test_file_set.py::test_links_in_a_circle_end"
+    started = SimpleNamespace(dir=tmp_path)
+    config = SimpleNamespace(getoption=lambda name: "faults.json", stash=pytest.Stash(), invocation_params=started)
+    for outcome in ("passed", "failed"):
+        for when in ("setup", "call", "teardown"):
+            said = outcome if when == "call" else "passed"
+            item = SimpleNamespace(config=config, fixturenames=("tmp_path",))
+            note_test(item, pytest.TestReport(test, ("", 0, ""), {}, said, None, when))
     note = json.loads(report.read_text())["links in data sets"]
-    assert (note["cases"], note["outcomes"], note["failures"]) == (2, {"as_it_should_be": 2}, [])
+    assert (note["cases"], note["outcomes"], note["failures"]) == (2, {"as_it_should_be": 1}, [test])
