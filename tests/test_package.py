@@ -50,6 +50,7 @@ def test_public_names_are_documented_and_typed(name):
 
 FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
 """The modules of the package by their dotted name below it; a folder is its `__init__`."""
+TOOLS = [path for path in sorted((PACKAGE.parent / "tools").glob("*.py")) if path.stem != "__init__"]
 NAMES = {name.removesuffix(".__init__") for name in FILES}
 
 
@@ -144,6 +145,17 @@ def test_no_module_leads_back_to_itself():
                 reached.add(step)
                 waiting += arrows[step]
         assert name not in reached, f"{name} imports itself, through {sorted(reached)}"
+
+
+@pytest.mark.parametrize("path", TOOLS, ids=lambda path: path.stem)
+def test_a_tool_needs_no_other_tool(path):
+    """Nor a test or, but for those of a clone, a benchmark: nothing leads from the package back to them."""
+    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    found = imports_of(path.stem, tree)
+    roots = {name.split(".")[0] for name in found if not name.startswith(".")}
+    assert "s2d3d" in roots or rooms(found), "the reader sees what it imports"
+    assert not roots & {"tools", "tests", *(tool.stem for tool in TOOLS)}
+    assert "benchmarks" not in roots or path.stem in ("benchmark", "zoo")
 
 
 @pytest.mark.parametrize("room", ["training", "evaluation"])

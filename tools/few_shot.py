@@ -4,7 +4,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from s2d3d import load_config
 from s2d3d.cli import add_overrides, described, run_tool
 
 
@@ -29,6 +28,9 @@ def run(arguments: argparse.Namespace) -> int:
     overrides = list(arguments.overrides)
     if arguments.device:
         overrides.append(f"train.device={arguments.device}")
+
+    from s2d3d import load_config
+
     config = load_config(arguments.config, overrides)
 
     from s2d3d.studies.few_shot import FewShotTask, run_folds, summary_line

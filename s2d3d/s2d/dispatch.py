@@ -1,7 +1,7 @@
 """Grouped dispatch: spread tokens over the slots of K experts, at random or by choice, and put the results back.
 
 Random Uniform Partition (RUP) needs no router, so its whole plan is two index vectors of a length known
-on the host: nothing there waits for the device.
+on the host: nothing there makes the host wait for the GPU.
 """
 
 import logging
@@ -84,7 +84,7 @@ def chosen_partition(chosen: Tensor, num_experts: int, capacity: int | None = No
     Args:
         chosen: (num_tokens, k) int64 experts by token, the first choice in column 0.
         num_experts: K.
-        capacity: slots of an expert; None makes as many as the most wanted expert needs, which waits for the device.
+        capacity: slots of an expert; None: as many as the most wanted expert needs; the host waits for the GPU.
 
     Returns:
         The partition, and for each slot (K * capacity,) the index of the choice it serves in `chosen.T.flatten()`;
@@ -166,7 +166,7 @@ def scatter_backend() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         logger.warning(
             "torch-scatter is not usable (%s); using torch's own scatter_add_, which computes the same. "
             "To install it: pip install --no-build-isolation torch-scatter",
-            str(error).partition("\n")[0],
+            str(error).partition("\n")[0] or type(error).__name__,
         )
         return native_scatter_sum
     return lambda source, index, out: scatter_sum(source, index, dim=0, out=out)

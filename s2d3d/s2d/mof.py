@@ -228,7 +228,7 @@ class RUPMoF(ExpertLayer):
 
     In training all tokens of the batch are shuffled and cut into K groups whose sizes differ by at most one;
     group i passes expert i. In evaluation every token passes the mean of the experts, which is the dense FFN
-    that `averaged_expert` returns and `merge_experts` leaves behind. Both cost the FLOPs of one FFN.
+    that `averaged_expert` returns and `merge_experts` puts in its place. Both cost the FLOPs of one FFN.
 
     Source: abstracts of Sparse-to-Dense Training, IEEE TCSVT 2025 (doi 10.1109/TCSVT.2025.3586550), and of arXiv
         2308.06093. Details are from memory of the latter, not checked against its text.

@@ -186,7 +186,7 @@ def test_config_names_no_data_set_and_no_model():
     assert {"variant", "background"}.isdisjoint(Config.model_fields["data"].annotation.model_fields)
 
 
-# Configs of before: every data set had `variant` and `background`, null for all but one
+# Older configs: every data set had `variant` and `background`, null for all but one
 
 
 @pytest.mark.parametrize("name", ["modelnet40", "shapes", "blobs"])

@@ -342,7 +342,7 @@ def test_what_is_no_mapping(mapping):
     ],
 )
 def test_a_key_that_was_removed_is_read_where_it_did_nothing(base, key, idle, wrong):
-    """As every config, checkpoint and record of before holds it."""
+    """As every older config, checkpoint and record holds it."""
     for value in idle:
         assert parse_config(changed(key, value), where="old.pt") == parse_config(BASE, where="base")
     for value in wrong:

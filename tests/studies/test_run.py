@@ -111,7 +111,7 @@ def start_of(config):
         data.train.set_position(epoch)
         batches += [points for points, _ in data.train]
     model = parts.model
-    if parts.routed:  # its dense twin: the first expert, as all are copies
+    if parts.routed:  # the dense model: the first expert, as all are copies
         model = merge_experts(model, allow_average=True)
     return torch.cat(batches), merge_experts(model).state_dict(), data.scored.dataset.names
 

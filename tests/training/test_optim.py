@@ -36,7 +36,7 @@ def test_stacked_biases_are_not_decayed_and_stacked_weights_are(kind):
     dense, sparse = tiny(), tiny(kind=kind)
     stacked = dict(sparse.named_parameters())["blocks.blocks.0.mlp.fc1.bias"]
     assert stacked.ndim == 2
-    assert no_decay_names(sparse) == no_decay_names(dense), "a sparse run decays what its dense twin decays"
+    assert no_decay_names(sparse) == no_decay_names(dense), "a sparse run decays what the dense model decays"
     if kind == "topk":
         assert any("router" in name and name not in no_decay_names(sparse) for name, _ in sparse.named_parameters())
 

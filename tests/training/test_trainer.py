@@ -118,7 +118,7 @@ def test_signals_save_and_leave_with_the_conventional_code(tiny_config, uninterr
     with pytest.raises(StoppedBySignal) as stop:
         struck.fit()
     assert stop.value.exit_code == 128 + signum
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "the handlers of before are back"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "the earlier handlers are back"
     resumed = Trainer(tiny_config("train.epochs=3"))
     resumed.fit(resume=struck.folder.last)
     assert_same_weights(weights(resumed.folder.last), weights(uninterrupted.last))
@@ -360,7 +360,7 @@ def test_real_modelnet40_trains_stops_and_resumes(repository, modelnet40_root, t
 
 
 def test_trying_a_batch_leaves_no_trace(tiny_config):
-    """The checkpoint of before the first update holds the fresh model, BatchNorm statistics included."""
+    """The checkpoint from before the first update holds the fresh model, BatchNorm statistics included."""
 
     class Stop(Callback):
         def on_update(self, trainer):
