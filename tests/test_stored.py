@@ -77,7 +77,7 @@ def damaged(content, rng, count):
 
 
 def show_metrics(folder):
-    record = runs.RunRecord("a", {}, [{"epoch": 1.0}], metrics=runs._read_metrics(folder.metrics), folder=folder)
+    record = runs.RunRecord("a", {}, [{"epoch": 1.0}], metrics=runs.read_metrics(folder.metrics), folder=folder)
     runs.require_whole([record])
     summary_rows([record])
     if record.final:

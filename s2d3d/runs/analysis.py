@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..atomic import read_json
 from ..config.data import build_test_loader
 from ..config.load import Config
 from ..datasets import LabelledDataset
@@ -24,8 +23,7 @@ from ..s2d.ewa import expert_layers
 from .checkpoint import load_checkpoint, load_model, require_sparse
 from .folder import RunFolder
 from .log import read_log
-from .record import final_form
-from .schemas import Metrics
+from .record import final_form, read_metrics
 from .trained import open_trained
 
 MOMENTUM = 0.9
@@ -102,7 +100,7 @@ def analyze_run(
 
 def _re_estimated(run: RunFolder) -> dict[str, Any] | None:
     """Return the saved model's accuracy and number of shapes, where BatchNorm statistics were re-estimated."""
-    metrics = read_json(run.metrics, schema=Metrics) if run.metrics.is_file() else {}
+    metrics = read_metrics(run.metrics)
     if not metrics or final_form(metrics) != "recalibrated":
         return None
     return {key: metrics["recalibrated"][key] for key in ("oa", "num_samples")}

@@ -14,6 +14,8 @@ from .folder import FORMS, RunFolder, require_run
 from .log import read_log
 from .schemas import Analysis, Environment, Metrics, PretrainingMetrics, Robustness, WholeReport
 
+_ADVICE = "write it again or remove it"
+
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -103,8 +105,8 @@ def _read(folder: RunFolder, name: str) -> RunRecord:
         name=name,
         config=load_config(folder.config).to_dict(),
         log=log,
-        environment=_read_json(folder.environment, Environment) or {},
-        metrics=_read_metrics(folder.metrics),
+        environment=read_environment(folder.environment),
+        metrics=read_metrics(folder.metrics),
         analysis=_read_analysis(folder.analysis),
         robustness=read_robustness(folder.robustness) if folder.robustness.is_file() else None,
         folder=folder,
@@ -112,16 +114,25 @@ def _read(folder: RunFolder, name: str) -> RunRecord:
     )
 
 
-def _read_json(path: Path, schema: Any) -> dict[str, Any] | None:
-    return read_json(path, schema=schema) if path.exists() else None
+def read_environment(path: Path, *, advice: str = _ADVICE) -> dict[str, Any]:
+    """Return the environment of a run; empty if there is no such file.
+
+    Raises:
+        InputError: it is damaged; the message ends with `advice`.
+    """
+    return read_json(path, schema=Environment, advice=advice) if path.exists() else {}
 
 
-def _read_metrics(path: Path) -> dict[str, Any]:
-    metrics = _read_json(path, None) or {}
+def read_metrics(path: Path, *, advice: str = _ADVICE) -> dict[str, Any]:
+    """Return the results of a run, of a classifier or a pre-training; empty if it has not ended.
+
+    Raises:
+        InputError: they are damaged; the message ends with `advice`.
+    """
+    metrics = read_json(path, advice=advice) if path.exists() else {}
     if metrics:
         schema = PretrainingMetrics if metrics.get("task") == "pretrain" else Metrics
-        check_stored(metrics, schema, where=path, advice="write it again or remove it")
-    if metrics:
+        check_stored(metrics, schema, where=path, advice=advice)
         try:
             final_form(metrics)
         except InputError as error:

@@ -1,20 +1,18 @@
 """The record of a finished run. A study's tables are computed from records, without data, models or run folders."""
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Literal, NotRequired
 
-import yaml
 from typing_extensions import TypedDict
 
-from ..atomic import read_json
 from ..config.compare import FOLDERS, SAME_RESULT, differences, flatten
+from ..config.io import read_yaml
 from ..config.load import parse_config
 from ..errors import InputError
 from ..runs.folder import RunFolder
 from ..runs.log import read_log
-from ..runs.record import FORMS, final_form
-from ..runs.schemas import Environment, Metrics, PretrainingMetrics
+from ..runs.record import FORMS, final_form, read_environment, read_metrics
+from ..runs.schemas import Environment
 from ..stored import Count, Finite, Share, Text, check_stored
 from .cell import Cell
 
@@ -25,6 +23,7 @@ _KEYS = {
     "train_seconds": float, "parameters": dict, "results": dict, "environment": dict, "curve": dict,
 }  # fmt: skip
 
+_ADVICE = "remove the run folder and run again"
 SCORED = ("split", "shapes", "epochs", "updates", "train_seconds", "parameters")
 """What a record takes from metrics.json beside the results."""
 
@@ -66,14 +65,14 @@ def record_of_run(cell: Cell) -> dict[str, Any] | None:
         return None
     check_folder(cell)
     pretraining = cell.config.task == "pretrain"
-    metrics = _read(folder.metrics, PretrainingMetrics if pretraining else Metrics)
+    metrics = read_metrics(folder.metrics, advice=_ADVICE)
     if any(key not in metrics for key in SCORED):
         raise InputError(f"{folder.metrics}: does not say what was scored; remove the run folder and run again")
     config = cell.config.to_dict()
     for key in FOLDERS:
         section, _, name = key.rpartition(".")
         del (config[section] if section else config)[name]
-    environment = _read(folder.environment, Environment)
+    environment = read_environment(folder.environment, advice=_ADVICE)
     log = read_log(folder.log)
     curve = {key: [row.get(key) for row in log] for key in CURVE}
     kept = final_form(metrics)
@@ -81,9 +80,7 @@ def record_of_run(cell: Cell) -> dict[str, Any] | None:
     if kept not in scored:
         raise InputError(f"{folder.metrics}: holds no linear probe; run the pre-training with eval.probe: true")
     for form in scored:
-        check_stored(
-            metrics[form], _Result, where=f"{folder.metrics}: {form}", advice="remove the run folder and run again"
-        )
+        check_stored(metrics[form], _Result, where=f"{folder.metrics}: {form}", advice=_ADVICE)
     if cell.config.eval.every:  # the last epoch is scored only at the end
         curve["test_oa"] = [*(row.get("test_oa") for row in log[:-1]), metrics[kept]["oa"]]
     record = {
@@ -201,9 +198,9 @@ def check_folder(cell: Cell) -> None:
     if not folder.config.is_file():
         return
     try:
-        stored = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError):
-        raise InputError(f"{folder.config}: cannot be read; remove the run folder and run again") from None
+        stored, _ = read_yaml(folder.config)
+    except InputError as error:
+        raise InputError(f"{error}; {_ADVICE}") from None
     changed = _changed(stored, cell, str(folder.config))
     if changed:
         raise InputError(f"{folder.root}: holds a run with {changed}; name the study anew, or remove this folder")
@@ -240,7 +237,3 @@ def _is_result(result: object) -> bool:
 def _is_number(value: object) -> bool:
     """Tell whether a value is a number that a float can hold."""
     return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
-
-
-def _read(path: Path, schema: Any) -> dict[str, Any]:
-    return read_json(path, schema=schema, advice="remove the run folder and run again")
