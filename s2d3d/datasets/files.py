@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..channels import XYZ, columns, groups, missing
-from ..errors import InputError, did_you_mean
+from ..errors import InputError, did_you_mean, first_line
 from .attributes import UNNAMED, Extras, hold_normals, join_channels, unit_colors, unit_normals
 from .h5 import check_up_axis
 from .mesh import read_glb, read_obj, read_off, read_stl
@@ -95,8 +95,7 @@ def read_points(
         state = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "no such file"
         raise InputError(f"{path}: {state}; name a file with points")
     extras: Extras | None = None if channels == XYZ else {}
-    with np.errstate(invalid="ignore", over="ignore"):  # numbers of any bits; they are checked below
-        points, faces = (_CLOUDS[suffix](path, extras), None) if suffix in _CLOUDS else _MESHES[suffix](path, extras)
+    points, faces = _read(path, suffix, extras)
     if not len(points):
         raise InputError(f"{path}: holds no points, or is not a {suffix} file")
     if faces is not None and len(faces):
@@ -111,6 +110,17 @@ def read_points(
         check_extent(points, str(path))
         return points
     return _with_channels(path, points, extras, channels, allow_missing, estimate_normals)
+
+
+def _read(path: Path, suffix: str, extras: Extras | None) -> tuple[np.ndarray, np.ndarray | None]:
+    try:
+        with np.errstate(invalid="ignore", over="ignore"):  # numbers of any bits; they are checked later
+            return (_CLOUDS[suffix](path, extras), None) if suffix in _CLOUDS else _MESHES[suffix](path, extras)
+    except (InputError, OSError, MemoryError):
+        raise
+    except Exception as error:  # one file of strangers does not end the reading of the others
+        text = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"{path}: is damaged, or no {suffix} file ({text}); save the points again") from error
 
 
 def read_cloud(

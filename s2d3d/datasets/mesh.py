@@ -6,6 +6,7 @@ import os
 import re
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -280,8 +281,11 @@ def read_glb(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         foreign = [item for item in tree.get("buffers", []) if "uri" in item]
         if not all(isinstance(size, int) and 0 <= size <= len(data) for size in sizes) or foreign:
             raise ValueError
+        unread = _unread_parts(tree)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{path}: is damaged, or keeps parts in other files; export it again as one GLB") from None
+    if unread:
+        raise InputError(f"{path}: holds {unread}, which is not read; export it again without, as plain triangles")
     try:
         import trimesh
     except ImportError as error:
@@ -300,6 +304,18 @@ def read_glb(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         return vertices, None
     corners = np.concatenate(faces)
     return vertices, fan_triangles(corners.ravel(), np.full(len(corners), 3), len(vertices), str(path))
+
+
+def _unread_parts(tree: dict[str, Any]) -> str:
+    """Name what the reader of GLB files would pass over or take for something else; empty if there is nothing."""
+    required = [name for name in tree.get("extensionsRequired", []) if not str(name).startswith("KHR_materials")]
+    unread = set(required) - {"KHR_texture_transform", "KHR_lights_punctual"}
+    if unread:
+        return f"the extension {sorted(map(str, unread))[0]}"
+    if any("sparse" in item for item in tree.get("accessors", [])):
+        return "sparse accessors"
+    modes = {part.get("mode", 4) for mesh in tree.get("meshes", []) for part in mesh.get("primitives", [])}
+    return "triangle strips or fans" if modes & {5, 6} else ""
 
 
 def fan_triangles(corners: np.ndarray, counts: np.ndarray, num_vertices: int, where: str) -> np.ndarray:

@@ -241,7 +241,7 @@ def _walk(values: np.ndarray, properties: list[_Property]) -> list[slice] | None
     for item in properties:
         length = 1
         if item.counts:
-            if at >= len(values) or not 0 <= values[at] == int(values[at]) <= len(values):
+            if at >= len(values) or not 0 <= values[at] <= len(values) or values[at] % 1:
                 return None
             length, at = int(values[at]), at + 1
         places.append(slice(at, at + length))
@@ -280,7 +280,7 @@ def _first_lengths(data: bytes, start: int, order: str, element: _Element) -> li
             if start + kind.itemsize > len(data):
                 return None
             value = np.frombuffer(data, kind, 1, start)[0]
-            if not 0 <= value <= len(data):
+            if not 0 <= value <= len(data) or value % 1:
                 return None
             lengths.append(int(value))
             start += kind.itemsize
@@ -322,7 +322,7 @@ def _walk_binary(
             if length is not None:
                 size = length.unpack_from(data, start)[0] if start + length.size <= len(data) else len(data)
                 start += length.size
-            if not 0 <= size == int(size) or start + int(size) * kind.itemsize > len(data):
+            if not 0 <= size <= len(data) or size % 1 or start + int(size) * kind.itemsize > len(data):
                 raise InputError(
                     f"{path}: is cut short or damaged: {element.count} rows of '{element.name}' are announced, "
                     f"{row} are there"

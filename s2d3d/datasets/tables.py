@@ -1,11 +1,13 @@
 """Tables of points: text of any common layout, and NumPy's files."""
 
 import logging
+import lzma
 import math
 import re
 import tokenize
 import warnings
 import zipfile
+import zlib
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -34,6 +36,22 @@ _PREFERRED = ("points", "xyz", "pos", "data")
 _ARRAYS = {"normal": ("normals", "normal"), "rgb": ("colors", "colours", "color", "rgb")}
 """Names of arrays in an archive, beside that of the points."""
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+_MAX_COLUMNS = 10_000
+_DAMAGED = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError, RuntimeError, EOFError, OSError,
+    UnicodeDecodeError,
+)  # fmt: skip
+"""What Python's own readers of archives raise."""
+_ANNOUNCE = {"columns", "column", "fields", "field", "format", "header", "names", "order"}
+"""Words of a comment after which names of columns follow."""
+_COLUMN_NAMES = {
+    *"xyzrgbaituv", "id", "nx", "ny", "nz", "rgb", "red", "green", "blue", "alpha", "rgba", "normal_x", "normal_y",
+    "normal_z", "normalx", "normaly", "normalz", "intensity", "reflectance", "reflectivity", "time", "timestamp",
+    "gps_time", "gpstime", "index", "label", "class", "classification", "confidence", "curvature", "ring", "range",
+    "scalar", "instance", "segment", "object", "row", "col",
+}  # fmt: skip
+"""What columns of tables of points are called; a comment of other words is a sentence."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +182,7 @@ def _read_archive(path: Path, file: BinaryIO, extras: Extras | None) -> np.ndarr
                 extras.pop(UNNAMED, None)
                 extras[group] = values.reshape(-1, 3)
             return points
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError, zipfile.zlib.error) as error:  # type: ignore[attr-defined]
+    except _DAMAGED as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise
         raise InputError(f"{path}: is a damaged archive; save the points again") from error
@@ -240,6 +258,9 @@ def _refuse_transposed(path: Path, shape: tuple[int, ...]) -> None:
 
 def _find_layout(path: Path, data: bytes) -> _Layout:
     lines = _sample(data)
+    for line, _, text in lines:
+        if len(text.split(None, _MAX_COLUMNS)) > _MAX_COLUMNS or text.count(b",") >= _MAX_COLUMNS:
+            raise InputError(f"{path}: line {line} has more than {_MAX_COLUMNS:,} numbers; a row is one point: x, y, z")
     rows = [text for _, _, text in lines if _NUMERIC.fullmatch(text)]
     rows = [text for text in rows if not text.strip().isdigit()] or rows
     if not lines:
@@ -311,7 +332,7 @@ def _comment_names(data: bytes) -> list[str] | None:
         if text and not text.startswith(COMMENTS):
             return None
         words = [re.sub(r"(?<=.)[\[(].*$", "", word) for word in _words(text)]
-        words = words[1:] if words and words[0].endswith(":") else words
+        words = words[1:] if words and (words[0].endswith(":") or words[0] in _ANNOUNCE) else words
         if {"x", "y", "z"} <= set(words):
             return words
     return None
@@ -341,8 +362,12 @@ def _find_axes(path: Path, names: list[str] | None, columns: int, line: int) -> 
     unclear = names is None or any(names.count(axis) != 1 for axis in "xyz")
     if names is None or (not line and unclear):
         return (0, 1, 2)
-    if not line and len(names) != columns:
-        if columns == 3 or names[:3] == ["x", "y", "z"]:
+    if not line and names[:3] == ["x", "y", "z"]:
+        return (0, 1, 2)
+    if not line and (len(names) != columns or not set(names) <= _COLUMN_NAMES):  # a sentence, as far as one can tell
+        places = [names.index(axis) for axis in "xyz"]
+        in_another_order = max(places) - min(places) == 2 and places != sorted(places)
+        if columns == 3 and not in_another_order:
             return (0, 1, 2)
         shown = quoted(" ".join(names), 60)
         raise InputError(

@@ -1,12 +1,16 @@
 """Files of all kinds give the same cloud, and one that is none says so in one line."""
 
+import io
+import json
 import struct
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 
 from s2d3d import create_dataset
+from s2d3d.datasets import files
 from s2d3d.datasets.files import read_cloud, read_points
 from s2d3d.datasets.h5 import write_h5
 from s2d3d.errors import InputError
@@ -326,6 +330,10 @@ def test_a_cloud_keeps_its_rows_together(tmp_path, sphere, up_axis, num_points):
 
 # What could be taken for points and is not, or is them in other columns
 
+PLY = (
+    "ply\nformat ascii 1.0\nelement vertex 3\nproperty float x\nproperty float y\nproperty float z\n"
+    "element face 1\nproperty list {} int vertex_indices\nend_header\n0 0 0\n1 0 0\n0 1 0\n{} 0 1 2\n"
+)
 ROWS = "".join(f"{n + 0.5} {n + 1.5} {n * n + 2.5} {n + 3.5}\n" for n in range(20))
 
 
@@ -337,6 +345,13 @@ ROWS = "".join(f"{n + 0.5} {n + 1.5} {n * n + 2.5} {n + 3.5}\n" for n in range(2
             "# number x y z and time\n" + ROWS,
             "which columns are x, y and z? A comment says 'number x y z and time'",
         ),
+        (".xyz", "# points as x y z r\n" + ROWS.replace("\n", " 1 2\n"), "which columns are x, y and z?"),
+        (".xyz", "# exported x y z\n" + ROWS, "which columns are x, y and z? A comment says 'exported x y z'"),
+        (".xyz", "# written as z y x\n" + ROWS.replace(".5\n", "\n"), "which columns are x, y and z?"),
+        (".xyz", "1 " * 40_000, "line 1 has more than 10,000 numbers; a row is one point: x, y, z"),
+        (".csv", "1," * 40_000 + "1", "line 1 has more than 10,000 numbers; a row is one point: x, y, z"),
+        (".ply", PLY.format("float", "inf"), "line 13: a face is cut short or holds too many corners"),
+        (".ply", PLY.format("float", "nan"), "line 13: a face is cut short or holds too many corners"),
         (".csv", "0,1,2\n" + ROWS.replace(" ", ","), "line 1 numbers the columns, it is no point; remove it"),
         (".csv", "0,1,2,3\n" + ROWS.replace(" ", ","), "line 1 numbers the columns, it is no point; remove it"),
         (".csv", '"1,4","2,3","4,6"\n' * 9, "holds decimal commas in quotes; write decimal points"),
@@ -364,6 +379,69 @@ def test_arrays_that_are_no_cloud_are_refused(tmp_path, array):
     np.save(tmp_path / "a.npy", array)
     with pytest.raises(InputError, match="is it an image, or features"):
         read_points(tmp_path / "a.npy", 8)
+
+
+def test_an_error_of_a_reader_names_the_file(tmp_path, monkeypatch):
+    def fails(path, extras):
+        raise OverflowError("too large\nfor this")
+
+    monkeypatch.setitem(files._CLOUDS, ".xyz", fails)
+    (tmp_path / "a.xyz").write_text(ROWS)
+    message = r"^\S+a\.xyz: is damaged, or no \.xyz file \(OverflowError: too large\); save the points again$"
+    with pytest.raises(InputError, match=message):
+        read_points(tmp_path / "a.xyz", 8)
+
+
+def test_a_binary_ply_whose_list_is_endless_is_refused(tmp_path):
+    head, _, _ = PLY.format("float", "3").replace("ascii", "binary_little_endian").partition("0 0 0\n")
+    path = tmp_path / "a.ply"
+    for count in (np.inf, np.nan, -1, 2.5):
+        path.write_bytes(head.encode() + struct.pack("<9f", *range(9)) + struct.pack("<f3i", count, 0, 1, 2))
+        with pytest.raises(InputError, match=r"a\.ply: is cut short or damaged: 1 rows of 'face' are announced"):
+            read_points(path, 8)
+
+
+@pytest.mark.parametrize("kind", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2, zipfile.ZIP_DEFLATED])
+def test_a_damaged_archive_is_one_line_however_it_is_compressed(tmp_path, kind):
+    stored, path = io.BytesIO(), tmp_path / "a.npz"
+    np.save(stored, np.random.default_rng(0).normal(size=(200, 3)))
+    with zipfile.ZipFile(path, "w", kind) as archive:
+        archive.writestr("points.npy", stored.getvalue())
+    whole = path.read_bytes()
+    for at in range(50, len(whole) - 200, len(whole) // 12):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        with pytest.raises(InputError, match=r"^\S+a\.npz: [^\n]+$"):
+            read_points(path, 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"accessors": [{"sparse": {"count": 1}}]}, "holds sparse accessors"),
+        ({"meshes": [{"primitives": [{"mode": 6}]}]}, "holds triangle strips or fans"),
+        ({"extensionsRequired": ["EXT_meshopt_compression"]}, "holds the extension EXT_meshopt_compression"),
+    ],
+)
+def test_parts_of_a_glb_that_are_not_read_are_named(tmp_path, changes, message):
+    trimesh = pytest.importorskip("trimesh")
+    path = tmp_path / "a.glb"
+    data = trimesh.creation.box().export(file_type="glb")
+    size = int.from_bytes(data[12:16], "little")
+    tree = json.loads(data[20 : 20 + size])
+    for key, value in changes.items():
+        items = tree.setdefault(key, value)
+        if items is not value:
+            if key == "accessors":
+                items[0] |= value[0]
+            else:
+                items[0]["primitives"][0] |= value[0]["primitives"][0]
+    text = json.dumps(tree).encode()
+    text += b" " * (-len(text) % 4)
+    rest = data[20 + size :]
+    head = struct.pack("<4sIII", b"glTF", 2, 20 + len(text) + len(rest), len(text))
+    path.write_bytes(head + b"JSON" + text + rest)
+    with pytest.raises(InputError, match=message):
+        read_points(path, 8)
 
 
 @pytest.mark.parametrize(
