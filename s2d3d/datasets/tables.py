@@ -38,6 +38,8 @@ _ARRAYS = {"normal": ("normals", "normal"), "rgb": ("colors", "colours", "color"
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 _MAX_COLUMNS = 10_000
+_NARROW = 16
+"""Points of a row of a map; in a narrower one neighbours are not close."""
 _DAMAGED = (
     zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError, RuntimeError, EOFError, OSError,
     UnicodeDecodeError,
@@ -239,6 +241,11 @@ def _to_points(path: Path, array: np.ndarray, extras: Extras | None) -> np.ndarr
             "Save the points alone"
         )
     if array.ndim == 3 and array.shape[2] >= 3:
+        if _is_batch(array[:, :, :3].astype(np.float64)):
+            raise InputError(
+                f"{path}: holds numbers of shape {array.shape}: are they {array.shape[0]} clouds? Save each in a file "
+                "of its own; in a map of a depth camera neighbours are close to each other"
+            )
         log.info("%s: a map of %d x %d points", path, *array.shape[:2])
         array = array.reshape(-1, array.shape[2])
     if array.ndim != 2 or array.shape[1] < 3:
@@ -246,6 +253,17 @@ def _to_points(path: Path, array: np.ndarray, extras: Extras | None) -> np.ndarr
     if extras is not None and array.shape[1] > 3:
         extras[UNNAMED] = array[:, 3:]
     return np.stack([array[:, axis].astype(np.float64) for axis in range(3)]).T
+
+
+def _is_batch(grid: np.ndarray) -> bool:
+    """Tell (B, N, 3) clouds from an (H, W, 3) map: points that follow each other in a map are close to each other."""
+    if len(grid) < 2 or grid.shape[1] < _NARROW:
+        return False
+    with np.errstate(all="ignore"):
+        steps = np.linalg.norm(np.diff(grid, axis=1), axis=2)
+        points = grid[np.isfinite(grid).all(axis=2)]
+        steps = steps[np.isfinite(steps)]
+        return bool(len(steps) and np.median(steps) > 0.5 * np.linalg.norm(points.std(axis=0)))
 
 
 def _refuse_transposed(path: Path, shape: tuple[int, ...]) -> None:

@@ -381,6 +381,27 @@ def test_arrays_that_are_no_cloud_are_refused(tmp_path, array):
         read_points(tmp_path / "a.npy", 8)
 
 
+@pytest.mark.parametrize("shape", [(33, 400, 3), (2, 16, 6)])
+def test_a_batch_of_clouds_is_no_map(tmp_path, shape):
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).normal(size=shape))
+    with pytest.raises(InputError, match=rf"are they {shape[0]} clouds\? Save each in a file of its own"):
+        read_points(tmp_path / "a.npy", 8)
+    np.save(tmp_path / "a.npy", np.load(tmp_path / "a.npy")[:1])
+    assert len(read_points(tmp_path / "a.npy", 8)) == shape[1], "a batch of one is this one"
+
+
+@pytest.mark.parametrize(("height", "width"), [(48, 64), (3, 16), (200, 20), (8, 5)])
+def test_a_map_of_a_depth_camera_is_one_cloud(tmp_path, height, width):
+    """A plane with a step in front of a wall; a tenth of the points is missing."""
+    rng = np.random.default_rng(0)
+    v, u = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
+    depth = np.where(u > 0.5, 2.0, 3.0) + 0.01 * rng.normal(size=u.shape)
+    grid = np.stack([u * depth, v * depth, depth], axis=2)
+    grid[rng.random(u.shape) < 0.1] = np.nan
+    np.save(tmp_path / "a.npy", grid)
+    assert len(read_points(tmp_path / "a.npy", 8)) == np.isfinite(grid[:, :, 0]).sum()
+
+
 def test_an_error_of_a_reader_names_the_file(tmp_path, monkeypatch):
     def fails(path, extras):
         raise OverflowError("too large\nfor this")
