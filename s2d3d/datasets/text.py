@@ -41,7 +41,9 @@ def read_bytes(path: Path) -> bytes:
     data = data.removeprefix(_UTF8)
     if b"\0" in data[:4096]:
         raise InputError(f"{path}: not a text file, it holds binary data")
-    return data.replace(b"\r", b"\n") if b"\r" in data and b"\n" not in data else data
+    if data.count(b"\r") == data.count(b"\r\n"):
+        return data
+    return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")  # lines of old Macs, and files with both kinds
 
 
 def split_fields(line: bytes, separator: bytes | None) -> list[bytes]:

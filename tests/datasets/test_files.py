@@ -381,6 +381,14 @@ def test_arrays_that_are_no_cloud_are_refused(tmp_path, array):
         read_points(tmp_path / "a.npy", 8)
 
 
+@pytest.mark.parametrize("ends", [["\r"], ["\r\n"], ["\r", "\n"], ["\n", "\r", "\r\n"]])
+def test_lines_may_end_in_any_way(tmp_path, ends):
+    lines = ROWS.split("\n")[:-1]
+    text = "".join(line + ends[index % len(ends)] for index, line in enumerate(lines))
+    (tmp_path / "a.xyz").write_bytes(text.encode())
+    assert read_points(tmp_path / "a.xyz", 8).tolist() == [list(map(float, line.split()[:3])) for line in lines]
+
+
 @pytest.mark.parametrize("shape", [(33, 400, 3), (2, 16, 6)])
 def test_a_batch_of_clouds_is_no_map(tmp_path, shape):
     np.save(tmp_path / "a.npy", np.random.default_rng(0).normal(size=shape))
