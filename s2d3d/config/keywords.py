@@ -73,13 +73,13 @@ _SCHEMAS: dict[Any, type[BaseModel]] = {}
 
 def _with_keywords(section: type[BaseModel], fields: Fields | None) -> type[BaseModel]:
     """Return the schema of a section and of keywords; without keywords, one that takes any other key."""
-    key = section, None if fields is None else repr(fields)
-    if key not in _SCHEMAS:
+    form = section, None if fields is None else repr(fields)
+    if form not in _SCHEMAS:
         own = {key: (field.annotation, field) for key, field in section.model_fields.items()}
         extra: Literal["allow", "forbid"] = "allow" if fields is None else "forbid"
         both: dict[str, Any] = {**own, **(fields or {})}
-        _SCHEMAS[key] = create_model(section.__name__, __config__=ConfigDict(extra=extra), **both)
-    return _SCHEMAS[key]
+        _SCHEMAS[form] = create_model(section.__name__, __config__=ConfigDict(extra=extra), **both)
+    return _SCHEMAS[form]
 
 
 def check_types(values: Mapping[str, Any], fields: Fields) -> dict[str, Any]:

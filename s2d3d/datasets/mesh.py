@@ -285,7 +285,7 @@ def read_glb(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{path}: is damaged, or keeps parts in other files; export it again as one GLB") from None
     if unread:
-        raise InputError(f"{path}: holds {unread}, which is not read; export it again without, as plain triangles")
+        raise InputError(f"{path}: holds {unread}: this is not read; export it again without, as plain triangles")
     try:
         import trimesh
     except ImportError as error:
@@ -308,10 +308,9 @@ def read_glb(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
 
 def _unread_parts(tree: dict[str, Any]) -> str:
     """Name what the reader of GLB files would pass over or take for something else; empty if there is nothing."""
-    required = [name for name in tree.get("extensionsRequired", []) if not str(name).startswith("KHR_materials")]
-    unread = set(required) - {"KHR_texture_transform", "KHR_lights_punctual"}
-    if unread:
-        return f"the extension {sorted(map(str, unread))[0]}"
+    for name in map(str, tree.get("extensionsRequired", [])):
+        if not name.startswith(("KHR_materials", "KHR_texture", "KHR_lights")):  # looks, not shapes
+            return f"the extension {name}"
     if any("sparse" in item for item in tree.get("accessors", [])):
         return "sparse accessors"
     modes = {part.get("mode", 4) for mesh in tree.get("meshes", []) for part in mesh.get("primitives", [])}

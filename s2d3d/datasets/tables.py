@@ -277,7 +277,7 @@ def _refuse_transposed(path: Path, shape: tuple[int, ...]) -> None:
 def _find_layout(path: Path, data: bytes) -> _Layout:
     lines = _sample(data)
     for line, _, text in lines:
-        if len(text.split(None, _MAX_COLUMNS)) > _MAX_COLUMNS or text.count(b",") >= _MAX_COLUMNS:
+        if len(text.split(None, _MAX_COLUMNS)) > _MAX_COLUMNS or max(map(text.count, (b",", b";"))) >= _MAX_COLUMNS:
             raise InputError(f"{path}: line {line} has more than {_MAX_COLUMNS:,} numbers; a row is one point: x, y, z")
     rows = [text for _, _, text in lines if _NUMERIC.fullmatch(text)]
     rows = [text for text in rows if not text.strip().isdigit()] or rows
@@ -288,7 +288,7 @@ def _find_layout(path: Path, data: bytes) -> _Layout:
     if any(re.search(rb'"[-+]?\d*,\d+(?:[eE][-+]?\d+)?"', row) for row in rows):
         raise InputError(f"{path}: holds decimal commas in quotes; write decimal points")
     separator, decimal_comma = _find_separator(path, rows)
-    names, count = _comment_names(data), None
+    (names, is_header), count = _comment_names(data), None
     named_in = 0
     for line, start, text in lines:
         fields = split_fields(text.replace(b",", b".") if decimal_comma else text, separator)
@@ -298,7 +298,7 @@ def _find_layout(path: Path, data: bytes) -> _Layout:
         elif all(value is None for value in values) and any(fields) and not named_in:
             names, named_in = _words(text) if separator is None else _named_fields(text, separator), line
         else:
-            axes = _find_axes(path, names, len(fields), named_in)
+            axes = _find_axes(path, names, len(fields), named_in, is_header)
             if len(fields) < 3:
                 raise InputError(f"{path}: line {line} holds {len(fields)} numbers, must be 3 or more: x, y, z")
             if fields == [b"%d" % column for column in range(len(fields))] and any(b"." in row for row in rows):
@@ -343,17 +343,18 @@ def _find_separator(path: Path, rows: list[bytes]) -> tuple[bytes | None, bool]:
     return b",", False
 
 
-def _comment_names(data: bytes) -> list[str] | None:
-    """Return the words of a comment in front of the table that names x, y and z."""
+def _comment_names(data: bytes) -> tuple[list[str] | None, bool]:
+    """Return the words of a comment in front of the table that names x, y and z, and if they are surely a header."""
     for line in data[:4096].split(b"\n"):
         text = line.strip()
         if text and not text.startswith(COMMENTS):
-            return None
+            break
         words = [re.sub(r"(?<=.)[\[(].*$", "", word) for word in _words(text)]
-        words = words[1:] if words and (words[0].endswith(":") or words[0] in _ANNOUNCE) else words
+        announced = bool(words) and words[0].removesuffix(":") in _ANNOUNCE
+        words = words[1:] if announced or (words and words[0].endswith(":")) else words
         if {"x", "y", "z"} <= set(words):
-            return words
-    return None
+            return words, announced or set(words) <= _COLUMN_NAMES
+    return None, False
 
 
 def _words(text: bytes) -> list[str]:
@@ -375,14 +376,14 @@ def _named_axes(names: list[str], columns: int) -> tuple[int, ...] | None:
     return tuple(names.index(axis) for axis in "xyz")
 
 
-def _find_axes(path: Path, names: list[str] | None, columns: int, line: int) -> tuple[int, int, int]:
+def _find_axes(path: Path, names: list[str] | None, columns: int, line: int, is_header: bool) -> tuple[int, int, int]:
     """Return which columns are x, y and z, by their names where there are any."""
     unclear = names is None or any(names.count(axis) != 1 for axis in "xyz")
     if names is None or (not line and unclear):
         return (0, 1, 2)
     if not line and names[:3] == ["x", "y", "z"]:
         return (0, 1, 2)
-    if not line and (len(names) != columns or not set(names) <= _COLUMN_NAMES):  # a sentence, as far as one can tell
+    if not line and (len(names) != columns or not is_header):  # a sentence, as far as one can tell
         places = [names.index(axis) for axis in "xyz"]
         in_another_order = max(places) - min(places) == 2 and places != sorted(places)
         if columns == 3 and not in_another_order:

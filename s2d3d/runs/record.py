@@ -127,7 +127,7 @@ def read_metrics(path: Path, *, advice: str = _ADVICE) -> dict[str, Any]:
     """Return the results of a run, of a classifier or a pre-training; empty if it has not ended.
 
     Raises:
-        InputError: they are damaged; the message ends with `advice`.
+        InputError: they are damaged; where a value is missing or wrong, the message ends with `advice`.
     """
     metrics = read_json(path, advice=advice) if path.exists() else {}
     if metrics:

@@ -67,7 +67,7 @@ def record_of_run(cell: Cell) -> dict[str, Any] | None:
     pretraining = cell.config.task == "pretrain"
     metrics = read_metrics(folder.metrics, advice=_ADVICE)
     if any(key not in metrics for key in SCORED):
-        raise InputError(f"{folder.metrics}: does not say what was scored; remove the run folder and run again")
+        raise InputError(f"{folder.metrics}: does not say what was scored; {_ADVICE}")
     config = cell.config.to_dict()
     for key in FOLDERS:
         section, _, name = key.rpartition(".")

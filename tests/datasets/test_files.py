@@ -349,6 +349,7 @@ ROWS = "".join(f"{n + 0.5} {n + 1.5} {n * n + 2.5} {n + 3.5}\n" for n in range(2
         (".xyz", "# exported x y z\n" + ROWS, "which columns are x, y and z? A comment says 'exported x y z'"),
         (".xyz", "# written as z y x\n" + ROWS.replace(".5\n", "\n"), "which columns are x, y and z?"),
         (".xyz", "1 " * 40_000, "line 1 has more than 10,000 numbers; a row is one point: x, y, z"),
+        (".csv", "1;" * 40_000 + "1", "line 1 has more than 10,000 numbers; a row is one point: x, y, z"),
         (".csv", "1," * 40_000 + "1", "line 1 has more than 10,000 numbers; a row is one point: x, y, z"),
         (".ply", PLY.format("float", "inf"), "line 13: a face is cut short or holds too many corners"),
         (".ply", PLY.format("float", "nan"), "line 13: a face is cut short or holds too many corners"),
@@ -366,7 +367,9 @@ def test_text_that_could_be_misread_is_refused(tmp_path, suffix, content, messag
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("comment", ["# columns: id x y z", "# Fields: id, X, Y, Z", "# id[-] X[m] Y[m] Z[m]"])
+@pytest.mark.parametrize(
+    "comment", ["# columns: id x y z", "# fields: frame x y z", "# Fields: id, X, Y, Z", "# id[-] X[m] Y[m] Z[m]"]
+)
 def test_a_comment_names_the_columns(tmp_path, comment):
     (tmp_path / "a.xyz").write_text(comment + "\n" + ROWS)
     assert read_points(tmp_path / "a.xyz", 8)[0].tolist() == [1.5, 2.5, 3.5]

@@ -40,7 +40,7 @@ def test_each_test_of_a_kind_is_one_case(tmp_path):
     for outcome in ("passed", "failed"):
         for when in ("setup", "call", "teardown"):
             said = outcome if when == "call" else "passed"
-            item = SimpleNamespace(config=config, fixturenames=("tmp_path",))
+            item = SimpleNamespace(name="test_links_in_a_circle_end", config=config, fixturenames=("tmp_path",))
             note_test(item, pytest.TestReport(test, ("", 0, ""), {}, said, None, when))
     note = json.loads(report.read_text())["links in data sets"]
     assert (note["cases"], note["outcomes"], note["failures"]) == (2, {"as_it_should_be": 1}, [test])

@@ -139,7 +139,7 @@ def train_and_wait(path, done):
     Trainer(load_config(path), callbacks=[Waits(done)]).fit()
 
 
-@pytest.mark.slow  # as for a classifier: one trainer
+@pytest.mark.slow  # the same trainer is killed in test_trainer.py by default
 def test_kill_9_in_mid_epoch_resumes_bit_exact(tiny_pretraining, whole, tmp_path):
     config = tiny_pretraining(*LONG, "train.checkpoint_every=3")
     path = tmp_path / "config.yaml"
