@@ -1,6 +1,7 @@
 """Interleaved timing: results are checked first, then each contestant runs once per round."""
 
 import contextlib
+import gc
 import logging
 import math
 import time
@@ -263,6 +264,8 @@ def _started(contestants: Sequence[Contestant], start: Start, result: Comparison
     finally:
         for runner in runners.values():
             runner.close()
+        runners.clear()
+        gc.collect()  # modules with hooks are circles: those of many starts filled the memory
 
 
 def order(names: Sequence[str], index: int) -> list[str]:

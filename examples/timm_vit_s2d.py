@@ -23,8 +23,8 @@ from s2d3d import EWA, MoFConfig, convert_to_mof_, merge_experts
 
 
 def build_model() -> VisionTransformer:
-    """A vision transformer for 8 x 8 gray images: 16 patches and a class token, 10 classes."""
-    return VisionTransformer(img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=64, depth=4, num_heads=4)
+    """A vision transformer for 8 x 8 gray images: 4 patches and a class token, 10 classes."""
+    return VisionTransformer(img_size=8, patch_size=4, in_chans=1, num_classes=10, embed_dim=64, depth=4, num_heads=4)
 
 
 def load_data() -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -6,7 +6,7 @@ import re
 import pytest
 
 EXPECTED = {
-    "timm_vit_s2d": ("blocks.1.mlp, blocks.3.mlp", 60, 0.2),
+    "timm_vit_s2d": ("blocks.1.mlp, blocks.3.mlp", 40, 0.4),
     "hf_bert_s2d": ("bert.encoder.layer.1, bert.encoder.layer.3", 15, 0.10),
 }
 

@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import trimesh
 
 from faults.variants import COUNT, FACES, TRIANGLES, Variant, clouds
 
 
 def read_with_trimesh(path: Path) -> np.ndarray:
+    import trimesh  # takes seconds
+
     mesh = trimesh.load(path, process=False)
     return np.asarray(mesh.vertices, np.float64)[np.asarray(mesh.faces)]
 

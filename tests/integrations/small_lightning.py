@@ -11,14 +11,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from s2d3d import MoFConfig, convert_to_mof_
 from s2d3d.integrations.lightning import S2DCallback
+from tests.integrations.recorder import UPDATES, Recorder
 
 __all__ = [
     "UPDATES", "Classifier", "Manual", "ModelCheckpoint", "Recorder", "S2DCallback", "Stop", "batches", "fit", "sparse",
     "trainer_of", "weights",
 ]  # fmt: skip
-
-UPDATES = 6
-"""Of a training: 2 epochs of 5 batches, 2 of which make an update; the third of an epoch has one batch."""
 
 
 class Classifier(LightningModule):
@@ -59,17 +57,6 @@ class Manual(Classifier):
 
     def configure_optimizers(self):
         return [torch.optim.SGD(self.head.parameters(), lr=0.1), torch.optim.SGD(self.mlp.parameters(), lr=0.1)]
-
-
-class Recorder:
-    """A schedule that notes which updates asked for it."""
-
-    def __init__(self):
-        self.ts: list[int] = []
-
-    def __call__(self, t: int) -> float:
-        self.ts.append(t)
-        return t / UPDATES
 
 
 class Stop(Callback):

@@ -1,6 +1,8 @@
 """The callback of Lightning, against the real one: real updates, resuming, the merged state dict."""
 
+import doctest
 import importlib
+import sys
 import warnings
 
 import pytest
@@ -110,3 +112,8 @@ def test_what_cannot_be_right_is_refused_before_the_first_update(lit, module, ar
     with pytest.raises(InputError, match=expected):
         lit.fit(tmp_path, lit.S2DCallback(**{"share_rate": 0.5, **arguments}), module=model, **settings)
     assert torch.equal(lit.weights(model), before)
+
+
+def test_the_examples_of_the_module(lit):
+    failed, tried = doctest.testmod(sys.modules["s2d3d.integrations.lightning"])
+    assert tried and not failed

@@ -1,146 +1,90 @@
 """The callback of the Hugging Face Trainer, against the real one: real updates, resuming, merged models."""
 
+import doctest
+import importlib
 import json
 import shutil
+import sys
 
 import pytest
 import torch
 from cases import quick
 from safetensors.torch import load_file, load_model, save_file
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    ViTConfig,
-    ViTForImageClassification,
-)
 
 from s2d3d import MoFConfig, convert_to_mof_, is_sparse, merge_experts
 from s2d3d.errors import InputError
-from s2d3d.integrations.transformers import S2DCallback, save_merged
-
-CONFIG = ViTConfig(
-    hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4,
-    hidden_dropout_prob=0.1,
-)  # fmt: skip
-UPDATES = 6
-"""Of a training: 2 epochs of 5 batches, 2 of which make an update; the third of an epoch has one batch."""
-
-
-def images(bad: int | None = None) -> list[dict]:
-    """Return 10 images, one of them infinite if asked for."""
-    generator = torch.Generator().manual_seed(5)
-    made = [{"pixel_values": torch.randn(3, 8, 8, generator=generator), "labels": n % 2} for n in range(10)]
-    if bad is not None:
-        made[bad]["pixel_values"] = torch.full((3, 8, 8), float("inf"))
-    return made
-
-
-def sparse() -> ViTForImageClassification:
-    torch.manual_seed(1)
-    model = ViTForImageClassification(CONFIG)
-    convert_to_mof_(model, MoFConfig(targets=("*.mlp",), init_noise=0.5))
-    return model
-
-
-class Recorder:
-    """A schedule that notes which updates asked for it."""
-
-    def __init__(self):
-        self.ts: list[int] = []
-
-    def __call__(self, t: int) -> float:
-        self.ts.append(t)
-        return t / UPDATES
-
-
-class Stop(TrainerCallback):
-    """Ends a training after some updates."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == self.step
-
-
-def trainer_of(folder, model=None, *, callbacks=(), data=None, **arguments) -> Trainer:
-    settings = dict(
-        output_dir=str(folder), num_train_epochs=2, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-        learning_rate=0.01, save_strategy="steps", save_steps=1, report_to="none", use_cpu=True, disable_tqdm=True,
-        logging_strategy="no", seed=7,
-    )  # fmt: skip
-    arguments = TrainingArguments(**{**settings, **arguments})
-    return Trainer(model or sparse(), arguments, train_dataset=data or images(), callbacks=list(callbacks))
-
-
-def weights(model) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+from tests.integrations.recorder import Recorder
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def hf():
+    """Return the models, data and trainers; they load transformers."""
+    return importlib.import_module("tests.integrations.small_transformers")
+
+
+@pytest.fixture(scope="module")
+def whole(hf, tmp_path_factory):
     """An uninterrupted training in bfloat16, its schedule, and the folder of its checkpoints."""
-    folder, recorder = tmp_path_factory.mktemp("whole"), Recorder()
-    trainer = trainer_of(folder, callbacks=[S2DCallback(share_rate=0.5, schedule=recorder)], bf16=True, save_steps=3)
+    folder, recorder = tmp_path_factory.mktemp("whole"), hf.Recorder()
+    trainer = hf.trainer_of(
+        folder, callbacks=[hf.S2DCallback(share_rate=0.5, schedule=recorder)], bf16=True, save_steps=3
+    )
     trainer.train()
     return trainer, recorder, folder
 
 
-def test_each_update_is_followed_once(whole):
+def test_each_update_is_followed_once(hf, whole):
     trainer, recorder, _ = whole
-    assert trainer.state.global_step == UPDATES and recorder.ts == list(range(UPDATES))
+    assert trainer.state.global_step == hf.UPDATES and recorder.ts == list(range(hf.UPDATES))
 
 
-def test_the_default_schedule_spans_the_training(tmp_path):
-    callback = S2DCallback(share_rate=0.5, merge_at_end=False)
-    trainer = trainer_of(tmp_path, callbacks=[callback], save_strategy="no")
+def test_the_default_schedule_spans_the_training(hf, tmp_path):
+    callback = hf.S2DCallback(share_rate=0.5, merge_at_end=False)
+    trainer = hf.trainer_of(tmp_path, callbacks=[callback], save_strategy="no")
     trainer.train()
     ewa = callback._averaging.ewa
-    assert ewa.total_steps == ewa.num_steps == UPDATES and ewa.last_share_rate() == 0.5
+    assert ewa.total_steps == ewa.num_steps == hf.UPDATES and ewa.last_share_rate() == 0.5
     assert is_sparse(trainer.model)
     trainer.train()
-    assert callback.num_steps == UPDATES, "a second training begins at 0 again"
+    assert callback.num_steps == hf.UPDATES, "a second training begins at 0 again"
 
 
-def test_resumed_equals_uninterrupted(whole, tmp_path):
+def test_resumed_equals_uninterrupted(hf, whole, tmp_path):
     """From the middle of an epoch."""
-    callbacks = [S2DCallback(share_rate=0.5, schedule=Recorder()), Stop(2)]
-    stopped = trainer_of(tmp_path, callbacks=callbacks, bf16=True, save_steps=2)
+    callbacks = [hf.S2DCallback(share_rate=0.5, schedule=hf.Recorder()), hf.Stop(2)]
+    stopped = hf.trainer_of(tmp_path, callbacks=callbacks, bf16=True, save_steps=2)
     stopped.train()
-    recorder = Recorder()
-    callbacks = [S2DCallback(share_rate=0.5, schedule=recorder)]
-    resumed = trainer_of(tmp_path, callbacks=callbacks, bf16=True, save_strategy="no")
+    recorder = hf.Recorder()
+    callbacks = [hf.S2DCallback(share_rate=0.5, schedule=recorder)]
+    resumed = hf.trainer_of(tmp_path, callbacks=callbacks, bf16=True, save_strategy="no")
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert recorder.ts == [2, 3, 4, 5]
-    assert torch.equal(weights(resumed.model), weights(whole[0].model))
+    assert torch.equal(hf.weights(resumed.model), hf.weights(whole[0].model))
 
 
-def test_states_restored_by_the_trainer_do_not_matter(tmp_path):
+def test_states_restored_by_the_trainer_do_not_matter(hf, tmp_path):
     """`restore_callback_states_from_checkpoint` builds the callback anew from what the checkpoint holds."""
-    callbacks = [S2DCallback(share_rate=0.25, stop_fraction=0.5), Stop(2)]
-    trainer_of(tmp_path, callbacks=callbacks, save_steps=2).train()
-    resumed = trainer_of(
-        tmp_path, callbacks=[S2DCallback(share_rate=0.5)], restore_callback_states_from_checkpoint=True,
+    callbacks = [hf.S2DCallback(share_rate=0.25, stop_fraction=0.5), hf.Stop(2)]
+    hf.trainer_of(tmp_path, callbacks=callbacks, save_steps=2).train()
+    resumed = hf.trainer_of(
+        tmp_path, callbacks=[hf.S2DCallback(share_rate=0.5)], restore_callback_states_from_checkpoint=True,
         save_strategy="no",
     )  # fmt: skip
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    (callback,) = (one for one in resumed.callback_handler.callbacks if isinstance(one, S2DCallback))
+    (callback,) = (one for one in resumed.callback_handler.callbacks if isinstance(one, hf.S2DCallback))
     ewa = callback._averaging.ewa
-    assert (ewa.num_steps, ewa.share_rate, ewa.stop_step) == (UPDATES, 0.25, 3)
+    assert (ewa.num_steps, ewa.share_rate, ewa.stop_step) == (hf.UPDATES, 0.25, 3)
 
 
 @pytest.mark.parametrize("optim", quick(1, ["adamw_torch", "adamw_torch_fused"]))
-def test_skipped_steps_are_left_out_and_resumed_as_such(optim, tmp_path):
+def test_skipped_steps_are_left_out_and_resumed_as_such(hf, optim, tmp_path):
     """`global_step` counts them, EWA does not. A fused optimizer is called even then."""
 
     def run(folder, *callbacks, resume=None, **saving):
-        recorder = Recorder()
-        trainer = trainer_of(
-            folder, callbacks=[S2DCallback(share_rate=0.5, schedule=recorder), *callbacks], data=images(bad=3),
+        recorder = hf.Recorder()
+        trainer = hf.trainer_of(
+            folder, callbacks=[hf.S2DCallback(share_rate=0.5, schedule=recorder), *callbacks], data=hf.images(bad=3),
             optim=optim, max_grad_norm=0.0, train_sampling_strategy="sequential", **saving,
         )  # fmt: skip
         trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
@@ -148,54 +92,56 @@ def test_skipped_steps_are_left_out_and_resumed_as_such(optim, tmp_path):
         return trainer, recorder.ts
 
     plain, ts = run(tmp_path / "plain", save_strategy="no")
-    assert plain.state.global_step == UPDATES and ts == [0, 1, 2, 3], "image 3 spoils the first update of each epoch"
-    assert bool(torch.isfinite(weights(plain.model)).all())
-    run(tmp_path / "stopped", Stop(3), save_steps=3)
+    assert plain.state.global_step == hf.UPDATES and ts == [0, 1, 2, 3], "image 3 spoils the first update of each epoch"
+    assert bool(torch.isfinite(hf.weights(plain.model)).all())
+    run(tmp_path / "stopped", hf.Stop(3), save_steps=3)
     checkpoint = str(tmp_path / "stopped" / "checkpoint-3")
     resumed, ts = run(tmp_path / "stopped", resume=checkpoint, save_strategy="no")
     assert ts == [2, 3]
-    assert torch.equal(weights(resumed.model), weights(plain.model))
+    assert torch.equal(hf.weights(resumed.model), hf.weights(plain.model))
 
 
 # Merged models
 
 
-def test_the_model_is_merged_at_the_end_and_saved_dense(whole, tmp_path):
+def test_the_model_is_merged_at_the_end_and_saved_dense(hf, whole, tmp_path):
     trainer, _, _ = whole
     assert not is_sparse(trainer.model)
     trainer.save_model(str(tmp_path))
-    stock, told = ViTForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    stock, told = hf.ViTForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert not told["missing_keys"] and not told["unexpected_keys"]
-    assert torch.equal(weights(stock), weights(trainer.model))
+    assert torch.equal(hf.weights(stock), hf.weights(trainer.model))
 
 
 @pytest.mark.parametrize("place", ["", "merged"])
-def test_a_checkpoint_loads_as_the_merged_model(place, whole, tmp_path):
+def test_a_checkpoint_loads_as_the_merged_model(hf, place, whole, tmp_path):
     _, _, folder = whole
     checkpoint = folder / "checkpoint-3"
-    stock, told = ViTForImageClassification.from_pretrained(checkpoint / place, output_loading_info=True)
+    stock, told = hf.ViTForImageClassification.from_pretrained(checkpoint / place, output_loading_info=True)
     assert not told["missing_keys"] and not told["unexpected_keys"] and not told["mismatched_keys"]
-    resumed = trainer_of(tmp_path, callbacks=[S2DCallback(share_rate=0.5), Stop(3)], max_steps=UPDATES)
+    resumed = hf.trainer_of(tmp_path, callbacks=[hf.S2DCallback(share_rate=0.5), hf.Stop(3)], max_steps=hf.UPDATES)
     resumed._load_from_checkpoint(str(checkpoint))
     assert is_sparse(resumed.model), "the weights that the Trainer resumes from"
-    assert torch.equal(weights(merge_experts(resumed.model)), weights(stock))
+    assert torch.equal(hf.weights(merge_experts(resumed.model)), hf.weights(stock))
     stock.save_pretrained(tmp_path / "again")
-    again = ViTForImageClassification.from_pretrained(tmp_path / "again")
-    assert torch.equal(weights(again), weights(stock)), "the redirection is not saved with the loaded model"
+    again = hf.ViTForImageClassification.from_pretrained(tmp_path / "again")
+    assert torch.equal(hf.weights(again), hf.weights(stock)), "the redirection is not saved with the loaded model"
 
 
-def test_without_the_redirection_a_checkpoint_would_not_load(whole, tmp_path):
+def test_without_the_redirection_a_checkpoint_would_not_load(hf, whole, tmp_path):
     """What the entry in config.json is for."""
     shutil.copytree(whole[2] / "checkpoint-3", tmp_path / "bare")
     config = json.loads((tmp_path / "bare" / "config.json").read_text())
     assert config.pop("transformers_weights") == "merged/model.safetensors"
     (tmp_path / "bare" / "config.json").write_text(json.dumps(config))
     with pytest.raises(RuntimeError, match="mismatched_sizes"):
-        ViTForImageClassification.from_pretrained(tmp_path / "bare")
+        hf.ViTForImageClassification.from_pretrained(tmp_path / "bare")
 
 
-def test_bert_whose_experts_have_other_names_loads_merged_too(tmp_path):
+def test_bert_whose_experts_have_other_names_loads_merged_too(hf, tmp_path):
     """Its FFNs are two separate layers, which a plain load of the sparse weights would start at random."""
+    from transformers import BertConfig, BertForSequenceClassification
+
     config = BertConfig(
         vocab_size=9, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=8,
@@ -205,10 +151,10 @@ def test_bert_whose_experts_have_other_names_loads_merged_too(tmp_path):
     model.save_pretrained(tmp_path)
     _, told = BertForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert any("intermediate.dense" in key for key in told["missing_keys"]), "random, with a warning only"
-    save_merged(model, tmp_path)
+    hf.save_merged(model, tmp_path)
     stock, told = BertForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert not told["missing_keys"] and not told["unexpected_keys"]
-    assert torch.equal(weights(stock), weights(merge_experts(model)))
+    assert torch.equal(hf.weights(stock), hf.weights(merge_experts(model)))
 
 
 class Plain(nn.Module):
@@ -229,66 +175,67 @@ class Plain(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
-def test_a_model_of_other_origin_is_saved_as_a_state_dict(tmp_path):
+def test_a_model_of_other_origin_is_saved_as_a_state_dict(hf, tmp_path):
     model = Plain()
     convert_to_mof_(model, MoFConfig(targets=("blocks.*",), init_noise=0.5))
     (tmp_path / "checkpoint-1").mkdir()
-    path = save_merged(model, tmp_path / "checkpoint-1")
+    path = hf.save_merged(model, tmp_path / "checkpoint-1")
     assert path == tmp_path / "checkpoint-1" / "merged"
     stock = Plain()
     load_model(stock, path / "model.safetensors", strict=True)
-    assert torch.equal(weights(stock), weights(merge_experts(model)))
+    assert torch.equal(hf.weights(stock), hf.weights(merge_experts(model)))
 
 
 # Refusals
 
 
-def test_a_checkpoint_written_without_the_callback_is_refused(tmp_path):
-    trainer_of(tmp_path, callbacks=[Stop(2)], save_steps=2).train()
-    resumed = trainer_of(tmp_path, callbacks=[S2DCallback(share_rate=0.5)])
+def test_a_checkpoint_written_without_the_callback_is_refused(hf, tmp_path):
+    hf.trainer_of(tmp_path, callbacks=[hf.Stop(2)], save_steps=2).train()
+    resumed = hf.trainer_of(tmp_path, callbacks=[hf.S2DCallback(share_rate=0.5)])
     with pytest.raises(InputError, match="step 2 was written without S2DCallback"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
-def test_a_checkpoint_that_the_trainer_did_not_load_is_refused(tmp_path):
+def test_a_checkpoint_that_the_trainer_did_not_load_is_refused(hf, tmp_path):
     """The Trainer only warns of missing keys."""
-    trainer_of(tmp_path, callbacks=[S2DCallback(share_rate=0.5), Stop(1)]).train()
+    hf.trainer_of(tmp_path, callbacks=[hf.S2DCallback(share_rate=0.5), hf.Stop(1)]).train()
     checkpoint = tmp_path / "checkpoint-1"
     kept = {name: value for name, value in load_file(checkpoint / "model.safetensors").items() if "norm" not in name}
     save_file(kept, checkpoint / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match="does not have the weights that were saved at step 1"):
-        trainer_of(tmp_path, callbacks=[S2DCallback(share_rate=0.5)]).train(resume_from_checkpoint=str(checkpoint))
-
-
-def dense():
-    return ViTForImageClassification(CONFIG)
-
-
-def topk():
-    model = dense()
-    convert_to_mof_(model, MoFConfig(targets=("*.mlp",), kind="topk"))
-    return model
+        hf.trainer_of(tmp_path, callbacks=[hf.S2DCallback(share_rate=0.5)]).train(
+            resume_from_checkpoint=str(checkpoint)
+        )
 
 
 @pytest.mark.parametrize(
     ("model", "settings", "expected"),
     [
-        (dense, {}, "S2DCallback: the model has no RUP-MoF layer"),
-        (topk, {}, "top-k experts cannot be merged"),
-        (sparse, {"share_rate": 0.9}, r"share_rate is 0.9: above \(K-1\)/K"),
-        (sparse, {"schedule": "cubic"}, "schedule is 'cubic'"),
-        (sparse, {"count": 2}, "several S2DCallback"),
-        (sparse, {"schedule": Recorder(), "restore_callback_states_from_checkpoint": True}, "schedule that is a func"),
-        (sparse, {"push_to_hub": True}, "set hub_strategy='end'"),
+        ("dense", {}, "S2DCallback: the model has no RUP-MoF layer"),
+        ("topk", {}, "top-k experts cannot be merged"),
+        ("sparse", {"share_rate": 0.9}, r"share_rate is 0.9: above \(K-1\)/K"),
+        ("sparse", {"schedule": "cubic"}, "schedule is 'cubic'"),
+        ("sparse", {"count": 2}, "several S2DCallback"),
+        (
+            "sparse",
+            {"schedule": Recorder(), "restore_callback_states_from_checkpoint": True},
+            "schedule that is a func",
+        ),
+        ("sparse", {"push_to_hub": True}, "set hub_strategy='end'"),
     ],
 )
-def test_what_cannot_be_right_is_refused_before_the_first_update(model, settings, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, *args, **kwargs: None)
+def test_what_cannot_be_right_is_refused_before_the_first_update(hf, model, settings, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf.Trainer, "init_hf_repo", lambda self, *args, **kwargs: None)
     arguments = {"share_rate": 0.5, **{key: settings[key] for key in ("share_rate", "schedule") if key in settings}}
     others = {key: value for key, value in settings.items() if key not in ("share_rate", "schedule", "count")}
-    callbacks = [S2DCallback(**arguments) for _ in range(settings.get("count", 1))]
-    trainer = trainer_of(tmp_path / "run", model(), callbacks=callbacks, **others)
-    before = weights(trainer.model).clone()
+    callbacks = [hf.S2DCallback(**arguments) for _ in range(settings.get("count", 1))]
+    trainer = hf.trainer_of(tmp_path / "run", getattr(hf, model)(), callbacks=callbacks, **others)
+    before = hf.weights(trainer.model).clone()
     with pytest.raises(InputError, match=expected):
         trainer.train()
-    assert torch.equal(weights(trainer.model), before)
+    assert torch.equal(hf.weights(trainer.model), before)
+
+
+def test_the_examples_of_the_module(hf):
+    failed, tried = doctest.testmod(sys.modules["s2d3d.integrations.transformers"])
+    assert tried and not failed

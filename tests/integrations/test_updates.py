@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-from accelerate import Accelerator
 from timm.layers import Mlp
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -155,6 +154,8 @@ class Loop:
     updates = 4
 
     def __init__(self):
+        from accelerate import Accelerator  # takes seconds
+
         self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
         self.ts: list[int] = []
         torch.manual_seed(3)
