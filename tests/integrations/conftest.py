@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-collect_ignore = ["small_lightning.py"]  # no tests, and it loads Lightning
+collect_ignore = ["small_lightning.py", "small_transformers.py"]  # no tests, and they load other trainers
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -67,14 +67,6 @@ MODELS = {
         hugging_face("LlamaForCausalLM", "LlamaConfig", vocab_size=30, **SIZES),
         "*.mlp", {"input_ids": IDS}, ["model.layers.0.mlp", "model.layers.1.mlp"],
     ),
-    "vit": (
-        hugging_face("ViTForImageClassification", "ViTConfig", image_size=16, patch_size=8, **SIZES),
-        "*.mlp", {"pixel_values": IMAGES}, ["vit.layers.0.mlp", "vit.layers.1.mlp"],
-    ),
-    "t5": (
-        t5, "encoder.*.DenseReluDense", {"input_ids": IDS, "decoder_input_ids": IDS},
-        ["encoder.block.0.layer.1.DenseReluDense", "encoder.block.1.layer.1.DenseReluDense"],
-    ),
     "opt": (opt, "*.layers.*", {"input_ids": IDS}, ["model.decoder.layers.0", "model.decoder.layers.1"]),
     "torch": (torch_encoder, "layers.*", {"src": torch.randn(2, 7, 16)}, ["layers.0", "layers.1"]),
     "eva": (  # gated, with a LayerNorm between its linear layers
@@ -95,10 +87,18 @@ MODELS = {
         ),
         "*.mlp", {"x": IMAGES}, ["layers.0.blocks.0.mlp", "layers.0.blocks.1.mlp"],
     ),
+    "vit": (
+        hugging_face("ViTForImageClassification", "ViTConfig", image_size=16, patch_size=8, **SIZES),
+        "*.mlp", {"pixel_values": IMAGES}, ["vit.layers.0.mlp", "vit.layers.1.mlp"],
+    ),
+    "t5": (
+        t5, "encoder.*.DenseReluDense", {"input_ids": IDS, "decoder_input_ids": IDS},
+        ["encoder.block.0.layer.1.DenseReluDense", "encoder.block.1.layer.1.DenseReluDense"],
+    ),
 }  # fmt: skip
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=quick(7, list(MODELS)))
 def case(request):
     return MODELS[request.param]
 
@@ -379,7 +379,7 @@ def test_what_lies_inside_a_match_of_the_same_pattern_does_not_count(model, targ
     assert len(names) == 1 and names[0].endswith(".1")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", quick(7, list(MODELS)))
 def test_candidates_are_the_ffns_and_nothing_else(name):
     build, _, _, names = MODELS[name]
     found = [ffn.name for ffn in find_ffns(build())]
