@@ -7,7 +7,7 @@ import pytest
 
 EXPECTED = {
     "timm_vit_s2d": ("blocks.1.mlp, blocks.3.mlp", 40, 0.4),
-    "hf_bert_s2d": ("bert.encoder.layer.1, bert.encoder.layer.3", 15, 0.10),
+    "hf_bert_s2d": ("bert.encoder.layer.1, bert.encoder.layer.3", 6, 0.10),
 }
 
 

@@ -28,7 +28,7 @@ MODELS = {
     ),
 }  # fmt: skip
 POINTS = dict.fromkeys(MODELS, 256) | {"point_bert_small": 1024}
-UPDATES = dict.fromkeys(MODELS, 40) | {"point_bert_small": 6}
+UPDATES = dict.fromkeys(MODELS, 20) | {"point_bert_small": 6}
 METADATA = {"class_names": ["a", "b", "c", "d"], "up_axis": "z", "normalize": "unit_sphere"}
 
 

@@ -5,7 +5,7 @@ import pytest
 from faults.fuzz import KINDS
 from faults.runner import fuzz
 
-QUICK, THOROUGH = 12, 1000
+QUICK, THOROUGH = 15, 1000
 
 
 def test_some_cases_of_every_kind(tmp_path):

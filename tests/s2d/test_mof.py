@@ -306,7 +306,7 @@ def test_children_that_are_replaced_later_are_used():
     torch.testing.assert_close(layer.averaged_expert()(x), ffn(x))
 
 
-@pytest.mark.parametrize("installed", [True, False])
+@pytest.mark.parametrize("installed", quick(1, [True, False]))
 def test_compiles_to_one_graph_that_gives_the_same_output_and_gradients(installed, spread_, monkeypatch):
     if not installed:
         monkeypatch.setitem(sys.modules, "torch_scatter", None)

@@ -5,6 +5,7 @@ import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
+from cases import quick
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
 
@@ -74,7 +75,9 @@ def test_confusion_has_shares_of_rows_and_counts():
     assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_title()) == ("predicted", "true", "run")
 
 
-@pytest.mark.parametrize(("losses", "expected"), [([3.2, 2.4, 2.1], 3), ([3.0, 0.4, 0.04], 4), ([2e3, 1.0, 2e-3], 5)])
+@pytest.mark.parametrize(
+    ("losses", "expected"), quick(1, [([3.2, 2.4, 2.1], 3), ([3.0, 0.4, 0.04], 4), ([2e3, 1.0, 2e-3], 5)])
+)
 def test_logarithmic_axes_have_plain_numbers_where_they_belong(losses, expected):
     figure = training_curves({"a": [{"epoch": n, "train_loss": loss} for n, loss in enumerate(losses, 1)]})
     axis = panel(figure, "Training loss").yaxis
