@@ -31,6 +31,8 @@ MOST_COLUMNS = 32
 
 _NUMERIC = re.compile(rb'[\s\d+\-.,;eEnaifNAIF"]*\d[\s\d+\-.,;eEnaifNAIF"]*|[\s,;"]*[-+]?(?:nan|inf)\b.*', re.I)
 _DECIMAL = re.compile(rb"[-+]?\d*,\d+(?:[eE][-+]?\d+)?|[-+]?\d+(?:[eE][-+]?\d+)?")
+_BOTH_COMMAS = re.compile(rb"[-+]?\d+,\d+(?:,\s+[-+]?\d+,\d+)+")
+"""Commas with blanks behind every second one."""
 _ZIP = b"PK\x03\x04"
 _PREFERRED = ("points", "xyz", "pos", "data")
 _ARRAYS = {"normal": ("normals", "normal"), "rgb": ("colors", "colours", "color", "rgb")}
@@ -39,7 +41,7 @@ _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.r
 
 _MAX_COLUMNS = 10_000
 _NARROW = 16
-"""Points of a row of a map; in a narrower one neighbours are not close."""
+"""Points of a row of a map, in a narrower one neighbours are not close; and rows of a table that count themselves."""
 _DAMAGED = (
     zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError, RuntimeError, EOFError, OSError,
     UnicodeDecodeError,
@@ -101,6 +103,8 @@ def read_text_table(path: Path, extras: Extras | None = None) -> np.ndarray:
     if layout.count is not None and layout.count != len(points):
         raise InputError(f"{path}: announces {layout.count} points and holds {len(points)}; is it cut short?")
     _refuse_transposed(path, (len(points), layout.columns))
+    if layout.names is None:
+        _refuse_counts(path, points[:, 0], layout)
     at = 3
     for group, columns in further.items():
         assert extras is not None
@@ -274,6 +278,21 @@ def _refuse_transposed(path: Path, shape: tuple[int, ...]) -> None:
         )
 
 
+def _refuse_counts(path: Path, first: np.ndarray, layout: _Layout) -> None:
+    """Refuse the first of columns without names where it counts the rows, or its first number does."""
+    if len(first) < _NARROW:
+        return
+    if layout.columns > 3 and (np.diff(first) == 1).all() and first[0] in (0, 1):
+        raise InputError(
+            f"{path}: its first column counts the rows; remove it, or name the columns in a first line: index x y z"
+        )
+    if first[0] == len(first) - 1 and not first[1:].max() == first[0]:
+        raise InputError(
+            f"{path}: line {layout.line} begins with {len(first) - 1}, and as many rows follow; remove the line if it "
+            "is their number, or write a first line: x y z"
+        )
+
+
 def _find_layout(path: Path, data: bytes) -> _Layout:
     lines = _sample(data)
     for line, _, text in lines:
@@ -336,8 +355,9 @@ def _find_separator(path: Path, rows: list[bytes]) -> tuple[bytes | None, bool]:
     if all(len(row) >= 3 and all(_DECIMAL.fullmatch(word) for word in row) for row in words):
         return None, True
     fields = [field for row in rows for field in split_fields(row, b",")]
-    if all(re.fullmatch(rb"[-+]?\d*", field) for field in fields) and any(
-        re.fullmatch(rb"-0|[-+]?0\d+", field) for field in fields
+    doubtful = any(re.fullmatch(rb"-0|[-+]?0\d+", field) for field in fields)
+    if all(_BOTH_COMMAS.fullmatch(row.strip()) for row in rows) or (
+        doubtful and all(re.fullmatch(rb"[-+]?\d*", field) for field in fields)
     ):
         raise InputError(f"{path}: commas stand between its numbers and within them; write decimal points")
     return b",", False

@@ -41,7 +41,7 @@ def read_bytes(path: Path) -> bytes:
     data = data.removeprefix(_UTF8)
     if b"\0" in data[:4096]:
         raise InputError(f"{path}: not a text file, it holds binary data")
-    if data.count(b"\r") == data.count(b"\r\n"):
+    if b"\r" not in data or data.count(b"\r") == data.count(b"\r\n"):
         return data
     return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")  # lines of old Macs, and files with both kinds
 
