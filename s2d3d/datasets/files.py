@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..channels import XYZ, columns, groups, missing
 from ..errors import InputError, did_you_mean, first_line
+from .arrays import read_array
 from .attributes import UNNAMED, Extras, hold_normals, join_channels, unit_colors, unit_normals
 from .h5 import check_up_axis
 from .mesh import read_glb, read_obj, read_off, read_stl
@@ -20,7 +21,7 @@ from .ply import read_ply
 from .precision import check_extent, is_single
 from .prefix import farthest_prefix
 from .surface import sample_mesh
-from .tables import read_array, read_text_table
+from .tables import read_text_table
 from .transforms import coordinates, normalize_unit_sphere, replace_coordinates, turn_up_axis
 
 log = logging.getLogger(__name__)

@@ -29,7 +29,7 @@ from ..errors import InputError
 from ..random_state import derived_rng
 from ..workers import worker_pool
 from . import DEFAULT_POINTS
-from .folder import CONVERSION, MARK, check_output, foreign_files
+from .folder import CONVERSION, MARK, check_output, foreign_files, write_listing
 from .left_out import TRAIN_AS_IT_IS, check_left_out, find_left_out
 from .scan_view import unit_sphere
 
@@ -155,7 +155,7 @@ def convert_modelnet(
             for number, start in enumerate(range(0, len(shapes), PART)):
                 entries.append(f"ply_data_{split}{number}.h5")
                 parts.append((work / entries[-1], split, shapes[start : start + PART]))
-            (work / f"{split}_files.txt").write_text("".join(f"data/{output.name}/{entry}\n" for entry in entries))
+            write_listing(work, split, entries, name=output.name)
         cores = workers or min(os.cpu_count() or 1, 8)
         with (
             tqdm(total=sum(counts.values()), unit="shape", disable=None) as bar,

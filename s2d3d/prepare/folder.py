@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
@@ -106,7 +106,7 @@ def copy_modelnet40(
                 )
                 counts[split] += len(file.label)
                 bar.update()
-            (folder / f"{split}_files.txt").write_text("".join(f"data/{output.name}/{entry}\n" for entry in entries))
+            write_listing(folder, split, entries, name=output.name)
         if estimate_normals and not estimated:
             raise InputError(f"{source}: all its files have normals; leave out --estimate-normals")
     log.info("%s", summary)
@@ -117,6 +117,18 @@ def _estimated(points: np.ndarray) -> np.ndarray:
     """Return normals for clouds (n, P, 3), in their type."""
     clouds = tqdm(points, desc="normals", unit="shape", leave=False, disable=None)
     return np.stack([estimated_normals(cloud) for cloud in clouds]).astype(points.dtype)
+
+
+def write_listing(folder: Path, split: str, files: Iterable[str], *, name: str) -> None:
+    """Write which HDF5 files a split consists of, as ModelNet40 lists them.
+
+    Args:
+        folder: of the data set, as it is while it is made.
+        split: "train" or "test".
+        files: their names.
+        name: of the folder when it is finished.
+    """
+    (folder / f"{split}_files.txt").write_text("".join(f"data/{name}/{file}\n" for file in files))
 
 
 def check_output(output: Path, force: bool, source: Path | None = None) -> None:

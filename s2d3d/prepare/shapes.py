@@ -14,7 +14,7 @@ from numpy.random import Generator
 from ..datasets.h5 import write_h5
 from ..datasets.surface import sample_by_area
 from ..errors import InputError
-from .folder import new_folder
+from .folder import new_folder, write_listing
 
 SHAPES_PER_FILE = 2048
 _SPLIT_KEYS = {"train": 0, "test": 1}
@@ -73,7 +73,7 @@ def write_shapes(
                     names=[f"{list(SHAPES)[index % len(SHAPES)]}_{index:05d}" for index in indices],
                     up_axis="z",
                 )
-            (folder / f"{split}_files.txt").write_text("".join(f"data/{output.name}/{file}\n" for file in files))
+            write_listing(folder, split, files, name=output.name)
     return counts
 
 
