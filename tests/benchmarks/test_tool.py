@@ -320,3 +320,13 @@ def test_targets_of_a_gpu_name_what_is_measured_there(monkeypatch):
 def test_the_section_of_a_gpu_needs_one():
     with pytest.raises(InputError, match=r"^gpu: needs a CUDA device, the device is 'cpu'; other sections run here$"):
         measure_section("gpu", Settings(CPU, 1))
+
+
+@pytest.mark.slow  # a process that imports everything
+def test_the_memory_of_reading_is_that_of_the_reader(tmp_path):
+    """Not what the process had that started it: from a process of some size it came out as 0."""
+    from benchmarks.files import memory_taken
+
+    kept, path = bytearray(2**28), tmp_path / "table.csv"
+    path.write_text("1.25,2.5,3.75\n" * 10**6)
+    assert 24 * 10**6 < memory_taken(path) < 4 * path.stat().st_size + 10 * 2**20 and len(kept) == 2**28
