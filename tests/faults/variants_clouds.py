@@ -110,7 +110,7 @@ def pcd(rng: np.random.Generator) -> Iterator[Variant]:
 def las(rng: np.random.Generator) -> Iterator[Variant]:
     """LAS 1.2 and 1.4: whole numbers, scales and offsets as the specification lays them out."""
     for kind, points in clouds(rng).items():
-        scale, offset = max(np.ptp(points), 1e-6) * 1e-6, points.mean(axis=0).round(3)
+        scale, offset = max(np.ptp(points, axis=0).max(), 1e-6) * 1e-6, points.mean(axis=0).round(3)
         stored = np.rint((points - offset) / scale).astype("<i4")
         for version, length, form in ((2, 20, 0), (2, 34, 3), (4, 30, 6)):
             size = 375 if version == 4 else 227
