@@ -50,7 +50,8 @@ def read_text_table(path: Path, extras: Extras | None = None) -> np.ndarray:
 
     Numbers stand between blanks, commas, semicolons or tabs, one of these in the whole file; with blanks, semicolons or
     tabs, commas may be decimal. A header names the columns (`x y z`, `//X Y Z R G B`); without one the first three
-    count. A line with the number of points may stand in front. Comments begin with `#`, `//` or `%`.
+    count, unless the first one counts the rows. A line with the number of points may stand in front. Comments begin
+    with `#`, `//` or `%`.
 
     Args:
         path: the file.
