@@ -323,14 +323,15 @@ def _refused(model: nn.Module, ffn: FFN, error: TypeError, trials: Trials) -> Ty
 
 
 def _check_apart(model: nn.Module, chosen: list[FFN]) -> None:
-    uses = Counter(parameter for module in model.modules() for parameter in module.parameters(recurse=False))
+    uses = Counter(parameter for _, parameter in model.named_parameters(remove_duplicate=False))
+    places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     names = {model.get_submodule(ffn.name): ffn.name for ffn in chosen}
     for ffn in chosen:
         module = model.get_submodule(ffn.name)
         for other in module.modules():
             if other is not module and other in names:
                 raise ValueError(f"module '{names[other]}' lies inside '{ffn.name}', which matches too: narrow targets")
-        tied = [key for key, parameter in module.named_parameters() if uses[parameter] > 1]
+        tied = [key for key, parameter in module.named_parameters() if uses[parameter] > places[module]]
         if tied:
             raise ValueError(
                 f"module '{ffn.name}' shares {', '.join(tied)} with another module, experts would untie them"

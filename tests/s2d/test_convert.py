@@ -1,6 +1,7 @@
 """Conversion and merge on stock timm transformers: what is chosen, what is refused, and that nothing else changes."""
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import timm
@@ -617,3 +618,20 @@ def test_tracing_a_sparse_model_says_to_merge_first(trace, tiny_vit):
     convert_to_mof_(model)
     with pytest.raises(TypeError, match=r"expert layer 'blocks.1.mlp' cannot be .*: merge_experts\(model\) first"):
         trace(model)
+
+
+@pytest.mark.parametrize("part", ["fc1", "norm"])
+def test_a_module_that_two_ffns_share_is_refused_as_a_parameter_is(part):
+    """Its experts would be untied, which training and the merged model show and no evaluation does."""
+    model = nn.Sequential(*(nn.Sequential(OrderedDict(mlp=Mlp(8, 16, norm_layer=nn.LayerNorm))) for _ in range(2)))
+    setattr(model[1].mlp, part, getattr(model[0].mlp, part))
+    before = [module for _, module in model.named_modules()]
+    with pytest.raises(ValueError, match=rf"module '0.mlp' shares {part}.weight, {part}.bias with another module"):
+        convert_to_mof_(model, MoFConfig(targets=("*.mlp",), every=1))
+    assert [module for _, module in model.named_modules()] == before
+
+
+def test_an_ffn_under_two_names_is_one_layer():
+    model = nn.Sequential(OrderedDict(a=nn.Sequential(OrderedDict(mlp=Mlp(8, 16))), b=nn.Sequential()))
+    model.b.add_module("mlp", model.a.mlp)
+    assert convert_to_mof_(model, MoFConfig(targets=("*.mlp",), every=1)) and model.a.mlp is model.b.mlp
