@@ -32,7 +32,7 @@ demo: $(VENV)/.s2d3d data/shapes/train_files.txt
 test: $(VENV)/.s2d3d $(VENV)/.browser $(VENV)/.web
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(TEST_PROCESSES) --dist worksteal
 
-# Thorough fault injection and fuzzing; more than an hour. Notes go to docs/results, the table to docs/reliability.md.
+# Thorough fault injection and fuzzing; it takes long. Notes go to docs/results, the table to docs/reliability.md.
 faults: $(VENV)/.s2d3d
 	$(RUN) -m pytest $$(PYTHONPATH=tests $(RUN) -m faults.report --tests) -m "not gpu" \
 		--faults-report docs/results/faults.json; status=$$?; \

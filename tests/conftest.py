@@ -12,7 +12,7 @@ from hypothesis import settings
 REPOSITORY = Path(__file__).parent.parent
 
 # `pytest --hypothesis-profile thorough` tries more examples, and new ones each time.
-settings.register_profile("quick", max_examples=15, deadline=None, derandomize=True)
+settings.register_profile("quick", max_examples=25, deadline=None, derandomize=True)
 settings.register_profile("thorough", max_examples=200, deadline=None)
 settings.load_profile("quick")
 

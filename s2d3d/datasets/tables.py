@@ -95,10 +95,10 @@ def _refuse_counts(path: Path, first: np.ndarray, layout: _Layout) -> None:
         raise InputError(
             f"{path}: its first column counts the rows; remove it, or name the columns in a first line: index x y z"
         )
-    if first[0] == len(first) - 1 and not first[1:].max() == first[0]:
+    if first[0] == len(first) - 1 and (first[1:] % 1).any():  # whole numbers may be a grid
         raise InputError(
             f"{path}: line {layout.line} begins with {len(first) - 1}, and as many rows follow; remove the line if it "
-            "is their number, or write a first line: x y z"
+            "is their number, or name the columns in a first line"
         )
 
 

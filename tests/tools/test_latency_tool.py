@@ -13,8 +13,7 @@ def _in_short(monkeypatch):
     monkeypatch.setattr(latency, "MIN_SECONDS", 0.0)
 
 
-def test_the_tables_of_a_merged_and_a_sparse_checkpoint(call, trained, tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.latency.MIN_SECONDS", 0.0)
+def test_the_tables_of_a_merged_and_a_sparse_checkpoint(call, trained, tmp_path):
     page = tmp_path / "latency.md"
     result = call(
         "benchmark", "latency", "--checkpoint", trained.merged, "--rounds", 1, "--clouds", 20, "--output", page

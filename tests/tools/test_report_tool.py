@@ -83,11 +83,11 @@ def test_plots_are_files_and_need_no_model(call, trained, tmp_path):
 
 
 def test_names_that_become_one_file_name_are_told_apart(call, trained, tmp_path):
-    runs = [shutil.copytree(trained.folder.root, tmp_path / name) for name in ("a b", "a$^b")]
+    runs = [shutil.copytree(trained.folder.root, tmp_path / name) for name in ("a b", "a_b", "a$^b")]
     result = call("report", *runs, "--plots", tmp_path / "plots")
     assert result.code == 0, result.err
     names = {path.name for path in (tmp_path / "plots").glob("confusion*")}
-    assert names == {"confusion_of_a_b.png", "confusion_of_a_b-2.png"}
+    assert names == {"confusion_of_a_b.png", "confusion_of_a_b-2.png", "confusion_of_a_b-3.png"}
 
 
 def test_two_runs_one_of_them_under_way(call, trained, tmp_path):

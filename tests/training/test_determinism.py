@@ -31,13 +31,14 @@ def test_prefetching_streaming_and_repeating_change_nothing(train):
     weights, report = train("plain", 0)
     variants = {
         "again": (0, ()),
+        "one batch ahead": (1, ()),
         "five batches ahead": (5, ()),
         "streamed": (2, ("data.memory_budget_gb=1e-9",)),
         "fewer points": (2, ("data.num_points=100",)),
         "fewer points, streamed": (0, ("data.num_points=100", "data.memory_budget_gb=1e-9")),
     }
     results = {name: train(name, prefetch, *overrides) for name, (prefetch, overrides) in variants.items()}
-    for name in ("again", "five batches ahead", "streamed"):
+    for name in ("again", "one batch ahead", "five batches ahead", "streamed"):
         other, other_report = results[name]
         assert other_report == report, name
         assert all(torch.equal(weights[key], other[key]) for key in weights), name
