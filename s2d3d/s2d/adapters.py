@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .linear import StackedLinear, is_linear, linear_features, take_hooks_
+from .linear import StackedLinear, is_linear, linear_features
 from .mof import ExpertLayer, Plan, RUPMoF
 from .probe import Layout, Trials
+from .sharing import take_hooks_
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 IsBlock = Callable[[str], bool]
@@ -52,7 +53,8 @@ class PairPart(nn.Module):
 
     def averaged_expert(self) -> nn.Module:
         """Return the mean of the experts of this linear layer, of the original class."""
-        linear = self.stacked.averaged_linear()
+        layer = getattr(self.experts, self.part)  # the mean itself, in the copy that `merge_experts` makes
+        linear = layer.averaged_linear() if isinstance(layer, StackedLinear) else layer
         take_hooks_(linear, self)
         return linear
 
@@ -89,6 +91,7 @@ class EntryLinear(PairPart):
         """Take over `experts`, made from a `LinearPair`."""
         super().__init__()
         self.experts = experts
+        experts.running = True  # its parts are never called but from here
         take_hooks_(self, experts.first)
         take_hooks_(experts.first, nn.Identity())
         self.plan: Plan | None = None
@@ -98,9 +101,9 @@ class EntryLinear(PairPart):
         self.plan = None
         if self.experts.uses_mean():
             return self.stacked(x)
-        self.plan = self.experts.draw(x)
         if not torch.compiler.is_compiling():
-            self.experts.was_called = True
+            self.experts.look_for_changes()
+        self.plan = self.experts.draw(x)
         if self.experts.layout.in_slots:
             return self.stacked(self.experts.spread(x, self.plan))
         return self.stacked.on_tokens(x, self.plan)
@@ -186,7 +189,7 @@ def find_ffns(model: nn.Module, trials: Trials | None = None) -> list[FFN]:
         if pair:
             found.append(FFN(name, pair))
     order = {name: index for index, name in enumerate(modules)}
-    return sorted(found, key=lambda ffn: order[ffn.parts[0]])
+    return sorted(found, key=lambda ffn: order.get(ffn.parts[0], order[ffn.name]))  # a part may have other names
 
 
 def find_block_ffns(model: nn.Module, trials: Trials | None = None) -> list[FFN]:

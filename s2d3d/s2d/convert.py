@@ -7,20 +7,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from .adapters import FFN, EntryLinear, ExitLinear, LinearPair, find_block_ffns, find_ffn, find_ffns
-from .linear import OF_EVERY_MODULE, StackedLinear, drop_hooks_, is_linear, linear_parameters, results_of
+from .linear import StackedLinear, is_linear, linear_parameters
 from .merge import is_sparse, mark_no_weight_decay_, replace_
 from .moe import TopKMoE, check_top_k
 from .mof import ExpertLayer, RUPMoF
 from .probe import Layout, Trials
+from .sharing import OF_EVERY_MODULE, Reach, copied, drop_hooks_, own_ids
 from .state import check_state
-from .trial import FAILURES, Call, copied_call, differ, first_line, pinned, quiet
+from .tokenwise import Watch
+from .trial import Call, copied_call, differ, first_line, pinned, quiet
 
 KINDS = ("rup", "topk")
 _NAMED = ("*.mlp",)
@@ -121,6 +123,8 @@ def convert_to_mof_(
     """
     if is_sparse(model):
         raise ValueError("the model has experts already: convert the dense model, or merge it first")
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        raise ValueError(f"the model is inside {type(model).__name__}: convert model.module, and wrap it afterwards")
     trials = Trials(config.num_experts, RUPMoF, routed=config.kind == "topk")
     matches = _matches(model, config, filter_fn, trials)
     chosen = matches[config.every - 1 :: config.every]
@@ -138,6 +142,7 @@ def convert_to_mof_(
     for ffn, layout in zip(ffns, layouts):
         layers |= _expert_layers(model, ffn, partial(_to_experts, config, _initialiser(model, ffn.name), layout))
     replace_(model, layers)
+    _watch_pairs_(model, ffns)
     mark_no_weight_decay_(model)
     return [ffn.name for ffn in ffns]
 
@@ -191,13 +196,25 @@ def _layout(model: nn.Module, ffn: FFN, trials: Trials, calls: Sequence[Call]) -
         inner = FFN("", tuple(part[prefix:] for part in ffn.parts))
         for part in ffn.parts:
             check_state(LinearPair(model.get_submodule(part), nn.Identity()))
-        return trials.pair_layout(layer, partial(_put_identical_, inner, trials.num_experts), calls)
+        return trials.pair_layout(layer, partial(_put_identical_, inner, trials.num_experts), calls, inner.parts)
     except TypeError as error:
         raise _refused(model, ffn, error, trials) from None
 
 
 def _put_identical_(ffn: FFN, num_experts: int, model: nn.Module, layout: Layout) -> None:
     replace_(model, _expert_layers(model, ffn, lambda part: RUPMoF(part, num_experts, layout=layout)))
+    _watch_pairs_(model, [ffn])
+
+
+def _watch_pairs_(model: nn.Module, ffns: list[FFN]) -> None:
+    """Watch what stands around and between the two linear layers of an FFN, and the hooks of all."""
+    for ffn in ffns:
+        if len(ffn.parts) == 2:
+            entry, exit_ = (model.get_submodule(part) for part in ffn.parts)
+            experts, layer = entry.experts, model.get_submodule(ffn.name)
+            assert isinstance(experts, ExpertLayer)
+            between = [layer.get_submodule(name) for name in experts.layout.watched]
+            experts.watch = Watch(between, [entry, exit_, *between])
 
 
 def _expert_layers(
@@ -264,7 +281,7 @@ def _as_call(example: Any) -> Call:
 
 def _run_dense(model: nn.Module, ffns: list[FFN], call: Call) -> tuple[Any, dict[FFN, list[Call]]]:
     """Run a copy of the model on a sample input; return its output, and how each FFN, or its layer, was called."""
-    copied = _copied(model)
+    dense = _copied(model)
     calls: dict[FFN, list[Call]] = {ffn: [] for ffn in ffns}
     for ffn in ffns:
 
@@ -273,8 +290,8 @@ def _run_dense(model: nn.Module, ffns: list[FFN], call: Call) -> tuple[Any, dict
                 seen.append(copied_call(Call(args, kwargs)))
 
         place = ffn.parts[0] if len(ffn.parts) == 1 else ffn.name
-        copied.get_submodule(place).register_forward_pre_hook(note, with_kwargs=True)
-    output = _run(copied, call, "")
+        dense.get_submodule(place).register_forward_pre_hook(note, with_kwargs=True)
+    output = _run(dense, call, "")
     missed = [ffn.name for ffn in ffns if not calls[ffn]]
     if missed:
         raise TypeError(f"module '{missed[0]}' is not called when the model runs on example=: its experts would idle")
@@ -285,12 +302,12 @@ def _check_training(
     model: nn.Module, ffns: list[FFN], layouts: list[Layout], num_experts: int, call: Call, wanted: Any
 ) -> None:
     """Refuse a conversion unless the whole model with identical experts trains on a sample input as the dense one."""
-    copied, called = _copied(model), set()
+    sparse, called = _copied(model), set()
     for ffn, layout in zip(ffns, layouts):
-        _put_identical_(ffn, num_experts, copied, layout)
-        for part in ffn.parts:
-            copied.get_submodule(part).register_forward_pre_hook(lambda *_, name=ffn.name: called.add(name))
-    found = _run(copied, call, " with experts")
+        _put_identical_(ffn, num_experts, sparse, layout)
+    names = {sparse.get_submodule(part): ffn.name for ffn in ffns for part in ffn.parts}
+    with register_module_forward_pre_hook(lambda module, _: called.add(names.get(module))):
+        found = _run(sparse, call, " with experts")
     if differ(found, wanted) > 10:  # rounding grows with depth
         raise TypeError("with identical experts the model does not train as the dense one on example=")
     missed = [ffn.name for ffn in ffns if ffn.name not in called]
@@ -303,16 +320,16 @@ def _run(model: nn.Module, call: Call, what: str) -> Any:
         try:
             with pinned():
                 return copied_call(call).on(model.train())
-        except FAILURES as error:
+        except Exception as error:
             raise TypeError(f"the model{what} does not run on example=: {first_line(error)}") from error
 
 
 def _copied(model: nn.Module) -> nn.Module:
     """Copy a model, sharing its parameters, without hooks."""
-    copied = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()} | results_of(model))
-    for module in copied.modules():
+    made = copied(model, {id(parameter): parameter for parameter in model.parameters()})
+    for module in made.modules():
         drop_hooks_(module)
-    return copied
+    return made
 
 
 def _refused(model: nn.Module, ffn: FFN, error: TypeError, trials: Trials) -> TypeError:
@@ -340,31 +357,18 @@ def _check_apart(model: nn.Module, chosen: list[FFN]) -> None:
 
 def _check_references(model: nn.Module, ffns: list[FFN]) -> None:
     """Refuse FFNs that another module holds outside the module tree as well: those would go on being used there."""
-    places = {id(m): part for ffn in ffns for part in ffn.parts for m in model.get_submodule(part).modules()}
-
-    def place_of(value: Any, depth: int = 3) -> str | None:
-        if isinstance(value, nn.Module):
-            return places.get(id(value))
-        if isinstance(value, MethodType):
-            return places.get(id(value.__self__))
-        if isinstance(value, partial):
-            value = [value.func, *value.args, *value.keywords.values()]
-        if isinstance(value, Mapping):
-            value = list(value.values())
-        if depth and isinstance(value, (list, tuple, set)) and len(value) < 10_000:
-            return next((place for item in value if (place := place_of(item, depth - 1))), None)
-        return None
-
+    places = {key: part for ffn in ffns for part in ffn.parts for key in own_ids(model.get_submodule(part))}
+    reach = Reach(places)
     for name, module in model.named_modules():
         if id(module) in places:
             continue
         for key, value in vars(module).items():
-            place = None if key in OF_EVERY_MODULE else place_of(value)
-            if place:
+            found = None if key in OF_EVERY_MODULE else reach.find(value)
+            if found is not None:
                 raise TypeError(
-                    f"module '{place}' cannot become experts: '{name}.{key}' holds it as well, outside the module "
-                    "tree, and would go on using the dense weights: set it after the conversion (convert before "
-                    "torch.compile)"
+                    f"module '{places[found]}' cannot become experts: '{name}.{key}' holds it as well, or a part of "
+                    "it, outside the module tree, and would go on using the dense weights: set it after the conversion "
+                    "(convert before torch.compile)"
                 )
 
 

@@ -1,13 +1,14 @@
 """Linear layers of K experts, stacked: the only part of an FFN that experts have for themselves."""
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .dispatch import combine, dispatch
+from .sharing import shared_by, take_hooks_
 
 if TYPE_CHECKING:
     from .mof import ExpertLayer, Plan
@@ -43,7 +44,7 @@ class StackedLinear(nn.Module):
         self.bias = None if bias is None else self._stack(bias)
         # The linear layer without its weights: what `averaged_linear` fills again.
         without_weights = {id(parameter): None for parameter in linear.parameters()}
-        object.__setattr__(self, "_shell", copy.deepcopy(linear, without_weights))
+        object.__setattr__(self, "_shell", copy.deepcopy(linear, shared_by(linear) | without_weights))
         take_hooks_(self, linear)
         self.training = linear.training
 
@@ -60,7 +61,7 @@ class StackedLinear(nn.Module):
             if self.channels_first:
                 return self._shell._conv_forward(x, weight, bias)  # type: ignore[operator]
             return F.linear(x, weight.t() if self.input_first else weight, bias)
-        if not torch.compiler.is_compiling() and not owner.was_called:
+        if not (torch.compiler.is_compiling() or owner.running or _is_in_backward()):
             raise TypeError(
                 f"{owner.title()}: a part of it is called, not the whole, so that its tokens cannot be spread: "
                 "leave it out of targets"
@@ -82,7 +83,9 @@ class StackedLinear(nn.Module):
             raise ValueError(f"{title} has {partition.num_tokens} tokens, but a part of it gets {rows.shape[0]}")
         outputs = combine(self.multiply(dispatch(rows, partition), False), partition)
         outputs = outputs.view(*tokens.shape[:-1], self.out_features)
-        return outputs.movedim(-1, 1) if self.channels_first else outputs
+        if not self.channels_first:
+            return outputs
+        return outputs.movedim(-1, 1).contiguous() if x.is_contiguous() else outputs.movedim(-1, 1)
 
     def multiply(self, x: Tensor, channels_first: bool | None = None) -> Tensor:
         """Map slots x (K, ..., in), with the channels in dimension 1 if so asked or a convolution, by their experts."""
@@ -111,7 +114,7 @@ class StackedLinear(nn.Module):
     def averaged_linear(self) -> nn.Module:
         """Build the linear layer with the mean of the experts; keeps class, dtype, device, requires_grad and mode."""
         weight, bias = self.averaged()
-        linear = copy.deepcopy(self._shell)
+        linear = copy.deepcopy(self._shell, shared_by(self._shell))
         linear.weight = _like(self.weight, weight)
         if bias is not None and self.bias is not None:
             linear.bias = _like(self.bias, bias)
@@ -176,47 +179,9 @@ def mean_over_experts(stacked: Tensor) -> Tensor:
     return stacked.mean(0, dtype=torch.promote_types(stacked.dtype, torch.float32)).to(stacked.dtype)
 
 
-def take_hooks_(module: nn.Module, source: nn.Module) -> None:
-    """Give `module` the forward and backward hooks of `source`."""
-    for key in HOOKS:
-        value = source.__dict__[key]
-        module.__dict__[key] = value.copy() if isinstance(value, dict) else value
-
-
-def drop_hooks_(module: nn.Module) -> None:
-    """Take a module's own forward and backward hooks off, and leave those of its children."""
-    take_hooks_(module, nn.Identity())
-
-
-def results_of(module: nn.Module) -> dict[int, Tensor]:
-    """Return a memo for `copy.deepcopy`, which refuses what a forward pass left in attributes: without their graph."""
-    values = [value for m in module.modules() for value in vars(m).values()]
-    return {id(value): value.detach() for value in values if isinstance(value, Tensor) and value.grad_fn is not None}
-
-
-def containers_of(module: nn.Module) -> dict[int, Any]:
-    """Return a memo for `copy.deepcopy` that keeps dicts, lists and sets in attributes: others may hold them."""
-    kept = {}
-    for m in module.modules():
-        for key, value in vars(m).items():
-            if key not in OF_EVERY_MODULE and type(value) in (dict, list, set) and not _holds_modules(value):
-                kept[id(value)] = value
-    return kept
-
-
-def _holds_modules(value: Any, depth: int = 3) -> bool:
-    if isinstance(value, (nn.Module, nn.Parameter)):
-        return True
-    if not depth or not isinstance(value, (dict, list, set, tuple)):
-        return False
-    items = list(value.values()) if isinstance(value, dict) else list(value)
-    return any(_holds_modules(item, depth - 1) for item in items)
-
-
-OF_EVERY_MODULE = frozenset(vars(nn.Identity()))
-"""Attributes that `nn.Module` itself has."""
-HOOKS = tuple(key for key in vars(nn.Identity()) if "hook" in key and "state_dict" not in key)
-"""Where `nn.Module` keeps its forward and backward hooks."""
+def _is_in_backward() -> bool:
+    """Tell whether a backward pass is running: activation checkpointing may recompute a part there."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def _like(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:

@@ -1,6 +1,5 @@
 """From a sparse transformer to a dense one: `merge_experts`, after training."""
 
-import copy
 import logging
 from collections.abc import Callable, Collection
 
@@ -8,9 +7,10 @@ import torch
 from torch import nn
 
 from .adapters import EntryLinear, PairPart
-from .linear import StackedLinear, results_of
+from .linear import StackedLinear
 from .moe import TopKMoE
 from .mof import ExpertLayer
+from .sharing import copied
 
 logger = logging.getLogger(__name__)
 
@@ -25,14 +25,24 @@ class NoWeightDecay:
         self.own, self.names = own, names
 
     def __call__(self) -> set[str]:
-        return {*(self.own() if self.own is not None else ()), *self.names}
+        own = self.own() if self.own is not None else ()
+        return {*own, *self.names, *(f"_orig_mod.{name}" for name in self.names)}  # as they are in a compiled model
 
 
 def mark_no_weight_decay_(model: nn.Module) -> None:
-    """Let `model.no_weight_decay()` name the stacked biases as well."""
-    stacked = ((name, module) for name, module in model.named_modules() if isinstance(module, StackedLinear))
-    biases = [f"{name}.bias" for name, layer in stacked if layer.bias is not None]
-    model.__dict__["no_weight_decay"] = NoWeightDecay(getattr(model, "no_weight_decay", None), biases)
+    """Let `no_weight_decay()` of a model, and of those inside it that hold all experts, name the stacked biases too."""
+    stacked = {name: m for name, m in model.named_modules() if isinstance(m, StackedLinear) and m.bias is not None}
+    for owner, module in model.named_modules():
+        prefix = f"{owner}." if owner else ""
+        own = getattr(module, "no_weight_decay", None)
+        holds_all = stacked and all(name.startswith(prefix) for name in stacked)
+        if (
+            holds_all
+            and not isinstance(module, (ExpertLayer, PairPart, StackedLinear))
+            and (own is None or callable(own))
+        ):
+            biases = [f"{name.removeprefix(prefix)}.bias" for name in stacked]
+            module.__dict__["no_weight_decay"] = NoWeightDecay(own, biases)
 
 
 def merge_experts(
@@ -70,19 +80,22 @@ def merge_experts(
     model = unwrapped(model)
     if inplace and isinstance(model, ExpertLayer):
         raise ValueError("an expert layer cannot turn into its FFN in place: use the result of inplace=False")
-    merged: dict[nn.Module, nn.Module] = {}
-    owned = {module.experts for module in model.modules() if isinstance(module, EntryLinear)}
     for name, layer in model.named_modules():
         if isinstance(layer, TopKMoE):
             _check_average(name, allow_average)
+    if not inplace:  # the memo hands deepcopy the dense linear layers: stacked ones are never copied
+        stacked = [module for module in model.modules() if isinstance(module, StackedLinear)]
+        model = copied(model, {id(layer): layer.averaged_linear() for layer in stacked})
+    owned = {module.experts for module in model.modules() if isinstance(module, EntryLinear)}
+    merged: dict[nn.Module, nn.Module] = {}
+    for name, layer in model.named_modules():
         if isinstance(layer, (ExpertLayer, PairPart)) and layer not in owned:
             merged[layer] = layer.averaged_expert()
             if check_finite:
                 _check_finite(merged[layer], name)
-    if inplace:
-        replace_(model, merged)
-    else:  # the memo hands deepcopy the dense layers instead of the experts, which are thus never copied
-        model = copy.deepcopy(model, {id(layer): ffn for layer, ffn in merged.items()} | results_of(model))
+    if isinstance(model, ExpertLayer):
+        return merged[model]
+    replace_(model, merged)
     for module in model.modules():
         if isinstance(module.__dict__.get("no_weight_decay"), NoWeightDecay):
             del module.__dict__["no_weight_decay"]

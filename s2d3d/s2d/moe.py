@@ -73,8 +73,14 @@ class TopKMoE(ExpertLayer):
         self.renormalize = top_k > 1 if renormalize is None else renormalize
         first = next(layer for _, layer in self.stacked_layers())
         dtype = torch.promote_types(first.weight.dtype, torch.float32)
+        self.__dict__["_modules"] = self._modules.copy()
         self.router = nn.Linear(first.in_features, num_experts, bias=False, device=first.weight.device, dtype=dtype)
         nn.init.normal_(self.router.weight, std=0.02)
+
+    def look_for_changes(self) -> None:
+        """As of `ExpertLayer`."""
+        self._template._modules.update((name, m) for name, m in self._modules.items() if name != "router")
+        super().look_for_changes()
 
     def draw(self, x: Tensor) -> Plan:
         """Let every token choose its experts; raises ValueError when there is none."""

@@ -9,9 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from .dispatch import Partition, combine, dispatch, random_partition
-from .linear import StackedLinear, containers_of, drop_hooks_, is_linear, results_of, take_hooks_
+from .linear import StackedLinear, is_linear
 from .probe import Layout, probe_ffn
+from .sharing import drop_hooks_, shared_by, take_hooks_
 from .state import check_state
+from .tokenwise import Watch
+
+_ANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 class Plan(NamedTuple):
@@ -42,12 +46,13 @@ class ExpertLayer(nn.Module):
     """In the model, for messages."""
     plan: Plan | None = None
     """Of the call that is running, where linear layers spread the tokens themselves."""
-    was_called = False
-    """In training, as a whole."""
+    running = False
+    """As a whole; its parts may run."""
     peer: nn.Module | None = None
     """Another module whose mode counts as well, see `ExitLinear`."""
+    watch: Watch | None = None
+    """What must stay as it is for tokens in slots."""
     _template: nn.Module
-    _tensors: frozenset[tuple[str, str]] = frozenset()
 
     def __init__(self, ffn: nn.Module, num_experts: int, *, layout: Layout | None = None) -> None:
         """Build K copies of `ffn`, which is left untouched.
@@ -70,7 +75,7 @@ class ExpertLayer(nn.Module):
             probe_ffn(ffn, num_experts, RUPMoF, routed=not self.averaged_in_eval) if layout is None else layout
         )
         stacked = {id(m): StackedLinear(m, num_experts) for m in ffn.modules() if is_linear(m)}
-        template = copy.deepcopy(ffn, containers_of(ffn) | stacked | results_of(ffn))
+        template = copy.deepcopy(ffn, shared_by(ffn) | stacked)
         for _, module in template.named_modules():
             if isinstance(module, StackedLinear):
                 object.__setattr__(module, "_owner", self)  # not a sub-module
@@ -78,10 +83,12 @@ class ExpertLayer(nn.Module):
         take_hooks_(self, ffn)
         # The children are registered here, under their own names; the template only lends its forward method.
         object.__setattr__(self, "_template", template)
-        self._modules.update(template._modules)
-        self._input = next(iter(list(inspect.signature(type(ffn).forward).parameters)[1:]), "")
-        self._tensors = frozenset(_tensors_of_children(template))
+        self.__dict__["_modules"] = template._modules  # the same: a child that is replaced here is replaced there
+        named = [p.name for p in inspect.signature(type(ffn).forward).parameters.values() if p.kind not in _ANY]
+        self._input = next(iter(named[1:]), "")
         self.training = ffn.training  # each part keeps its own: a norm may be frozen
+        if self.layout.in_slots:
+            self.watch = Watch(template.modules())
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Map tokens (..., C) to (..., D), or (B, C, ...) to (B, D, ...) where the FFN does so.
@@ -90,30 +97,45 @@ class ExpertLayer(nn.Module):
             ValueError: the batch has too few tokens.
             TypeError: the FFN is called in another way than the conversion tried.
         """
+        if any(isinstance(value, torch.fx.Proxy) for value in [*args, *kwargs.values()]):
+            raise TypeError(f"{self.title()} cannot be traced: merge_experts(model) first")
         if self.uses_mean():
             return self._template(*args, **kwargs)
         x = self._tokens(args, kwargs)
         plan = self.draw(x)
-        if not torch.compiler.is_compiling():
-            self.was_called = True
-            if (
-                self.layout.in_slots
-                and self.averaged_in_eval
-                and not self._tensors.issuperset(_tensors_of_children(self._template))
-            ):  # a mask, say, which has the shape of the tokens
-                self.layout = self.layout._replace(in_slots=False)
-        if self.layout.in_slots:
-            nones = {key: value for key, value in kwargs.items() if args or key != self._input}
-            return self.combine(self._template(self.spread(x, plan), *args[1:], **nones), plan)
-        self.plan = plan
+        if torch.compiler.is_compiling() and self.layout.in_slots:
+            return self._run(x, plan, args, kwargs)
+        self.running = True
         try:
-            return self._template(*args, **kwargs)
+            if not torch.compiler.is_compiling():
+                self.look_for_changes()
+            self.plan = None if self.layout.in_slots else plan
+            return self._run(x, plan, args, kwargs)
         finally:
-            self.plan = None
+            self.running, self.plan = False, None
+
+    def _run(self, x: Tensor, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        if not self.layout.in_slots:
+            return self._template(*args, **kwargs)
+        slots = self.spread(x, plan)
+        given = ((slots, *args[1:]), kwargs) if args else ((), kwargs | {self._name_of_tokens(kwargs): slots})
+        outputs = self.combine(self._template(*given[0], **given[1]), plan)
+        return outputs.contiguous() if self.layout.channels_first and x.is_contiguous() else outputs
 
     def uses_mean(self) -> bool:
         """Tell whether tokens pass the mean of the experts: in evaluation, unless experts are routed."""
         return self.averaged_in_eval and not (self.training and (self.peer is None or self.peer.training))
+
+    def look_for_changes(self) -> None:
+        """Leave slots for good where something has changed since the conversion: a mask is set, say, or a mode.
+
+        Raises:
+            TypeError: a router needs slots.
+        """
+        if self.watch is not None and self.layout.in_slots and self.watch.sees_change():
+            if not self.averaged_in_eval:
+                raise TypeError(f"{self.title()} has other attributes or hooks than at its conversion")
+            self.layout = self.layout._replace(in_slots=False)
 
     def draw(self, x: Tensor) -> Plan:
         """Decide which tokens of x, see `forward`, pass which expert."""
@@ -147,8 +169,9 @@ class ExpertLayer(nn.Module):
 
     def averaged_expert(self) -> nn.Module:
         """Return the mean of the experts as an FFN of the original class, with keys as before the conversion."""
-        linears = {id(layer): layer.averaged_linear() for _, layer in self.stacked_layers()}
-        ffn = copy.deepcopy(self._template, containers_of(self._template) | linears | results_of(self._template))
+        linears = {id(m): m for m in self._template.modules() if is_linear(m)}  # averaged already, see `merge_experts`
+        linears |= {id(layer): layer.averaged_linear() for _, layer in self.stacked_layers()}
+        ffn = copy.deepcopy(self._template, shared_by(self._template) | linears)
         take_hooks_(ffn, self)
         return ffn
 
@@ -164,14 +187,13 @@ class ExpertLayer(nn.Module):
         """Set the mode here and in the template, whose forward may look at its own `training`."""
         super().train(mode)
         self._template.train(mode)
+        self.look_for_changes()
         return self
 
     def _tokens(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Find the tokens among the arguments of a call, and refuse what the conversion has not tried."""
-        x = args[0] if args else kwargs.get(self._input)
-        if isinstance(x, torch.fx.Proxy):
-            raise TypeError(f"{self.title()} cannot be traced in training: merge_experts(model) first, or model.eval()")
-        others = [*args[1:], *(value for key, value in kwargs.items() if args or key != self._input)]
+        x = args[0] if args else kwargs.get(self._name_of_tokens(kwargs))
+        others = list(args[1:]) + [value for key, value in kwargs.items() if value is not x]
         alone = all(value is None for value in others)
         if not isinstance(x, Tensor) or not (alone or self.layout.any_call):
             given = ", ".join(type(value).__name__ for value in [*args, *kwargs.values()])
@@ -183,6 +205,9 @@ class ExpertLayer(nn.Module):
             raise TypeError(f"{self.title()} takes (batch, channels, ...), got a tensor of {x.dim()} dimensions")
         return x
 
+    def _name_of_tokens(self, kwargs: dict[str, Any]) -> str:
+        return self._input or next(iter(kwargs), "")
+
     def title(self) -> str:
         """Name the layer in a message."""
         return f"expert layer '{self.name}'" if self.name else type(self).__name__
@@ -190,37 +215,32 @@ class ExpertLayer(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         template = self.__dict__.get("_template")
-        if template is None:
-            return
-        if name in template._modules:  # a child that is replaced here is replaced there
-            template._modules[name] = self._modules[name]
-        elif name in self.__dict__ and not name.startswith("_") and not hasattr(type(self), name):
+        if (
+            template is not None
+            and name in self.__dict__
+            and not name.startswith("_")
+            and not hasattr(type(self), name)
+        ):
             setattr(template, name, value)  # kept by the merge
-            if isinstance(value, Tensor) and self.averaged_in_eval:  # a mask, say, which has the shape of the tokens
-                self.layout = self.layout._replace(in_slots=False)
+            self.look_for_changes()
 
     def __getattr__(self, name: str) -> Any:
         template = self.__dict__.get("_template")
-        if template is not None and name in template.__dict__:  # a plain attribute of the FFN
-            return template.__dict__[name]
+        if template is not None and (name in template.__dict__ or hasattr(type(template), name)):
+            return getattr(template, name)  # an attribute or a method of the FFN
         return super().__getattr__(name)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._template)  # type: ignore[call-overload]
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._template[index]  # type: ignore[index]
 
     def __prepare_scriptable__(self) -> "ExpertLayer":
         raise TypeError(f"{self.title()} cannot be scripted: merge_experts(model) first")
 
     def extra_repr(self) -> str:
         return f"{type(self._template).__name__}, num_experts={self.num_experts}"
-
-
-def _tensors_of_children(template: nn.Module) -> list[tuple[str, str]]:
-    """List where parts of an FFN hold tensors in plain attributes."""
-    return [
-        (name, key)
-        for name, m in template.named_modules()
-        if name
-        for key, value in vars(m).items()
-        if isinstance(value, Tensor)
-    ]
 
 
 class RUPMoF(ExpertLayer):

@@ -4,7 +4,6 @@ A conversion is right only if that holds; evaluation and merge are right even wh
 runs what training will run, on a copy with random weights (a branch that starts at zero would hide its faults).
 """
 
-import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -13,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .linear import HOOKS, StackedLinear, is_linear, linear_features, results_of
+from .linear import StackedLinear, is_linear, linear_features, linear_parameters
+from .sharing import HOOKS, copied
 from .state import check_state
+from .tokenwise import is_of_packages, is_tokenwise, tokenwise_between
 from .trial import (
-    FAILURES,
     Call,
     copied_call,
     differ,
@@ -45,6 +45,8 @@ class Layout(NamedTuple):
     """Whether calls with more than one tensor were tried."""
     same_width: bool = True
     """Whether it returns as many channels as it takes, as the FFN of a block does."""
+    watched: tuple[str, ...] = ()
+    """Modules of a transformer layer on which it depends that tokens may be in slots between its linear layers."""
 
 
 Make = Callable[..., nn.Module]
@@ -78,13 +80,17 @@ def probe_ffn(ffn: nn.Module, num_experts: int, make: Make, calls: Sequence[Call
         if calls:
             trials = [*trials, *_other_sizes(dense, trials, channels_first, num_experts)]
         num_dims = tuple(sorted({call.tokens.dim() for call in trials})) if channels_first else ()
-        problem, unused = "", copy.deepcopy(dense.train(), results_of(dense))  # what the experts keep is their own
+        problem, unused = "", copied(dense.train())  # what the experts keep is their own
+        trusted = routed or all(map(is_of_packages, ffn.modules()))
+        shown = is_tokenwise(copied(unused), channels_first)
         for in_slots in (True, False)[: 1 if routed else 2]:
             layout = Layout(in_slots, channels_first, num_dims, bool(calls) and not in_slots, same_width)
             if in_slots and (any(_extras(call) for call in trials) or _has_hooks(ffn)):
                 problem = "it is called with more than one tensor, or has hooks inside"
                 continue
-            pristine, tried = copy.deepcopy(unused), copy.deepcopy(unused)
+            if in_slots and not (shown or trusted):
+                continue
+            pristine, tried = copied(unused), copied(unused)
             problem = _difference(tried, make(pristine, num_experts, layout=layout), trials, in_slots)
             if not problem:
                 return layout
@@ -93,7 +99,9 @@ def probe_ffn(ffn: nn.Module, num_experts: int, make: Make, calls: Sequence[Call
     )
 
 
-def probe_pair(layer: nn.Module, convert_: Convert, calls: Sequence[Call], routed: bool) -> Layout:
+def probe_pair(
+    layer: nn.Module, convert_: Convert, calls: Sequence[Call], routed: bool, parts: tuple[str, ...] = ()
+) -> Layout:
     """Find the layout for an FFN that is spread over its transformer layer, by running copies of the whole layer.
 
     Without `calls` the layer is tried on random tokens. Where it does not run on them the tokens stay in their order
@@ -104,6 +112,7 @@ def probe_pair(layer: nn.Module, convert_: Convert, calls: Sequence[Call], route
         convert_: puts experts into a copy of it, in place, in the layout that it is given.
         calls: what the model gives it.
         routed: a router chooses experts: only slots are possible.
+        parts: the names of the two linear layers, for a look at what lies between them.
 
     Raises:
         TypeError: its training pass is another one in every layout.
@@ -119,17 +128,21 @@ def probe_pair(layer: nn.Module, convert_: Convert, calls: Sequence[Call], route
                     for call in trials:
                         copied_call(call).on(dense.train())
                 break
-            except FAILURES as error:
+            except Exception as error:
                 problem = first_line(error)
         else:
             if calls or routed:
                 raise TypeError(f"{kind} does not run in training: {problem}")
             return Layout(in_slots=False)
-        problem, unused = "", copy.deepcopy(dense, results_of(dense))
+        problem, unused = "", copied(dense)
+        trusted = routed or not parts or all(map(is_of_packages, layer.modules()))
+        watched = () if trusted else tokenwise_between(copied(unused), *parts)
         for in_slots in (True, False)[: 1 if routed else 2]:
-            tried, sparse, layout = copy.deepcopy(unused), copy.deepcopy(unused), Layout(in_slots)
+            tried, sparse, layout = copied(unused), copied(unused), Layout(in_slots, watched=watched)
             if in_slots and _has_hooks(layer):
                 problem = "it has hooks inside"
+                continue
+            if in_slots and not (trusted or watched):
                 continue
             convert_(sparse, layout)
             problem = _difference(tried, sparse, trials, in_slots)
@@ -156,9 +169,11 @@ class Trials:
         check_state(ffn)
         return self._once(ffn, calls, lambda: probe_ffn(ffn, self.num_experts, self.make, calls, self.routed), "ffn")
 
-    def pair_layout(self, layer: nn.Module, convert_: Convert, calls: Sequence[Call] = ()) -> Layout:
+    def pair_layout(
+        self, layer: nn.Module, convert_: Convert, calls: Sequence[Call] = (), parts: tuple[str, ...] = ()
+    ) -> Layout:
         """As `probe_pair`."""
-        return self._once(layer, calls, lambda: probe_pair(layer, convert_, calls, self.routed), "pair")
+        return self._once(layer, calls, lambda: probe_pair(layer, convert_, calls, self.routed, parts), f"pair {parts}")
 
     def _once(self, module: nn.Module, calls: Sequence[Call], trial: Callable[[], Layout], kind: str) -> Layout:
         key: Any = kind, signature(module), repr([[tensor.shape for tensor in tensors_of(call)] for call in calls])
@@ -257,7 +272,7 @@ def _runs(dense: nn.Module, kind: str, num_experts: int, calls: list[Call]) -> t
                 try:
                     output = copied_call(call).on(dense.eval())
                     copied_call(call).on(dense.train())
-                except FAILURES as error:
+                except Exception as error:
                     problem = problem or first_line(error)
                     continue
                 returns = True
@@ -316,7 +331,7 @@ def _other_sizes(dense: nn.Module, calls: list[Call], channels_first: bool, num_
             try:
                 with pinned():
                     copied_call(variant).on(dense.train())
-            except FAILURES:
+            except Exception:
                 continue
             made += 1
             found.append(variant)
@@ -363,11 +378,10 @@ def _difference(dense: nn.Module, sparse: nn.Module, calls: list[Call], in_slots
     """Say how the training pass of experts, or the evaluation, is another one than that of `dense`; "": it is not."""
     for mode in (True, False):
         dense.train(mode), sparse.train(mode)
-        for index, call in enumerate(calls if mode else calls[:1]):  # the mean of the experts takes any shape
+        for call in calls if mode else calls[:1]:  # the mean of the experts takes any shape
             try:
-                wanted = _trained(dense, call, backward=mode and not index)
-                found = _trained(sparse, call, backward=mode and not index)
-            except FAILURES as error:
+                wanted, found = _trained(dense, call, backward=mode), _trained(sparse, call, backward=mode)
+            except Exception as error:
                 return first_line(error)
             if mode and in_slots and not _drawn_by_slot(wanted.draws, found.draws, call, sparse):
                 return "it draws random numbers for several tokens at once"
@@ -379,14 +393,31 @@ def _difference(dense: nn.Module, sparse: nn.Module, calls: list[Call], in_slots
             for name, value in kept.items():
                 if name in other and (differ(other[name], value) > 1 or _numbers(other[name]) != _numbers(value)):
                     return f"another value of its attribute '{name}'"
-            if mode and not index:
+            if mode:
                 weights = {name: m.weight for name, m in sparse.named_modules() if isinstance(m, StackedLinear)}
                 unused = [name for name, weight in weights.items() if weight.grad is None]
                 if unused:
                     return f"its forward method does not use the weights of {', '.join(unused)}"
-                if not wanted.draws and differ(found.gradient, wanted.gradient) > 1:
+                if any(differ(one, another) > 1 for one, another in _gradients(found, wanted, dense, sparse)):
                     return "other gradients"
     return ""
+
+
+def _gradients(found: "_Trained", wanted: "_Trained", dense: nn.Module, sparse: nn.Module) -> Iterator[tuple[Any, Any]]:
+    """Iterate over pairs of gradients that must be equal, one of them summed over the experts."""
+    yield found.gradient, wanted.gradient
+    for name, module in sparse.named_modules():
+        stacked = module if isinstance(module, StackedLinear) else getattr(module, "stacked", None)
+        linear = dict(dense.named_modules()).get(name)
+        if not isinstance(stacked, StackedLinear) or linear is None:
+            continue
+        for ours, theirs in zip((stacked.weight, stacked.bias), linear_parameters(linear)):
+            if ours is None or theirs is None or (ours.grad is None and theirs.grad is None):
+                continue
+            gradient = None if ours.grad is None else ours.grad.sum(0)
+            if gradient is not None and theirs.dim() > 1:
+                gradient = (gradient if stacked.input_first else gradient.t()).reshape(theirs.shape)
+            yield gradient, theirs.grad
 
 
 class _Trained(NamedTuple):
@@ -399,14 +430,19 @@ def _trained(module: nn.Module, call: Call, backward: bool) -> _Trained:
     """Run a module on a copy of a call; return also what became of the tokens, and their gradient."""
     leaf = call.tokens.detach().clone()
     leaf.requires_grad_(backward and leaf.is_floating_point())
+    module.zero_grad()
+    before = {id(value) for values in left_behind(module).values() for value in values}
     with torch.set_grad_enabled(backward):
         tokens = leaf.clone()
         with pinned() as run:
             output = copied_call(call).with_tokens(tokens).on(module)
-        outputs = [tensor for tensor in tensors_of(output) if tensor.requires_grad]
+        kept = [value for values in left_behind(module).values() for value in values if id(value) not in before]
+        outputs = [tensor for tensor in tensors_of([output, kept]) if tensor.requires_grad]  # a loss may be kept
         if outputs:
             steps = [torch.arange(out.numel(), device=out.device).sin().view_as(out) for out in outputs]
-            torch.stack([(out * step).sum().double() for out, step in zip(outputs, steps)]).sum().backward()
+            torch.stack([(out * step).sum().double() for out, step in zip(outputs, steps)]).sum().backward(
+                retain_graph=True
+            )  # of sums over calls
     return _Trained([output, tokens], leaf.grad, run.draws)
 
 

@@ -1,10 +1,14 @@
 """What an FFN may consist of, so that experts can take its place."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .linear import CONVOLUTIONS, is_linear, linear_features, linear_parameters
+from .sharing import HOOKS
 from .trial import differ, noise, quiet, randomised
 
 _ADAPTERS = ("lora", "adapter", "base_layer")
@@ -90,6 +94,12 @@ def _check_linear(linear: nn.Module, name: str) -> None:
             raise TypeError(f"has a {key} of kind {kind} in '{name}': convert before quantizing or sharding the model")
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise TypeError(f"has a gradient hook on '{name}.{key}': register it on the experts, after the conversion")
+    for hook in [
+        hook for key in HOOKS if isinstance(linear.__dict__[key], dict) for hook in linear.__dict__[key].values()
+    ]:
+        code = getattr(getattr(hook, "__func__", hook), "__code__", None)
+        if code is not None and {"weight", "bias", "parameters"} & {*code.co_names}:
+            raise TypeError(f"has a hook on '{name}' that uses its weights, of which experts have K: remove it first")
     stock = next((kind for kind in (nn.Linear, *CONVOLUTIONS) if isinstance(linear, kind)), None)
     if stock is not None and type(linear).forward is not stock.forward and not _maps_as(linear, stock):
         way = f"replace it by an nn.{stock.__name__} first"
@@ -97,12 +107,34 @@ def _check_linear(linear: nn.Module, name: str) -> None:
 
 
 def _maps_as(linear: nn.Module, stock: type[nn.Module]) -> bool:
-    """Tell whether a linear layer with a forward method of its own computes what its base class does."""
+    """Tell whether a linear layer with a forward method of its own computes and trains as its base class does.
+
+    It may not keep anything either: experts would not.
+    """
     with quiet(linear):
         made = randomised(linear)
         weight = linear_parameters(made)[0]
-        x = noise((3, linear_features(made)[0], *[1] * (weight.dim() - 2)), 0, weight)
-        try:
-            return all(differ(made.train(mode)(x), stock.forward(made, x)) <= 1 for mode in (True, False))
-        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
-            return False
+        for mode in (True, False):
+            made.train(mode)
+            for count in (3, 5):
+                x = noise((count, linear_features(made)[0], *[1] * (weight.dim() - 2)), 0, weight)
+                before = {key: id(value) for key, value in vars(made).items()}
+                try:
+                    ours, theirs = (
+                        _with_gradients(made, forward, x) for forward in (made, partial(stock.forward, made))
+                    )
+                except Exception:
+                    return False
+                if {key: id(value) for key, value in vars(made).items()} != before:
+                    return False
+                if len(ours) != len(theirs) or any(differ(one, other) > 1 for one, other in zip(ours, theirs)):
+                    return False
+    return True
+
+
+@torch.enable_grad()
+def _with_gradients(linear: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor | None]:
+    parameters, x = [p.requires_grad_() for p in linear.parameters()], x.clone().requires_grad_()
+    output = forward(x)
+    loss = (output * torch.arange(output.numel()).to(output).sin().view_as(output)).sum()
+    return [output, *torch.autograd.grad(loss, [x, *parameters], allow_unused=True)]

@@ -1,7 +1,6 @@
 """Tools for trying out a module without a trace: copies with random weights, equal random numbers, comparison."""
 
 import contextlib
-import copy
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,10 +10,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .linear import OF_EVERY_MODULE, drop_hooks_, is_linear, results_of
-
-FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""What a module may raise that is run on something it does not expect."""
+from .linear import is_linear
+from .sharing import OF_EVERY_MODULE, copied, drop_hooks_
 
 
 class Call(NamedTuple):
@@ -143,10 +140,10 @@ def randomised(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modu
             made[id(buffer)] = torch.ones(buffer.shape, dtype=wide)
         elif buffer.is_floating_point():
             made[id(buffer)] = buffer.to(torch.promote_types(buffer.dtype, dtype), copy=True)
-    copied = copy.deepcopy(module, made | results_of(module))
-    for part in copied.modules():
+    random_copy = copied(module, made)
+    for part in random_copy.modules():
         drop_hooks_(part)
-    return copied
+    return random_copy
 
 
 def left_behind(module: nn.Module) -> dict[str, list[Any]]:

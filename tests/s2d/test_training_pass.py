@@ -288,7 +288,7 @@ REFUSED = {
     "forward_replaced": (lambda: patched(Mlp(C, H)), "forward was replaced on the instance.*convert before"),
     "forward_replaced_inside": (lambda: patched_inside(Mlp(C, H)), "forward of 'act' was replaced"),
     "closure": (Closure, "does not use the weights of fc1, fc2"),
-    "reads_weights": (lambda: ReadsWeights(None), "does not train as the dense FFN"),
+    "reads_weights": (lambda: ReadsWeights(None), "uses .fc1.weight. outside its linear layer"),
     "reads_transposed": (ReadsTransposed, "does not train as the dense FFN"),
     "spectral_norm": (lambda: spectral(Mlp(C, H)), "remove the parametrization"),
     "old_spectral_norm": (lambda: old_spectral(Mlp(C, H)), "remove the parametrization"),
