@@ -76,13 +76,12 @@ def probe_ffn(ffn: nn.Module, num_experts: int, make: Make, calls: Sequence[Call
         except TypeError as error:
             raise TypeError(f"{kind} does not run on tokens (groups, tokens, channels): {error}{_EXAMPLE}") from None
     with quiet(ffn):
-        dense, (trials, channels_first, same_width) = _first_run(ffn, kind, num_experts, calls)
+        dense, (trials, channels_first, same_width, shown) = _first_run(ffn, kind, num_experts, calls)
         if calls:
             trials = [*trials, *_other_sizes(dense, trials, channels_first, num_experts)]
         num_dims = tuple(sorted({call.tokens.dim() for call in trials})) if channels_first else ()
         problem, unused = "", copied(dense.train())  # what the experts keep is their own
         trusted = routed or all(map(is_of_packages, ffn.modules()))
-        shown = is_tokenwise(copied(unused), channels_first)
         for in_slots in (True, False)[: 1 if routed else 2]:
             layout = Layout(in_slots, channels_first, num_dims, bool(calls) and not in_slots, same_width)
             if in_slots and (any(_extras(call) for call in trials) or _has_hooks(ffn)):
@@ -244,7 +243,7 @@ def _precisions(module: nn.Module) -> tuple[torch.dtype, ...]:
 
 def _first_run(
     ffn: nn.Module, kind: str, num_experts: int, calls: Sequence[Call]
-) -> tuple[nn.Module, tuple[list[Call], bool, bool]]:
+) -> tuple[nn.Module, tuple[list[Call], bool, bool, bool]]:
     problem = TypeError(kind)
     for dtype in _precisions(ffn):
         dense = randomised(ffn, dtype)
@@ -257,14 +256,18 @@ def _first_run(
     raise problem
 
 
-def _runs(dense: nn.Module, kind: str, num_experts: int, calls: list[Call]) -> tuple[list[Call], bool, bool]:
-    """Return the calls on which an FFN returns one vector for each token, if channels come first, and if they stay."""
+def _runs(dense: nn.Module, kind: str, num_experts: int, calls: list[Call]) -> tuple[list[Call], bool, bool, bool]:
+    """Return the calls on which an FFN returns one vector for each token, if channels come first, if they stay, and
+    if a trace shows that each token passes by itself.
+    """
     problem, mixing, returns, same_width = "", "", False, False
     widths = dict.fromkeys(linear_features(m)[0] for m in dense.modules() if is_linear(m))  # the first need not read x
     for channels_first in (False, True):
+        shown = is_tokenwise(copied(dense.train()), channels_first)
         for width in list(widths)[: 1 if calls else None]:
             fitting = []
-            for call in calls or _random_calls(dense, width, channels_first, num_experts):
+            made = calls or list(_random_calls(dense, width, channels_first, num_experts))
+            for call in made[:3] if shown and not channels_first else made:
                 x = call.tokens
                 if not isinstance(x, Tensor) or x.dim() < 2:
                     problem = f"it is called with {type(x).__name__}, not with a tensor of tokens"
@@ -281,9 +284,9 @@ def _runs(dense: nn.Module, kind: str, num_experts: int, calls: list[Call]) -> t
                     fitting.append(call)
             if not fitting or len(fitting) < len(calls):
                 continue
-            mixed = [call for call in fitting if _mixes(dense.eval(), call, channels_first)]
+            mixed = [] if shown else [call for call in fitting if _mixes(dense.eval(), call, channels_first)]
             if not mixed:
-                return fitting, channels_first, same_width
+                return fitting, channels_first, same_width, shown
             if not mixing:
                 shape = tuple(mixed[0].tokens.shape)
                 mixing = "" if calls else f" (tried on {shape}; if the model gives others, pass example=)"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from .linear import StackedLinear, is_linear
+from .linear import CONVOLUTIONS, StackedLinear, is_linear
 from .sharing import HOOKS, OF_EVERY_MODULE
 
 PACKAGES = ("torch", "timm", "transformers", "torchvision", "vit_pytorch", "s2d3d")
@@ -149,7 +149,7 @@ class _Whole(fx.Tracer):
     """Goes into all modules but linear layers and those that need no look inside."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_linear(m) or isinstance(m, StackedLinear) or type(m) in _MODULES | _BY_ATTRIBUTES
+        return is_linear(m) or type(m) in _MODULES | _BY_ATTRIBUTES
 
 
 class _Around(fx.Tracer):
@@ -226,7 +226,7 @@ class _Reading:
         owner, _, key = str(node.target).rpartition(".")
         module = self.root.get_submodule(owner)
         value = getattr(module, key)
-        if is_linear(module) or isinstance(module, StackedLinear):
+        if is_linear(module):
             if any(user.target is not getattr for user in node.users):
                 kind = type(self.root).__name__
                 raise TypeError(
@@ -261,7 +261,9 @@ class _Reading:
     def _is_fine(self, module: nn.Module) -> bool:
         if any(module.__dict__[key] for key in HOOKS):
             return False
-        if is_linear(module) or isinstance(module, StackedLinear) or type(module) in _MODULES:
+        if is_linear(module):
+            return isinstance(module, CONVOLUTIONS) == self.channels_first
+        if type(module) in _MODULES:
             return True
         if type(module) in (nn.LayerNorm, nn.RMSNorm):
             return not self.channels_first and len(module.normalized_shape) == 1  # type: ignore[arg-type]

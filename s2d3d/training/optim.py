@@ -25,7 +25,7 @@ def no_decay_names(model: nn.Module) -> set[str]:
         if isinstance(module, _NORMS):
             names |= {f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters(recurse=False)}
     listed: Iterable[str] = getattr(model, "no_weight_decay", set)()
-    return names | set(listed)
+    return names | (set(listed) & dict(model.named_parameters()).keys())
 
 
 def build_optimizer(
