@@ -1,19 +1,23 @@
 """Where a transformer keeps its FFNs, found by structure: as modules of their own, or as two layers of a larger one."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 
 from .linear import StackedLinear, is_linear, linear_features
 from .mof import ExpertLayer, Plan, RUPMoF
-from .probe import Layout, Trials
+from .probe import Layout, Trials, signature
 from .sharing import take_hooks_
+from .trial import noise, quiet, randomised
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 IsBlock = Callable[[str], bool]
+_GATES = (nn.Sigmoid, nn.Hardsigmoid)
 _MIXERS = ("attention", "attn", "mixer", "mixing", "fourier", "fft", "shift")
 
 
@@ -213,14 +217,62 @@ def find_block_ffns(model: nn.Module, trials: Trials | None = None) -> list[FFN]
         return _is_item(name, modules)
 
     for is_block in (repeated, has_sibling, single):
-        chosen = [ffn for ffn in found if _block_of(ffn, modules, inside, is_block)]
-        if chosen:
-            return chosen
+        blocks = {ffn: block for ffn in found if (block := _block_of(ffn, modules, inside, is_block))}
+        if blocks:
+            return _without_gates(blocks, modules)
     return []
 
 
-def _block_of(ffn: FFN, modules: dict[str, nn.Module], inside: set[int], is_block: IsBlock) -> bool:
-    """Tell whether the innermost block around an FFN takes it for its own, and not for a part of its mixer."""
+def _without_gates(blocks: dict[FFN, str], modules: dict[str, nn.Module]) -> list[FFN]:
+    """Where a block holds several FFNs, leave out those that see other tokens than it: of a gate, or of positions."""
+    numbers: dict[Any, list[int]] = {}
+    chosen = []
+    for ffn, block in blocks.items():
+        rivals = [other for other, around in blocks.items() if around == block]
+        kinds = [signature(modules[other.name]) for other in rivals]
+        if any(kind != kinds[0] for kind in kinds):
+            key = signature(modules[block])
+            if key not in numbers:
+                places = [rival.parts[0][len(block) + 1 :] for rival in rivals]
+                numbers[key] = _tokens_seen(modules[block], places)
+            seen = dict(zip(rivals, numbers[key]))
+            if seen and seen[ffn] != max(seen.values()):
+                continue
+        chosen.append(ffn)
+    return chosen
+
+
+def _tokens_seen(block: nn.Module, places: list[str]) -> list[int]:
+    """Run a copy of a block on random tokens; return how many each of its FFNs gets. [] where it does not run on them.
+
+    An FFN that ends in a sigmoid is a gate: it counts as one that gets none.
+    """
+    widths = dict.fromkeys(linear_features(m)[0] for m in block.modules() if is_linear(m))
+    with quiet(block):
+        made = randomised(block)
+        for width, shape in itertools.product(widths, ((5, 7), (5, 6, 7))):
+            x, seen = noise((*shape, width), 0, next(made.parameters())), dict.fromkeys(places, 0)
+
+            def note(module: nn.Module, args: Any, seen: dict[str, int] = seen) -> None:
+                for place in places:
+                    if made.get_submodule(place) is module and isinstance(args[0], Tensor):
+                        seen[place] = args[0].numel()
+
+            for tokens in (x, x.movedim(-1, 1)):
+                try:
+                    with register_module_forward_pre_hook(note):
+                        made(tokens)
+                except Exception:  # of any kind: it is given what it may not expect
+                    continue
+                wide = {place: next(m for m in made.get_submodule(place).modules() if is_linear(m)) for place in places}
+                gates = [place for place in places if isinstance([*made.get_submodule(place).modules()][-1], _GATES)]
+                seen.update(dict.fromkeys(gates, 0))
+                return [seen[place] // linear_features(wide[place])[0] for place in places]
+    return []
+
+
+def _block_of(ffn: FFN, modules: dict[str, nn.Module], inside: set[int], is_block: IsBlock) -> str:
+    """Return the innermost block around an FFN; "" where this takes it for a part of its mixer, or there is none."""
     own = {id(m) for part in ffn.parts for m in modules[part].modules()}
     is_pair = len(ffn.parts) == 2
     for block in [*([ffn.name] if is_pair else []), *_ancestors(ffn.name)]:
@@ -231,9 +283,9 @@ def _block_of(ffn: FFN, modules: dict[str, nn.Module], inside: set[int], is_bloc
         arms = [name for name in [ffn.name, *_ancestors(ffn.name)] if name.startswith(f"{block}.")]
         arm = next((name for name in reversed(arms) if not isinstance(modules[name], _CONTAINERS)), ffn.name)
         if arm != ffn.name and _routes(modules[arm], inside):
-            return False
-        return is_pair or not any(_mixes(m) for m in modules[arm].modules() if id(m) not in own)
-    return False
+            return ""
+        return block if is_pair or not any(_mixes(m) for m in modules[arm].modules() if id(m) not in own) else ""
+    return ""
 
 
 def _routes(module: nn.Module, inside: set[int]) -> bool:
@@ -287,7 +339,8 @@ def _calls(parent: nn.Module, child: str, trials: Trials) -> bool:
 def _linear_pair(name: str, layer: nn.Module, whole: list[str]) -> tuple[str, ...]:
     """Find the two linear layers, widening and narrowing, that are the FFN of a transformer layer.
 
-    They are neighbours without a third one beside them, and no smaller module than the layer holds both.
+    They are neighbours without a third one beside them or a mixer of tokens between them, and no smaller module than
+    the layer holds both.
     """
     prefix = f"{name}." if name else ""
     if any(other == name or other.startswith(prefix) for other in whole):
@@ -305,6 +358,7 @@ def _linear_pair(name: str, layer: nn.Module, whole: list[str]) -> tuple[str, ..
             pairs.append((f"{prefix}{first}", f"{prefix}{second}"))
     if len(pairs) != 1:
         return ()
-    own = {f"{prefix}{child}" for child, _ in linears} & set(pairs[0])
-    mixers = (m for child, m in layer.named_modules() if child and f"{prefix}{child}" not in own)
-    return pairs[0] if any(_mixes(m) for m in mixers) else ()
+    names = [f"{prefix}{child}" for child, m in layer.named_modules()]
+    start, end = (names.index(part) for part in pairs[0])
+    mixers = [child and _mixes(m) and f"{prefix}{child}" not in pairs[0] for child, m in layer.named_modules()]
+    return pairs[0] if any(mixers) and not any(mixers[start:end]) else ()
