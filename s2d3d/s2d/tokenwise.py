@@ -118,7 +118,7 @@ def tokenwise_between(layer: nn.Module, first: str, second: str) -> tuple[str, .
         The names of the modules to watch, around and between the two; () where the trace does not show it.
     """
     parts = {layer.get_submodule(first), layer.get_submodule(second)}
-    around = {name: m for name, m in layer.named_modules() if not parts.isdisjoint(m.modules())}
+    around = {name: m for name, m in layer.named_modules() if m not in parts and not parts.isdisjoint(m.modules())}
     if not all(_is_closed(m, deep=False) for m in around.values()):
         return ()
     graph = _traced(layer, _Around(parts))

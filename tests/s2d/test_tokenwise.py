@@ -1,0 +1,446 @@
+"""What a trial does not see, code that goes by sizes and later changes: each trains as the dense model."""
+
+import copy
+import types
+
+import pytest
+import torch
+from timm.layers import DropPath, Mlp, SwiGLU
+from torch import nn
+from torch.nn import functional as F
+
+from benchmarks.training_pass import EXACT, Residual, pass_error, run_model, training_error
+from s2d3d.s2d import MoFConfig, RUPMoF, TopKMoE, convert_to_mof_, merge_experts
+from s2d3d.s2d.tokenwise import is_tokenwise, tokenwise_between
+
+K, C, H = 4, 8, 16
+CONFIG = MoFConfig(num_experts=K, targets=("*.mlp",), every=1)
+SHAPES = ((4, 6), (3, 7), (8, 3), (1, 130))
+BATCHES = [torch.randn(*shape, C, generator=torch.Generator().manual_seed(0)) for shape in SHAPES]
+
+
+class Plain(nn.Module):
+    """An FFN with a function between its linear layers."""
+
+    def __init__(self, between=lambda hidden: F.gelu(hidden)):
+        super().__init__()
+        self.fc1, self.fc2, self.between = nn.Linear(C, H), nn.Linear(H, C), between
+
+    def forward(self, x):
+        return self.fc2(self.between(self.fc1(x)))
+
+
+def unlike(hidden, alpha=0.5):
+    return hidden - alpha * hidden.mean(-2, keepdim=True)
+
+
+class DividesBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden):
+        ctx.count = hidden.shape[0]
+        return hidden.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient / ctx.count
+
+
+class MixesBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden):
+        return hidden.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient - gradient.mean(-2, keepdim=True)
+
+
+def hooked(hidden):
+    if hidden.requires_grad:
+        count = hidden.shape[0]
+        hidden.register_hook(lambda gradient: gradient / count)
+    return hidden.relu()
+
+
+def halves(hidden):
+    value, gate = hidden.chunk(2, dim=-1)
+    return torch.cat([value * gate.sigmoid(), value], dim=-1)
+
+
+SHOWN = {
+    "gelu": F.gelu,
+    "gate": lambda h: h * h.sigmoid(),
+    "own gelu": lambda h: 0.5 * h * (1.0 + torch.tanh(0.8 * (h + 0.04 * torch.pow(h, 3.0)))),
+    "halves": halves,
+    "slices": lambda h: torch.cat([h[..., :8].tanh(), h[..., 8:]], -1),
+    "own norm": lambda h: h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6),
+    "casts": lambda h: h.float().relu().to(h.dtype),
+}
+NOT_SHOWN = {
+    "mean of tokens": unlike,
+    "mean of all": lambda h: h - h.mean(),
+    "long alone": lambda h: unlike(h) if h.shape[-2] > 100 else h,
+    "eight alone": lambda h: unlike(h) if h.shape[0] == 8 else h,
+    "float32 alone": lambda h: unlike(h) if h.dtype == torch.float32 else h,
+    "softmax": lambda h: h.softmax(1),
+    "view": lambda h: h.view(-1, H).relu().view_as(h),
+    "backward divides": lambda h: DividesBackward.apply(h),
+    "backward mixes": lambda h: MixesBackward.apply(h),
+    "tensor hook": hooked,
+}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_trace_shows_what_is_of_each_token(name):
+    assert is_tokenwise(Plain(SHOWN[name]))
+    assert RUPMoF(Plain(SHOWN[name]), K).layout.in_slots
+
+
+@pytest.mark.parametrize("make", [Mlp, SwiGLU])
+def test_a_trace_shows_common_ffns(make):
+    assert is_tokenwise(make(C, H))
+
+
+@pytest.mark.parametrize("name", NOT_SHOWN)
+def test_what_a_trace_does_not_show_is_exact_or_refused(name):
+    assert not is_tokenwise(Plain(NOT_SHOWN[name]))
+    try:
+        assert training_error(nn.Sequential(Residual(Plain(NOT_SHOWN[name]))), BATCHES, CONFIG) < EXACT
+    except TypeError as error:
+        assert "mixes tokens" in str(error)
+
+
+LOSSES: list[torch.Tensor] = []
+STRENGTH = 0.0
+
+
+class OfGlobals(Plain):
+    def forward(self, x):
+        hidden = F.gelu(self.fc1(x))
+        LOSSES.append(hidden.mean())
+        return self.fc2(hidden)
+
+
+def test_a_list_of_the_source_file_gets_the_losses_of_tokens():
+    def run(model, x):
+        LOSSES.clear()
+        return run_model(model, x) + sum(LOSSES)
+
+    assert training_error(nn.Sequential(Residual(OfGlobals())), BATCHES, CONFIG, run=run) < EXACT
+
+
+class Changes(Plain):
+    """Subtracts a share of the mean over tokens: 0 at first."""
+
+    alpha = 0.0
+    extra = None
+
+    def __init__(self, context=None):
+        super().__init__()
+        self.beta, self.context, self.drop = 0.0, context, DropPath(0.0)
+
+    def forward(self, x):
+        hidden = self.between(self.fc1(x))
+        for strength in (self.alpha, self.beta, STRENGTH):
+            if strength:
+                hidden = unlike(hidden, strength)
+        if self.context is not None and self.context["mask"] is not None:
+            hidden = hidden * self.context["mask"]
+        if self.extra is not None:
+            hidden = unlike(hidden, self.extra[0])
+        return self.fc2(self.drop(hidden))
+
+
+CHANGES = {
+    "attribute": lambda ffn, monkeypatch: setattr(ffn, "beta", 0.3),
+    "of the class": lambda ffn, monkeypatch: monkeypatch.setattr(Changes, "alpha", 0.3),
+    "of the source file": lambda ffn, monkeypatch: monkeypatch.setitem(globals(), "STRENGTH", 0.3),
+    "a tuple": lambda ffn, monkeypatch: setattr(ffn, "extra", (0.3,)),
+    "child": lambda ffn, monkeypatch: ffn.add_module("drop", Batch()),
+    "hook": lambda ffn, monkeypatch: ffn.fc1.register_forward_hook(lambda _, args, out: unlike(out)),
+    "inside": lambda ffn, monkeypatch: setattr(ffn.drop, "forward", unlike),
+}
+
+
+class Batch(nn.Module):
+    def forward(self, hidden):
+        return unlike(hidden)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_after_the_conversion_takes_tokens_out_of_slots(name, monkeypatch):
+    dense = nn.Sequential(Residual(Changes()))
+    sparse = copy.deepcopy(dense)
+    convert_to_mof_(sparse, CONFIG)
+    assert sparse[0].mlp.layout.in_slots
+    for model in (dense, sparse):
+        CHANGES[name](model[0].mlp, monkeypatch)
+    assert pass_error(dense, sparse, BATCHES) < EXACT
+    assert not sparse[0].mlp.layout.in_slots
+
+
+def test_a_router_which_needs_slots_refuses_a_change():
+    layer = TopKMoE(Changes(), K)
+    layer.beta = 0.0
+    with pytest.raises(TypeError, match="TopKMoE has other attributes or hooks than at its conversion"):
+        layer.beta = 0.3
+
+
+def test_a_mask_in_a_dict_that_the_model_holds_too():
+    class Block(Residual):
+        def __init__(self):
+            self.context = {"mask": None}
+            context = self.context
+            super().__init__(Changes(context))
+            self.context = context
+
+        def forward(self, x):
+            self.context["mask"] = (x[..., :1] > 0).float()
+            return super().forward(x)
+
+    assert training_error(nn.Sequential(Block()), BATCHES, CONFIG) < EXACT
+
+
+@pytest.mark.parametrize("part", [nn.BatchNorm1d(H), nn.GELU()])
+def test_a_child_that_a_tool_puts_in_is_the_one_that_runs_and_that_is_merged(part):
+    model = nn.Sequential(Residual(nn.Sequential(nn.Linear(C, H), nn.ReLU(), nn.Linear(H, C))))
+    convert_to_mof_(model, CONFIG)
+    model[0].mlp.add_module("1", nn.Sigmoid())
+    assert isinstance(merge_experts(model)[0].mlp[1], nn.Sigmoid)
+    found = merge_experts(model.eval())[0].mlp(BATCHES[0])
+    torch.testing.assert_close(model[0].mlp(BATCHES[0]), found)
+
+
+# An FFN spread over its block
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(C, 3 * C)
+
+    def forward(self, x):
+        return F.scaled_dot_product_attention(*self.qkv(x).chunk(3, -1))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn, self.fc1, self.fc2, self.act = Attention(), nn.Linear(C, H), nn.Linear(H, C), nn.GELU()
+        self.mask = None
+
+    def forward(self, x, mask=None):
+        x = x + self.attn(x)
+        hidden = self.act(self.fc1(x))
+        for one in (mask, self.mask):
+            hidden = hidden if one is None else hidden * one
+        return x + self.fc2(hidden)
+
+
+class Simple(Block):
+    def forward(self, x, mask=None):
+        x = x + self.attn(x)
+        if self.mask is not None:
+            x = x * self.mask
+        hidden = self.act(self.fc1(x)) if self.mask is None else self.act(self.fc1(x)) * self.mask
+        return x + self.fc2(hidden)
+
+
+PAIRS = MoFConfig(num_experts=K, targets=("0",), every=1)
+
+
+def masked(model, x):
+    return model[0](x, (x[..., :1] > 0).float())
+
+
+def masked_by_attribute(model, x):
+    model[0].mask = (x[..., :1] > 0).float()
+    return model(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "run"), [(Block, masked), (Block, masked_by_attribute), (Simple, masked_by_attribute)]
+)
+def test_a_block_that_gets_a_mask_later(kind, run):
+    assert training_error(nn.Sequential(kind()), BATCHES, PAIRS, run=run) < EXACT
+
+
+def test_slots_between_two_layers_are_for_what_a_trace_shows():
+    assert tokenwise_between(Simple(), "fc1", "fc2") == ("", "act")
+    assert tokenwise_between(Block(), "fc1", "fc2") == ()  # of a mask that it may get
+    model = nn.Sequential(Simple())
+    convert_to_mof_(model, PAIRS)
+    assert model[0].fc1.experts.layout.in_slots
+    model[0].act.register_forward_hook(lambda _, args, out: out)
+    model(BATCHES[0])
+    assert not model[0].fc1.experts.layout.in_slots
+
+
+# What an FFN holds of the model around it
+
+
+class Held(nn.Module):
+    """An FFN that reads a parameter of its block, in several ways."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.fc1, self.fc2, self.how = nn.Linear(C, H), nn.Linear(H, C), how
+
+    def forward(self, x):
+        hidden = F.gelu(self.fc1(x))
+        if self.how == "method":
+            return self.fc2(self.held(hidden))
+        held = {"list": lambda: self.held[0].alpha, "dict": lambda: self.held["alpha"]}
+        held |= {"module": lambda: self.__dict__["held"].alpha, "namespace": lambda: self.held.block.alpha}
+        return self.fc2(hidden * held[self.how]())
+
+
+class Holder(Residual):
+    def __init__(self, how):
+        super().__init__(Held(how))
+        self.alpha = nn.Parameter(torch.tensor(1.3))
+        made = {"list": [self], "dict": {"alpha": self.alpha}, "module": self, "method": self.scale}
+        self.mlp.__dict__["held"] = (made | {"namespace": types.SimpleNamespace(block=self)})[how]
+
+    def scale(self, hidden):
+        return hidden * self.alpha
+
+
+@pytest.mark.parametrize("example", [None, BATCHES[1]])
+@pytest.mark.parametrize("how", ["list", "dict", "module", "method", "namespace"])
+def test_a_parameter_of_the_block_stays_that_of_the_block(how, example):
+    model = nn.Sequential(Holder(how))
+    assert training_error(model, BATCHES, CONFIG, example=example) < EXACT
+    convert_to_mof_(model, CONFIG)
+    for inplace in (False, True):
+        merged = merge_experts(model, inplace=inplace).eval()
+        with torch.no_grad():
+            merged[0].alpha.fill_(0.0)
+        torch.testing.assert_close(merged[0].mlp(BATCHES[0]), merged[0].mlp.fc2.bias.expand(*BATCHES[0].shape))
+        assert inplace or float(model[0].alpha) > 1, "a copy is a copy"
+
+
+def test_a_bound_hook_on_a_part_is_that_of_its_recorder():
+    class Recorder(nn.Module):
+        def __init__(self, ffn):
+            super().__init__()
+            self.mlp, self.seen = ffn, []
+            ffn.between.register_forward_hook(self.note)
+
+        def note(self, module, args, output):
+            self.seen.append(output.square().mean())
+
+        def forward(self, x):
+            self.seen.clear()
+            return self.mlp(x) + sum(self.seen)
+
+    def run(model, x):
+        out = model[0].mlp(x)
+        loss = sum(model[0].seen)
+        model[0].seen.clear()
+        return out + loss
+
+    assert training_error(nn.Sequential(Recorder(Plain(nn.GELU()))), BATCHES, CONFIG, run=run) < EXACT
+
+
+def test_the_handle_of_a_hook_goes_on_removing_it():
+    model, seen = nn.Sequential(Residual(Mlp(C, H))), []
+    handles = [part.register_forward_hook(lambda *_: seen.append(1)) for part in (model[0].mlp, model[0].mlp.fc1)]
+    convert_to_mof_(model, CONFIG)
+    model(BATCHES[0])
+    assert len(seen) == 2
+    for handle in handles:
+        handle.remove()
+    model(BATCHES[0])
+    assert len(seen) == 2
+
+
+# What experts cannot have
+
+
+class ScaledGradient(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight * 0.1 + (self.weight * 0.9).detach(), self.bias)
+
+
+class Keeps(nn.Linear):
+    def forward(self, x):
+        out = super().forward(x)
+        self.loss = out.abs().mean()
+        return out
+
+
+@pytest.mark.parametrize("kind", [ScaledGradient, Keeps])
+def test_a_linear_layer_that_trains_otherwise_or_keeps_results_is_refused(kind):
+    ffn = Plain()
+    ffn.fc1 = kind(C, H)
+    with pytest.raises(TypeError, match=f"holds a {kind.__name__}, which is more than an nn.Linear"):
+        convert_to_mof_(nn.Sequential(Residual(ffn)), CONFIG)
+
+
+def test_a_hook_that_uses_the_weight_of_a_linear_layer_is_refused():
+    model = nn.Sequential(Residual(Plain()))
+    model[0].mlp.fc1.register_forward_pre_hook(lambda module, _: module.weight.data.renorm_(2, 0, 0.7))
+    with pytest.raises(TypeError, match=r"has a hook on 'fc1' that uses its weights"):
+        convert_to_mof_(model, CONFIG)
+
+
+def test_an_own_exception_of_an_ffn_is_no_crash():
+    class OwnError(Exception):
+        pass
+
+    class Picky(Plain):
+        def forward(self, x):
+            if x.dim() != 3:
+                raise OwnError("three dimensions")
+            return super().forward(x)
+
+    assert training_error(nn.Sequential(Residual(Picky())), BATCHES, CONFIG) < EXACT
+
+
+def test_what_cannot_be_copied_is_named():
+    import threading
+
+    ffn = Plain()
+    ffn.lock = threading.Lock()
+    with pytest.raises(TypeError, match=r"module '0.mlp' cannot become experts: Plain holds something that cannot be"):
+        convert_to_mof_(nn.Sequential(Residual(ffn)), CONFIG)
+
+
+def test_a_decorated_forward_may_be_called_by_any_name():
+    def plain(function):
+        return lambda *args, **kwargs: function(*args, **kwargs)
+
+    class Decorated(Plain):
+        forward = plain(Plain.forward)
+
+    class ByName(Residual):
+        def forward(self, x):
+            return x + self.mlp(x=x)
+
+    assert training_error(nn.Sequential(ByName(Decorated())), BATCHES, CONFIG) < EXACT
+
+
+def test_a_block_may_call_a_method_of_its_ffn():
+    class Scaled(Plain):
+        def set_scale(self, scale):
+            self.scale = scale
+
+        def forward(self, x):
+            return super().forward(x) * getattr(self, "scale", 1.0)
+
+    class Sets(Residual):
+        def forward(self, x):
+            self.mlp.set_scale(x.shape[0])
+            return super().forward(x)
+
+    assert training_error(nn.Sequential(Sets(Scaled())), BATCHES, CONFIG) < EXACT
+
+
+def test_a_convolution_returns_memory_in_the_order_of_its_input():
+    model = nn.Sequential(Residual(nn.Sequential(nn.Conv2d(C, H, 1), nn.GELU(), nn.Conv2d(H, C, 1))))
+    convert_to_mof_(model, CONFIG)
+    images = torch.randn(2, C, 3, 4)
+    assert model[0].mlp(images).view(2, -1).shape == (2, C * 12)
+    last = images.contiguous(memory_format=torch.channels_last)
+    assert model[0].mlp(last).is_contiguous(memory_format=torch.channels_last)
