@@ -193,7 +193,7 @@ def find_ffns(model: nn.Module, trials: Trials | None = None) -> list[FFN]:
         if pair:
             found.append(FFN(name, pair))
     order = {name: index for index, name in enumerate(modules)}
-    return sorted(found, key=lambda ffn: order.get(ffn.parts[0], order[ffn.name]))  # a part may have other names
+    return sorted(found, key=lambda ffn: order.get(ffn.parts[0], order[ffn.name]))
 
 
 def find_block_ffns(model: nn.Module, trials: Trials | None = None) -> list[FFN]:
@@ -203,6 +203,7 @@ def find_block_ffns(model: nn.Module, trials: Trials | None = None) -> list[FFN]
     others.
     """
     modules, found = dict(model.named_modules()), find_ffns(model, trials)
+    modules |= {part: model.get_submodule(part) for ffn in found for part in ffn.parts}  # one may have other names
     inside = {id(m) for ffn in found for part in ffn.parts for m in modules[part].modules()}
     kinds = [type(m) for name, m in modules.items() if _is_item(name, modules)]
 

@@ -133,11 +133,11 @@ def test_a_linear_layer_in_two_blocks_is_refused():
     model = model_of(Apart)
     assert model["blocks"][0](torch.randn(2, 5, C)).shape == (2, 5, C)
     model["blocks"][1].fc1 = model["blocks"][0].fc1
-    with pytest.raises(ValueError, match="shares fc1.weight, fc1.bias with another module"):
+    with pytest.raises(ValueError, match=r"shares fc1.weight, fc1.bias with another module"):
         convert_to_mof_(model, EACH)
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel])
 def test_a_wrapper_is_to_be_put_around_the_converted_model(wrap):
-    with pytest.raises(ValueError, match="inside DataParallel: convert model.module, and wrap it afterwards"):
+    with pytest.raises(ValueError, match=r"inside DataParallel: convert model.module, and wrap it afterwards"):
         convert_to_mof_(wrap(model_of(Block)), EACH)
