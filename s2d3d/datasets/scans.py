@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from ..atomic import locked, read_json, workspace, write_json, write_text
-from ..channels import XYZ, by_group
+from ..channels import XYZ, by_group, groups
 from ..errors import InputError, first_line
 from ..workers import worker_pool
 from .base import PointCloudDataset
@@ -91,7 +91,7 @@ def load_scans(
         short: what to do with a file of fewer than `num_points` points: repeat its points, skip it, or stop. A file of
             fewer than 32 is unreadable.
         skip_unreadable: leave out files that cannot be read, instead of stopping at the first.
-        estimate_normals: estimate the normals of clouds that have none, by Open3D, if `data.channels` has normals.
+        estimate_normals: estimate the normals of clouds that have none, by Open3D; `data.channels` must have normals.
         labelled: False accepts files outside of class folders, of the class `UNLABELLED`, and a single class.
         **shared: further keywords of `load_modelnet40`; the vertical `up_axis` of the files is "z" by default.
 
@@ -104,6 +104,8 @@ def load_scans(
     Example:
         >>> train = load_scans("scans", "train", num_points=1024)  # doctest: +SKIP
     """
+    if estimate_normals and "normal" not in groups(channels):
+        raise InputError(f"data.estimate_normals needs data.channels with normals, such as xyz+normal; it is {channels}")
     found = find_class_folders(
         root, test_fraction=test_fraction, split_seed=split_seed, allow_links=allow_links, labelled=labelled
     )
