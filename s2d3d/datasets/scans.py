@@ -105,7 +105,7 @@ def load_scans(
         >>> train = load_scans("scans", "train", num_points=1024)  # doctest: +SKIP
     """
     if estimate_normals and "normal" not in groups(channels):
-        raise InputError(f"data.estimate_normals needs data.channels with normals, such as xyz+normal; it is {channels}")
+        raise InputError(f"data.estimate_normals needs data.channels with normals (xyz+normal), not {channels}")
     found = find_class_folders(
         root, test_fraction=test_fraction, split_seed=split_seed, allow_links=allow_links, labelled=labelled
     )

@@ -188,8 +188,8 @@ def find_ffns(model: nn.Module, trials: Trials | None = None) -> list[FFN]:
             name = parent
         whole.append(name)
     found = [FFN(name, (name,)) for name in whole]
-    for name, module in modules.items():
-        pair = _linear_pair(name, module, whole)
+    for name in modules:
+        pair = _linear_pair(name, modules, whole)
         if pair:
             found.append(FFN(name, pair))
     order = {name: index for index, name in enumerate(modules)}
@@ -237,7 +237,7 @@ def _without_gates(blocks: dict[FFN, str], modules: dict[str, nn.Module]) -> lis
                 places = [rival.parts[0][len(block) + 1 :] for rival in rivals]
                 numbers[key] = _tokens_seen(modules[block], places)
             seen = dict(zip(rivals, numbers[key]))
-            if seen and seen[ffn] != max(seen.values()):
+            if seen and 4 * seen[ffn] < max(seen.values()):  # one after a convolution with stride 2 gets a quarter
                 continue
         chosen.append(ffn)
     return chosen
@@ -337,15 +337,16 @@ def _calls(parent: nn.Module, child: str, trials: Trials) -> bool:
     return True
 
 
-def _linear_pair(name: str, layer: nn.Module, whole: list[str]) -> tuple[str, ...]:
+def _linear_pair(name: str, modules: dict[str, nn.Module], whole: list[str]) -> tuple[str, ...]:
     """Find the two linear layers, widening and narrowing, that are the FFN of a transformer layer.
 
-    They are neighbours without a third one beside them or a mixer of tokens between them, and no smaller module than
-    the layer holds both.
+    They are neighbours without a third one beside them, and no smaller module than the layer holds both. What mixes the
+    tokens of the block is not between them alone, as in a state space model.
     """
     prefix = f"{name}." if name else ""
     if any(other == name or other.startswith(prefix) for other in whole):
         return ()
+    layer = modules[name]
     linears = [(child, m) for child, m in layer.named_modules() if child and isinstance(m, nn.Linear)]
     parents = [child.rpartition(".")[0] for child, _ in linears]
     pairs = []
@@ -359,7 +360,9 @@ def _linear_pair(name: str, layer: nn.Module, whole: list[str]) -> tuple[str, ..
             pairs.append((f"{prefix}{first}", f"{prefix}{second}"))
     if len(pairs) != 1:
         return ()
-    names = [f"{prefix}{child}" for child, m in layer.named_modules()]
-    start, end = (names.index(part) for part in pairs[0])
-    mixers = [child and _mixes(m) and f"{prefix}{child}" not in pairs[0] for child, m in layer.named_modules()]
-    return pairs[0] if any(mixers) and not any(mixers[start:end]) else ()
+    inner = list(layer.modules())
+    start, end = (inner.index(layer.get_submodule(part.removeprefix(prefix))) for part in pairs[0])
+    mixers = [place for place, m in enumerate(inner) if place not in (0, start, end) and _mixes(m)]
+    block = next((outer for outer in [name, *_ancestors(name)] if _is_item(outer, modules)), name)
+    around = any(_mixes(m) for m in modules[block].modules() if m not in inner)
+    return pairs[0] if mixers and (around or not all(start < place < end for place in mixers)) else ()
