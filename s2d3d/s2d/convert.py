@@ -19,7 +19,7 @@ from .merge import is_sparse, mark_no_weight_decay_, replace_
 from .moe import TopKMoE, check_top_k
 from .mof import ExpertLayer, RUPMoF
 from .probe import Layout, Trials
-from .sharing import OF_EVERY_MODULE, Reach, copied, drop_hooks_, own_ids
+from .sharing import HOOKS, OF_EVERY_MODULE, Reach, copied, drop_hooks_, own_ids
 from .state import check_state
 from .tokenwise import Watch
 from .trial import Call, copied_call, differ, first_line, pinned, quiet
@@ -325,8 +325,8 @@ def _run(model: nn.Module, call: Call, what: str) -> Any:
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    """Copy a model, sharing its parameters, without hooks."""
-    made = copied(model, {id(parameter): parameter for parameter in model.parameters()})
+    """Copy a model without its hooks."""
+    made = copied(model)
     for module in made.modules():
         drop_hooks_(module)
     return made
@@ -363,7 +363,7 @@ def _check_references(model: nn.Module, ffns: list[FFN]) -> None:
         if id(module) in places:
             continue
         for key, value in vars(module).items():
-            found = None if key in OF_EVERY_MODULE else reach.find(value)
+            found = None if key in OF_EVERY_MODULE and key not in HOOKS else reach.find(value)
             if found is not None:
                 raise TypeError(
                     f"module '{places[found]}' cannot become experts: '{name}.{key}' holds it as well, or a part of "

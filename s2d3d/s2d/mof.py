@@ -42,6 +42,8 @@ class ExpertLayer(nn.Module):
     """
 
     averaged_in_eval = True
+    num_experts = 1
+    layout = Layout()
     name = ""
     """In the model, for messages."""
     plan: Plan | None = None
@@ -70,6 +72,10 @@ class ExpertLayer(nn.Module):
         if num_experts < 1:
             raise ValueError(f"num_experts is {num_experts}, must be at least 1")
         check_state(ffn)
+        held = {*vars(ffn), *ffn._modules, *ffn._buffers, *dir(type(ffn))} - set(dir(nn.Identity()))
+        taken = sorted(name for name in held & set(dir(type(self))) if not name.startswith("__"))
+        if taken:
+            raise TypeError(f"{type(ffn).__name__} has {', '.join(taken)}, names that expert layers have: rename them")
         self.num_experts = num_experts
         self.layout = (
             probe_ffn(ffn, num_experts, RUPMoF, routed=not self.averaged_in_eval) if layout is None else layout
@@ -83,7 +89,8 @@ class ExpertLayer(nn.Module):
         take_hooks_(self, ffn)
         # The children are registered here, under their own names; the template only lends its forward method.
         object.__setattr__(self, "_template", template)
-        self.__dict__["_modules"] = template._modules  # the same: a child that is replaced here is replaced there
+        for key in ("_modules", "_buffers", "_parameters", "_non_persistent_buffers_set"):
+            self.__dict__[key] = template.__dict__[key]  # the same: what is replaced here is replaced there
         named = [p.name for p in inspect.signature(type(ffn).forward).parameters.values() if p.kind not in _ANY]
         self._input = next(iter(named[1:]), "")
         self.training = ffn.training  # each part keeps its own: a norm may be frozen
@@ -213,22 +220,37 @@ class ExpertLayer(nn.Module):
         return f"expert layer '{self.name}'" if self.name else type(self).__name__
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
         template = self.__dict__.get("_template")
-        if (
-            template is not None
-            and name in self.__dict__
-            and not name.startswith("_")
-            and not hasattr(type(self), name)
-        ):
-            setattr(template, name, value)  # kept by the merge
+        if template is None or not self._is_of_ffn(name) or isinstance(value, (nn.Module, nn.Parameter)):
+            super().__setattr__(name, value)
+        else:  # read there, and kept by the merge
+            setattr(template, name, value)
             self.look_for_changes()
+
+    def __delattr__(self, name: str) -> None:
+        if name in self._template.__dict__ and self._is_of_ffn(name):
+            delattr(self._template, name)
+        else:
+            super().__delattr__(name)
 
     def __getattr__(self, name: str) -> Any:
         template = self.__dict__.get("_template")
         if template is not None and (name in template.__dict__ or hasattr(type(template), name)):
             return getattr(template, name)  # an attribute or a method of the FFN
         return super().__getattr__(name)
+
+    def _is_of_ffn(self, name: str) -> bool:
+        """Tell an attribute of the FFN from one of this layer, or a private one that a tool sets."""
+        if hasattr(type(self), name) or name in self.__dict__:
+            return False
+        template = self._template
+        return not name.startswith("_") or name in template.__dict__ or hasattr(type(template), name)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __len__(self) -> int:
+        return len(self._template)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._template)  # type: ignore[call-overload]

@@ -135,7 +135,7 @@ def probe_pair(
             return Layout(in_slots=False)
         problem, unused = "", copied(dense)
         trusted = routed or not parts or all(map(is_of_packages, layer.modules()))
-        watched = () if trusted else tokenwise_between(copied(unused), *parts)
+        watched = tokenwise_between(copied(unused), *parts) if parts and not trusted else _to_watch(layer, parts)
         for in_slots in (True, False)[: 1 if routed else 2]:
             tried, sparse, layout = copied(unused), copied(unused), Layout(in_slots, watched=watched)
             if in_slots and _has_hooks(layer):
@@ -149,6 +149,16 @@ def probe_pair(
                 return layout
     raise TypeError(
         f"{kind} with identical experts does not train as the dense layer: {problem}; leave it out of targets"
+    )
+
+
+def _to_watch(layer: nn.Module, parts: tuple[str, ...]) -> tuple[str, ...]:
+    """List the modules around two linear layers, and all without weights: what may run between the two."""
+    own = {layer.get_submodule(part) for part in parts}
+    return tuple(
+        name
+        for name, m in layer.named_modules()
+        if own and m not in own and (not own.isdisjoint(m.modules()) or all(p.dim() < 2 for p in m.parameters()))
     )
 
 

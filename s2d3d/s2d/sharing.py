@@ -2,6 +2,7 @@
 
 import copy
 import types
+import weakref
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping
 from functools import partial
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 _ATOMS = (
     *(bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size),
-    *(type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType),
+    *(type, types.BuiltinFunctionType, types.ModuleType),
 )
 OF_EVERY_MODULE = frozenset(vars(nn.Identity()))
 """Attributes that `nn.Module` itself has."""
@@ -28,6 +29,8 @@ class Reach:
         self.wanted = wanted
         self.without: dict[int, Any] = {}
         """What was seen that leads to none of them, by its id."""
+        self.fixed: list[Any] = []
+        """Functions and weak references that lead to one of them: a copy would not lead to its copy."""
         self._seen: dict[int, int | None] = {}
 
     def find(self, value: Any, depth: int = 5) -> int | None:
@@ -43,6 +46,8 @@ class Reach:
             self._seen[key] = next((one for one in found if one is not None), None)
             if self._seen[key] is None:
                 self.without[key] = value
+            elif isinstance(value, (types.FunctionType, weakref.ref)):
+                self.fixed.append(value)
         return self._seen[key]
 
 
@@ -57,7 +62,13 @@ def _parts(value: Any) -> Iterable[Any]:
         return (value.__self__,)
     if isinstance(value, partial):
         return (value.func, *value.args, *value.keywords.values())
-    return list(getattr(value, "__dict__", {}).values())
+    if isinstance(value, weakref.ref):
+        return (value(),)
+    if isinstance(value, types.FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
+        return (*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+    slots = [slot for kind in type(value).__mro__ for slot in (getattr(kind, "__slots__", ()) or ())]
+    return [*getattr(value, "__dict__", {}).values(), *(getattr(value, slot, None) for slot in slots)]
 
 
 def own_ids(module: nn.Module) -> set[int]:
@@ -72,18 +83,24 @@ def shared_by(module: nn.Module) -> dict[int, Any]:
     hold too, a generator. What leads back to the module, such as one of its bound methods, is copied. Results of the
     last forward pass are kept without their graph.
     """
+    return reach_of(module).without | results_of(module)
+
+
+def reach_of(module: nn.Module) -> Reach:
+    """Look for what a module holds of its own in its attributes and hooks."""
     reach = Reach(own_ids(module))
     for m in module.modules():
         for key, value in vars(m).items():
             if key not in OF_EVERY_MODULE or (key in HOOKS and value):
                 reach.find(value)
-    return reach.without | results_of(module)
+    return reach
 
 
 def results_of(module: nn.Module) -> dict[int, Tensor]:
     """Return a memo for `copy.deepcopy`, which refuses what a forward pass left in attributes: without their graph."""
     reach = Reach(())
-    for m in module.modules():
+    lent = [m.__dict__["_template"] for m in module.modules() if "_template" in m.__dict__]  # of an expert layer
+    for m in [*module.modules(), *lent]:
         for key, value in vars(m).items():
             if key not in OF_EVERY_MODULE:
                 reach.find(value, depth=3)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .linear import CONVOLUTIONS, is_linear, linear_features, linear_parameters
-from .sharing import HOOKS
+from .sharing import HOOKS, reach_of
+from .tokenwise import is_of_packages
 from .trial import differ, noise, quiet, randomised
 
 _ADAPTERS = ("lora", "adapter", "base_layer")
@@ -45,6 +46,20 @@ def check_state(ffn: nn.Module) -> None:
             _check_linear(linear, name)
         except TypeError as error:
             raise TypeError(f"{kind} {error}") from None
+    _check_held(ffn, kind)
+
+
+def _check_held(ffn: nn.Module, kind: str) -> None:
+    """Refuse hooks that use weights, and what leads to a part of the FFN and cannot be made to lead to its copy."""
+    for name, module in ffn.named_modules():
+        kept = [module.__dict__[key] for key in HOOKS]
+        for hook in [hook for hooks in kept if isinstance(hooks, dict) for hook in hooks.values()]:
+            code = getattr(getattr(hook, "__func__", hook), "__code__", None)
+            if code is not None and {"weight", "bias", "parameters"} & {*code.co_names}:
+                place = f" on '{name}'" if name else ""
+                raise TypeError(f"{kind} has a hook{place} that uses weights, of which experts have K: remove it first")
+    if reach_of(ffn).fixed:
+        raise TypeError(f"{kind} holds a function or a weak reference that leads to its own parts: make it a method")
 
 
 def _check_others(ffn: nn.Module, kind: str, linears: dict[str, nn.Module]) -> None:
@@ -94,16 +109,12 @@ def _check_linear(linear: nn.Module, name: str) -> None:
             raise TypeError(f"has a {key} of kind {kind} in '{name}': convert before quantizing or sharding the model")
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise TypeError(f"has a gradient hook on '{name}.{key}': register it on the experts, after the conversion")
-    for hook in [
-        hook for key in HOOKS if isinstance(linear.__dict__[key], dict) for hook in linear.__dict__[key].values()
-    ]:
-        code = getattr(getattr(hook, "__func__", hook), "__code__", None)
-        if code is not None and {"weight", "bias", "parameters"} & {*code.co_names}:
-            raise TypeError(f"has a hook on '{name}' that uses its weights, of which experts have K: remove it first")
     stock = next((kind for kind in (nn.Linear, *CONVOLUTIONS) if isinstance(linear, kind)), None)
-    if stock is not None and type(linear).forward is not stock.forward and not _maps_as(linear, stock):
-        way = f"replace it by an nn.{stock.__name__} first"
-        raise TypeError(f"holds a {type(linear).__name__}, which is more than an nn.{stock.__name__}: {way}")
+    if stock is not None and type(linear).forward is stock.forward:
+        return
+    if not is_of_packages(linear) or (stock is not None and not _maps_as(linear, stock)):
+        plain = f"an nn.{'Linear' if stock is None else stock.__name__}"
+        raise TypeError(f"holds a {type(linear).__name__}, which is more than {plain}: replace it by {plain} first")
 
 
 def _maps_as(linear: nn.Module, stock: type[nn.Module]) -> bool:

@@ -1,13 +1,12 @@
-"""Does a forward method treat each token by itself, whatever their number? Shown by tracing it, not by trying.
+"""Does a forward method treat each token by itself, whatever their number? Shown by reading its code, not by trying.
 
-A trial sees some shapes and the attributes of today. A trace has no shapes: code that asks for one cannot be traced.
-What is traced may still change with attributes, so these are watched in training, see `Watch`.
+A trial sees some shapes, and the state of today. So code of others than some packages must be straight, without a
+branch, read nothing but its parts, and its trace must show calls alone that treat each token by itself. What then may
+still change, such as a part that is replaced, is watched in training, see `Watch`.
 """
 
 import dis
-import inspect
 import operator
-import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -52,43 +51,51 @@ _FUNCTIONS = _functions(_POINTWISE | _OF_CHANNELS)
 
 
 class Watch:
-    """The attributes on which a trace depends: of some modules, of their classes, and numbers of their source files."""
+    """What a trace, or a trial, of some modules depends on: their attributes, parts, classes, methods and hooks."""
 
     def __init__(self, modules: Iterable[nn.Module], hooked: Iterable[nn.Module] | None = None) -> None:
-        """Note the attributes of `modules`; see that `hooked`, or these, get no hooks."""
+        """Note the state of `modules`; see that `hooked`, or these, get no hooks and no other methods."""
         modules = list(modules)
-        self.hooked = modules if hooked is None else list(hooked)
-        self.modules = [(m, _attributes(m)) for m in modules if type(m) not in _MODULES | {StackedLinear}]
-        self.names = [
-            (holder, name, value)
-            for m, _ in self.modules
-            if not is_of_packages(m)
-            for holder, name, value in _reads(m)
-            if holder is not None and isinstance(value, (int, float, str, type(None)))
-        ]
+        self.states = [(m, _attributes(m)) for m in modules if type(m) not in _MODULES | {StackedLinear}]
+        self.kinds = [(m, type(m), type(m).forward) for m in (modules if hooked is None else hooked)]
 
     def sees_change(self) -> bool:
         """Tell whether anything is another one than at the conversion, or has got hooks."""
-        return (
-            any(_differ(_attributes(m), then) for m, then in self.modules)
-            or any(m.__dict__[key] for m in self.hooked for key in HOOKS)
-            or any(not _same(_value(holder, name), value) for holder, name, value in self.names)
-        )
+        return any(
+            type(m) is not kind or kind.forward is not forward or "forward" in vars(m) or _has_hooks(m)
+            for m, kind, forward in self.kinds
+        ) or any(_differ(_attributes(m), then) for m, then in self.states)
+
+    def __getstate__(self) -> dict[str, Any]:  # a method may be one that cannot be pickled
+        return self.__dict__ | {"kinds": [(m, kind) for m, kind, _ in self.kinds]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state | {"kinds": [(m, kind, kind.forward) for m, kind in state["kinds"]]})
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(module.__dict__[key] for key in HOOKS)
 
 
 def is_of_packages(module: nn.Module) -> bool:
-    """Tell whether the code of a module is of `PACKAGES`, with the functions that it holds."""
+    """Tell whether the code of a module is of `PACKAGES`, with the functions and objects that it holds."""
     kind = type(module)
     held = [value for key, value in vars(module).items() if key not in OF_EVERY_MODULE]
-    functions = [getattr(value, "__func__", value) for value in held]
-    codes = [
-        value if isinstance(value, types.FunctionType) else type(value)
-        for value in functions
-        if isinstance(value, types.FunctionType) or not (_is_fixed(value) or isinstance(value, (Tensor, nn.Module)))
-    ]
-    return all(_package(code) in (*PACKAGES, "builtins", "collections", "functools") for code in codes) and all(
-        _package(code) in PACKAGES for code in (kind, kind.forward)
-    )
+    return all(_package(code) in PACKAGES for code in (kind, kind.forward, *_codes(held)))
+
+
+def _codes(values: Iterable[Any]) -> Iterator[Any]:
+    """Iterate over the functions and classes whose code may run where some values are used."""
+    for value in values:
+        value = getattr(value, "__func__", value)
+        if isinstance(value, partial):
+            yield from _codes((value.func, *value.args, *value.keywords.values()))
+        elif isinstance(value, (tuple, list)):
+            yield from _codes(value)
+        elif isinstance(value, (types.FunctionType, type)):
+            yield value
+        elif not isinstance(value, (*_FIXED, Tensor, nn.Module, dict, set, types.BuiltinFunctionType)):
+            yield type(value)
 
 
 def is_tokenwise(module: nn.Module, channels_first: bool = False) -> bool:
@@ -101,7 +108,7 @@ def is_tokenwise(module: nn.Module, channels_first: bool = False) -> bool:
     Raises:
         TypeError: it uses the weight of a linear layer outside that layer.
     """
-    if not _is_closed(module):
+    if not all(is_of_packages(m) or _is_straight(m) for m in module.modules()):
         return False
     graph = _traced(module, _Whole())
     return graph is not None and _Reading(module, channels_first).is_tokenwise(graph)
@@ -119,7 +126,7 @@ def tokenwise_between(layer: nn.Module, first: str, second: str) -> tuple[str, .
     """
     parts = {layer.get_submodule(first), layer.get_submodule(second)}
     around = {name: m for name, m in layer.named_modules() if m not in parts and not parts.isdisjoint(m.modules())}
-    if not all(_is_closed(m, deep=False) for m in around.values()):
+    if not all(is_of_packages(m) or _is_straight(m) for m in around.values()):
         return ()
     graph = _traced(layer, _Around(parts))
     nodes = list(graph.nodes) if graph is not None else []
@@ -255,11 +262,13 @@ class _Reading:
         if not isinstance(dims, (list, tuple)) or list(dims) != [1 if self.channels_first else -1]:
             return False
         if name in _REDUCTIONS:
+            if name in ("var", "std") and len(node.args) > place + 1:  # may be `unbiased`
+                return False
             return node.kwargs.get("keepdim") is True or node.args[place + 1 :][:1] == (True,)
         return True
 
     def _is_fine(self, module: nn.Module) -> bool:
-        if any(module.__dict__[key] for key in HOOKS):
+        if _has_hooks(module):
             return False
         if is_linear(module):
             return isinstance(module, CONVOLUTIONS) == self.channels_first
@@ -272,86 +281,60 @@ class _Reading:
         return is_tokenwise(module, self.channels_first)
 
 
-def _is_closed(module: nn.Module, deep: bool = True) -> bool:
-    """Tell whether a module reads nothing that others change without a trace: containers, other objects, lists."""
-    for m in module.modules() if deep else (module,):
-        if is_of_packages(m):
-            continue
-        kept = [value for key, value in vars(m).items() if key not in OF_EVERY_MODULE]
-        if not all(_is_fixed(value) or isinstance(value, (Tensor, nn.Module)) for value in kept):
+_FIXED = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+_STEPS = """
+RESUME NOP CACHE PRECALL PUSH_NULL KW_NAMES POP_TOP COPY SWAP LOAD_FAST STORE_FAST LOAD_CONST LOAD_ATTR LOAD_METHOD
+LOAD_GLOBAL CALL CALL_KW BINARY_OP BINARY_SUBSCR BINARY_SLICE BUILD_SLICE BUILD_TUPLE BUILD_LIST UNPACK_SEQUENCE
+UNARY_NEGATIVE RETURN_VALUE LOAD_SMALL_INT LOAD_FAST_LOAD_FAST STORE_FAST_STORE_FAST STORE_FAST_LOAD_FAST
+LOAD_FAST_BORROW LOAD_FAST_BORROW_LOAD_FAST_BORROW
+"""
+_STRAIGHT = frozenset(_STEPS.split())
+"""Bytecode without branches, loops, closures, and without writing anything but local names. Others may be straight too,
+in later versions of Python: then tokens keep their order, which is slower and right."""
+
+
+def _is_straight(module: nn.Module) -> bool:
+    """Tell whether a forward method is one line of calls of the module's parts and of torch, without a branch.
+
+    So it does the same whatever it is given, and depends on nothing but the parts and numbers of the module.
+    """
+    kind = type(module)
+    if any(getattr(kind, name) is not getattr(nn.Module, name) for name in ("__call__", "__getattr__", "_call_impl")):
+        return False
+    code = kind.forward
+    if kind.__getattribute__ is not object.__getattribute__ or not isinstance(code, types.FunctionType):
+        return False
+    if code.__closure__ or hasattr(code, "__wrapped__"):
+        return False
+    for step in dis.get_instructions(code):
+        if step.opname not in _STRAIGHT:
             return False
-        if not all(_is_fixed(value) or isinstance(value, property) for _, _, value in _reads(m)):
+        name = str(step.argval)
+        if step.opname == "LOAD_GLOBAL" and not _is_of_torch(code.__globals__.get(name)):
+            return False
+        if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and not _is_part(module, name):
             return False
     return True
 
 
-def _is_fixed(value: Any) -> bool:
-    """Tell what cannot be changed, only replaced."""
-    if isinstance(value, (tuple, frozenset)):
-        return all(map(_is_fixed, value))
-    if isinstance(value, partial):
-        return all(map(_is_fixed, (value.func, *value.args, *value.keywords.values())))
-    if isinstance(value, type) and issubclass(value, torch.autograd.Function):  # has a backward of its own
+def _is_of_torch(value: Any) -> bool:
+    if isinstance(value, types.ModuleType):
+        return value.__name__ in ("torch", "torch.nn", "torch.nn.functional")
+    return isinstance(value, (types.FunctionType, types.BuiltinFunctionType)) and value in _FUNCTIONS
+
+
+def _is_part(module: nn.Module, name: str) -> bool:
+    """Tell whether a name that a forward method reads is a part or a number of the module, or none of its own."""
+    if name in module._modules:
+        return True
+    if name in OF_EVERY_MODULE or name in module._buffers or name in module._parameters:
         return False
-    fixed = (bool, int, float, complex, str, bytes, type(None), type, types.ModuleType, torch.dtype, torch.device)
-    return isinstance(value, (*fixed, types.FunctionType, types.BuiltinFunctionType, staticmethod, classmethod)) or (
-        type(value).__name__ in ("ufunc", "_OpNamespace", "OpOverloadPacket", "OpOverload")
-    )
-
-
-def _reads(module: nn.Module) -> Iterator[tuple[Any, str, Any]]:
-    """Iterate over (holder, name, value) of what the code of a module reads from its class and its source file."""
-    kind = type(module)
-    todo, seen = [inspect.getattr_static(kind, "forward", None)], set()
-    todo += [value for value in vars(module).values() if isinstance(value, types.FunctionType)]
-    while todo:
-        code = todo.pop()
-        code = code.fget if isinstance(code, property) else getattr(code, "__func__", code)
-        code = inspect.unwrap(code) if callable(code) else code
-        if not isinstance(code, types.FunctionType) or code in seen or _package(code) in PACKAGES:
-            continue
-        seen.add(code)
-        for cell in code.__closure__ or ():
-            try:
-                value = cell.cell_contents
-            except ValueError:
-                continue
-            if value is kind or isinstance(value, type):
-                continue
-            todo.append(value)
-            yield None, "", value
-        for name, is_global in _names(code.__code__):
-            holder: Any = code.__module__ if is_global else kind
-            value = _value(holder, name)
-            if value is _MISSING or (not is_global and name in OF_EVERY_MODULE):
-                continue
-            if not is_global and hasattr(nn.Module, name):
-                continue
-            todo.append(value)
-            yield holder, name, value
-
-
-def _names(code: types.CodeType) -> Iterator[tuple[str, bool]]:
-    """Iterate over (name, whether it is a global one) that a function and those inside it read."""
-    for step in dis.get_instructions(code):
-        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            yield str(step.argval), True
-        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
-            yield str(step.argval), False
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)
-
-
-_MISSING = object()
-
-
-def _value(holder: Any, name: str) -> Any:
-    if holder is None:
-        return _MISSING
-    if isinstance(holder, str):
-        return vars(sys.modules[holder]).get(name, _MISSING) if holder in sys.modules else _MISSING
-    return inspect.getattr_static(holder, name, _MISSING)
+    if name in vars(module):
+        value = vars(module)[name]
+        return isinstance(value, _FIXED) or (
+            callable(value) and not isinstance(value, nn.Module) and value in _FUNCTIONS
+        )
+    return not hasattr(type(module), name) or hasattr(nn.Module, name)
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
@@ -367,7 +350,11 @@ def _differ(now: dict[str, Any], then: dict[str, Any]) -> bool:
 
 
 def _same(one: Any, other: Any) -> bool:
-    return one is other or (type(one) is type(other) and isinstance(one, (int, float, str, tuple)) and one == other)
+    if one is other or type(one) is not type(other):
+        return one is other
+    if isinstance(one, tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return isinstance(one, _FIXED) and one == other
 
 
 def _package(code: Any) -> str:

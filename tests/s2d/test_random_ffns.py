@@ -147,7 +147,7 @@ class Random(nn.Module):
         self.steps = [next(inner) if name in STATE else OPERATIONS[name] for name in names]
         right = {*BY_TOKEN, "batch_norm", "layer_norm", "dropout_0", "other_in_training"}
         self.by_token = {*names} <= right and self.form != "gate_across" and self.end[-3:] in ("sor", "ask", "key")
-        self.title = f"{seed}: {self.form}, {', '.join(names)}, {self.end}"
+        self.label = f"{seed}: {self.form}, {', '.join(names)}, {self.end}"
 
     def hidden(self, x):
         y = self.fc1(x)
@@ -209,11 +209,11 @@ def outcome(seed: int) -> str:
     try:
         error = training_error(model, BATCHES, CONFIG, **how)
     except (TypeError, ValueError) as refusal:
-        assert (str(refusal).count("\n") == 0 and "0.mlp" in str(refusal)) or "example=" in str(refusal), ffn.title
-        assert not ffn.by_token, f"{ffn.title}: {refusal}"
+        assert (str(refusal).count("\n") == 0 and "0.mlp" in str(refusal)) or "example=" in str(refusal), ffn.label
+        assert not ffn.by_token, f"{ffn.label}: {refusal}"
         assert not is_sparse(model)
         return "refused"
-    assert error < EXACT, (ffn.title, error)
+    assert error < EXACT, (ffn.label, error)
     return "exact"
 
 

@@ -62,19 +62,92 @@ def hooked(hidden):
     return hidden.relu()
 
 
-def halves(hidden):
-    value, gate = hidden.chunk(2, dim=-1)
-    return torch.cat([value * gate.sigmoid(), value], dim=-1)
+class Gate(Plain):
+    def forward(self, x):
+        hidden = self.fc1(x)
+        return self.fc2(hidden * hidden.sigmoid())
 
 
-SHOWN = {
-    "gelu": F.gelu,
-    "gate": lambda h: h * h.sigmoid(),
-    "own gelu": lambda h: 0.5 * h * (1.0 + torch.tanh(0.8 * (h + 0.04 * torch.pow(h, 3.0)))),
-    "halves": halves,
-    "slices": lambda h: torch.cat([h[..., :8].tanh(), h[..., 8:]], -1),
-    "own norm": lambda h: h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6),
-    "casts": lambda h: h.float().relu().to(h.dtype),
+class OwnGelu(Plain):
+    def forward(self, x):
+        hidden = self.fc1(x)
+        return self.fc2(0.5 * hidden * (1.0 + torch.tanh(0.8 * (hidden + 0.04 * torch.pow(hidden, 3.0)))))
+
+
+class Halves(Plain):
+    def forward(self, x):
+        value, gate = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(torch.cat([value * gate.sigmoid(), value], dim=-1))
+
+
+class Slices(Plain):
+    def forward(self, x):
+        hidden = self.fc1(x)
+        return self.fc2(torch.cat([hidden[..., :8].tanh(), hidden[..., 8:]], -1))
+
+
+class Normalised(Plain):
+    def forward(self, x):
+        hidden = F.gelu(self.fc1(x))
+        return self.fc2(hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+class Casts(Plain):
+    def forward(self, x):
+        hidden = self.fc1(x)
+        return self.fc2(hidden.float().relu().to(hidden.dtype))
+
+
+class OwnNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(H))
+
+    def forward(self, hidden):
+        return F.layer_norm(hidden, (H,)) * self.weight
+
+
+class Swish(nn.Module):
+    def forward(self, hidden):
+        return hidden * torch.sigmoid(hidden)
+
+
+class Copied(Plain):
+    """As in many point-cloud repositories, with parts of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.act, self.drop = Swish(), nn.Dropout(0.0)
+
+    def forward(self, x):
+        x = self.fc1(x)
+        x = self.act(x)
+        x = self.drop(x)
+        x = self.fc2(x)
+        x = self.drop(x)
+        return x
+
+
+def has_straight_code(mixes):
+    """Make FFN classes whose code has no branch, and which mix tokens nevertheless."""
+
+    class Mixes(Plain):
+        forward = mixes
+
+    return Mixes
+
+
+SHOWN = [Gate, OwnGelu, Halves, Slices, Normalised, Casts, Copied]
+STRAIGHT_BUT_MIXES = {
+    "mean": lambda self, x: self.fc2(self.fc1(x) - self.fc1(x).mean(-2, keepdim=True)),
+    "mean of all": lambda self, x: self.fc2(self.fc1(x) - self.fc1(x).mean()),
+    "softmax": lambda self, x: self.fc2(self.fc1(x).softmax(1)),
+    "roll": lambda self, x: self.fc2(torch.roll(self.fc1(x), 1, 0)),
+    "first": lambda self, x: self.fc2(self.fc1(x) + self.fc1(x)[:1]),
+    "cat": lambda self, x: self.fc2(torch.cat([self.fc1(x)[1:], self.fc1(x)[:1]], 0)),
+    "std that is no keepdim": lambda self, x: self.fc2(self.fc1(x) / self.fc1(x).std(-1, True).clamp(min=0.5)),
+    "shape": lambda self, x: self.fc2(self.fc1(x) / x.shape[0]),
+    "size": lambda self, x: self.fc2(self.fc1(x) / x.size(1)),
 }
 NOT_SHOWN = {
     "mean of tokens": unlike,
@@ -84,16 +157,30 @@ NOT_SHOWN = {
     "float32 alone": lambda h: unlike(h) if h.dtype == torch.float32 else h,
     "softmax": lambda h: h.softmax(1),
     "view": lambda h: h.view(-1, H).relu().view_as(h),
+    "is a tensor": lambda h: unlike(h) if torch.is_tensor(h) and h.shape[-2] > 100 else h,
+    "with gradients": lambda h: unlike(h) if torch.is_grad_enabled() and h.shape[-2] > 100 else h,
     "backward divides": lambda h: DividesBackward.apply(h),
     "backward mixes": lambda h: MixesBackward.apply(h),
     "tensor hook": hooked,
 }
 
 
-@pytest.mark.parametrize("name", SHOWN)
-def test_a_trace_shows_what_is_of_each_token(name):
-    assert is_tokenwise(Plain(SHOWN[name]))
-    assert RUPMoF(Plain(SHOWN[name]), K).layout.in_slots
+@pytest.mark.parametrize("kind", SHOWN)
+def test_straight_code_whose_calls_are_of_each_token_runs_in_slots(kind):
+    assert is_tokenwise(kind())
+    model = nn.Sequential(Residual(kind()))
+    assert training_error(model, BATCHES, CONFIG) < EXACT
+    assert RUPMoF(kind(), K).layout.in_slots
+
+
+@pytest.mark.parametrize("name", STRAIGHT_BUT_MIXES)
+def test_straight_code_that_mixes_tokens_is_not_taken_for_one_of_each(name):
+    kind = has_straight_code(STRAIGHT_BUT_MIXES[name])
+    assert not is_tokenwise(kind())
+    try:
+        assert training_error(nn.Sequential(Residual(kind())), BATCHES, CONFIG) < EXACT
+    except TypeError as error:
+        assert "mixes tokens" in str(error) or "one vector for each token" in str(error) or "does not run" in str(error)
 
 
 @pytest.mark.parametrize("make", [Mlp, SwiGLU])
@@ -130,7 +217,7 @@ def test_a_list_of_the_source_file_gets_the_losses_of_tokens():
 
 
 class Changes(Plain):
-    """Subtracts a share of the mean over tokens: 0 at first."""
+    """Subtracts a share of the mean over tokens: 0 at first. Its code has branches."""
 
     alpha = 0.0
     extra = None
@@ -138,27 +225,54 @@ class Changes(Plain):
     def __init__(self, context=None):
         super().__init__()
         self.beta, self.context, self.drop = 0.0, context, DropPath(0.0)
+        self.register_buffer("mask", None)
+        self.flag = torch.tensor(0.0)
 
     def forward(self, x):
         hidden = self.between(self.fc1(x))
-        for strength in (self.alpha, self.beta, STRENGTH):
+        for strength in (self.alpha, self.beta, STRENGTH, float(self.flag)):
             if strength:
                 hidden = unlike(hidden, strength)
         if self.context is not None and self.context["mask"] is not None:
             hidden = hidden * self.context["mask"]
         if self.extra is not None:
             hidden = unlike(hidden, self.extra[0])
+        if self.mask is not None:
+            hidden = hidden * self.mask
         return self.fc2(self.drop(hidden))
 
 
+class Straight(Plain):
+    """Its code has none, but its parts may change."""
+
+    def __init__(self):
+        super().__init__()
+        self.act, self.drop, self.scale = nn.GELU(), DropPath(0.0), 1.0
+
+    def forward(self, x):
+        return self.fc2(self.drop(self.act(self.fc1(x)) * self.scale))
+
+
+class MixingGelu(nn.GELU):
+    def forward(self, hidden):
+        return unlike(super().forward(hidden))
+
+
 CHANGES = {
-    "attribute": lambda ffn, monkeypatch: setattr(ffn, "beta", 0.3),
-    "of the class": lambda ffn, monkeypatch: monkeypatch.setattr(Changes, "alpha", 0.3),
-    "of the source file": lambda ffn, monkeypatch: monkeypatch.setitem(globals(), "STRENGTH", 0.3),
-    "a tuple": lambda ffn, monkeypatch: setattr(ffn, "extra", (0.3,)),
-    "child": lambda ffn, monkeypatch: ffn.add_module("drop", Batch()),
-    "hook": lambda ffn, monkeypatch: ffn.fc1.register_forward_hook(lambda _, args, out: unlike(out)),
-    "inside": lambda ffn, monkeypatch: setattr(ffn.drop, "forward", unlike),
+    "attribute": (Changes, lambda ffn, monkeypatch: setattr(ffn, "beta", 0.3)),
+    "of the class": (Changes, lambda ffn, monkeypatch: monkeypatch.setattr(Changes, "alpha", 0.3)),
+    "of the source file": (Changes, lambda ffn, monkeypatch: monkeypatch.setitem(globals(), "STRENGTH", 0.3)),
+    "a tuple": (Changes, lambda ffn, monkeypatch: setattr(ffn, "extra", (0.3,))),
+    "a buffer": (Changes, lambda ffn, monkeypatch: setattr(ffn, "mask", torch.full((1,), 0.5))),
+    "a registered buffer": (Changes, lambda ffn, monkeypatch: ffn.register_buffer("mask", torch.full((1,), 0.5))),
+    "in place": (Changes, lambda ffn, monkeypatch: ffn.flag.fill_(0.3)),
+    "number": (Straight, lambda ffn, monkeypatch: setattr(ffn, "scale", 0.5)),
+    "child": (Straight, lambda ffn, monkeypatch: ffn.add_module("drop", Batch())),
+    "hook": (Straight, lambda ffn, monkeypatch: ffn.fc1.register_forward_hook(lambda _, args, out: unlike(out))),
+    "hook on a part": (Straight, lambda ffn, monkeypatch: ffn.act.register_forward_hook(lambda _, a, out: unlike(out))),
+    "forward of a part": (Straight, lambda ffn, monkeypatch: setattr(ffn.act, "forward", unlike)),
+    "class of a part": (Straight, lambda ffn, monkeypatch: setattr(ffn.act, "__class__", MixingGelu)),
+    "method": (Straight, lambda ffn, monkeypatch: monkeypatch.setattr(Straight, "forward", Plain.forward)),
 }
 
 
@@ -168,22 +282,23 @@ class Batch(nn.Module):
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_change_after_the_conversion_takes_tokens_out_of_slots(name, monkeypatch):
-    dense = nn.Sequential(Residual(Changes()))
+def test_a_change_after_the_conversion_is_that_of_the_tokens(name, monkeypatch):
+    kind, change = CHANGES[name]
+    dense = nn.Sequential(Residual(kind()))
     sparse = copy.deepcopy(dense)
     convert_to_mof_(sparse, CONFIG)
-    assert sparse[0].mlp.layout.in_slots
+    assert sparse[0].mlp.layout.in_slots == (kind is Straight)
     for model in (dense, sparse):
-        CHANGES[name](model[0].mlp, monkeypatch)
+        change(model[0].mlp, monkeypatch)
     assert pass_error(dense, sparse, BATCHES) < EXACT
     assert not sparse[0].mlp.layout.in_slots
 
 
 def test_a_router_which_needs_slots_refuses_a_change():
-    layer = TopKMoE(Changes(), K)
-    layer.beta = 0.0
+    layer = TopKMoE(Straight(), K)
+    layer.scale = 1.0
     with pytest.raises(TypeError, match="TopKMoE has other attributes or hooks than at its conversion"):
-        layer.beta = 0.3
+        layer.scale = 0.3
 
 
 def test_a_mask_in_a_dict_that_the_model_holds_too():
@@ -238,12 +353,9 @@ class Block(nn.Module):
 
 
 class Simple(Block):
-    def forward(self, x, mask=None):
+    def forward(self, x):
         x = x + self.attn(x)
-        if self.mask is not None:
-            x = x * self.mask
-        hidden = self.act(self.fc1(x)) if self.mask is None else self.act(self.fc1(x)) * self.mask
-        return x + self.fc2(hidden)
+        return x + self.fc2(self.act(self.fc1(x)))
 
 
 PAIRS = MoFConfig(num_experts=K, targets=("0",), every=1)
@@ -267,7 +379,7 @@ def test_a_block_that_gets_a_mask_later(kind, run):
 
 def test_slots_between_two_layers_are_for_what_a_trace_shows():
     assert tokenwise_between(Simple(), "fc1", "fc2") == ("", "act")
-    assert tokenwise_between(Block(), "fc1", "fc2") == ()  # of a mask that it may get
+    assert tokenwise_between(Block(), "fc1", "fc2") == ()  # it has a branch
     model = nn.Sequential(Simple())
     convert_to_mof_(model, PAIRS)
     assert model[0].fc1.experts.layout.in_slots
@@ -381,7 +493,11 @@ def test_a_linear_layer_that_trains_otherwise_or_keeps_results_is_refused(kind):
 def test_a_hook_that_uses_the_weight_of_a_linear_layer_is_refused():
     model = nn.Sequential(Residual(Plain()))
     model[0].mlp.fc1.register_forward_pre_hook(lambda module, _: module.weight.data.renorm_(2, 0, 0.7))
-    with pytest.raises(TypeError, match=r"has a hook on 'fc1' that uses its weights"):
+    with pytest.raises(TypeError, match=r"has a hook on 'fc1' that uses weights, of which experts have K"):
+        convert_to_mof_(model, CONFIG)
+    model = nn.Sequential(Residual(Plain()))
+    model[0].mlp.register_forward_hook(lambda module, args, out: out * module.fc1.weight.norm())
+    with pytest.raises(TypeError, match=r"Plain has a hook that uses weights, of which experts have K"):
         convert_to_mof_(model, CONFIG)
 
 
@@ -444,3 +560,75 @@ def test_a_convolution_returns_memory_in_the_order_of_its_input():
     assert model[0].mlp(images).view(2, -1).shape == (2, C * 12)
     last = images.contiguous(memory_format=torch.channels_last)
     assert model[0].mlp(last).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_loss_that_the_ffn_keeps_is_read_from_the_layer():
+    class Keeps(Plain):
+        def __init__(self):
+            super().__init__()
+            self.loss = 0.0
+
+        def forward(self, x):
+            hidden = F.gelu(self.fc1(x))
+            self.loss = self.loss + hidden.square().mean()
+            return self.fc2(hidden)
+
+    def run(model, x):
+        model[0].mlp.loss = 0.0
+        out = model(x)
+        return out + model[0].mlp.loss
+
+    model = nn.Sequential(Residual(Keeps()))
+    assert training_error(model, BATCHES, CONFIG, run=run) < EXACT
+    convert_to_mof_(model, CONFIG)
+    model(BATCHES[0])
+    assert merge_experts(model)[0].mlp.loss > 0, "a loss with its graph is no obstacle"
+    del model[0].mlp.loss
+    assert not hasattr(model[0].mlp, "loss")
+
+
+def test_names_that_expert_layers_have_are_refused():
+    class Named(Plain):
+        def __init__(self):
+            super().__init__()
+            self.layout = "a"
+
+        def draw(self):
+            pass
+
+    with pytest.raises(TypeError, match="Named has draw, layout, names that expert layers have: rename them"):
+        convert_to_mof_(nn.Sequential(Residual(Named())), CONFIG)
+
+
+def test_a_function_over_a_part_of_the_ffn_is_refused():
+    ffn = Plain()
+    ffn.scale = lambda hidden: hidden * ffn.fc1.bias.mean()
+    with pytest.raises(TypeError, match=r"holds a function or a weak reference that leads to its own parts"):
+        convert_to_mof_(nn.Sequential(Residual(ffn)), CONFIG)
+
+
+def test_a_function_of_the_model_over_an_ffn_is_refused():
+    model = nn.Sequential(Residual(Plain()))
+    ffn = model[0].mlp
+    model.decode = lambda hidden: F.linear(hidden, ffn.fc1.weight)
+    with pytest.raises(TypeError, match=r"module '0.mlp' cannot become experts: '.decode' holds it as well"):
+        convert_to_mof_(model, CONFIG)
+
+
+def test_an_example_leaves_the_parameters_of_the_model():
+    class Moves(nn.Sequential):
+        def forward(self, x):
+            with torch.no_grad():
+                self.count.add_(1)
+            return super().forward(x)
+
+    model = Moves(Residual(Plain()))
+    model.count = nn.Parameter(torch.zeros(1), requires_grad=False)
+    convert_to_mof_(model, CONFIG, example=BATCHES[0])
+    assert float(model.count) == 0
+
+
+def test_a_sequential_ffn_keeps_its_length():
+    model = nn.Sequential(Residual(nn.Sequential(nn.Linear(C, H), nn.GELU(), nn.Linear(H, C))))
+    convert_to_mof_(model, CONFIG)
+    assert len(model[0].mlp) == 3 and isinstance(model[0].mlp[1], nn.GELU) and bool(RUPMoF(Plain(), K))

@@ -153,7 +153,6 @@ BETWEEN = {
     "nested": (Nested, BATCHES),
     "in_place": (lambda: InPlace(None), BATCHES),
     "iterates": (Iterates, BATCHES),
-    "inner_checkpoint": (InnerCheckpoint, BATCHES),
     "hook_that_mixes": (lambda: hooked(Mlp(C, H)), BATCHES),
     "convolution": (
         lambda: Between(lambda m, x: m.inner[0](x.mT).mT, nn.Conv1d(H, H, 3, padding=1, groups=H)),
@@ -287,7 +286,8 @@ REFUSED = {
     "gate": (Gate, "gate.*example="),
     "forward_replaced": (lambda: patched(Mlp(C, H)), "forward was replaced on the instance.*convert before"),
     "forward_replaced_inside": (lambda: patched_inside(Mlp(C, H)), "forward of 'act' was replaced"),
-    "closure": (Closure, "does not use the weights of fc1, fc2"),
+    "closure": (Closure, "holds a function or a weak reference that leads to its own parts"),
+    "inner_checkpoint": (InnerCheckpoint, "under activation checkpointing, recompute the FFN or the block"),
     "reads_weights": (lambda: ReadsWeights(None), "uses .fc1.weight. outside its linear layer"),
     "reads_transposed": (ReadsTransposed, "does not train as the dense FFN"),
     "spectral_norm": (lambda: spectral(Mlp(C, H)), "remove the parametrization"),

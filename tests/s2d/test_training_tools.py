@@ -159,7 +159,7 @@ def test_an_attribute_that_the_forward_reads_or_writes_is_that_of_the_tokens(tok
     torch.testing.assert_close(layer.fc1.weight.grad.sum(0).t(), dense.fc1.weight.grad)
 
 
-def test_a_mask_on_a_layer_in_slots_moves_it_to_token_order():
+def test_a_mask_on_a_layer_is_that_of_the_tokens():
     class Plain(Masked):
         def forward(self, x):
             hidden = self.fc1(x).relu()
@@ -167,7 +167,6 @@ def test_a_mask_on_a_layer_in_slots_moves_it_to_token_order():
 
     dense = Plain()
     layer = RUPMoF(dense, 4)
-    assert layer.layout.in_slots
     x, dense.mask = torch.randn(4, 6, 8), torch.rand(4, 6, 1)
     layer.mask = dense.mask  # (4 experts, 6 slots, 1) would have this shape as well
     torch.testing.assert_close(layer(x), dense(x))
