@@ -255,6 +255,13 @@ class ExpertLayer(nn.Module):
     def __iter__(self) -> Iterator[Any]:
         return iter(self._template)  # type: ignore[call-overload]
 
+    def __setitem__(self, index: Any, value: nn.Module) -> None:
+        self._template[index] = value  # type: ignore[operator]
+
+    def __delitem__(self, index: Any) -> None:
+        del self._template[index]  # type: ignore[operator]
+        self.__dict__["_modules"] = self._template._modules  # it is another dict then
+
     def __getitem__(self, index: Any) -> Any:
         return self._template[index]  # type: ignore[index]
 

@@ -32,6 +32,7 @@ _POINTWISE = frozenset(_NAMES.split())
 _REDUCTIONS = frozenset(("mean", "sum", "var", "std", "amax", "amin", "norm", "logsumexp"))
 _OF_CHANNELS = _REDUCTIONS | {"chunk", "split", "softmax", "log_softmax", "glu", "normalize", "cat"}
 """With the dimension of the channels given; what reduces it keeps it."""
+_OF_TENSORS = {"dtype", "device", "nn", "functional", "layer_norm", *("float16", "float32", "float64", "bfloat16")}
 _MODULES = frozenset(
     (
         *(nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU),
@@ -324,17 +325,15 @@ def _is_of_torch(value: Any) -> bool:
 
 
 def _is_part(module: nn.Module, name: str) -> bool:
-    """Tell whether a name that a forward method reads is a part or a number of the module, or none of its own."""
-    if name in module._modules:
+    """Tell whether a name that a forward method reads is a part or a number of the module, or of a tensor or torch."""
+    if name in module._parameters or any(name in m._modules for m in module.modules()):
         return True
-    if name in OF_EVERY_MODULE or name in module._buffers or name in module._parameters:
+    if name in OF_EVERY_MODULE or name in module._buffers:
         return False
     if name in vars(module):
-        value = vars(module)[name]
-        return isinstance(value, _FIXED) or (
-            callable(value) and not isinstance(value, nn.Module) and value in _FUNCTIONS
-        )
-    return not hasattr(type(module), name) or hasattr(nn.Module, name)
+        return isinstance(vars(module)[name], _FIXED) or _is_of_torch(vars(module)[name])
+    own = hasattr(type(module), name) and not hasattr(nn.Module, name)
+    return not own and name in _POINTWISE | _OF_CHANNELS | _OF_TENSORS
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

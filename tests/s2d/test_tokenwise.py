@@ -34,6 +34,30 @@ def unlike(hidden, alpha=0.5):
     return hidden - alpha * hidden.mean(-2, keepdim=True)
 
 
+SWITCH = {"mixes": False}
+
+
+class Helper(nn.Module):
+    def forward(self, hidden):
+        return hidden
+
+    def run(self, hidden):
+        return unlike(hidden) if SWITCH["mixes"] else hidden
+
+
+class AsksHelper(Plain):
+    def __init__(self):
+        super().__init__()
+        self.helper = Helper()
+
+    def forward(self, x):
+        return self.fc2(self.helper.run(self.fc1(x)))
+
+
+def test_a_method_of_a_part_is_no_call_of_torch():
+    assert not is_tokenwise(AsksHelper())
+
+
 class DividesBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden):
@@ -631,4 +655,11 @@ def test_an_example_leaves_the_parameters_of_the_model():
 def test_a_sequential_ffn_keeps_its_length():
     model = nn.Sequential(Residual(nn.Sequential(nn.Linear(C, H), nn.GELU(), nn.Linear(H, C))))
     convert_to_mof_(model, CONFIG)
+    model[0].mlp[1] = nn.Sigmoid()
+    assert isinstance(merge_experts(model)[0].mlp[1], nn.Sigmoid)
+    del model[0].mlp[1]
+    assert list(merge_experts(model)[0].mlp.state_dict()) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    convert_to_mof_(
+        model := nn.Sequential(Residual(nn.Sequential(nn.Linear(C, H), nn.GELU(), nn.Linear(H, C)))), CONFIG
+    )
     assert len(model[0].mlp) == 3 and isinstance(model[0].mlp[1], nn.GELU) and bool(RUPMoF(Plain(), K))
