@@ -32,7 +32,16 @@ _POINTWISE = frozenset(_NAMES.split())
 _REDUCTIONS = frozenset(("mean", "sum", "var", "std", "amax", "amin", "norm", "logsumexp"))
 _OF_CHANNELS = _REDUCTIONS | {"chunk", "split", "softmax", "log_softmax", "glu", "normalize", "cat"}
 """With the dimension of the channels given; what reduces it keeps it."""
-_OF_TENSORS = {"dtype", "device", "nn", "functional", "layer_norm", *("float16", "float32", "float64", "bfloat16")}
+_OF_TENSORS = {
+    "dtype",
+    "device",
+    "weight",
+    "bias",
+    "nn",
+    "functional",
+    "layer_norm",
+    *("float16", "float32", "float64", "bfloat16"),
+}
 _MODULES = frozenset(
     (
         *(nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU),
