@@ -288,7 +288,7 @@ REFUSED = {
     "forward_replaced_inside": (lambda: patched_inside(Mlp(C, H)), "forward of 'act' was replaced"),
     "closure": (Closure, "holds a function or a weak reference that leads to its own parts"),
     "inner_checkpoint": (InnerCheckpoint, "under activation checkpointing, recompute the FFN or the block"),
-    "reads_weights": (lambda: ReadsWeights(None), "uses .fc1.weight. outside its linear layer"),
+    "reads_weights": (lambda: ReadsWeights(None), "does not train as the dense FFN"),
     "reads_transposed": (ReadsTransposed, "does not train as the dense FFN"),
     "spectral_norm": (lambda: spectral(Mlp(C, H)), "remove the parametrization"),
     "old_spectral_norm": (lambda: old_spectral(Mlp(C, H)), "remove the parametrization"),
