@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .dispatch import combine, dispatch
-from .sharing import shared_by, take_hooks_
+from .sharing import OF_EVERY_MODULE, shared_by, take_hooks_
 
 if TYPE_CHECKING:
     from .mof import ExpertLayer, Plan
@@ -77,7 +77,10 @@ class StackedLinear(nn.Module):
             raise RuntimeError(
                 f"{title} runs a part outside its whole: under activation checkpointing, recompute the FFN or the block"
             )
-        tokens = x.movedim(1, -1) if self.channels_first else x
+        place = -1
+        if self.channels_first:  # a convolution takes one sample without a batch as well
+            place = 1 if x.dim() == len(self._shell.kernel_size) + 2 else 0  # type: ignore[arg-type]
+        tokens = x.movedim(place, -1)
         rows, partition = tokens.reshape(-1, self.in_features), plan.partition
         if rows.shape[0] != partition.num_tokens:
             raise ValueError(f"{title} has {partition.num_tokens} tokens, but a part of it gets {rows.shape[0]}")
@@ -85,7 +88,7 @@ class StackedLinear(nn.Module):
         outputs = outputs.view(*tokens.shape[:-1], self.out_features)
         if not self.channels_first:
             return outputs
-        return outputs.movedim(-1, 1).contiguous() if x.is_contiguous() else outputs.movedim(-1, 1)
+        return outputs.movedim(-1, place).contiguous() if x.is_contiguous() else outputs.movedim(-1, place)
 
     def multiply(self, x: Tensor, channels_first: bool | None = None) -> Tensor:
         """Map slots x (K, ..., in), with the channels in dimension 1 if so asked or a convolution, by their experts."""
@@ -119,6 +122,7 @@ class StackedLinear(nn.Module):
         if bias is not None and self.bias is not None:
             linear.bias = _like(self.bias, bias)
         take_hooks_(linear, self)
+        linear.__dict__.update((key, value) for key, value in vars(self).items() if key not in _OWN)
         return linear.train(self.training)
 
     @torch.no_grad()
@@ -138,6 +142,10 @@ class StackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_experts} x ({self.in_features} -> {self.out_features}), bias={self.bias is not None}"
+
+
+_OWN = OF_EVERY_MODULE | {"num_experts", "input_first", "channels_first", "in_features", "out_features"}
+_OWN |= {"_shell", "_owner", "bias"}
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -77,10 +77,10 @@ class TopKMoE(ExpertLayer):
         self.router = nn.Linear(first.in_features, num_experts, bias=False, device=first.weight.device, dtype=dtype)
         nn.init.normal_(self.router.weight, std=0.02)
 
-    def look_for_changes(self) -> None:
+    def look_for_changes(self, x: Tensor | None = None) -> None:
         """As of `ExpertLayer`."""
         self._template._modules.update((name, m) for name, m in self._modules.items() if name != "router")
-        super().look_for_changes()
+        super().look_for_changes(x)
 
     def draw(self, x: Tensor) -> Plan:
         """Let every token choose its experts; raises ValueError when there is none."""

@@ -115,7 +115,7 @@ class ExpertLayer(nn.Module):
         self.running = True
         try:
             if not torch.compiler.is_compiling():
-                self.look_for_changes()
+                self.look_for_changes(x)
             self.plan = None if self.layout.in_slots else plan
             return self._run(x, plan, args, kwargs)
         finally:
@@ -133,13 +133,18 @@ class ExpertLayer(nn.Module):
         """Tell whether tokens pass the mean of the experts: in evaluation, unless experts are routed."""
         return self.averaged_in_eval and not (self.training and (self.peer is None or self.peer.training))
 
-    def look_for_changes(self) -> None:
+    def look_for_changes(self, x: Tensor | None = None) -> None:
         """Leave slots for good where something has changed since the conversion: a mask is set, say, or a mode.
+
+        Tokens x of a number of dimensions that no trial had are such a change as well.
 
         Raises:
             TypeError: a router needs slots.
         """
-        if self.watch is not None and self.layout.in_slots and self.watch.sees_change():
+        if self.watch is None or not self.layout.in_slots:
+            return
+        untried = x is not None and bool(self.layout.tried) and x.dim() not in self.layout.tried
+        if untried or self.watch.sees_change():
             if not self.averaged_in_eval:
                 raise TypeError(f"{self.title()} has other attributes or hooks than at its conversion")
             self.layout = self.layout._replace(in_slots=False)
@@ -240,11 +245,8 @@ class ExpertLayer(nn.Module):
         return super().__getattr__(name)
 
     def _is_of_ffn(self, name: str) -> bool:
-        """Tell an attribute of the FFN from one of this layer, or a private one that a tool sets."""
-        if hasattr(type(self), name) or name in self.__dict__:
-            return False
-        template = self._template
-        return not name.startswith("_") or name in template.__dict__ or hasattr(type(template), name)
+        """Tell an attribute of the FFN from one of this layer."""
+        return not (hasattr(type(self), name) or name in self.__dict__)
 
     def __bool__(self) -> bool:
         return True

@@ -31,6 +31,7 @@ from .trial import (
     widened,
 )
 
+_LEAVE = "a token would meet several experts; leave it out of targets"
 _EXAMPLE = "; pass a sample input of the model, example=, where it is called in another way"
 
 
@@ -45,6 +46,8 @@ class Layout(NamedTuple):
     """Whether calls with more than one tensor were tried."""
     same_width: bool = True
     """Whether it returns as many channels as it takes, as the FFN of a block does."""
+    tried: tuple[int, ...] = ()
+    """Dimensions of the input for which tokens may be in slots, where that was tried and not shown; () for any."""
     watched: tuple[str, ...] = ()
     """Modules of a transformer layer on which it depends that tokens may be in slots between its linear layers."""
 
@@ -83,14 +86,18 @@ def probe_ffn(ffn: nn.Module, num_experts: int, make: Make, calls: Sequence[Call
         problem, unused = "", copied(dense.train())  # what the experts keep is their own
         trusted = routed or all(map(is_of_packages, ffn.modules()))
         for in_slots in (True, False)[: 1 if routed else 2]:
-            layout = Layout(in_slots, channels_first, num_dims, bool(calls) and not in_slots, same_width)
+            tried_dims = () if shown else tuple(sorted({call.tokens.dim() for call in trials}))
+            layout = Layout(in_slots, channels_first, num_dims, bool(calls) and not in_slots, same_width, tried_dims)
             if in_slots and (any(_extras(call) for call in trials) or _has_hooks(ffn)):
                 problem = "it is called with more than one tensor, or has hooks inside"
                 continue
             if in_slots and not (shown or trusted):
                 continue
             pristine, tried = copied(unused), copied(unused)
-            problem = _difference(tried, make(pristine, num_experts, layout=layout), trials, in_slots)
+            sparse = make(pristine, num_experts, layout=layout)
+            problem = _difference(tried, sparse, trials, in_slots)
+            if not (problem or in_slots) and _parts_tokens(sparse, trials[0], channels_first):
+                raise TypeError(f"{kind} gives its linear layers other tokens, or in another order: {_LEAVE}")
             if not problem:
                 return layout
     raise TypeError(
@@ -431,6 +438,33 @@ def _gradients(found: "_Trained", wanted: "_Trained", dense: nn.Module, sparse: 
             if gradient is not None and theirs.dim() > 1:
                 gradient = (gradient if stacked.input_first else gradient.t()).reshape(theirs.shape)
             yield gradient, theirs.grad
+
+
+@torch.no_grad()
+def _parts_tokens(sparse: nn.Module, call: Call, channels_first: bool) -> bool:
+    """Tell whether a token meets several experts, by experts that differ: does no expert alone give its output?
+
+    Statistics over tokens are held, for an expert alone has others.
+    """
+    stacked = [m for m in sparse.modules() if isinstance(m, StackedLinear)]
+    parameters = [parameter for layer in stacked for parameter in layer.parameters()]
+    apart = [parameter + noise(parameter.shape, 3, parameter) for parameter in parameters]
+    sparse.train()
+    for module in sparse.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+            module.eval()
+
+    def run(values: list[Tensor]) -> Tensor:
+        for parameter, value in zip(parameters, values):
+            parameter.copy_(value)
+        with pinned():
+            output = copied_call(call).on(sparse)
+        return (output.movedim(1, -1) if channels_first else output).flatten(0, -2)
+
+    mixed = run(apart)
+    alone = torch.stack([run([value[k].expand_as(value) for value in apart]) for k in range(stacked[0].num_experts)])
+    gap = (alone - mixed).abs().amax(-1).amin(0)
+    return bool((gap > 1e-4 * alone.abs().max()).any())
 
 
 class _Trained(NamedTuple):

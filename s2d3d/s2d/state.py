@@ -1,7 +1,10 @@
 """What an FFN may consist of, so that experts can take its place."""
 
+import dis
+import inspect
 from collections.abc import Callable
 from functools import partial
+from types import FunctionType
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +61,29 @@ def _check_held(ffn: nn.Module, kind: str) -> None:
             if code is not None and {"weight", "bias", "parameters"} & {*code.co_names}:
                 place = f" on '{name}'" if name else ""
                 raise TypeError(f"{kind} has a hook{place} that uses weights, of which experts have K: remove it first")
+        if not is_of_packages(module) and not is_linear(module) and any(map(is_linear, module.modules())):
+            _check_code(type(module), kind)
     if reach_of(ffn).fixed:
         raise TypeError(f"{kind} holds a function or a weak reference that leads to its own parts: make it a method")
+
+
+def _check_code(owner: type[nn.Module], kind: str) -> None:
+    """Refuse a forward method that reads more of weights than their dtype and device, itself or by other methods."""
+    todo, seen = ["forward"], set()
+    while todo:
+        name = todo.pop()
+        code = getattr(inspect.unwrap(getattr(owner, name, None) or str), "__code__", None)
+        if name in seen or code is None:
+            continue
+        seen.add(name)
+        steps = [step for step in dis.get_instructions(code) if step.opname in ("LOAD_ATTR", "LOAD_METHOD")]
+        follows = {step.offset: after for step, after in zip(steps, [*steps[1:], None])}
+        for step in steps:
+            after = follows[step.offset]
+            harmless = after is not None and after.argval in ("dtype", "device", "is_cuda")
+            if step.argval in ("weight", "bias") and not harmless:
+                raise TypeError(f"{kind} uses the {step.argval} of a layer in its own code, and experts have K of each")
+        todo += [str(step.argval) for step in steps if isinstance(vars(owner).get(str(step.argval)), FunctionType)]
 
 
 def _check_others(ffn: nn.Module, kind: str, linears: dict[str, nn.Module]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _global_forward_hooks
 
 from .linear import CONVOLUTIONS, StackedLinear, is_linear
 from .sharing import HOOKS, OF_EVERY_MODULE
@@ -52,6 +53,9 @@ _MODULES = frozenset(
 _BY_ATTRIBUTES = frozenset((nn.LayerNorm, nn.RMSNorm, nn.GLU, nn.Softmax, nn.LogSoftmax))
 
 
+_SPACES = (torch, nn, F)
+
+
 def _functions(names: Iterable[str]) -> dict[Callable[..., Any], str]:
     spaces = (torch, F, operator)
     return {getattr(space, name): name for space in spaces for name in names if hasattr(space, name)}
@@ -66,15 +70,19 @@ class Watch:
     def __init__(self, modules: Iterable[nn.Module], hooked: Iterable[nn.Module] | None = None) -> None:
         """Note the state of `modules`; see that `hooked`, or these, get no hooks and no other methods."""
         modules = list(modules)
-        self.states = [(m, _attributes(m)) for m in modules if type(m) not in _MODULES | {StackedLinear}]
+        self.states = [(m, _attributes(m)) for m in modules if not isinstance(m, StackedLinear)]
         self.kinds = [(m, type(m), type(m).forward) for m in (modules if hooked is None else hooked)]
 
     def sees_change(self) -> bool:
         """Tell whether anything is another one than at the conversion, or has got hooks."""
-        return any(
-            type(m) is not kind or kind.forward is not forward or "forward" in vars(m) or _has_hooks(m)
-            for m, kind, forward in self.kinds
-        ) or any(_differ(_attributes(m), then) for m, then in self.states)
+        return (
+            bool(_global_forward_hooks)
+            or any(
+                type(m) is not kind or kind.forward is not forward or "forward" in vars(m) or _has_hooks(m)
+                for m, kind, forward in self.kinds
+            )
+            or any(_differ(_attributes(m), then) for m, then in self.states)
+        )
 
     def __getstate__(self) -> dict[str, Any]:  # a method may be one that cannot be pickled
         return self.__dict__ | {"kinds": [(m, kind) for m, kind, _ in self.kinds]}
@@ -97,8 +105,11 @@ def is_of_packages(module: nn.Module) -> bool:
 def _codes(values: Iterable[Any]) -> Iterator[Any]:
     """Iterate over the functions and classes whose code may run where some values are used."""
     for value in values:
-        value = getattr(value, "__func__", value)
-        if isinstance(value, partial):
+        if isinstance(value, types.MethodType):  # of a class, or of an object
+            yield from (value.__func__, value.__self__ if isinstance(value.__self__, type) else type(value.__self__))
+        elif isinstance(value, torch.jit.ScriptFunction):
+            yield None
+        elif isinstance(value, partial):
             yield from _codes((value.func, *value.args, *value.keywords.values()))
         elif isinstance(value, (tuple, list)):
             yield from _codes(value)
@@ -320,7 +331,7 @@ def _is_straight(module: nn.Module) -> bool:
         if step.opname not in _STRAIGHT:
             return False
         name = str(step.argval)
-        if step.opname == "LOAD_GLOBAL" and not _is_of_torch(code.__globals__.get(name)):
+        if step.opname == "LOAD_GLOBAL" and code.__globals__.get(name) not in _SPACES:
             return False
         if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and not _is_part(module, name):
             return False
@@ -328,8 +339,6 @@ def _is_straight(module: nn.Module) -> bool:
 
 
 def _is_of_torch(value: Any) -> bool:
-    if isinstance(value, types.ModuleType):
-        return value.__name__ in ("torch", "torch.nn", "torch.nn.functional")
     return isinstance(value, (types.FunctionType, types.BuiltinFunctionType)) and value in _FUNCTIONS
 
 
@@ -341,20 +350,27 @@ def _is_part(module: nn.Module, name: str) -> bool:
         return False
     if name in vars(module):
         return isinstance(vars(module)[name], _FIXED) or _is_of_torch(vars(module)[name])
-    own = hasattr(type(module), name) and not hasattr(nn.Module, name)
-    return not own and name in _POINTWISE | _OF_CHANNELS | _OF_TENSORS
+    kinds = {type(m) for m in module.modules() if not is_of_packages(m)}
+    if any(getattr(kind, name, None) is not getattr(nn.Module, name, None) for kind in kinds):
+        return False
+    return name in _POINTWISE | _OF_CHANNELS | _OF_TENSORS
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
     own = vars(module)
     found = {key: own[key] for key in own if key not in OF_EVERY_MODULE and key != "_compiled_call_impl"}
-    if not isinstance(module, StackedLinear):
-        found.update(module._modules)
+    if isinstance(module, nn.Dropout):  # whatever its share is
+        del found["p"]
+    found.update(module._modules)
+    if not is_linear(module):
+        found.update((key, None if value is None else value.shape) for key, value in module._parameters.items())
     return found
 
 
 def _differ(now: dict[str, Any], then: dict[str, Any]) -> bool:
-    return now.keys() != then.keys() or any(not _same(now[key], value) for key, value in then.items())
+    """Tell whether attributes are others; a new private one may be that of a tool, and no straight code reads it."""
+    new = any(key not in then and not key.startswith("_") for key in now)
+    return new or any(key not in now or not _same(now[key], value) for key, value in then.items())
 
 
 def _same(one: Any, other: Any) -> bool:

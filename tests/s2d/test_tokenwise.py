@@ -663,3 +663,102 @@ def test_a_sequential_ffn_keeps_its_length():
         model := nn.Sequential(Residual(nn.Sequential(nn.Linear(C, H), nn.GELU(), nn.Linear(H, C)))), CONFIG
     )
     assert len(model[0].mlp) == 3 and isinstance(model[0].mlp[1], nn.GELU) and bool(RUPMoF(Plain(), K))
+
+
+class Reordered(Plain):
+    """Its second linear layer gets the tokens in another order."""
+
+    def __init__(self, there, back):
+        super().__init__()
+        self.there, self.back = there, back
+
+    def forward(self, x):
+        return self.back(self.fc2(self.there(F.gelu(self.fc1(x)))))
+
+
+@pytest.mark.parametrize(
+    "there_and_back",
+    [
+        (lambda h: h.transpose(0, 1), lambda h: h.transpose(0, 1)),
+        (lambda h: h.flip(1), lambda h: h.flip(1)),
+        (lambda h: h.roll(1, -2), lambda h: h.roll(-1, -2)),
+    ],
+)
+def test_an_ffn_in_which_a_token_would_meet_several_experts_is_refused(there_and_back):
+    with pytest.raises(TypeError, match=r"a token would meet several experts|does not run on tokens|one vector for"):
+        convert_to_mof_(nn.Sequential(Residual(Reordered(*there_and_back))), CONFIG, example=BATCHES[1])
+
+
+def test_an_ffn_out_of_slots_gives_each_token_one_expert(spread_):
+    ffn = Plain(lambda hidden: F.gelu(hidden) if len(hidden) else hidden)
+    layer = spread_(RUPMoF(ffn, K), 1.0)
+    assert not layer.layout.in_slots
+    x = BATCHES[1]
+    mixed = layer(x).flatten(0, 1)
+    alone = []
+    for expert in range(K):
+        one = copy.deepcopy(layer)
+        for parameter in one.expert_parameters():
+            parameter.data.copy_(parameter.data[expert].expand_as(parameter).clone())
+        alone.append(one(x).flatten(0, 1))
+    gaps = (torch.stack(alone) - mixed).abs().amax(-1)
+    assert gaps.amin(0).max() < 1e-5 and len(gaps.argmin(0).unique()) == K
+
+
+def test_a_convolution_without_a_batch_keeps_its_channels():
+    class Through(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w1, self.w2 = nn.Conv1d(C, H, 1), nn.Conv1d(H, C, 1)
+
+        def forward(self, x):
+            return self.w2(F.relu(self.w1(x.transpose(-1, -2)))).transpose(-1, -2)
+
+    inputs = [*BATCHES[:2], torch.randn(C, C), torch.randn(9, C)]
+    assert training_error(nn.Sequential(Residual(Through())), inputs, CONFIG, example=BATCHES[1]) < EXACT
+
+
+def test_another_number_of_dimensions_than_was_tried_takes_tokens_out_of_slots():
+    model = nn.Sequential(Residual(nn.Sequential(nn.Linear(C, H), nn.Softmax(2), nn.Linear(H, C))))
+    inputs = [BATCHES[1], torch.randn(4, 6, 5, C)]
+    assert training_error(model, inputs, CONFIG, example=BATCHES[1]) < EXACT
+
+
+def test_a_private_attribute_reaches_the_ffn_and_its_merge():
+    class Asks(Plain):
+        def forward(self, x):
+            return super().forward(x) * getattr(self, "_scale", 1.0)
+
+    dense = nn.Sequential(Residual(Asks()))
+    sparse = copy.deepcopy(dense)
+    convert_to_mof_(sparse, CONFIG)
+    dense[0].mlp._scale = sparse[0].mlp._scale = 3.0
+    sparse[0].mlp.fc1.tag = "kept"
+    assert pass_error(dense, sparse, BATCHES) < EXACT
+    merged = merge_experts(sparse)[0].mlp
+    assert (merged._scale, merged.fc1.tag) == (3.0, "kept")
+
+
+def test_writing_in_place_later_is_seen():
+    class Block(Residual):
+        def forward(self, x):
+            hidden = x * 1.0
+            return self.mlp(hidden) + hidden
+
+    dense = nn.Sequential(Block(nn.Sequential(nn.ReLU(), nn.Linear(C, H), nn.GELU(), nn.Linear(H, C))))
+    sparse = copy.deepcopy(dense)
+    convert_to_mof_(sparse, CONFIG)
+    dense[0].mlp[0].inplace = sparse[0].mlp[0].inplace = True
+    assert pass_error(dense, sparse, BATCHES) < EXACT
+
+
+def test_a_weight_behind_a_flag_is_refused():
+    class Behind(Plain):
+        def forward(self, x):
+            hidden = F.gelu(self.fc1(x))
+            return self.fc2(hidden / self.fc1.weight.norm() if x.shape[1] > 100 else hidden)
+
+    with pytest.raises(
+        TypeError, match=r"Behind uses the weight of a layer in its own code, and experts have K of each"
+    ):
+        convert_to_mof_(nn.Sequential(Residual(Behind())), CONFIG)
