@@ -107,6 +107,10 @@ def _codes(values: Iterable[Any]) -> Iterator[Any]:
     for value in values:
         if isinstance(value, types.MethodType):  # of a class, or of an object
             yield from (value.__func__, value.__self__ if isinstance(value.__self__, type) else type(value.__self__))
+        elif isinstance(value, types.BuiltinFunctionType) and isinstance(
+            value.__self__, type
+        ):  # such as Function.apply
+            yield value.__self__
         elif isinstance(value, torch.jit.ScriptFunction):
             yield None
         elif isinstance(value, partial):
