@@ -364,5 +364,5 @@ def _linear_pair(name: str, modules: dict[str, nn.Module], whole: list[str]) -> 
     start, end = (inner.index(layer.get_submodule(part.removeprefix(prefix))) for part in pairs[0])
     mixers = [place for place, m in enumerate(inner) if place not in (0, start, end) and _mixes(m)]
     block = next((outer for outer in [name, *_ancestors(name)] if _is_item(outer, modules)), name)
-    around = any(_mixes(m) for m in modules[block].modules() if m not in inner)
+    around = not name or any(_mixes(m) for m in modules[block].modules() if m not in inner)  # "": it was named as one
     return pairs[0] if mixers and (around or not all(start < place < end for place in mixers)) else ()

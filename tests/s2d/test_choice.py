@@ -119,6 +119,21 @@ def test_a_mixer_of_tokens_between_two_linear_layers_is_no_ffn():
         convert_to_mof_(model_of(StateSpace), EACH)
 
 
+def test_an_ffn_with_a_convolution_between_converts_in_a_block_with_attention_and_by_its_name():
+    class Depthwise(StateSpace):
+        def forward(self, x):
+            return self.out_proj(self.conv(self.in_proj(x).transpose(1, 2)).transpose(1, 2))
+
+    class WithAttention(Block):
+        def __init__(self):
+            super().__init__()
+            self.mlp = Depthwise()
+
+    for targets in (None, ("*.mlp",)):
+        names = convert_to_mof_(model_of(WithAttention), MoFConfig(every=1, targets=targets))
+        assert names == ["blocks.0.mlp", "blocks.1.mlp"]
+
+
 def test_a_linear_layer_in_two_blocks_is_refused():
     class Apart(Block):
         def __init__(self):
