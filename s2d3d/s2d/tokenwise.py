@@ -33,16 +33,9 @@ _POINTWISE = frozenset(_NAMES.split())
 _REDUCTIONS = frozenset(("mean", "sum", "var", "std", "amax", "amin", "norm", "logsumexp"))
 _OF_CHANNELS = _REDUCTIONS | {"chunk", "split", "softmax", "log_softmax", "glu", "normalize", "cat"}
 """With the dimension of the channels given; what reduces it keeps it."""
-_OF_TENSORS = {
-    "dtype",
-    "device",
-    "weight",
-    "bias",
-    "nn",
-    "functional",
-    "layer_norm",
-    *("float16", "float32", "float64", "bfloat16"),
-}
+_OF_TENSORS = frozenset(("dtype", "device", "weight", "bias", "float16", "float32", "float64", "bfloat16"))
+_SPACES = (torch, nn, F)
+_OF_SPACES = frozenset(("nn", "functional", "layer_norm"))
 _MODULES = frozenset(
     (
         *(nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU),
@@ -51,9 +44,6 @@ _MODULES = frozenset(
     )
 )
 _BY_ATTRIBUTES = frozenset((nn.LayerNorm, nn.RMSNorm, nn.GLU, nn.Softmax, nn.LogSoftmax))
-
-
-_SPACES = (torch, nn, F)
 
 
 def _functions(names: Iterable[str]) -> dict[Callable[..., Any], str]:
@@ -107,10 +97,9 @@ def _codes(values: Iterable[Any]) -> Iterator[Any]:
     for value in values:
         if isinstance(value, types.MethodType):  # of a class, or of an object
             yield from (value.__func__, value.__self__ if isinstance(value.__self__, type) else type(value.__self__))
-        elif isinstance(value, types.BuiltinFunctionType) and isinstance(
-            value.__self__, type
-        ):  # such as Function.apply
-            yield value.__self__
+        elif isinstance(value, types.BuiltinFunctionType):
+            if isinstance(value.__self__, type):  # such as the apply of an autograd function
+                yield value.__self__
         elif isinstance(value, torch.jit.ScriptFunction):
             yield None
         elif isinstance(value, partial):
@@ -119,7 +108,7 @@ def _codes(values: Iterable[Any]) -> Iterator[Any]:
             yield from _codes(value)
         elif isinstance(value, (types.FunctionType, type)):
             yield value
-        elif not isinstance(value, (*_FIXED, Tensor, nn.Module, dict, set, types.BuiltinFunctionType)):
+        elif not isinstance(value, (*_FIXED, Tensor, nn.Module, dict, set)):
             yield type(value)
 
 
@@ -335,7 +324,7 @@ def _is_straight(module: nn.Module) -> bool:
         if step.opname not in _STRAIGHT:
             return False
         name = str(step.argval)
-        if step.opname == "LOAD_GLOBAL" and code.__globals__.get(name) not in _SPACES:
+        if step.opname == "LOAD_GLOBAL" and not any(code.__globals__.get(name) is space for space in _SPACES):
             return False
         if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and not _is_part(module, name):
             return False
@@ -357,7 +346,7 @@ def _is_part(module: nn.Module, name: str) -> bool:
     kinds = {type(m) for m in module.modules() if not is_of_packages(m)}
     if any(getattr(kind, name, None) is not getattr(nn.Module, name, None) for kind in kinds):
         return False
-    return name in _POINTWISE | _OF_CHANNELS | _OF_TENSORS
+    return name in _POINTWISE | _OF_CHANNELS | _OF_TENSORS | _OF_SPACES
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
