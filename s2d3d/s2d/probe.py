@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .linear import StackedLinear, is_linear, linear_features, linear_parameters
-from .sharing import HOOKS, copied
+from .sharing import copied, has_hooks
 from .state import check_state
 from .tokenwise import is_of_packages, is_tokenwise, tokenwise_between
 from .trial import (
@@ -88,7 +88,7 @@ def probe_ffn(ffn: nn.Module, num_experts: int, make: Make, calls: Sequence[Call
         for in_slots in (True, False)[: 1 if routed else 2]:
             tried_dims = () if shown else tuple(sorted({call.tokens.dim() for call in trials}))
             layout = Layout(in_slots, channels_first, num_dims, bool(calls) and not in_slots, same_width, tried_dims)
-            if in_slots and (any(_extras(call) for call in trials) or _has_hooks(ffn)):
+            if in_slots and (any(_extras(call) for call in trials) or any(map(has_hooks, list(ffn.modules())[1:]))):
                 problem = "it is called with more than one tensor, or has hooks inside"
                 continue
             if in_slots and not (shown or trusted):
@@ -96,7 +96,7 @@ def probe_ffn(ffn: nn.Module, num_experts: int, make: Make, calls: Sequence[Call
             pristine, tried = copied(unused), copied(unused)
             sparse = make(pristine, num_experts, layout=layout)
             problem = _difference(tried, sparse, trials, in_slots)
-            if not (problem or in_slots) and _parts_tokens(sparse, trials[0], channels_first):
+            if not (problem or in_slots) and _meets_several_experts(sparse, trials[0], channels_first):
                 raise TypeError(f"{kind} gives its linear layers other tokens, or in another order: {_LEAVE}")
             if not problem:
                 return layout
@@ -145,7 +145,7 @@ def probe_pair(
         watched = tokenwise_between(copied(unused), *parts) if parts and not trusted else _to_watch(layer, parts)
         for in_slots in (True, False)[: 1 if routed else 2]:
             tried, sparse, layout = copied(unused), copied(unused), Layout(in_slots, watched=watched)
-            if in_slots and _has_hooks(layer):
+            if in_slots and any(map(has_hooks, list(layer.modules())[1:])):
                 problem = "it has hooks inside"
                 continue
             if in_slots and not (trusted or watched):
@@ -426,9 +426,10 @@ def _difference(dense: nn.Module, sparse: nn.Module, calls: list[Call], in_slots
 def _gradients(found: "_Trained", wanted: "_Trained", dense: nn.Module, sparse: nn.Module) -> Iterator[tuple[Any, Any]]:
     """Iterate over pairs of gradients that must be equal, one of them summed over the experts."""
     yield found.gradient, wanted.gradient
+    linears = dict(dense.named_modules())
     for name, module in sparse.named_modules():
         stacked = module if isinstance(module, StackedLinear) else getattr(module, "stacked", None)
-        linear = dict(dense.named_modules()).get(name)
+        linear = linears.get(name)
         if not isinstance(stacked, StackedLinear) or linear is None:
             continue
         for ours, theirs in zip((stacked.weight, stacked.bias), linear_parameters(linear)):
@@ -441,7 +442,7 @@ def _gradients(found: "_Trained", wanted: "_Trained", dense: nn.Module, sparse: 
 
 
 @torch.no_grad()
-def _parts_tokens(sparse: nn.Module, call: Call, channels_first: bool) -> bool:
+def _meets_several_experts(sparse: nn.Module, call: Call, channels_first: bool) -> bool:
     """Tell whether a token meets several experts, by experts that differ: does no expert alone give its output?
 
     Statistics over tokens are held, for an expert alone has others.
@@ -487,9 +488,8 @@ def _trained(module: nn.Module, call: Call, backward: bool) -> _Trained:
         outputs = [tensor for tensor in tensors_of([output, kept]) if tensor.requires_grad]  # a loss may be kept
         if outputs:
             steps = [torch.arange(out.numel(), device=out.device).sin().view_as(out) for out in outputs]
-            torch.stack([(out * step).sum().double() for out, step in zip(outputs, steps)]).sum().backward(
-                retain_graph=True
-            )  # of sums over calls
+            loss = torch.stack([(out * step).sum().double() for out, step in zip(outputs, steps)]).sum()
+            loss.backward(retain_graph=True)  # it may go through a sum over calls
     return _Trained([output, tokens], leaf.grad, run.draws)
 
 
@@ -515,7 +515,3 @@ def _drawn_by_slot(expected: list[torch.Size], actual: list[torch.Size], call: C
         if not by_slot or other.numel() * tokens != one.numel() * experts * capacity:
             return False
     return True
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(m.__dict__[key] for m in list(module.modules())[1:] for key in HOOKS)

@@ -111,6 +111,11 @@ def results_of(module: nn.Module) -> dict[int, Tensor]:
     }
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Tell whether a module has forward or backward hooks, itself."""
+    return any(module.__dict__[key] for key in HOOKS)
+
+
 def take_hooks_(module: nn.Module, source: nn.Module) -> None:
     """Give `module` the forward and backward hooks of `source`; the handles of these go on removing them."""
     for key in HOOKS:

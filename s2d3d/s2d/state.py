@@ -72,7 +72,7 @@ def _check_code(owner: type[nn.Module], kind: str) -> None:
     todo, seen = ["forward"], set()
     while todo:
         name = todo.pop()
-        code = getattr(inspect.unwrap(getattr(owner, name, None) or str), "__code__", None)
+        code = getattr(inspect.unwrap(getattr(owner, name)), "__code__", None)
         if name in seen or code is None:
             continue
         seen.add(name)

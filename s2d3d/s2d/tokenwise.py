@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _global_forward_hooks
 
 from .linear import CONVOLUTIONS, StackedLinear, is_linear
-from .sharing import HOOKS, OF_EVERY_MODULE
+from .sharing import OF_EVERY_MODULE, has_hooks
 
 PACKAGES = ("torch", "timm", "transformers", "torchvision", "vit_pytorch", "s2d3d")
 """Their modules were tried in many shapes, see docs/compatibility.md: a trial is enough."""
@@ -68,7 +68,7 @@ class Watch:
         return (
             bool(_global_forward_hooks)
             or any(
-                type(m) is not kind or kind.forward is not forward or "forward" in vars(m) or _has_hooks(m)
+                type(m) is not kind or kind.forward is not forward or "forward" in vars(m) or has_hooks(m)
                 for m, kind, forward in self.kinds
             )
             or any(_differ(_attributes(m), then) for m, then in self.states)
@@ -79,10 +79,6 @@ class Watch:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state | {"kinds": [(m, kind, kind.forward) for m, kind in state["kinds"]]})
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(module.__dict__[key] for key in HOOKS)
 
 
 def is_of_packages(module: nn.Module) -> bool:
@@ -282,7 +278,7 @@ class _Reading:
         return True
 
     def _is_fine(self, module: nn.Module) -> bool:
-        if _has_hooks(module):
+        if has_hooks(module):
             return False
         if is_linear(module):
             return isinstance(module, CONVOLUTIONS) == self.channels_first

@@ -1,4 +1,4 @@
-"""Tools for trying out a module without a trace: copies with random weights, equal random numbers, comparison."""
+"""Tools for trying out a module, which stays as it is: copies with random weights, equal random numbers, comparison."""
 
 import contextlib
 import random
