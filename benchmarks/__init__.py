@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .section import Section, Settings
 
-__all__ = ["SECTIONS", "measure_section"]
+__all__ = ["ONLY_ON", "SECTIONS", "measure_section"]
 
 SECTIONS = {
     "layer": "one layer: RUP-MoF, the dense FFN, mixtures of experts; EWA; AdamW",
     "step": "the whole training step: dense, S2D, reference modules; peak memory",
+    "profile": "where a training step spends its time, and its own matrix products beside",
     "ops": "farthest point sampling and nearest neighbours",
     "data": "the data path against what training consumes",
     "scale": "cost against tokens, experts, width, points, batch and ranks",
@@ -20,6 +21,8 @@ SECTIONS = {
     "gpu": "on a GPU alone: large batches, CUDA graphs, several seeds side by side",
 }
 """What can be measured, in the order of the page."""
+ONLY_ON = {"gpu": "cuda", "profile": "cpu"}
+"""Sections that measure one kind of device."""
 
 
 def measure_section(name: str, settings: "Settings") -> "Section":

@@ -12,7 +12,7 @@ from s2d3d.runs.checkpoint import require_dense
 from s2d3d.runs.clouds import sample_clouds
 from s2d3d.runs.trained import open_trained
 
-from . import SECTIONS, measure_section
+from . import ONLY_ON, SECTIONS, measure_section
 from .hardware import num_threads
 from .latency import latency_page
 from .report import is_ours, merge_results, read_results, target_table, write_report, write_results
@@ -39,7 +39,7 @@ def run_benchmark(arguments: argparse.Namespace) -> None:
         earlier = read_results(numbers) if is_ours(page) and numbers.exists() else []
         sections = []
         for name in SECTIONS:
-            if name == "gpu" and settings.device.type != "cuda":
+            if name in ONLY_ON and settings.device.type != ONLY_ON[name]:
                 continue
             sections.append(measure_section(name, settings))
             print(f"{section_text(sections[-1])}\n", flush=True)

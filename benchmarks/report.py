@@ -73,6 +73,10 @@ weights after four recorded updates, side by side, are compared with those of pl
 **Limits.** The rate of a matrix product of the FFN's size is measured beside, the floating-point operations of the
 matrix products of a step are counted, and their quotient is the time below which no implementation of this model
 gets at that rate. "Would allow" is the reference's time over it.
+
+**Profile.** Every operation of a few training steps is timed where torch calls it. The matrix products among them are
+then done alone, as often as in the step and on operands of the same shapes and layouts, in turn with the whole step:
+their time over the step's is the share of the attainable that is attained.
 """
 NO_GPU = "No GPU was at hand for this page: what stands here on GPUs and CUDA graphs was not measured for it."
 

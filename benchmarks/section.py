@@ -149,6 +149,7 @@ class Section:
         series: costs against sizes.
         measures: numbers by key; the keys of all sections are distinct.
         facts: lines for readers: title and text.
+        tables: by title, the head and the rows of each.
     """
 
     name: str
@@ -159,6 +160,7 @@ class Section:
     series: list[Series] = field(default_factory=list)
     measures: dict[str, Measure] = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)
+    tables: dict[str, list[list[str]]] = field(default_factory=dict)
 
     @property
     def device(self) -> str:

@@ -93,6 +93,7 @@ def section_text(section: Section) -> str:
     if shown:
         rows = [[key.split(".", 2)[2], _measure(section, key)] for key in section.measures if key in shown]
         parts.append(table(["measure", "value"], rows))
+    parts += [f"**{title}**\n\n{table(rows[0], rows[1:])}" for title, rows in section.tables.items()]
     parts += [f"{title}: {text}." for title, text in section.facts.items()]
     return "\n\n".join(parts)
 
