@@ -1,4 +1,4 @@
-"""Weak scaling: the same batch for each rank, on one rank and on two."""
+"""Several processes: weak scaling of ranks, and all cores for one training or for several side by side."""
 
 import tempfile
 from collections.abc import Callable, Sequence
@@ -18,8 +18,10 @@ from .comparison import Comparison
 from .interleave import KEPT, Contestant, Runner, Task, interleave
 from .section import Settings
 from .timing import Timing
-from .training import CLIP, LEARNING_RATE, SHARE_RATE, ModelSpec, build_model, clouds
+from .training import CLIP, LEARNING_RATE, SHARE_RATE, ModelSpec, build_model, build_step, clouds
 from .worker import WorkerRunner
+
+ONE_PROCESS, RANKS, SIDE_BY_SIDE = "one process", "ranks of DDP", "trainings side by side"
 
 
 def weak_scaling(settings: Settings, spec: ModelSpec, ranks: int = 2) -> Comparison:
@@ -63,8 +65,49 @@ def weak_scaling(settings: Settings, spec: ModelSpec, ranks: int = 2) -> Compari
         )
 
 
+def all_cores(settings: Settings, spec: ModelSpec) -> Comparison:
+    """Time as many training steps as there are threads: by one process, by ranks of DDP, by trainings side by side.
+
+    Args:
+        settings: threads of all processes together, at least 2.
+        spec: the model, its batch that of one step, which ranks share.
+    """
+    count = settings.num_threads
+    rank = partial(build_rank, spec.but(batch=spec.batch // count), world=count, backend="gloo")
+
+    with tempfile.TemporaryDirectory() as folder:
+
+        def start(contestant: Contestant) -> Runner:
+            meeting = str(Path(folder) / "ranks")
+            builds, threads = {
+                ONE_PROCESS: ([partial(build_steps, partial(build_step, spec), count)], count),
+                RANKS: ([partial(build_steps, partial(rank, rank=i, meeting=meeting), count) for i in range(count)], 1),
+                SIDE_BY_SIDE: ([partial(build_step, spec.but(seed=i)) for i in range(count)], 1),
+            }[contestant.name]
+            return Ranks(contestant.name, builds, ["cpu"] * len(builds), threads)
+
+        return interleave(
+            f"all cores, {spec.name}",
+            [
+                Contestant(ONE_PROCESS, _never, same_math=False, note=f"{count} threads"),
+                Contestant(RANKS, _never, same_math=False, note=f"{count} processes, batch {spec.batch // count} each"),
+                Contestant(SIDE_BY_SIDE, _never, same_math=False, note=f"{count} processes, each its own training"),
+            ],
+            title=f"{spec.name}: {count} S2D training steps of batch {spec.batch} on {count} cores",
+            start=start,
+            samples=count * spec.batch,
+            **settings.interleaving(8),
+        )
+
+
+def build_steps(build: Callable[[], Task], count: int) -> Task:
+    """Make the task of several runs of another task."""
+    task = build()
+    return Task(lambda: [task.run() for _ in range(count)])
+
+
 def _never() -> Task:
-    raise AssertionError("ranks are built by `build_rank`")
+    raise AssertionError("processes are built by their starter")
 
 
 class Ranks:

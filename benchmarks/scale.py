@@ -11,7 +11,7 @@ from s2d3d.s2d import RUPMoF
 
 from .interleave import Contestant, Task, interleave
 from .layer import layer_task
-from .parallel import exchanged_bytes, weak_scaling
+from .parallel import ONE_PROCESS, RANKS, SIDE_BY_SIDE, all_cores, exchanged_bytes, weak_scaling
 from .presets import PUBLIC_BERT, SMALL_BERT, spec_for
 from .section import Section, Series, Settings, new_section, series_from
 from .training import build_step, clouds, step_flops
@@ -42,6 +42,12 @@ def measure(settings: Settings) -> Section:
         section.add_speedup("weak_scaling_efficiency", scaling, two, one)
     else:  # the ranks computed on the processor
         section.add("weak_scaling_efficiency", None, "needs 2 GPUs")
+    if settings.device.type == "cpu" and settings.num_threads > 1:
+        for name, preset in (("point_bert_small", SMALL_BERT), ("point_bert", PUBLIC_BERT)):
+            cores = all_cores(settings, spec_for(preset, settings).but(experts=EXPERTS))
+            section.comparisons.append(cores)
+            section.add_speedup(f"all_cores.{name}.ranks", cores, RANKS, ONE_PROCESS)
+            section.add_speedup(f"all_cores.{name}.side_by_side", cores, SIDE_BY_SIDE, ONE_PROCESS)
     _plan(section, settings)
     return section
 
