@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import InputError
-from ..ops.linear import tall_linear
+from ..ops.linear import narrow_linear, tall_linear
 from ..ops.points import is_exporting
 
 if TYPE_CHECKING:
@@ -18,6 +18,11 @@ if TYPE_CHECKING:
         """What `_GroupMax` passes from forward to backward."""
 
         saved_tensors: tuple[Tensor, Tensor]
+
+    class _AddToGroupsContext(torch.autograd.function.FunctionCtx):
+        """What `_AddToGroups` passes from forward to backward."""
+
+        num_groups: int
 
 
 def check_channels(points: Tensor, in_channels: int) -> None:
@@ -51,7 +56,8 @@ class Attention(nn.Module):
         """Map tokens x (B, T, C) to (B, T, C)."""
         batch, tokens, channels = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, channels // self.num_heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        # Taken apart before they are transposed, so that their gradients are joined where `qkv` needs them.
+        query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
         attend = _attend_by_products if _products_pay(query) else _attend
         return self.proj(attend(query, key, value).transpose(1, 2).reshape(batch, tokens, channels))
 
@@ -157,14 +163,12 @@ class GroupEncoder(nn.Module):
         (weight1, bias1), norm1, relu1, (weight2, bias2) = _layers(self.first_conv)
         (weight3, bias3), norm2, relu2, (weight4, bias4) = _layers(self.second_conv)
         points = groups.reshape(-1, channels)
-        points = tall_linear(relu1(norm1(F.linear(points, weight1, bias1))), weight2)
+        points = tall_linear(relu1(norm1(narrow_linear(points, weight1, bias1))), weight2)
         width = points.shape[-1]
         pooled = max_over_group(points.view(-1, group_size, width)) + bias2
         of_group, of_point = weight3[:, :width], weight3[:, width:]
         shift = F.linear(pooled, of_group, F.linear(bias2, of_point, bias3))
-        points = tall_linear(points, of_point).view(-1, group_size, of_point.shape[0])
-        points += shift.unsqueeze(1)  # in place: this is the largest tensor of the model
-        points = relu2(norm2(points.flatten(0, 1)))
+        points = relu2(norm2(_add_to_groups(tall_linear(points, of_point), shift)))
         points = tall_linear(points, weight4).view(-1, group_size, weight4.shape[0])
         tokens = max_over_group(points) + bias4
         return tokens.view(batch, num_group, -1)
@@ -196,6 +200,29 @@ class _GroupMax(torch.autograd.Function):
         # Written as numbers at once: by way of a bool it takes three times as long.
         is_largest = torch.eq(x, largest.unsqueeze(1), out=torch.empty_like(x, dtype=gradient.dtype))
         return is_largest.mul_((gradient / is_largest.sum(1)).unsqueeze(1))
+
+
+def _add_to_groups(rows: Tensor, shift: Tensor) -> Tensor:
+    """Add (G, C) to the rows (G S, C) of each group, in place: they are the largest tensor of the model."""
+    if torch.is_grad_enabled() and rows.requires_grad and not torch.compiler.is_compiling():
+        return _AddToGroups.apply(rows, shift)
+    rows.view(shift.shape[0], -1, shift.shape[1]).add_(shift.unsqueeze(1))
+    return rows
+
+
+class _AddToGroups(torch.autograd.Function):
+    """In place in a view, autograd would copy the gradient of the rows three times."""
+
+    @staticmethod
+    def forward(ctx: "_AddToGroupsContext", rows: Tensor, shift: Tensor) -> Tensor:
+        ctx.num_groups = shift.shape[0]
+        ctx.mark_dirty(rows)
+        rows.view(shift.shape[0], -1, shift.shape[1]).add_(shift.unsqueeze(1))
+        return rows
+
+    @staticmethod
+    def backward(ctx: "_AddToGroupsContext", gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, gradient.reshape(ctx.num_groups, -1, gradient.shape[1]).sum(1)
 
 
 def _layers(stack: nn.Sequential) -> tuple[tuple[Tensor, Tensor], nn.Module, nn.Module, tuple[Tensor, Tensor]]:

@@ -13,9 +13,10 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ops.linear import narrow_linear
 from ..ops.points import farthest_point_sample, gather_points
 from .layers import check_channels, max_over_group
-from .vector_attention import Neighbourhood, VectorAttention, find_neighbours, gather_sum, narrow_linear
+from .vector_attention import Neighbourhood, VectorAttention, find_neighbours, gather_sum
 
 MAX_DEPTH, MAX_STAGES = 1000, 16
 """Far beyond any model; a config or checkpoint with larger numbers would be built for hours before it is refused."""

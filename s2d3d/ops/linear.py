@@ -1,4 +1,4 @@
-"""Linear layers over very many rows on a CPU: the same product by the faster of torch's two libraries."""
+"""Linear layers over very many rows on a CPU: the same product by the faster library, or in the faster shape."""
 
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 MIN_ROWS = 2048
 MIN_COLUMNS = 16
 """Below these sizes the two libraries are equal, or the product is a small part of the time."""
+PART = 1024
+"""Rows of one product in `narrow_linear`."""
 
 
 def tall_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -46,6 +48,34 @@ def tall_linear(x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
     needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     return _TallLinear.apply(x, weight) if needs_gradient else _onednn(x, weight)
+
+
+def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute `F.linear` for many rows of a few channels, such as coordinates.
+
+    The weight's gradient sums over all rows, which MKL does slowly for so few columns: as a product of each
+    `PART` rows, added up, forward and backward take a third of the time. The transposed copy of the weight
+    gives its gradient the layout that is faster where rows do not divide.
+
+    Args:
+        x: (N, I).
+        weight: (O, I).
+        bias: (O,) or None.
+
+    Returns:
+        (N, O).
+
+    Example:
+        >>> narrow_linear(torch.ones(2048, 3), torch.ones(8, 3)).shape
+        torch.Size([2048, 8])
+    """
+    columns = weight.t().contiguous()
+    if _is_eager() and x.device.type == "cpu" and len(x) > PART and len(x) % PART == 0:
+        parts = x.view(-1, PART, x.shape[1])
+        columns = columns.expand(len(parts), -1, -1)
+        product = torch.bmm(parts, columns) if bias is None else torch.baddbmm(bias, parts, columns)
+        return product.view(len(x), -1)
+    return torch.mm(x, columns) if bias is None else torch.addmm(bias, x, columns)
 
 
 class _TallLinear(torch.autograd.Function):
@@ -81,7 +111,7 @@ if _HAS_ONEDNN:  # torch's counter of operations knows nothing of this one
 
 def _pays(x: Tensor, weight: Tensor) -> bool:
     return (
-        not (torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling())
+        _is_eager()
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.shape[0] >= MIN_ROWS
@@ -90,3 +120,7 @@ def _pays(x: Tensor, weight: Tensor) -> bool:
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+def _is_eager() -> bool:
+    return not (torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling())
