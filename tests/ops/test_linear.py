@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from s2d3d.ops import linear as ops_linear
-from s2d3d.ops.linear import MIN_COLUMNS, MIN_ROWS, tall_linear
+from s2d3d.ops.linear import MIN_COLUMNS, MIN_ROWS, PART, narrow_linear, tall_linear
 
 needs_onednn = pytest.mark.skipif(not ops_linear._HAS_ONEDNN, reason="this torch was built without oneDNN")
 
@@ -105,3 +105,18 @@ def test_operations_are_counted(calls):
         tall_linear(x, weight).sum().backward()
     assert calls
     assert counter.get_total_flops() == 3 * 2 * x.shape[0] * weight.numel()
+
+
+@pytest.mark.parametrize("rows", [4 * PART, 4 * PART + 1, PART - 1, 0])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_few_columns_equal_the_ordinary_layer(rows, with_bias):
+    x, weight = (t.double().detach().requires_grad_() for t in operands(rows=rows, inputs=3, outputs=20))
+    bias = torch.linspace(-1, 1, 20, dtype=torch.float64, requires_grad=True) if with_bias else None
+    leaves = [leaf for leaf in (x, weight, bias) if leaf is not None]
+    upstream = torch.randn(rows, 20, generator=torch.Generator().manual_seed(1)).double()
+    slopes = []
+    for linear in (F.linear, narrow_linear):
+        result = linear(x, weight, bias)
+        slopes.append([result, *torch.autograd.grad((result.tanh() * upstream).sum(), leaves)])
+    for expected, found in zip(*slopes):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
