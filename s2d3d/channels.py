@@ -86,9 +86,9 @@ def missing(where: object, group: str, channels: str, *, stored: str = "", advic
         advice: how it can be added.
     """
     rest = [name for name in groups(channels) if name != group]
-    also = f", or {advice}" if advice else ""
+    also = f", {advice}" if advice else ""
     looked_for = f" ({stored})" if stored else ""
     return InputError(
         f"{where}: holds no {NOUNS[group]}{looked_for}, which data.channels={channels} needs; "
-        f"set data.channels={'+'.join(rest)}{also}"
+        f"set data.channels={'+'.join(rest)} for a training{also}, or use other files"
     )

@@ -131,9 +131,17 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 def add_files(parser: argparse.ArgumentParser, what: str) -> None:
     """Add `--files`, which replaces the data set, and `--up-axis` of these files."""
     parser.add_argument("--files", nargs="+", metavar="PATH", help=f"{what}; `predict --help` lists the file types")
-    parser.add_argument("--up-axis", choices=("y", "z"), help="vertical axis of the --files; default: z")
+    add_up_axis(parser)
     add_refuse_missing(parser)
     add_estimate_normals(parser)
+
+
+def add_up_axis(parser: argparse.ArgumentParser) -> None:
+    """Add `--up-axis`, of files that are named."""
+    parser.add_argument(
+        "--up-axis", choices=("y", "z"),
+        help="vertical axis of the files; default: data.up_axis of a model that learned class folders, else z",
+    )  # fmt: skip
 
 
 def add_estimate_normals(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
 from typing import Any
 
 from .errors import InputError, printable
@@ -71,13 +70,32 @@ def worker_pool(
             start(*arguments)
         yield map
         return
+
+    def spread(*work: Any) -> Iterator[Any]:
+        with _without_main():  # the processes are started here
+            return pool.map(*work, chunksize=CHUNK)
+
     with executor as pool:
         try:
-            yield partial(pool.map, chunksize=CHUNK)
+            yield spread
         except BrokenProcessPool as error:
             raise InputError(f"a {doing} process died, perhaps for lack of memory; {remedy}") from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Let new processes import the package alone: a user's script, without the usual guard, would run again in each."""
+    main = vars(sys.modules["__main__"])
+    kept: dict[str, Any] = {key: main[key] for key in ("__file__", "__spec__") if key in main}
+    main.pop("__file__", None)
+    main["__spec__"] = None
+    try:
+        yield
+    finally:
+        del main["__spec__"]
+        main.update(kept)
 
 
 def _start_worker(start: Callable[..., None] | None, arguments: tuple) -> None:

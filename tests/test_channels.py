@@ -32,5 +32,6 @@ def test_a_wrong_layout_is_one_line():
     with pytest.raises(InputError, match=r"^clouds have 6 channels, xyz are 3; name their channels$"):
         by_group(torch.zeros(2, 6), "xyz")
     assert str(missing("a.ply", "normal", "xyz+normal+rgb", advice="paint them")) == (
-        "a.ply: holds no normals, which data.channels=xyz+normal+rgb needs; set data.channels=xyz+rgb, or paint them"
+        "a.ply: holds no normals, which data.channels=xyz+normal+rgb needs; set data.channels=xyz+rgb for a training, "
+        "paint them, or use other files"
     )

@@ -129,7 +129,7 @@ def read_datasets(arguments: argparse.Namespace, trained: "TrainedModel") -> "Se
     data = config.data
     return group_files(
         files, class_names, labels, data.num_points, least=getattr(trained.model, "min_points", None),
-        up_axis=arguments.up_axis or "z", normalize=bool(data.normalize), seed=config.seed,
+        up_axis=arguments.up_axis or trained.up_axis_of_files, normalize=bool(data.normalize), seed=config.seed,
         allow_missing=not arguments.refuse_missing, channels=trained.channels,
         estimate_normals=arguments.estimate_normals or trained.estimates_normals,
     )  # fmt: skip

@@ -170,7 +170,7 @@ def write_and_compare(
     count, channels = trained.config.data.num_points, described["in_channels"]
     facts = model_facts(
         model=described["name"], class_names=trained.class_names, up_axis=described["up_axis"],
-        normalize=trained.config.data.normalize, channels=trained.channels,
+        normalize=trained.config.data.normalize, files_up_axis=trained.up_axis_of_files, channels=trained.channels,
         config={"seed": config["seed"], "data": data, "eval": config["eval"]},
     )  # fmt: skip
     export_model(trained.model, path, format=kind, num_points=count, in_channels=channels, metadata=facts)

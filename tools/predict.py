@@ -15,6 +15,7 @@ from s2d3d.cli import (
     CLOUD_FILES,
     add_estimate_normals,
     add_refuse_missing,
+    add_up_axis,
     described,
     print_error,
     refuse_existing,
@@ -32,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="predict.py", **described(__doc__, example))
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a checkpoint, or an exported .onnx file")
     parser.add_argument("files", nargs="+", metavar="FILE", help=f"files, or folders of them: {CLOUD_FILES}")
-    parser.add_argument("--up-axis", choices=("y", "z"), default="z", help="vertical axis of the files (default: z)")
+    add_up_axis(parser)
     add_refuse_missing(parser)
     add_estimate_normals(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed of the points sampled from meshes (default: 0)")
@@ -64,13 +65,14 @@ def run(arguments: argparse.Namespace) -> int:
     trained, device = open_classifier(arguments.checkpoint, device=arguments.device)
     trained.require_clouds("predict.py")
     names, data, results, num_failed = trained.class_names, trained.config.data, [], 0
+    up_axis = arguments.up_axis or trained.up_axis_of_files
 
     def clouds() -> Iterator[tuple[str, "Tensor"]]:
         nonlocal num_failed
         for path in map(str, find_files(arguments.files)):
             try:
                 cloud = read_cloud(
-                    path, data.num_points, up_axis=arguments.up_axis, normalize=data.normalize, seed=arguments.seed,
+                    path, data.num_points, up_axis=up_axis, normalize=data.normalize, seed=arguments.seed,
                     least=getattr(trained.model, "min_points", None), allow_missing=not arguments.refuse_missing,
                     channels=trained.channels,
                     estimate_normals=arguments.estimate_normals or trained.estimates_normals,
@@ -90,9 +92,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{printable(path)}: " + ", ".join(top), flush=True)
     if results:
         noun = "file" if len(results) == 1 else "files"
-        print(f"{len(results)} {noun} classified, {num_failed} not read; up axis {arguments.up_axis}")
+        print(f"{len(results)} {noun} classified, {num_failed} not read; up axis {up_axis}")
     if output and results:
-        content = {"checkpoint": arguments.checkpoint, "up_axis": arguments.up_axis, "predictions": results}
+        content = {"checkpoint": arguments.checkpoint, "up_axis": up_axis, "predictions": results}
         write_json(output, content)
         print(f"written to {output}")
     return int(num_failed > 0)

@@ -3,6 +3,7 @@
 import copy
 import re
 import reprlib
+import shlex
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -117,7 +118,8 @@ def apply_overrides(mapping: dict, overrides: Sequence[str]) -> tuple[dict[Loc, 
         try:
             value, problems = _parse(text)
         except yaml.YAMLError as error:
-            lines.append(f"{where}: {_yaml_error(error, text)[1]}")
+            quoted_text = shlex.quote(f'{key}="{text}"')
+            lines.append(f"{where}: {_yaml_error(error, text)[1]}; text needs quotes here: {quoted_text}")
             continue
         lines += [Problem(loc + problem.loc, problem.text).line(where) for problem in problems]
         origins, problem = _set(mapping, loc, value, where, origins)

@@ -8,12 +8,16 @@ from pathlib import Path
 
 import torch
 
-from ..errors import InputError, printable
+from ..errors import InputError, printable, quoted
 from ..random_state import derived_generator
 from .files import SUFFIXES
 from .links import check_inside
 
 SPLITS = ("train", "test")
+OTHER_SPLITS = ("training", "testing", "val", "valid", "validation")
+"""Names, in any case, of folders that are meant for a split, and are no class."""
+SHOWN_CLASSES = 10
+"""Class names in the line that sums up a folder."""
 UNLABELLED = "unlabelled"
 """The class of files outside of class folders, where no labels are needed."""
 LAYOUTS = "ROOT/CLASS/FILE, ROOT/train/CLASS/FILE with ROOT/test/CLASS/FILE, or ROOT/CLASS/train/FILE with test"
@@ -28,7 +32,7 @@ class ClassFolders:
         class_names: in alphabetical order.
         files: by split, each file below `root` and the number of its class, in the order of class and path.
         ignored: number of files by suffix that are no clouds; "" stands for none.
-        empty: names of folders at the place of a class that hold files, but no cloud.
+        empty: names of folders at the place of a class that hold no cloud.
     """
 
     root: Path
@@ -42,9 +46,28 @@ class ClassFolders:
         suffixes = Counter(path.suffix.lower() for files in self.files.values() for path, _ in files)
         parts = ", ".join(f"{len(files)} to {split}" for split, files in self.files.items())
         ignored = f"; ignored, of other kinds: {count_suffixes(self.ignored)}" if self.ignored else ""
-        ignored += f"; no cloud in {', '.join(map(printable, self.empty))}" if self.empty else ""
         total, classes = suffixes.total(), len(self.class_names)
-        return f"{self.root}: {total} files ({count_suffixes(suffixes)}) in {classes} classes, {parts}{ignored}"
+        names = ", ".join([*map(printable, self.class_names[:SHOWN_CLASSES]), *["..."] * (classes > SHOWN_CLASSES)])
+        kinds = count_suffixes(suffixes)
+        return f"{self.root}: {total} files ({kinds}) in {classes} classes ({names}), {parts}{ignored}"
+
+    def doubts(self) -> list[str]:
+        """Return a line for whatever may be meant otherwise than it is read."""
+        said = []
+        if self.empty:
+            said.append(f"no cloud in {', '.join(map(printable, self.empty))}, so it is no class")
+        tested = {label for _, label in self.files["test"]}
+        if untested := [name for label, name in enumerate(self.class_names) if label not in tested]:
+            said.append(f"no file of {', '.join(map(printable, untested))} is tested")
+        below: dict[str, set[str]] = {name: set() for name in self.class_names}
+        for path, label in (pair for files in self.files.values() for pair in files):
+            inside = path.relative_to(self.root).parts[:-1]
+            below[self.class_names[label]].update(name for name in inside[1:2] if _split_name(name) is None)
+        shared = set.intersection(*below.values())
+        if len(shared) > 1 and all(names == shared for names in below.values()):
+            shown = ", ".join(map(printable, sorted(shared)))
+            said.append(f"all classes hold the folders {shown}; if these are the classes, move them up by one folder")
+        return said
 
 
 def find_class_folders(
@@ -57,9 +80,9 @@ def find_class_folders(
 ) -> ClassFolders:
     """Find the files of a data set in class folders, see `LAYOUTS`.
 
-    Where no folder is called train or test, a share of each class's files is the test split: at least one file, chosen
-    by `split_seed` and the file's path. Files are looked for in folders below the class folder too. Names that begin
-    with a dot are left out.
+    Where no folder is called train or test, in any case of letters, a share of each class's files is the test split: at
+    least one file, chosen by `split_seed` and the file's path. Files are looked for in folders below the class folder
+    too. Names that begin with a dot are left out.
 
     Args:
         root: the folder.
@@ -70,7 +93,7 @@ def find_class_folders(
 
     Raises:
         InputError: no folder, fewer than two classes, a class without a file to train on, files outside of class
-            folders, or a link out of the folder.
+            folders, a folder that is named like a split or cannot name a class, or a link out of the folder.
 
     Example:
         >>> import tempfile
@@ -88,13 +111,10 @@ def find_class_folders(
             f"{root}: {'not a folder' if root.exists() else 'no such folder'}; name one with class folders"
         )
     ignored: Counter[str] = Counter()
-    other_folders: set[str] = set()
     by_class: dict[str, dict[str, list[Path]]] = {}  # class, then split, or "" where the files are not split
     for path in walk_files(root, root, allow_links=allow_links):
         if path.suffix.lower() not in SUFFIXES:
             ignored[path.suffix.lower()] += 1
-            folders = [name for name in path.relative_to(root).parts[:-1] if name not in SPLITS]
-            other_folders.update(folders[:1])
             continue
         split, class_name = _place(path.relative_to(root), path, labelled)
         by_class.setdefault(class_name, {}).setdefault(split, []).append(path)
@@ -117,7 +137,19 @@ def find_class_folders(
     }
     if not files["test"]:
         raise InputError(f"{root}: holds a folder train but no test; add one, or move its class folders into {root}")
-    return ClassFolders(root, class_names, files, ignored, sorted(other_folders - by_class.keys()))
+    return ClassFolders(root, class_names, files, ignored, sorted(_folder_names(root) - by_class.keys()))
+
+
+def _folder_names(root: Path) -> set[str]:
+    """Return the names of the folders at the place of a class."""
+    above = [path for path in root.iterdir() if path.is_dir() and not _is_hidden(path.name)]
+    splits = [path for path in above if path.name.lower() in SPLITS]
+    inside = [path for split in splits for path in split.iterdir() if path.is_dir() and not _is_hidden(path.name)]
+    return {path.name for path in (*above, *inside) if path not in splits and path.name.lower() not in SPLITS}
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def walk_files(folder: Path, root: Path, *, allow_links: bool, above: frozenset[str] = frozenset()) -> Iterator[Path]:
@@ -144,7 +176,7 @@ def walk_files(folder: Path, root: Path, *, allow_links: bool, above: frozenset[
         raise InputError(text) from None
     for name in names:
         path = folder / name
-        if name.startswith(".") or name == "__MACOSX":
+        if _is_hidden(name):
             continue
         if path.is_symlink():
             check_inside(path, root, allow_links=allow_links)
@@ -156,17 +188,36 @@ def walk_files(folder: Path, root: Path, *, allow_links: bool, above: frozenset[
 
 def _place(relative: Path, path: Path, labelled: bool) -> tuple[str, str]:
     """Return the split of a file, "" if no folder tells it, and its class."""
-    folders = relative.parts[:-1]
-    split = ""
-    if folders and folders[0] in SPLITS:
-        split, folders = folders[0], folders[1:]
-    elif len(folders) > 1 and folders[1] in SPLITS:
-        split, folders = folders[1], folders[:1]
+    folders, split = relative.parts[:-1], ""
+    place = next((place for place, name in enumerate(folders[:2]) if _split_name(name) is not None), None)
+    if place is not None:
+        split = _split_name(folders[place]) or ""
+        if not split:
+            shown = printable(folders[place])
+            raise InputError(f"{path}: its folder '{shown}' is named like a split; call it train or test: {LAYOUTS}")
+        folders = folders[1:] if place == 0 else folders[:1]
     if not folders and not labelled:
         return split, UNLABELLED
     if not folders:
         raise InputError(f"{path}: lies in no class folder, so its class is unknown; move it: {LAYOUTS}")
+    if (name := folders[0]) != name.strip() or len(name.splitlines()) != 1 or not _is_text(name):
+        text = f"{quoted(name)} cannot name a class: it has line breaks, spaces around it, or is not UTF-8"
+        raise InputError(f"{printable(str(path.parent))}: {text}; rename it")
     return split, folders[0]
+
+
+def _split_name(name: str) -> str | None:
+    """Return the split that a folder's name means: one of `SPLITS`, "" for another one, None for none."""
+    lowered = name.lower()
+    return lowered if lowered in SPLITS else "" if lowered in OTHER_SPLITS else None
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # a name of the file system that is not UTF-8
+        return False
+    return True
 
 
 def _divide(name: str, files: list[Path], root: Path, test_fraction: float, split_seed: int) -> dict[str, list[Path]]:

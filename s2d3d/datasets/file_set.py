@@ -1,6 +1,8 @@
 """Single files as a data set: clouds and meshes of any origin, whose folders may be named after their classes."""
 
+import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -12,44 +14,35 @@ from torch import Tensor
 from ..channels import XYZ
 from ..errors import InputError
 from .base import PointCloudDataset
+from .class_folders import count_suffixes, walk_files
 from .files import SUFFIXES, read_cloud
 from .loader import BatchLoader
+
+log = logging.getLogger(__name__)
 
 
 def find_files(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
     """Return the files named, and of each folder named all that `read_points` reads, in the order of their paths.
 
     Links to files and folders are followed and keep their own names. A link to nothing is returned too, so that reading
-    it says so.
+    it says so. In folders, names that begin with a dot are left out, and files of other kinds are counted in a warning.
 
     Raises:
         InputError: a folder without such a file, or one that cannot be read.
     """
     found: list[Path] = []
     for path in map(Path, paths):
-        inside = sorted(_inside(path, frozenset())) if path.is_dir() else []
-        if path.is_dir() and not inside:
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = list(walk_files(path, path, allow_links=True))
+        read = [file for file in inside if file.suffix.lower() in SUFFIXES]
+        if not read:
             raise InputError(f"{path}: holds no file of {', '.join(SUFFIXES)}")
-        found += inside or [path]
+        if others := Counter(file.suffix.lower() for file in inside if file.suffix.lower() not in SUFFIXES):
+            log.warning("%s: ignored, of other kinds: %s", path, count_suffixes(others))
+        found += sorted(read)
     return found
-
-
-def _inside(folder: Path, above: frozenset[str]) -> Iterator[Path]:
-    """Yield the files below a folder; a link to a folder that it lies in is not entered."""
-    real = os.path.realpath(folder)
-    if real in above:
-        return
-    try:
-        names = os.listdir(folder)
-    except OSError as error:
-        raise InputError(
-            f"{folder}: cannot be read ({error.strerror}); change its permissions or leave it out"
-        ) from None
-    for path in (folder / name for name in names):
-        if path.is_dir():
-            yield from _inside(path, above | {real})
-        elif path.suffix.lower() in SUFFIXES:
-            yield path
 
 
 def folder_labels(files: Sequence[Path], class_names: Sequence[str]) -> list[int] | None:

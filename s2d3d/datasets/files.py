@@ -41,6 +41,11 @@ _MESHES: dict[str, Callable[..., tuple[np.ndarray, np.ndarray | None]]] = {
     ".stl": lambda path, extras=None: read_stl(path),
     ".glb": lambda path, extras=None: read_glb(path),
 }
+SURFACE_POINTS = 2
+"""Points drawn from a mesh for each one that is wanted; farthest point sampling makes the rest an even cloud."""
+MOST_POINTS = 65536
+"""A larger cloud is first thinned to this, evenly in the order of its points: farthest point sampling takes time in
+proportion to its size."""
 SUFFIXES = (".ply", ".pcd", ".off", ".obj", ".stl", ".glb", ".las", ".npy", ".npz", *_TEXTS)
 """Of the files that `read_points` reads."""
 
@@ -163,8 +168,9 @@ def read_cloud(
     if num_points < 1:
         raise InputError(f"num_points is {num_points}, must be at least 1")
     points = read_points(
-        path, num_points, seed=seed, allow_missing=allow_missing, channels=channels, estimate_normals=estimate_normals
-    )
+        path, SURFACE_POINTS * num_points, seed=seed, allow_missing=allow_missing, channels=channels,
+        estimate_normals=estimate_normals,
+    )  # fmt: skip
     least = num_points if least is None else min(least, num_points)
     if len(points) < least:
         takes = "that the model takes" if least == num_points else "that the model needs"
@@ -172,8 +178,24 @@ def read_cloud(
     if len(points) < num_points:
         log.warning("%s: holds %d points, the model takes %d; all are used", path, len(points), num_points)
     cloud = as_cloud(points, str(path), normalize=normalize, up_axis=up_axis, channels=channels)
-    chosen = farthest_prefix(coordinates(cloud), num_points)[0].long() if len(points) > num_points else slice(None)
-    return cloud[0][chosen].contiguous()
+    return spread_points(cloud, num_points, num_points)[0] if len(points) > num_points else cloud[0]
+
+
+def spread_points(cloud: Tensor, count: int, num_points: int) -> Tensor:
+    """Take points that cover a cloud evenly, in the order of farthest point sampling.
+
+    Args:
+        cloud: (1, N, C).
+        count: how many, at most N; fewer are the first of these.
+        num_points: of a sample, at most `count`.
+
+    Returns:
+        (1, count, C).
+    """
+    size, most = cloud.shape[1], max(MOST_POINTS, SURFACE_POINTS * num_points)
+    if size > most:
+        cloud = cloud[:, torch.arange(most) * size // most]
+    return cloud[:, farthest_prefix(coordinates(cloud), count)[0].long()].contiguous()
 
 
 def as_cloud(points: np.ndarray, where: str, *, normalize: bool, up_axis: str, channels: str) -> Tensor:

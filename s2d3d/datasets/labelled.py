@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ClassVar, Self, TypedDict
 
 import torch
@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from ..errors import InputError
 from ..random_state import derived_generator
 
-TRAIN = "train"
+TRAIN, TEST = "train", "test"
 
 
 class LabelledDataset(torch.utils.data.Dataset):
@@ -33,6 +33,7 @@ class LabelledDataset(torch.utils.data.Dataset):
     Attributes:
         noun: what a sample is, in the plural, for messages and pages.
         skipped: a line for each file that the reader left out.
+        file_hashes: hashes of the content of all files, by split, of a reader that gives them.
 
     Raises:
         InputError: no samples.
@@ -49,6 +50,7 @@ class LabelledDataset(torch.utils.data.Dataset):
 
     noun: ClassVar[str] = "samples"
     skipped: Sequence[str] = ()
+    file_hashes: Mapping[str, Sequence[bytes]] = {}
 
     def __init__(
         self,
@@ -156,6 +158,14 @@ class LabelledDataset(torch.utils.data.Dataset):
             "clouds": (samples.square() * weights).flatten(1).mean(1).tolist(),
         }
 
+    def trained_files(self) -> Tensor:
+        """Return a number for each file of the training split alone, (n,) int64; none where files are unknown."""
+        return _as_numbers(set(self.file_hashes.get(TRAIN, ())) - set(self.file_hashes.get(TEST, ())))
+
+    def count_trained(self, numbers: Tensor) -> int:
+        """Count the files of the test split that a result of `trained_files` names."""
+        return int(torch.isin(_as_numbers(self.file_hashes.get(TEST, ())), numbers).sum())
+
     def subset(self, indices: Tensor | Sequence[int]) -> Self:
         """Return the samples at `indices`, in that order; what is stored is shared, not copied.
 
@@ -183,6 +193,11 @@ class LabelledDataset(torch.utils.data.Dataset):
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_item_generator": None}
+
+
+def _as_numbers(hashes: Iterable[bytes]) -> Tensor:
+    numbers = sorted(int.from_bytes(content[:8].ljust(8), "little", signed=True) for content in hashes)
+    return torch.tensor(numbers, dtype=torch.int64)
 
 
 class Fingerprint(TypedDict):

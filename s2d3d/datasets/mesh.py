@@ -214,6 +214,8 @@ def read_obj(path: Path, extras: Extras | None = None) -> tuple[np.ndarray, np.n
                 raise InputError(f"{path}: line {line}: a face names a vertex outside the {so_far} so far")
             corners += [corner - 1 if corner > 0 else so_far + corner for corner in found]
             lengths.append(len(found))
+        elif word in (b"surf", b"curv", b"curv2", b"cstype"):
+            raise InputError(f"{path}: line {line}: free-form curves and surfaces are not read; convert it to a mesh")
     if pending.strip():
         raise InputError(f"{path}: is cut short: its last line goes on after a backslash")
     points = np.array(vertices, dtype=np.float64).reshape(-1, 3)
@@ -240,9 +242,9 @@ def read_stl(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if len(data) >= 84 and 84 + 50 * announced == len(data):
         vertices = np.frombuffer(data, _STL_FACET, announced, 84)["corners"].reshape(-1, 3).astype(np.float64)
     elif data[:5].lower() == b"solid":
-        facets, ends = (len(re.findall(rb"\b" + word + rb"\b", data)) for word in (b"facet", b"endfacet"))
+        facets, ends = (len(re.findall(rb"\b" + word + rb"\b", data.lower())) for word in (b"facet", b"endfacet"))
         fields = [match.groups() for match in _STL_VERTEX.finditer(data)]
-        before, _, rest = data.rpartition(b"endsolid")
+        before, _, rest = data.lower().rpartition(b"endsolid")
         if not before or not facets == ends == len(fields) / 3 or rest.partition(b"\n")[2].strip():
             raise InputError(
                 f"{path}: is cut short or damaged: {facets} facets begin, {ends} end, {len(fields)} corners are there"

@@ -99,6 +99,8 @@ def read_ply(path: Path, extras: Extras | None = None) -> tuple[np.ndarray, np.n
                 extras[group] = stored.astype(np.result_type(*(element.properties[place].type for place in places)))
         elif is_face and wanted >= 0 and element.count:
             corners = found
+        elif element.count and (is_face or element.name == "tristrips"):
+            raise InputError(f"{path}: its {element.name} have no {CORNERS[0]} and are not read; save triangles")
     rest = data[start:].strip(b"\0\r\n\t ")
     if rest:
         raise InputError(f"{path}: holds {len(rest)} bytes more than its header announces; is it damaged?")

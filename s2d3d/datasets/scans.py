@@ -10,32 +10,28 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from ..atomic import locked, read_json, workspace, write_json, write_text
 from ..channels import XYZ, by_group, groups
-from ..errors import InputError, first_line
+from ..errors import InputError, first_line, quoted
 from ..workers import worker_pool
 from .base import PointCloudDataset
 from .class_folders import ClassFolders, find_class_folders
-from .files import as_cloud, read_points
+from .files import SURFACE_POINTS, as_cloud, read_points, spread_points
 from .h5 import write_h5
 from .labelled import TRAIN
 from .modelnet40 import load_modelnet40
-from .prefix import cache_folders, can_hold, farthest_prefix
-from .transforms import coordinates
+from .prefix import cache_folders, can_hold
 
 log = logging.getLogger(__name__)
 
 LEAST_POINTS = 32
 """A file with fewer points shows no shape."""
-_VERSION = 1
+_VERSION = 2
 """Of what is kept; a higher one makes it anew."""
 _FILE_ROWS = 1024
 """Clouds of one HDF5 file."""
-_MOST_POINTS = 65536
-"""A larger cloud is first thinned to this at random: farthest point sampling takes time in proportion to its size."""
 _PARALLEL_BYTES = 64_000_000
 """Files that take more are read in several processes; below that, starting these takes longer."""
 
@@ -109,11 +105,14 @@ def load_scans(
     found = find_class_folders(
         root, test_fraction=test_fraction, split_seed=split_seed, allow_links=allow_links, labelled=labelled
     )
+    hashes = {split: _file_hashes(found, split) for split in found.files}
     say = split == TRAIN  # once, not for each split
     if say:
         log.info("%s", found.summary())
+        for text in (*found.doubts(), *_copies(found, hashes)):
+            log.warning("%s: %s", root, text)
     options = Options(num_points, normalize, short, skip_unreadable, channels, estimate_normals)
-    name = f"files_{_content_hash(found, options)}"
+    name = f"files_{_content_hash(found, options, hashes)}"
     kept = None
     for folder in cache_folders(Path(root), cache_dir):
         if (folder / name).is_dir() or can_hold(folder):
@@ -130,11 +129,19 @@ def load_scans(
     notes = read_json(kept / "notes.json", advice="remove its folder, it is made anew")
     for text in notes["said"] if say else []:
         log.warning("%s: %s", root, text)
-    dataset = load_modelnet40(
-        kept, split, num_points=num_points, channels=channels, normalize=False, cache_dir=kept.parent, **shared
-    )
+    try:
+        dataset = load_modelnet40(
+            kept, split, num_points=num_points, channels=channels, normalize=False, cache_dir=kept.parent, **shared
+        )
+    except InputError as error:
+        if str(kept) not in str(error):
+            raise
+        raise InputError(
+            f"{kept}: what was read from {root} is damaged; remove this folder, it is made anew"
+        ) from error
     dataset.source, dataset.skipped = str(root), tuple(notes["skipped"])
     dataset.normalized = normalize  # file by file, before points were chosen
+    dataset.file_hashes = hashes
     return dataset
 
 
@@ -143,6 +150,8 @@ def check_scans(
 ) -> dict[str, str]:
     """Return by keyword of `load_scans` what is wrong with its value."""
     problems = {}
+    if short not in ("repeat", "skip", "error"):
+        problems["short"] = f"must be repeat, skip or error, got {quoted(str(short))}"
     if not 0 < test_fraction < 1:
         problems["test_fraction"] = f"must be above 0 and below 1, got {test_fraction:g}"
     if split_seed < 0:
@@ -173,15 +182,11 @@ def read_stored(
     Raises:
         InputError: as `read_points`; fewer than `LEAST_POINTS` points.
     """
-    points = read_points(path, 2 * num_points, channels=channels, estimate_normals=estimate_normals)
+    points = read_points(path, SURFACE_POINTS * num_points, channels=channels, estimate_normals=estimate_normals)
     if len(points) < LEAST_POINTS:
         raise InputError(f"{path}: {len(points)} points show no shape; at least {LEAST_POINTS} are needed")
     cloud = as_cloud(points, str(path), normalize=normalize, up_axis="z", channels=channels)  # turned when read again
-    if cloud.shape[1] > _MOST_POINTS:
-        kept = np.random.default_rng(0).choice(cloud.shape[1], _MOST_POINTS, replace=False)
-        cloud = cloud[:, torch.from_numpy(np.sort(kept))]
-    chosen = farthest_prefix(coordinates(cloud), min(cloud.shape[1], stored_points(num_points)))[0].long()
-    return cloud[0, chosen].numpy()
+    return spread_points(cloud, min(cloud.shape[1], stored_points(num_points)), num_points)[0].numpy()
 
 
 def _try_read(path: Path, options: Options) -> np.ndarray | str:
@@ -275,15 +280,39 @@ def _workers(paths: Sequence[Path]) -> int:
     return min(os.cpu_count() or 1, 8) if size > _PARALLEL_BYTES else 1
 
 
-def _content_hash(found: ClassFolders, options: Options) -> str:
+def _content_hash(found: ClassFolders, options: Options, hashes: dict[str, list[bytes]]) -> str:
     """Return a hash of everything that what is kept depends on."""
     digest = hashlib.blake2b(f"{_VERSION} {options.described()} {found.class_names}".encode(), digest_size=12)
-    labelled = [(split, path, label) for split, files in found.files.items() for path, label in files]
-    with ThreadPoolExecutor(4) as pool:
-        contents = pool.map(_file_hash, [path for _, path, _ in labelled])
-        for (split, path, label), content in zip(labelled, contents):
+    for split, files in found.files.items():
+        for (path, label), content in zip(files, hashes[split]):
             digest.update(os.fsencode(f"{split} {label} {path.relative_to(found.root)} ") + content)
     return digest.hexdigest()
+
+
+def _copies(found: ClassFolders, hashes: dict[str, list[bytes]]) -> list[str]:
+    """Return a line for files of the same content that are tested and trained on, or lie in two classes."""
+    trained = {content: path for (path, _), content in zip(found.files["train"], hashes["train"])}
+    both = [
+        (path, trained[content])
+        for (path, _), content in zip(found.files["test"], hashes["test"])
+        if content in trained
+    ]
+    said = []
+    if both:
+        first, same = both[0]
+        said.append(f"{len(both)} files to test are copies of files to train, the first: {first} of {same}")
+    classes: dict[bytes, tuple[Path, int]] = {}
+    labelled = [(*pair, content) for split, files in found.files.items() for pair, content in zip(files, hashes[split])]
+    other = [(path, classes[c][0]) for path, label, c in labelled if classes.setdefault(c, (path, label))[1] != label]
+    if other:
+        first, same = other[0]
+        said.append(f"{len(other)} files are copies of files of another class, the first: {first} of {same}")
+    return said
+
+
+def _file_hashes(found: ClassFolders, split: str) -> list[bytes]:
+    with ThreadPoolExecutor(4) as pool:
+        return list(pool.map(_file_hash, [path for path, _ in found.files[split]]))
 
 
 def _file_hash(path: Path) -> bytes:

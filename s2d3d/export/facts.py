@@ -17,6 +17,7 @@ def model_facts(
     class_names: Sequence[str],
     up_axis: str,
     normalize: bool,
+    files_up_axis: str = "z",
     channels: str = XYZ,
     config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -27,6 +28,7 @@ def model_facts(
         class_names: in the order of the logits.
         up_axis: vertical axis of the clouds, "y" or "z".
         normalize: whether the clouds are centred and scaled into the unit sphere.
+        files_up_axis: vertical axis of files, unless their user says another.
         channels: the numbers of a point, one of `s2d3d.channels.CHANNELS`.
         config: sections of the run's config by which `evaluate` scores the file, without places on this machine.
 
@@ -40,6 +42,7 @@ def model_facts(
         "class_names": list(class_names),
         "up_axis": up_axis,
         "normalize": NORMALIZE[normalize],
+        "files_up_axis": files_up_axis,
         "channels": channels,
         "config": dict(config or {}),
     }

@@ -20,7 +20,7 @@ from ..runs.checkpoint import (
 )
 from ..runs.folder import HUB_CARD, HUB_CONFIG, HUB_WEIGHTS, RunFolder
 from ..runs.record import RunRecord, read_runs
-from ..runs.trained import open_trained
+from ..runs.trained import open_trained, stored_config
 from ..s2d import is_sparse
 
 with optional("huggingface_hub", "s2d3d.integrations.hub", extra="hub"):
@@ -185,6 +185,7 @@ class PointCloudClassifier(nn.Module, PyTorchModelHubMixin, library_name="s2d3d"
     @classmethod
     def _read(cls, folder: Path) -> "PointCloudClassifier":
         payload = load_checkpoint(folder)
+        stored_config(payload, folder)  # refuses one that this package did not write
         card = folder / HUB_CARD
         text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else model_card(payload, None)
         return cls(build_model(payload, where=str(folder)), description_of(payload), text)

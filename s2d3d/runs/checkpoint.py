@@ -22,6 +22,8 @@ from .folder import HUB_CONFIG, HUB_WEIGHTS, is_hub_folder, require_checkpoint
 FORMAT = "s2d3d"
 FORMAT_VERSION = 2
 MODEL_KEYS = ("model", "s2d", "state_dict", "class_names", "config")
+DATA_KEYS = ("trained_files",)
+"""What a checkpoint may say of its data: the files of the training split, see `LabelledDataset.trained_files`."""
 """Keys of every checkpoint. The checkpoint of an unfinished run also holds the training state."""
 _SHAPE = {"num_classes": 1, "in_channels": 3}
 MAX_EXPANSION = 4
@@ -267,8 +269,13 @@ def _check_content(payload: dict[str, Any], path: str | Path) -> None:
         "state_dict": isinstance(weights, dict) and _is_state_dict(weights, MAX_EXPANSION * _size(path)),
         "class_names": isinstance(names, list) and all(isinstance(name, str) for name in names),
         "config": isinstance(payload["config"], dict),
+        "trained_files": isinstance(payload.get("trained_files", torch.empty(0)), torch.Tensor),
     }
-    wrong = [key for key in MODEL_KEYS if not fits[key]]
+    if fits["model"] and fits["class_names"]:
+        outputs = payload["model"].get("num_classes", len(names))
+        fits["model"] = payload["model"].get("up_axis", "z") == "z"
+        fits["class_names"] = len(set(names)) == len(names) == outputs
+    wrong = [key for key in fits if not fits[key]]
     if wrong:
         raise UnreadableError(f"{path}: checkpoint is damaged, its {', '.join(wrong)} cannot be what s2d3d wrote")
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,11 +120,13 @@ def check_same_run(state: dict[str, Any], config: Config, path: Path) -> None:
         if key == "train.epochs" and ours > theirs:
             if _can_be_extended(stored):
                 continue
-            start = f"model.pretrained={path.parent.parent / 'merged.pt'}, another output_dir"
+            start = f"{shlex.quote(f'model.pretrained={path.parent.parent}/merged.pt')}, another output_dir"
             raise InputError(
                 f"{path}: its schedule ends with epoch {theirs}, so it cannot go on to {ours}; start a new run from "
                 f"its weights: {start} and train.epochs={ours - theirs}"
             )
+        if key == "train.epochs":
+            raise InputError(f"{path}: is of a run of {theirs} epochs, {ours} are fewer; epochs can only be added")
         raise InputError(
             f"{path}: was trained with {key}={theirs!r}, the config says {ours!r}; "
             "resume with the run's own config.yaml"

@@ -13,6 +13,7 @@ from ..config.data import build_dataset, check_classes
 from ..config.load import Config, parse_config
 from ..config.schema import DataConfig
 from ..datasets import LabelledDataset, dataset_reader, list_datasets
+from ..datasets.labelled import TRAIN
 from ..errors import InputError, printable, quoted
 from ..export.facts import check_facts
 from ..export.write import Exported, load_exported
@@ -54,11 +55,17 @@ class TrainedModel:
         """Whether its data set estimates the normals of files that have none."""
         return bool(self.config.data.kwargs.get("estimate_normals", False))
 
+    @property
+    def up_axis_of_files(self) -> str:
+        """The vertical axis of files that are named, unless their user says another: that of its own class folders."""
+        return up_axis_of_files(self.config) if self.unknown_data is None else "z"
+
     def dataset(self, split: str = "test") -> LabelledDataset:
         """Read a split of the data set that the config names.
 
         Raises:
-            InputError: the data set cannot be read or is not registered, or its classes differ from those of the model.
+            InputError: the data set cannot be read or is not registered, its classes differ from those of the model, or
+                files of its test split were trained on.
         """
         if name := self.unknown_data:
             plugins = self.payload["config"].get("plugins") or ["FILE.py"]
@@ -67,10 +74,21 @@ class TrainedModel:
                 f"that registers it by --plugin {printable(str(plugins[0]))}, or other data by data.name= and "
                 "data.root="
             )
-        labelled = self.config.task == "classify"
+        labelled, root = self.config.task == "classify", self.config.data.root
+        if not Path(root).is_absolute() and not Path(root).exists():
+            raise InputError(
+                f"{self.path}: its data lies in '{printable(root)}', as seen from where it was trained, and not here; "
+                "say where by data.root=DIR"
+            )
         dataset = build_dataset(self.config.data, split, seed=self.config.seed, labelled=labelled)
         if labelled:
             check_classes(dataset, self.class_names, self.path)
+        trained = self.payload.get("trained_files")
+        if split != TRAIN and trained is not None and (known := dataset.count_trained(trained)):
+            raise InputError(
+                f"{root}: {known} of its {len(dataset)} test files were trained on by {self.path}, as files were added "
+                "or divided otherwise; score new files by --files, or divide all into folders train/ and test/"
+            )
         return dataset
 
     def require_clouds(self, use: str) -> None:
@@ -85,6 +103,11 @@ class TrainedModel:
         name = self.config.data.name
         if not (reader := dataset_reader(name)).clouds:
             raise InputError(f"{self.path}: was trained on '{name}', {reader.kind.noun}; {use} needs point clouds")
+
+
+def up_axis_of_files(config: Config) -> str:
+    """Return the vertical axis of files, "y" or "z", unless their user says another: that of class folders, else z."""
+    return (config.data.up_axis or "z") if config.data.name == "files" else "z"
 
 
 UNKNOWN_DATA = "files"

@@ -113,7 +113,7 @@ def build_scheduler(
     lr = first.get("initial_lr", first["lr"])
     return CosineLRScheduler(
         optimizer,
-        t_initial=total_steps,
+        t_initial=max(2, total_steps),  # of one update timm says that the schedule has no effect
         lr_min=min_lr if schedule == "cosine" else lr,
         warmup_t=warmup_steps,
         warmup_lr_init=warmup_lr,

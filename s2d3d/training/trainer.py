@@ -178,6 +178,8 @@ class Trainer:
                 self.folder.write_log(self.history, COLUMNS[cfg.task])
             if self.progress.epoch:
                 self.folder.stands()
+            if self.progress.epoch >= cfg.train.epochs:
+                logger.info(f"{checkpoint}: all {cfg.train.epochs} epochs were trained; --extend adds some")
             logger.info(describe(cfg, runtime, self.data, self.parts))
 
     def _build_model(self, *, pretrained: bool = True) -> None:
@@ -364,11 +366,12 @@ class Trainer:
     # ------------------------------------------------------------------ state
 
     def _payload(self, model: nn.Module) -> dict[str, Any]:
-        cfg = self.config
-        return model_payload(
+        cfg, trained = self.config, self.data.train.dataset.trained_files()
+        payload = model_payload(
             model, name=cfg.model.name, in_channels=cfg.in_channels, kwargs=cfg.model.kwargs,
             class_names=self.class_names, mof=self.parts.mof, config=cfg.to_dict(), channels=cfg.data.channels,
         )  # fmt: skip
+        return payload | ({"trained_files": trained} if len(trained) else {})
 
     def _barrier(self) -> None:
         if self.runtime.is_distributed:

@@ -20,7 +20,7 @@ from ..machine import choose_device
 from ..models import PointMAEPretrain
 from ..random_state import derived_generator
 from ..runs.checkpoint import require_sparse
-from ..runs.trained import TrainedModel, open_trained
+from ..runs.trained import TrainedModel, open_trained, up_axis_of_files
 from .cloud_sheets import (
     WRONG,
     corruptions_sheet,
@@ -128,7 +128,7 @@ def read_source(
         checkpoint: sparse or dense.
         overrides: `section.key=value`, changes to the checkpoint's config.
         files: clouds and meshes, or folders of them, instead of the data set.
-        up_axis: vertical axis of the files, "y" or "z"; None: z.
+        up_axis: vertical axis of the files, "y" or "z"; None: see `up_axis_of_files`.
         allow_missing: drop points of files that are NaN or infinite, instead of refusing these files.
         estimate_normals: estimate the normals of files that have none, if the model takes normals.
         split: of the data set, "train" or "test".
@@ -151,8 +151,9 @@ def read_source(
     assert config is not None, "either a config or a checkpoint"
     if files:
         known = trained.class_names if trained else []
+        default_axis = trained.up_axis_of_files if trained else up_axis_of_files(config)
         dataset, labelled = _read_files(
-            config, files, known, up_axis=up_axis or "z", allow_missing=allow_missing, seed=seed,
+            config, files, known, up_axis=up_axis or default_axis, allow_missing=allow_missing, seed=seed,
             estimate_normals=estimate_normals or bool(trained and trained.estimates_normals),
         )  # fmt: skip
     else:

@@ -69,7 +69,7 @@ def test_what_is_no_cloud_is_counted(tree):
     found = find_class_folders(root)
     assert dict(found.ignored) == {".png": 1, "": 1, ".md": 1}
     assert found.summary() == (
-        f"{root}: 6 files (2 .off, 2 .ply, 2 .xyz) in 2 classes, 4 to train, 2 to test; "
+        f"{root}: 6 files (2 .off, 2 .ply, 2 .xyz) in 2 classes (box, mug), 4 to train, 2 to test; "
         "ignored, of other kinds: 1 without suffix, 1 .md, 1 .png"
     )
 
@@ -119,6 +119,49 @@ def test_a_class_folder_without_a_cloud_is_named(tmp_path):
     for name in ("box/1.ply", "box/2.ply", "mug/1.ply", "mug/2.ply", "mug/photo.jpg", "lamp/notes/1.doc", "list.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
+    (tmp_path / "pot" / "empty").mkdir(parents=True)
+    (tmp_path / ".hidden").mkdir()
     found = find_class_folders(tmp_path)
-    assert found.empty == ["lamp"] and found.class_names == ["box", "mug"]
-    assert found.summary().endswith("; ignored, of other kinds: 1 .doc, 1 .jpg, 1 .md; no cloud in lamp")
+    assert found.empty == ["lamp", "pot"] and found.class_names == ["box", "mug"]
+    assert found.summary().endswith("; ignored, of other kinds: 1 .doc, 1 .jpg, 1 .md")
+    assert found.doubts() == ["no cloud in lamp, pot, so it is no class"]
+
+
+@pytest.mark.parametrize("train, test", [("Train", "Test"), ("TRAIN", "test")])
+@pytest.mark.parametrize("pattern", ["{split}/{name}/{file}", "{name}/{split}/{file}"])
+def test_capitals_do_not_hide_a_split(tree, pattern, train, test):
+    names = [
+        pattern.format(split=split, name=name, file=file)
+        for split in (train, test) for name in ("box", "mug") for file in ("1.ply", "2.ply")
+    ]  # fmt: skip
+    found = find_class_folders(tree(*names))
+    assert found.class_names == ["box", "mug"] and {split: len(files) for split, files in found.files.items()} == {
+        "train": 4, "test": 4,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("split", ["training", "Testing", "val", "VALIDATION", "valid"])
+@pytest.mark.parametrize("pattern", ["{split}/{name}/1.ply", "{name}/{split}/1.ply"])
+def test_a_folder_that_is_meant_for_a_split_is_no_class(tree, pattern, split):
+    names = [pattern.format(split=kind, name=name) for kind in ("train", "test", split) for name in ("box", "mug")]
+    with pytest.raises(InputError, match=rf"its folder '{split}' is named like a split; call it train or test"):
+        find_class_folders(tree(*names))
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\u2028b", "a\x0bb", " a", "a ", "a\udcff"])
+def test_a_folder_whose_name_a_list_of_classes_would_change_is_refused(tree, name):
+    with pytest.raises(InputError, match=r"cannot name a class: it has line breaks, spaces around it, or is not UTF-8"):
+        find_class_folders(tree(*NAMES, f"{name}/1.ply", f"{name}/2.ply"))
+
+
+def test_what_may_be_meant_otherwise_is_said(tree):
+    names = [f"{day}/{name}/{index}.ply" for day in ("monday", "tuesday") for name in ("box", "mug") for index in "123"]
+    assert find_class_folders(tree(*names)).doubts() == [
+        "all classes hold the folders box, mug; if these are the classes, move them up by one folder"
+    ]
+
+
+def test_a_class_that_is_never_tested_is_said(tree):
+    names = [f"{split}/{name}/1.ply" for split in ("train", "test") for name in ("box", "mug")]
+    assert find_class_folders(tree(*names, "train/lamp/1.ply")).doubts() == ["no file of lamp is tested"]
+    assert not find_class_folders(tree(*names, "test/lamp/1.ply")).doubts()

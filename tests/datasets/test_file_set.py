@@ -47,6 +47,16 @@ def test_a_link_to_nothing_is_not_passed_over(tmp_path):
     assert [file.name for file in find_files([tmp_path])] == ["a.npy", "b.npy"]
 
 
+def test_hidden_names_are_left_out_as_in_a_training_and_other_kinds_are_counted(tmp_path, caplog):
+    for name in ("mug/1.npy", "mug/._1.npy", ".fps_cache/files_1/train0.npy", "__MACOSX/2.npy"):
+        touch(tmp_path / name)
+    for name in ("a.laz", "b.LAZ", ".DS_Store"):
+        (tmp_path / name).touch()
+    assert find_files([tmp_path]) == [tmp_path / "mug" / "1.npy"]
+    assert [record.getMessage() for record in caplog.records] == [f"{tmp_path}: ignored, of other kinds: 2 .laz"]
+    assert find_files([tmp_path / "mug" / "._1.npy"]) == [tmp_path / "mug" / "._1.npy"], "what is named is taken"
+
+
 def test_a_folder_without_files_is_named(tmp_path):
     (tmp_path / "notes.md").touch()
     with pytest.raises(InputError, match=r"holds no file of \.ply, "):

@@ -293,8 +293,8 @@ def test_a_mesh_has_the_normals_of_its_faces_and_colours_between_its_corners(tmp
 def test_missing_channels_are_one_line_or_estimated(tmp_path, sphere):
     np.savetxt(tmp_path / "a.xyz", sphere["xyz"] * 2 + 7)
     with pytest.raises(InputError, match=(
-        r"a\.xyz: holds no normals, which data.channels=xyz\+normal needs; set data.channels=xyz, or estimate them by "
-        r"data.estimate_normals=true or --estimate-normals$"
+        r"a\.xyz: holds no normals, which data.channels=xyz\+normal needs; set data.channels=xyz for a training, "
+        r"estimate them by data.estimate_normals=true or --estimate-normals, or use other files$"
     )):  # fmt: skip
         read_points(tmp_path / "a.xyz", 7, channels="xyz+normal")
     found = read_points(tmp_path / "a.xyz", 7, channels="xyz+normal", estimate_normals=True)

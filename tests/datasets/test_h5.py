@@ -308,9 +308,9 @@ def test_channels_stand_behind_the_points(write, clouds):
     ("channels", "datasets", "text"),
     [
         ("xyz+normal", {}, r"holds no normals \(no dataset 'normal'\), which data.channels=xyz\+normal needs; set "
-         r"data.channels=xyz, or add them with: prepare_data.py modelnet40 --from DIR --estimate-normals"),
+         r"data.channels=xyz for a training, add them with: prepare_data.py modelnet40 --from DIR --estimate-normals"),
         ("xyz+normal+rgb", {"normal": np.ones((4, 8, 3))}, r"holds no colours \(no dataset 'rgb'\), which .*; set "
-         r"data.channels=xyz\+normal$"),
+         r"data.channels=xyz\+normal for a training, or use other files$"),
         ("xyz+normal", {"normal": np.ones((4, 7, 3))}, r"dataset 'normal' is \(4, 7, 3\) float64, must be"),
         ("xyz+normal", {"normal": np.full((4, 8, 3), np.nan)}, "normal 0, 0 is not three finite numbers"),
         ("xyz+rgb", {"rgb": np.full((4, 8, 3), 3.0)}, r"colours hold 3, must be in \[0, 1\]"),

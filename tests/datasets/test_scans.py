@@ -1,13 +1,18 @@
 """Files in class folders as a data set: the clouds are those of an independent reading, kept and found again."""
 
 import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from s2d3d import create_dataset
-from s2d3d.datasets import scans
+from s2d3d.datasets import files, scans
 from s2d3d.errors import InputError
 
 
@@ -177,3 +182,74 @@ def test_what_is_kept_of_coordinates_has_the_name_that_it_had_before_channels():
     known = "Options(num_points=40, normalize=True, short='repeat', skip_unreadable=False)"
     assert scans.Options(40, True, "repeat", False).described() == known
     assert scans.Options(40, True, "repeat", False, "xyz+rgb").described() != known
+
+
+def test_a_file_is_the_same_cloud_in_a_data_set_and_by_its_name(tmp_path):
+    """Also a mesh, whose points are drawn, and a cloud of so many points that it is thinned first."""
+    rng = np.random.default_rng(1)
+    corners = "\n".join(" ".join(map(repr, row)) for row in (rng.normal(size=(12, 3)) * (1, 1, 3)).tolist())
+    faces = "\n".join(f"3 {i} {(i + 1) % 12} {(i + 5) % 12}" for i in range(12))
+    for name in ("box", "mug"):
+        write(tmp_path / name / "few.npy", rng.normal(size=(40, 3)))
+        write(tmp_path / name / "some.npy", rng.normal(size=(300, 3)))
+        write(tmp_path / name / "many.npy", rng.normal(size=(files.MOST_POINTS + 5000, 3)))
+        (tmp_path / name / "mesh.off").write_text(f"OFF\n12 12 0\n{corners}\n{faces}\n")
+    for split in ("train", "test"):
+        dataset = create_dataset("files", tmp_path, split, num_points=40, up_axis="y")
+        for index, name in enumerate(dataset.names):
+            own = files.read_cloud(tmp_path / name, 40, up_axis="y")
+            found = dataset.batch(torch.tensor([index]), augment=False)[0][0]
+            if name.endswith("few.npy"):  # its points keep their order
+                found, own = found.sort(0).values, own.sort(0).values
+            torch.testing.assert_close(found, own, rtol=0, atol=1e-6, msg=name)
+
+
+def test_copies_between_the_splits_and_between_classes_are_said(clouds, caplog):
+    root, _ = clouds
+    tested = create_dataset("files", root, "test", num_points=40).names
+    for name in tested:
+        (root / name).with_name(f"copy_{Path(name).name}").write_bytes((root / name).read_bytes())
+    (root / "rod" / f"ball{Path(tested[0]).suffix}").write_bytes((root / tested[0]).read_bytes())
+    train, test = (create_dataset("files", root, split, num_points=40) for split in ("train", "test"))
+    both = set(train.file_hashes["train"]) & set(train.file_hashes["test"])
+    said = [record.getMessage() for record in caplog.records]
+    assert both and any(f"{root}: {len(both)} files to test are copies of files to train, the first" in t for t in said)
+    assert any("1 files are copies of files of another class, the first" in text for text in said)
+    assert test.count_trained(train.trained_files()) == 0, "what was in both then is no news"
+
+
+def test_files_that_were_trained_on_are_counted_when_a_folder_has_grown(clouds):
+    root, _ = clouds
+    train, test = (create_dataset("files", root, split, num_points=40) for split in ("train", "test"))
+    known = train.trained_files()
+    assert len(known) == len(train) and test.count_trained(known) == 0
+    for name in ("ball", "rod"):
+        for index in range(6, 30):
+            write(root / name / f"{index}.npy", np.random.default_rng(index).normal(size=(50, 3)))
+    grown = create_dataset("files", root, "test", num_points=40)
+    assert grown.count_trained(known) == len(set(grown.names) & set(train.names)) > 0
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_damage_of_what_is_kept_is_told_as_such(clouds, damage):
+    root, _ = clouds
+    create_dataset("files", root, "train", num_points=40)
+    (kept,) = (root / ".fps_cache").glob("files_*")
+    file = kept / "train0.h5"
+    file.write_bytes(file.read_bytes()[:500]) if damage == "cut" else file.unlink()
+    text = f"{kept}: what was read from {root} is damaged; remove this folder, it is made anew"
+    with pytest.raises(InputError, match=f"^{re.escape(text)}$"):
+        create_dataset("files", root, "train", num_points=40)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a forkserver")
+def test_a_script_without_the_usual_guard_reads_in_several_processes(clouds, tmp_path):
+    """Its processes ran the script again, and waited for the lock of the first."""
+    root, _ = clouds
+    script = tmp_path / "mine.py"
+    script.write_text(
+        "from s2d3d.datasets import create_dataset, scans\nscans._workers = lambda paths: 2\n"
+        f"print('read', len(create_dataset('files', {str(root)!r}, 'train', num_points=40)))\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "read 10\n"), done.stderr

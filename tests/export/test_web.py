@@ -18,7 +18,7 @@ from cases import quick
 from tiny_onnx import POINTS, write_tiny_model
 
 from s2d3d import create_dataset
-from s2d3d.datasets.files import read_cloud, read_points
+from s2d3d.datasets.files import SURFACE_POINTS, read_cloud, read_points
 from s2d3d.errors import InputError
 from s2d3d.export.web import PACKAGE, RUNTIME_FILES, check_site, find_runtime, new_site, page_files, write_site
 from s2d3d.ops.points import farthest_point_sample
@@ -256,7 +256,7 @@ def test_every_variant_of_a_file_is_read_as_in_python(page, tmp_path, step):
         path = tmp_path / name
         path.write_bytes(variant.content)
         try:
-            expected = read_points(path, COUNT)
+            expected = read_points(path, SURFACE_POINTS * COUNT)
         except InputError as error:
             one_line = isinstance(answer, str) and answer.startswith("FileError: ") and "\n" not in answer
             assert one_line, (variant.name, str(error), answer)

@@ -15,6 +15,8 @@ const SUFFIXES = Object.keys(READERS);
 const FEW_STEPS = 32;  // a cloud that spans at most so many steps of its numbers has lost its shape
 const FAR_RADII = 64;  // from so many radii off the origin on, a cloud is centred in float64
 const MAX_COORDINATE = 1e18;
+const SURFACE_POINTS = 2;  // drawn from a mesh for each one that is wanted
+const MOST_POINTS = 65536;  // a larger cloud is first thinned to this, evenly in the order of its points
 const TINY = 1.1754943508222875e-38;
 
 // The points of a file, (N, 3) float64 one after the other, and what to tell about them.
@@ -26,8 +28,9 @@ function readPoints(name, bytes, facts) {
   if (faces && faces.length) {
     const used = usedVertices(points, faces);
     if (used.every(Number.isFinite)) checkExtent(used, "");
-    notes.push(`a mesh: ${facts.num_points} points are drawn from its surface`);
-    return {points: sampleMesh(points, faces, facts.num_points, new Generator(facts.mesh_generator)), notes};
+    const count = SURFACE_POINTS * facts.num_points;
+    notes.push(`a mesh: ${count} points are drawn from its surface`);
+    return {points: sampleMesh(points, faces, count, new Generator(facts.mesh_generator)), notes};
   }
   const kept = finitePoints(points), missing = (points.length - kept.length) / 3;
   if (!kept.length) throw new FileError(`none of its ${missing} points is three finite numbers`);
@@ -146,6 +149,8 @@ function prepareCloud(name, bytes, facts, upAxis) {
   let cloud = turn(Float32Array.from(points), upAxis, facts.up_axis);
   if (facts.normalize === "unit_sphere") cloud = normalizeSphere(cloud);
   if (count > wanted) {
+    const most = Math.max(MOST_POINTS, SURFACE_POINTS * wanted);
+    if (count > most) cloud = takePoints(cloud, Array.from({length: most}, (_, i) => Math.floor(i * count / most)));
     cloud = takePoints(cloud, farthestPoints(cloud, wanted));
     notes.push(`${wanted} of ${count} points, chosen by farthest point sampling`);
   }

@@ -116,6 +116,7 @@ function listen() {
   };
   byId("file").accept = SUFFIXES.join(",");
   byId("kinds").textContent = SUFFIXES.join(", ");
+  byId("up").value = model.facts.files_up_axis === "y" ? "y" : "z";
   byId("file").disabled = byId("up").disabled = false;
   spin();
 }
