@@ -51,7 +51,7 @@ def test_the_five_commands_of_the_page(skipped, scans, repository, capsys):
     page = (repository / "docs" / "own_data.md").read_text()
     commands = [line.split()[1:] for line in page.splitlines() if line.startswith("    s2d3d ")]
     assert [command[0] for command in commands] == [
-        "train", "evaluate", "predict", "report", "export", "train", "train"
+        "train", "evaluate", "predict", "report", "export", "train"
     ]  # fmt: skip
     for command in commands[:5]:
         if command[0] in skipped:
@@ -62,5 +62,31 @@ def test_the_five_commands_of_the_page(skipped, scans, repository, capsys):
     assert "(4 samples)" in out and "unknown.csv: " in out
     assert (scans / "report.html").is_file() and (scans / "scans.onnx").is_file() == ("export" not in skipped)
     assert main(commands[5]) == 0
-    assert main([*commands[6]]) == 1
+    assert "all 2 epochs were trained" in capsys.readouterr().err
+    assert main([*commands[5], "--extend", "200"]) == 1
     assert "model.pretrained=runs/scans/merged.pt" in capsys.readouterr().err
+    checkpoint = ["--checkpoint", "runs/scans/merged.pt"]
+    assert main(["evaluate", *checkpoint, "--files", "scans"]) == 0, "the cache in the folder is hidden"
+    assert "(20 samples)" in capsys.readouterr().out
+    for index in range(10, 40):
+        np.save(scans / "scans" / "rod" / f"{index}.npy", np.random.default_rng(index).normal(size=(80, 3)))
+    for command in ("evaluate", *checkpoint), ("report", "runs/scans", "--output", "again.html"):
+        assert main([*command]) == 1
+        error = capsys.readouterr().err
+        assert re.search(r"scans: \d+ of its 10 test files were trained on by runs/scans/merged\.pt", error), error
+    assert not (scans / "again.html").exists()
+
+
+def test_files_are_read_with_the_vertical_axis_of_the_training(scans, capsys):
+    setting = ["data.root=scans", "output_dir=runs/y", "data.up_axis=y", *SHORT]
+    assert main(["train", "configs/files.yaml", *setting]) == 0
+    checkpoint = ["--checkpoint", "runs/y/merged.pt"]
+    capsys.readouterr()
+    assert main(["evaluate", *checkpoint, "--files", "scans", "--output", "y.json"]) == 0
+    assert main(["evaluate", *checkpoint, "--files", "scans", "--up-axis", "y", "--output", "also_y.json"]) == 0
+    assert (scans / "y.json").read_text() == (scans / "also_y.json").read_text()
+    answers = []
+    for extra in ([], ["--up-axis", "y"], ["--up-axis", "z"]):
+        assert main(["predict", *checkpoint, "new", *extra]) == 0
+        answers.append(capsys.readouterr().out.splitlines()[-2:])
+    assert answers[0] == answers[1] and answers[0][1].endswith("up axis y") and answers[2][1].endswith("up axis z")

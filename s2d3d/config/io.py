@@ -118,8 +118,11 @@ def apply_overrides(mapping: dict, overrides: Sequence[str]) -> tuple[dict[Loc, 
         try:
             value, problems = _parse(text)
         except yaml.YAMLError as error:
-            quoted_text = shlex.quote(f'{key}="{text}"')
-            lines.append(f"{where}: {_yaml_error(error, text)[1]}; text needs quotes here: {quoted_text}")
+            advice, right = "", f'{key}="{text}"'
+            plain = right.isprintable() and right.count('"') == 2 and len(right) < 100
+            if plain and isinstance(error, yaml.MarkedYAMLError):
+                advice = f"; text needs quotes here: {shlex.quote(right)}"
+            lines.append(f"{where}: {_yaml_error(error, text)[1]}{advice}")
             continue
         lines += [Problem(loc + problem.loc, problem.text).line(where) for problem in problems]
         origins, problem = _set(mapping, loc, value, where, origins)

@@ -100,7 +100,7 @@ def read_ply(path: Path, extras: Extras | None = None) -> tuple[np.ndarray, np.n
         elif is_face and wanted >= 0 and element.count:
             corners = found
         elif element.count and (is_face or element.name == "tristrips"):
-            raise InputError(f"{path}: its {element.name} have no {CORNERS[0]} and are not read; save triangles")
+            raise InputError(f"{path}: its {element.name} cannot be read (no {CORNERS[0]}); save triangles")
     rest = data[start:].strip(b"\0\r\n\t ")
     if rest:
         raise InputError(f"{path}: holds {len(rest)} bytes more than its header announces; is it damaged?")

@@ -75,7 +75,8 @@ class TrainedModel:
                 "data.root="
             )
         labelled, root = self.config.task == "classify", self.config.data.root
-        if not Path(root).is_absolute() and not Path(root).exists():
+        own = self.payload["config"].get("data", {}).get("root") == root
+        if own and not Path(root).is_absolute() and not Path(root).exists():
             raise InputError(
                 f"{self.path}: its data lies in '{printable(root)}', as seen from where it was trained, and not here; "
                 "say where by data.root=DIR"

@@ -161,6 +161,11 @@ def test_an_override_can_repair_the_file(base):
         ("data.augment.scale=[2, 1]", "data.augment.scale: must be [low, high] with 0 < low <= high, got [2.0, 1.0]"),
         ("data.augment.scale=[2, x]", "data.augment.scale.1: must be a number, got 'x'"),
         ("data.augment.scale=[2, 1", "not valid YAML: "),
+        (
+            "data.name=*.npy",
+            "not valid YAML: while scanning an alias expected alphabetic or numeric character, but found '.'; "
+            "text needs quotes here: 'data.name=\"*.npy\"'",
+        ),
         ("train={epochs: 20, epochs: 30}", "train.epochs: duplicate key"),
         ("train={epochs: 0}", "train.epochs: must be at least 1, got 0"),
         ("train.epochs.x=1", "train.epochs: must be a whole number, got {'x': 1}"),

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import struct
 import zipfile
 
@@ -508,3 +509,32 @@ def test_a_laser_scan_whose_header_does_not_fit_is_refused(tmp_path, offset, val
     path.write_bytes(content)
     with pytest.raises(InputError, match=message):
         read_points(path, 8)
+
+
+@pytest.mark.parametrize("capitals", [False, True])
+def test_an_stl_of_text_may_be_in_capitals(tmp_path, capitals):
+    facet = "facet normal 0 0 1\nouter loop\nvertex 0 0 0\nvertex 1 0 0\nvertex 0 1 0\nendloop\nendfacet\n"
+    text = f"solid a\n{facet}endsolid a\n"
+    (tmp_path / "a.stl").write_text(text.upper() if capitals else text)
+    assert read_points(tmp_path / "a.stl", 50).max() <= 1
+
+
+PLY_HEAD = "ply\nformat ascii 1.0\nelement vertex 3\nproperty float x\nproperty float y\nproperty float z\n"
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.ply", f"{PLY_HEAD}element face 1\nproperty list uchar int corners\nend_header\n"
+         "0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n",
+         "its face cannot be read (no vertex_indices); save triangles"),
+        ("a.ply", f"{PLY_HEAD}element tristrips 1\nproperty list int int vertex_indices\nend_header\n"
+         "0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n", "its tristrips cannot be read (no vertex_indices); save triangles"),
+        ("a.obj", "v 0 0 0\nv 1 0 0\nv 0 1 0\ncstype bspline\nsurf 0 1 0 1 1 2 3\n",
+         "line 4: free-form curves and surfaces are not read; convert it to a mesh"),
+    ],
+)  # fmt: skip
+def test_a_surface_that_is_not_read_is_no_cloud_of_its_corners(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=re.escape(message)):
+        read_points(tmp_path / name, 3)

@@ -169,6 +169,24 @@ def test_damaged_configs(run, tmp_path, content, message):
         PointCloudClassifier.from_pretrained(tmp_path / "model")
 
 
+@pytest.mark.parametrize("damage", ["classes", "points", "section", "axis"])
+def test_configs_that_do_not_fit(run, tmp_path, damage):
+    PointCloudClassifier.from_checkpoint(run.merged).save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    content = json.loads(path.read_text())
+    if damage == "classes":
+        content["class_names"].pop()
+    elif damage == "points":
+        content["config"]["data"]["num_points"] = "x"
+    elif damage == "section":
+        content["config"]["model"] = 3
+    else:
+        content["model"]["up_axis"] = "y"
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"class_names|num_points|model"):
+        PointCloudClassifier.from_pretrained(tmp_path / "model")
+
+
 def test_an_id_needs_the_network_and_says_so(monkeypatch):
     from huggingface_hub import constants
 

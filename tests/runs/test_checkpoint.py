@@ -187,7 +187,8 @@ def test_every_part_is_needed(path, key):
     ("key", "value"),
     [
         ("model", ["point_bert_tiny"]), ("s2d", "rup"), ("state_dict", [torch.zeros(1)]), ("state_dict", {"a": 1}),
-        ("class_names", "bowl"), ("class_names", [1, 2, 3]), ("config", None),
+        ("class_names", "bowl"), ("class_names", [1, 2, 3]), ("class_names", ["a", "b"]), ("config", None),
+        ("class_names", ["a", "b", "a"]), ("trained_files", [1]),
     ],
 )  # fmt: skip
 def test_parts_of_another_kind(path, key, value):

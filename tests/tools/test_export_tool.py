@@ -36,7 +36,9 @@ def test_without_the_data_set_it_compares_on_procedural_clouds_and_says_so(call,
     assert result.code == 0, result.err
     assert "3 procedural clouds (gone is not here; name it by data.root=DIR), 128 points: largest" in result.out
     missing = ("--output", tmp_path / "b.pt", "data.root=gone")
-    assert call("export", "--checkpoint", moved, *missing).err.startswith("error: gone")
+    assert call("export", "--checkpoint", moved, *missing).err.endswith(
+        "its data lies in 'gone', as seen from where it was trained, and not here; say where by data.root=DIR\n"
+    )
 
 
 def test_a_file_that_computes_something_else_is_named(tool, trained, tmp_path, monkeypatch, capsys):
