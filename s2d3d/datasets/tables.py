@@ -91,7 +91,8 @@ def _refuse_counts(path: Path, first: np.ndarray, layout: _Layout) -> None:
     """Refuse the first of columns without names where it counts the rows, or its first number does."""
     if len(first) < _COUNTED:
         return
-    if layout.columns > 3 and (np.diff(first) == 1).all() and first[0] in (0, 1):
+    step = first[1] - first[0]
+    if layout.columns > 3 and step and not step % 1 and not first[0] % 1 and (np.diff(first) == step).all():
         raise InputError(
             f"{path}: its first column counts the rows; remove it, or name the columns in a first line: index x y z"
         )

@@ -360,6 +360,7 @@ ROWS = "".join(f"{n + 0.5} {n + 1.5} {n * n + 2.5} {n + 3.5}\n" for n in range(2
         (".txt", "7,8, 6,4, 5,1\n1,2, 0,4, 5,7\n" * 9, "commas stand between its numbers and within them"),
         (".xyz", "".join(f"{n} 0.{n} 1.{n} 0.5\n" for n in range(20)), "its first column counts the rows"),
         (".txt", "".join(f"{n},0.{n},1.{n},0.5\n" for n in range(1, 30)), "its first column counts the rows"),
+        (".txt", "".join(f"{10 * n} 0.{n} 1.{n} 0.5\n" for n in range(5, 30)), "its first column counts the rows"),
         (".xyz", "20 3 0\n" + "".join(f"0.5 0.{n} 1.{n}\n" for n in range(20)), "line 1 begins with 20, and as many"),
         (".obj", "v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 \\", "its last line goes on after a backslash"),
     ],

@@ -128,6 +128,8 @@ function readObj(bytes) {
       if (Math.min(...found) < -soFar) throw new FileError(`line ${index + 1}: a face names a vertex outside the ${soFar} so far`);
       for (const corner of found) corners.push(corner > 0 ? corner - 1 : soFar + corner);
       counts.push(found.length);
+    } else if (["surf", "curv", "curv2", "cstype"].includes(word)) {
+      throw new FileError(`line ${index + 1}: free-form curves and surfaces are not read; convert it to a mesh`);
     }
   });
   return {points: Float64Array.from(vertices), faces: fanTriangles(corners, counts, vertices.length / 3)};

@@ -77,6 +77,10 @@ function wantedOf(element) {
     }
     return axes;
   }
+  const hasCorners = place("vertex_indices") >= 0 || place("vertex_index") >= 0;
+  if (element.count && (element.name === "tristrips" || (element.name === "face" && !hasCorners))) {
+    throw new FileError(`its ${element.name} cannot be read (no vertex_indices); save triangles`);
+  }
   const corners = element.name === "face" ? Math.max(place("vertex_indices"), place("vertex_index")) : -1;
   return corners < 0 ? [] : [corners];
 }

@@ -7,6 +7,7 @@ const SAMPLE = 50;  // rows from which the layout is told
 const NUMERIC = /^(?:[\s\d+\-.,;eEnaifNAIF"]*\d[\s\d+\-.,;eEnaifNAIF"]*|[\s,;"]*[-+]?(?:nan|inf)\b.*)$/i;
 const DECIMAL = /^(?:[-+]?\d*,\d+(?:[eE][-+]?\d+)?|[-+]?\d+(?:[eE][-+]?\d+)?)$/;
 const WHAT = "cannot be read as a table: ";
+const COUNTED = 16;  // rows from which a column is taken to count them
 
 function readTable(bytes) {
   const lines = readText(bytes).split("\n");
@@ -20,7 +21,21 @@ function readTable(bytes) {
   if ((count < 10 && layout.columns > 100) || (count === 3 && layout.columns !== 3 && layout.columns > 3)) {
     throw new FileError(`holds numbers of shape (${count}, ${layout.columns}); are points its columns? Transpose it: a row is a point`);
   }
+  if (!layout.named) refuseCounts(points, layout);
   return {points, faces: null};
+}
+
+// Refuse the first of columns without names where it counts the rows, or its first number does.
+function refuseCounts(points, layout) {
+  const first = points.filter((_, i) => i % 3 === 0), count = first.length, step = first[1] - first[0], whole = Number.isInteger;
+  if (count < COUNTED) return;
+  if (layout.columns > 3 && step && whole(step) && whole(first[0]) && first.every((value, i) => !i || value - first[i - 1] === step)) {
+    throw new FileError("its first column counts the rows; remove it, or name the columns in a first line: index x y z");
+  }
+  if (first[0] === count - 1 && !first.slice(1).every(whole)) {
+    throw new FileError(`line ${layout.index + 1} begins with ${count - 1}, and as many rows follow; remove the line if it is their `
+      + "number, or name the columns in a first line");
+  }
 }
 
 // The first lines that are neither blank nor comments: where each stands, and its text.
@@ -56,7 +71,7 @@ function findLayout(lines) {
     } else {
       const axes = findAxes(names, fields.length, namedIn);
       if (fields.length < 3) throw new FileError(`line ${index + 1} holds ${fields.length} numbers, must be 3 or more: x, y, z`);
-      return {separator, decimalComma, columns: fields.length, axes, index, count};
+      return {separator, decimalComma, columns: fields.length, axes, index, count, named: names !== null};
     }
   }
   throw new FileError("holds no points, its lines are a header and a count at most");
