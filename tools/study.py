@@ -29,7 +29,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--jobs",
         type=int,
         metavar="N",
-        help="number of parallel runs, each a process with one thread; default 1: one after another in this process",
+        help="number of parallel runs, each a process with one thread; 1: one after another in this process; "
+        "default: one on each core of a CPU, else 1",
     )
     parser.add_argument(
         "--only", action="append", default=[], metavar="NAME", help="run only this configuration; may be repeated"
@@ -87,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def run_one(arguments: argparse.Namespace, study: "Study") -> int:
-    from s2d3d.studies.jobs import Outcome
+    from s2d3d.studies.jobs import Outcome, default_jobs
     from s2d3d.studies.page import report_lines, write_report
     from s2d3d.studies.run import missing_cells, publish_records, run_study
     from s2d3d.studies.store import read_records
@@ -101,10 +102,15 @@ def run_one(arguments: argparse.Namespace, study: "Study") -> int:
     if not arguments.report_only:
         jobs = arguments.jobs
         if jobs is None and arguments.submitit != "slurm":  # a cluster queues the jobs that do not fit
-            jobs = 1
+            missing = missing_cells(study, arguments.results, arguments.only, write=False)
+            devices = {cell.config.train.device for cell in missing}
+            count = min(len(missing), arguments.max_runs or len(missing))
+            jobs = default_jobs(count, *devices) if len(devices) == 1 and not arguments.submitit else 1
+            if jobs > 1:
+                print(f"{jobs} runs at a time, a thread each; --jobs 1 makes one after another with all threads")
         outcome = run_study(
             study, results=arguments.results, only=arguments.only, max_runs=arguments.max_runs,
-            launcher=_launcher(arguments, study.config.name), jobs=jobs,
+            launcher=_launcher(arguments, study.config.name, jobs), jobs=jobs,
         )  # fmt: skip
 
     # Imported after the runs, because drawing takes a second to import.
@@ -132,12 +138,12 @@ def _as_named(path: str) -> str:
     return os.path.relpath(path) if Path(path).resolve().is_relative_to(Path.cwd()) else path
 
 
-def _launcher(arguments: argparse.Namespace, name: str) -> "Launcher | None":
+def _launcher(arguments: argparse.Namespace, name: str, jobs: int | None) -> "Launcher | None":
     from s2d3d.studies.jobs import ProcessLauncher, SubmititLauncher
 
     if arguments.submitit:
         return SubmititLauncher(arguments.submitit, f"runs/studies/{name}/submitit", arguments.submitit_option)
-    return ProcessLauncher(arguments.jobs) if arguments.jobs is not None and arguments.jobs > 1 else None
+    return ProcessLauncher(jobs) if jobs is not None and jobs > 1 else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from ..errors import InputError
+from ..machine import choose_device
 from ..optional import optional
 from ..training.signals import SignalWatch
 from .cell import Cell, cell_to_dict, single_threaded
@@ -100,6 +101,27 @@ def run_concurrently(cells: Sequence[Cell], launcher: Launcher, limit: int) -> O
     if signals.signum:
         outcome.exit_code = 128 + signals.signum
     return outcome
+
+
+RUN_BYTES = 4 * 10**9
+"""Memory that a run may take, for the number of those that start at the same time unasked."""
+
+
+def default_jobs(num_runs: int, device: str) -> int:
+    """Return how many runs to do at the same time if nobody says so: on a CPU one on each core, elsewhere one.
+
+    Runs of one thread side by side finish sooner than one after another with all threads: `docs/benchmarks.md`. A user
+    who has set `OMP_NUM_THREADS` has chosen the threads of a run, and gets one at a time.
+
+    Args:
+        num_runs: that are missing.
+        device: of the runs, as in `train.device`.
+    """
+    if os.environ.get("OMP_NUM_THREADS") or choose_device(device).type != "cpu":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else RUN_BYTES
+    return max(1, min(cores, num_runs, memory // RUN_BYTES))
 
 
 class ProcessLauncher:

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from s2d3d import load_checkpoint
+from s2d3d.studies.jobs import Outcome
 from s2d3d.studies.page import BEGIN, END
 
 EPOCHS = 40
@@ -25,6 +26,27 @@ SHORT = {"train.epochs": 1, "optim.warmup_epochs": 0}
 @pytest.fixture
 def results(tmp_path):
     return tmp_path / "results"
+
+
+@pytest.fixture(autouse=True)
+def one_after_another(monkeypatch):
+    """As for a user who has chosen the threads of a run."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def test_the_runner_uses_the_cores_of_a_cpu_unless_the_user_has_chosen(call, write_study, results, monkeypatch):
+    path, jobs = write_study(common=SHORT), []
+    monkeypatch.setattr("s2d3d.studies.run.run_study", lambda study, **options: jobs.append(options) or Outcome())
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(3)), raising=False)
+    given = ("study", path, "--results", results, "train.device=cpu")
+    said = "runs at a time, a thread each; --jobs 1 makes one after another with all threads"
+    assert said not in call(*given).out
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert f"3 {said}" in call(*given).out
+    assert f"2 {said}" in call(*given, "--max-runs", "2").out
+    assert said not in call(*given, "--jobs", "1").out
+    assert [options["jobs"] for options in jobs] == [1, 3, 2, 1]
+    assert [options["launcher"] is None for options in jobs] == [True, False, False, True]
 
 
 def test_a_study_and_its_report_alone(call, write_study, results, tmp_path):
