@@ -230,6 +230,8 @@ def create_dataset(
             raise InputError(f"data set '{name}' has no {key}{hint if others else did_you_mean(key, known)}")
     for key, text in reader.problems(own).items():
         raise InputError(f"{key}: {text}")
+    if num_points < 1:
+        raise InputError(f"num_points is {num_points}, must be at least 1")
     if normalize is not None:
         own["normalize"] = normalize
     if allow_links:

@@ -139,10 +139,13 @@ def test_a_large_set_stays_on_the_disk(clouds):
     assert torch.equal(whole.batch(rows, augment=False)[0], streamed.batch(rows, augment=False)[0])
 
 
-@pytest.mark.parametrize("key, value", [("test_fraction", 0.0), ("test_fraction", 1.0), ("split_seed", -1)])
+@pytest.mark.parametrize(
+    "key, value",
+    [("test_fraction", 0.0), ("test_fraction", 1.0), ("split_seed", -1), ("short", "skp"), ("num_points", 0)],
+)
 def test_values_out_of_range(clouds, key, value):
     with pytest.raises(InputError, match=key):
-        create_dataset("files", clouds[0], "train", num_points=40, **{key: value})
+        create_dataset("files", clouds[0], "train", **{"num_points": 40, key: value})
 
 
 # Normals and colours
