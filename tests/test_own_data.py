@@ -10,7 +10,8 @@ import torch
 from s2d3d.console import main
 
 SHORT = [
-    "train.epochs=2", "data.num_points=64", "model.depth=2", "model.num_group=8", "model.group_size=8",
+    "train.epochs=2", "data.num_points=64", "model.channels=[8, 16]", "model.depths=[0, 2]", "model.strides=[1, 4]",
+    "model.num_neighbors=[4, 4]", "model.share_planes=4",
     "log.report=false",
 ]  # fmt: skip
 
