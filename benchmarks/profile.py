@@ -164,9 +164,10 @@ def _operand(value: Any) -> Any:
 
 
 def _fresh(value: Any) -> Any:
-    if isinstance(value, Operand):
-        return torch.empty_strided(*value[:2], dtype=value.dtype).normal_()
-    return value
+    if not isinstance(value, Operand):
+        return value
+    shape = [1 if stride == 0 else size for size, stride in zip(value.shape, value.strides)]  # an expanded tensor
+    return torch.empty_strided(shape, value.strides, dtype=value.dtype).normal_().expand(value.shape)
 
 
 def _row(name: str, calls: int, seconds: float, total: float) -> list[str]:

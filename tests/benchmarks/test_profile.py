@@ -37,6 +37,13 @@ def test_products_of_an_attention_are_two_forward_and_four_backward():
     assert counts == {((6, 5, 4), (6, 4, 6)): 2, ((6, 5, 6), (6, 6, 4)): 4}
 
 
+def test_an_expanded_operand_stays_one():
+    parts, columns = torch.randn(5, 7, 3), torch.randn(3, 4)
+    recorder = recorded(lambda: torch.bmm(parts, columns.expand(5, -1, -1)))
+    assert recorded(profile.build_products(recorder.products).run).products == recorder.products
+    assert [operand.strides for _, operands in recorder.products for operand in operands] == [(21, 3, 1), (0, 4, 1)]
+
+
 def test_the_products_are_done_as_often_as_in_the_step_and_alone():
     spec = PUBLIC_BERT.quick
     rows, products = profile.profile(spec, 1)
