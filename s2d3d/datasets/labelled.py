@@ -196,7 +196,7 @@ class LabelledDataset(torch.utils.data.Dataset):
 
 
 def _as_numbers(hashes: Iterable[bytes]) -> Tensor:
-    numbers = sorted(int.from_bytes(content[:8].ljust(8), "little", signed=True) for content in hashes)
+    numbers = sorted(int.from_bytes(content[:8], "little", signed=True) for content in hashes)
     return torch.tensor(numbers, dtype=torch.int64)
 
 

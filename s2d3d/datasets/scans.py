@@ -30,6 +30,7 @@ LEAST_POINTS = 32
 """A file with fewer points shows no shape."""
 _VERSION = 2
 """Of what is kept; a higher one makes it anew."""
+_HASH_BYTES = 16
 _FILE_ROWS = 1024
 """Clouds of one HDF5 file."""
 _PARALLEL_BYTES = 64_000_000
@@ -141,7 +142,7 @@ def load_scans(
         ) from error
     dataset.source, dataset.skipped = str(root), tuple(notes["skipped"])
     dataset.normalized = normalize  # file by file, before points were chosen
-    dataset.file_hashes = hashes
+    dataset.file_hashes = {split: [*filter(_is_content, contents)] for split, contents in hashes.items()}
     return dataset
 
 
@@ -295,14 +296,19 @@ def _copies(found: ClassFolders, hashes: dict[str, list[bytes]]) -> list[str]:
     both = [
         (path, trained[content])
         for (path, _), content in zip(found.files["test"], hashes["test"])
-        if content in trained
+        if content in trained and _is_content(content)
     ]
     said = []
     if both:
         first, same = both[0]
         said.append(f"{len(both)} files to test are copies of files to train, the first: {first} of {same}")
     classes: dict[bytes, tuple[Path, int]] = {}
-    labelled = [(*pair, content) for split, files in found.files.items() for pair, content in zip(files, hashes[split])]
+    labelled = [
+        (path, label, content)
+        for split, files in found.files.items()
+        for (path, label), content in zip(files, hashes[split])
+        if _is_content(content)
+    ]
     other = [(path, classes[c][0]) for path, label, c in labelled if classes.setdefault(c, (path, label))[1] != label]
     if other:
         first, same = other[0]
@@ -315,11 +321,16 @@ def _file_hashes(found: ClassFolders, split: str) -> list[bytes]:
         return list(pool.map(_file_hash, [path for path, _ in found.files[split]]))
 
 
+def _is_content(content: bytes) -> bool:
+    """Tell the hash of a file from what `_file_hash` returns for one that cannot be read."""
+    return len(content) == _HASH_BYTES
+
+
 def _file_hash(path: Path) -> bytes:
     if not path.is_file():  # a FIFO would be waited for
         return b"no file"
     try:
         with open(path, "rb") as file:
-            return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).digest()
+            return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=_HASH_BYTES)).digest()
     except OSError as error:
         return f"unreadable {error.errno}".encode()
