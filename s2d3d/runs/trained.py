@@ -75,13 +75,16 @@ class TrainedModel:
                 "data.root="
             )
         labelled, root = self.config.task == "classify", self.config.data.root
-        own = self.payload["config"].get("data", {}).get("root") == root
-        if own and not Path(root).is_absolute() and not Path(root).exists():
+        try:
+            dataset = build_dataset(self.config.data, split, seed=self.config.seed, labelled=labelled)
+        except InputError as error:
+            own = self.payload["config"].get("data", {}).get("root") == root
+            if not own or Path(root).is_absolute() or Path(root).exists():
+                raise
             raise InputError(
                 f"{self.path}: its data lies in '{printable(root)}', as seen from where it was trained, and not here; "
                 "say where by data.root=DIR"
-            )
-        dataset = build_dataset(self.config.data, split, seed=self.config.seed, labelled=labelled)
+            ) from error
         if labelled:
             check_classes(dataset, self.class_names, self.path)
         trained = self.payload.get("trained_files")
