@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> None:
     require_checkpoint(arguments.checkpoint)
 
     from s2d3d import apply_ewa_, load_checkpoint, save_checkpoint
-    from s2d3d.runs.checkpoint import DATA_KEYS, MODEL_KEYS, build_model, has_router, require_sparse
+    from s2d3d.runs.checkpoint import KEPT_KEYS, build_model, has_router, require_sparse
     from s2d3d.s2d.analysis import expert_divergence
 
     payload = load_checkpoint(arguments.checkpoint)
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
     before = expert_divergence(model)
     apply_ewa_(model, arguments.share_rate)
     after = expert_divergence(model)
-    kept = {key: payload[key] for key in (*MODEL_KEYS, *DATA_KEYS) if key in payload}
+    kept = {key: payload[key] for key in KEPT_KEYS if key in payload}
     save_checkpoint(output, kept | {"state_dict": model.state_dict()})
 
     width = max(len("layer"), *map(len, before))

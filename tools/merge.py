@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> None:
     require_checkpoint(arguments.checkpoint)
 
     from s2d3d import load_checkpoint, merge_experts, save_checkpoint
-    from s2d3d.runs.checkpoint import DATA_KEYS, MODEL_KEYS, build_model, require_mergeable, require_sparse
+    from s2d3d.runs.checkpoint import KEPT_KEYS, build_model, require_mergeable, require_sparse
 
     payload = load_checkpoint(arguments.checkpoint)
     require_sparse(payload, arguments.checkpoint)
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
     except ValueError as error:
         raise InputError(f"{arguments.checkpoint}: {error}") from error
     after = sum(p.numel() for p in model.parameters())
-    kept = {key: payload[key] for key in (*MODEL_KEYS, *DATA_KEYS) if key in payload}
+    kept = {key: payload[key] for key in KEPT_KEYS if key in payload}
     save_checkpoint(output, kept | {"s2d": None, "state_dict": model.state_dict()})
     print(f"{payload['model']['name']}: {before:,} parameters with experts, {after:,} merged")
     print(f"written to {output}")

@@ -103,9 +103,7 @@ def run_one(arguments: argparse.Namespace, study: "Study") -> int:
         jobs = arguments.jobs
         if jobs is None and arguments.submitit != "slurm":  # a cluster queues the jobs that do not fit
             missing = missing_cells(study, arguments.results, arguments.only, write=False)
-            devices = {cell.config.train.device for cell in missing}
-            count = min(len(missing), arguments.max_runs or len(missing))
-            jobs = default_jobs(count, *devices) if len(devices) == 1 and not arguments.submitit else 1
+            jobs = 1 if arguments.submitit else default_jobs(missing, arguments.max_runs)
             if jobs > 1:
                 print(f"{jobs} runs at a time, a thread each; --jobs 1 makes one after another with all threads")
         outcome = run_study(

@@ -22,8 +22,8 @@ from .folder import HUB_CONFIG, HUB_WEIGHTS, is_hub_folder, require_checkpoint
 FORMAT = "s2d3d"
 FORMAT_VERSION = 2
 MODEL_KEYS = ("model", "s2d", "state_dict", "class_names", "config")
-DATA_KEYS = ("trained_files",)
-"""What a checkpoint may say of its data: the files of the training split, see `LabelledDataset.trained_files`."""
+KEPT_KEYS = (*MODEL_KEYS, "trained_files")
+"""What a checkpoint that is made of another keeps; the last, if it is there, is of `LabelledDataset.trained_files`."""
 """Keys of every checkpoint. The checkpoint of an unfinished run also holds the training state."""
 _SHAPE = {"num_classes": 1, "in_channels": 3}
 MAX_EXPANSION = 4

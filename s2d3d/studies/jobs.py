@@ -107,21 +107,22 @@ RUN_BYTES = 4 * 10**9
 """Memory that a run may take, for the number of those that start at the same time unasked."""
 
 
-def default_jobs(num_runs: int, device: str) -> int:
+def default_jobs(cells: Sequence[Cell], max_runs: int | None) -> int:
     """Return how many runs to do at the same time if nobody says so: on a CPU one on each core, elsewhere one.
 
     Runs of one thread side by side finish sooner than one after another with all threads: `docs/benchmarks.md`. A user
     who has set `OMP_NUM_THREADS` has chosen the threads of a run, and gets one at a time.
 
     Args:
-        num_runs: that are missing.
-        device: of the runs, as in `train.device`.
+        cells: the missing runs.
+        max_runs: how many of them to do, None: all.
     """
-    if os.environ.get("OMP_NUM_THREADS") or choose_device(device).type != "cpu":
+    devices = {choose_device(name).type for name in {cell.config.train.device for cell in cells}}
+    if os.environ.get("OMP_NUM_THREADS") or devices != {"cpu"}:
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else RUN_BYTES
-    return max(1, min(cores, num_runs, memory // RUN_BYTES))
+    return max(1, min(cores, len(cells), max_runs or len(cells), memory // RUN_BYTES))
 
 
 class ProcessLauncher:
