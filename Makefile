@@ -96,7 +96,8 @@ $(VENV)/.scatter: $(VENV)/.torch
 		|| { $(call build_scatter,compiled anew for this torch,--no-cache-dir); }
 	@touch $@
 
-# Everything else, of setup.py. `pip install .` would compile torch-scatter by itself.
+# Everything else, of setup.py. `pip install .` would compile torch-scatter by itself. That it is still missing is no conflict
+# to warn of: the last step installs and checks all.
 $(VENV)/.others: $(VENV)/.torch setup.py constraints.txt
 	$(INSTALL) --no-build-isolation --no-deps --editable .
 	@$(RUN) -c "from importlib.metadata import requires; \
@@ -104,7 +105,7 @@ $(VENV)/.others: $(VENV)/.torch setup.py constraints.txt
 		listed = [R(text) for text in requires('s2d3d')]; \
 		print(*[f'{r.name}{r.specifier}' for r in listed if r.name != 'torch-scatter' \
 			and (not r.marker or r.marker.evaluate({'extra': 'test'}))], sep='\n')" > $(VENV)/others.txt
-	$(INSTALL) --requirement $(VENV)/others.txt
+	$(INSTALL) --no-warn-conflicts --requirement $(VENV)/others.txt
 	@touch $@
 
 # The last step changes nothing but what the two above may have missed, such as extras of a package.

@@ -42,4 +42,11 @@ def measure_section(name: str, settings: "Settings") -> "Section":
         >>> section.comparisons[0].base  # doctest: +SKIP
         'dense FFN'
     """
-    return importlib.import_module(f".{name}", __name__).measure(settings)
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(settings.num_threads)  # of this process; each of the others sets its own
+    try:
+        return importlib.import_module(f".{name}", __name__).measure(settings)
+    finally:
+        torch.set_num_threads(threads)

@@ -42,7 +42,6 @@ def measure(settings: Settings) -> Section:
     if settings.device.type != "cpu":
         raise InputError("benchmark profile measures operations of a CPU; for a GPU use torch.profiler")
     section = new_section("profile", "Where a training step spends its time", settings)
-    torch.set_num_threads(settings.num_threads)
     vit, small = (spec_for(preset, settings) for preset in (PUBLIC_BERT, SMALL_BERT))
     for name, spec in (("point_bert", vit), ("point_bert_small", small), ("point_bert_s2d", vit.but(experts=EXPERTS))):
         rows, products = profile(spec, settings.pick(3, 1))
