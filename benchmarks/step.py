@@ -5,7 +5,7 @@ from statistics import median
 
 from .hardware import missing_bf16
 from .interleave import DEFAULT, KEPT, Contestant, interleave
-from .losses import loss_gap
+from .losses import loss_ratio
 from .presets import PUBLIC_BERT, PUBLIC_TRANSFORMER, SMALL_BERT, SPARSE_TRANSFORMER, spec_for
 from .section import Section, Settings, new_section
 from .stats import estimate
@@ -44,7 +44,8 @@ def measure(settings: Settings) -> Section:
         _dense_and_sparse(section, settings, name, spec_for(preset, settings))
     _memory(section, settings, bert)
     reason = None if settings.force_bf16 else missing_bf16(settings.device)
-    section.add("point_bert.bf16_loss_gap", None if reason else loss_gap(bert, settings), reason)
+    small = spec_for(SMALL_BERT, settings)
+    section.add("point_bert_small.bf16_loss", None if reason else loss_ratio(small, settings), reason)
     return section
 
 

@@ -124,7 +124,7 @@ def hardware_lines(section: Section) -> list[str]:
 
 def _stands_alone(key: str) -> bool:
     """Return whether a measure is in no other table: rates, memory, limits, plans."""
-    words = ("matmul_", "memory.", "limit_", "gflop", "plan.", "seeds_", "loss_gap", "weak_scaling")
+    words = ("matmul_", "memory.", "limit_", "gflop", "plan.", "seeds_", "bf16_loss", "weak_scaling")
     return any(word in key for word in words)
 
 
