@@ -25,7 +25,8 @@ def run_benchmark(arguments: argparse.Namespace) -> None:
     """Run one of the sub-commands of `tools/benchmark.py`."""
     if arguments.command == "report":
         page, numbers = _places(arguments, arguments.inputs)
-        sections = merge_results(read_results(path) for path in arguments.inputs)
+        earlier = read_results(numbers) if is_ours(page) and numbers.exists() and not arguments.force else []
+        sections = merge_results([earlier, *map(read_results, arguments.inputs)])
         _write(page, numbers, sections, "report FILE.json ... --output docs/benchmarks.md")
         return
     if arguments.command == "latency":

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from s2d3d.errors import InputError
 
 from .comparison import Comparison
-from .stats import FEWEST_STARTS
+from .stats import STARTS
 from .timing import CLOCKS, WALL, Timer, Timing
 
 logger = logging.getLogger(__name__)
@@ -146,9 +146,9 @@ def interleave(
         clock: the time that ratios refer to, of `CLOCKS`.
         resolve: go on after `rounds` until the interval of each pair is at most this wide to each side, relative to
             the ratio. None: stop after `rounds`.
-        budget: seconds after which no further round begins; `rounds` are completed all the same.
-        restart: with `resolve`, start the contestants anew after each full cycle of orders, and at least
-            `FEWEST_STARTS` times, so that the intervals hold for another start as well.
+        budget: seconds after which no further start begins; `rounds` and `STARTS` starts are completed all the same.
+        restart: start the contestants anew, `STARTS` times or more, so that the intervals hold for another start as
+            well: with `resolve` after each full cycle of orders, otherwise `rounds` are divided among the starts.
         pairs: (name, base) of the ratios to resolve; default: each contestant and the base.
 
     Raises:
@@ -169,7 +169,8 @@ def interleave(
         raise InputError(f"{name}: rounds is {rounds}, must be at least 1")
     assert clock in CLOCKS, clock
     logger.info(f"{name}: {', '.join(names)}")
-    stop = _Stop(rounds, resolve, time.monotonic() + budget, FEWEST_STARTS if restart else 1, pairs)
+    starts = (STARTS if resolve is not None else min(STARTS, rounds)) if restart else 1
+    stop = _Stop(rounds, resolve, time.monotonic() + budget, starts, pairs)
     result = Comparison(name, title or name, "", {}, tolerance, samples=samples, clock=clock, resolve=resolve)
     present, index = list(contestants), 0
     with tqdm(desc=name, total=rounds if resolve is None else None, leave=False, disable=None) as bar:
@@ -183,8 +184,10 @@ def interleave(
                     result.deviations = _check_equal(name, present, runners, result.base, tolerance)
                     result.times, result.cpu_times = {c: [] for c in runners}, {c: [] for c in runners}
                 result.repeats = _warm_up(runners, warmup, min_seconds)
+                cycle = 2 * len(runners)
+                if resolve is None:
+                    cycle = math.ceil((rounds - index) / (starts - len(result.starts)))
                 result.starts.append(0)
-                cycle = rounds if resolve is None else 2 * len(runners)
                 while cycle and not (result.starts[-1] and stop.is_reached(result)):
                     for _ in range(cycle):
                         for turn in order(list(runners), index):
@@ -207,7 +210,7 @@ class _Stop:
     Attributes:
         rounds: fewest rounds.
         resolve: widest half width of an interval; None: `rounds` are enough.
-        ends: time after which no further round begins, of `time.monotonic`.
+        ends: time after which no further start begins, of `time.monotonic`.
         starts: fewest starts.
         pairs: whose ratios are watched.
         next_check: rounds at which the intervals are estimated again, which takes some time itself.
@@ -225,11 +228,11 @@ class _Stop:
     def is_reached(self, result: Comparison) -> bool:
         """Tell whether a comparison has its rounds, and its intervals are narrow enough or its time is over."""
         done = sum(result.starts)
-        if done < self.rounds:
+        if done < self.rounds or len(result.starts) < self.starts:
             return False
         if self.resolve is None or self.resolved or time.monotonic() >= self.ends:
             return True
-        if len(result.starts) < self.starts or done < self.next_check:
+        if done < self.next_check:
             return False
         self.next_check = math.ceil(1.1 * done)
         watched = [pair for pair in self.pairs if not result.missing(*pair)]

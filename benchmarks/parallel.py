@@ -27,15 +27,14 @@ ONE_PROCESS, RANKS, SIDE_BY_SIDE = "one process", "ranks of DDP", "trainings sid
 def weak_scaling(settings: Settings, spec: ModelSpec, ranks: int = 2) -> Comparison:
     """Time a step of DDP training on 1 rank and on `ranks`, with the same batch and threads for each rank.
 
-    Ranks share the processor's cores (gloo) or have a GPU each (nccl). Where there are fewer GPUs than ranks, they
-    compute on the processor.
+    Ranks share the processor's cores (gloo) or have a GPU each (nccl).
 
     Args:
-        settings: threads of all ranks together.
+        settings: threads of all ranks together, or a device with a GPU for each.
         spec: the model, its batch that of one rank.
         ranks: processes.
     """
-    on_gpus = settings.device.type == "cuda" and torch.cuda.device_count() >= ranks
+    on_gpus = settings.device.type == "cuda"
     threads = max(1, settings.num_threads // ranks)
     devices = [f"cuda:{rank}" if on_gpus else "cpu" for rank in range(ranks)]
     backend = "nccl" if on_gpus else "gloo"
@@ -69,10 +68,10 @@ def all_cores(settings: Settings, spec: ModelSpec) -> Comparison:
     """Time as many training steps as there are threads: by one process, by ranks of DDP, by trainings side by side.
 
     Args:
-        settings: threads of all processes together, at least 2.
+        settings: threads of all processes together. The largest number that divides the batch is used.
         spec: the model, its batch that of one step, which ranks share.
     """
-    count = settings.num_threads
+    count = max(n for n in range(1, settings.num_threads + 1) if spec.batch % n == 0)
     rank = partial(build_rank, spec.but(batch=spec.batch // count), world=count, backend="gloo")
 
     with tempfile.TemporaryDirectory() as folder:
@@ -111,7 +110,7 @@ def _never() -> Task:
 
 
 class Ranks:
-    """Worker processes that take each turn together; the time of a turn is that of the slowest."""
+    """Worker processes that take each turn together: wall time of the slowest, processor time of all."""
 
     def __init__(
         self, name: str, builds: Sequence[Callable[[], Task]], devices: Sequence[str], num_threads: int
@@ -138,7 +137,7 @@ class Ranks:
         for worker in self.workers:
             worker.send("run", repeat)
         timings = [worker.receive() for worker in self.workers]
-        return Timing(max(timing.wall for timing in timings), max(timing.cpu for timing in timings))
+        return Timing(max(timing.wall for timing in timings), sum(timing.cpu for timing in timings))
 
     def facts(self) -> dict[str, float]:
         for worker in self.workers:

@@ -9,6 +9,7 @@ from s2d3d.errors import InputError
 from .section import Measure, Section
 from .tables import hardware_lines, section_text, table
 from .targets import NOT_MEASURED, STATES, TARGETS, Target, Verdict, format_bound, judge
+from .timing import WALL
 
 MARK = "<!-- made by tools/benchmark.py: change what it measures, not this page -->"
 FORMAT = 1
@@ -21,8 +22,9 @@ slows all of them, and a steady drift cancels.
 **Ratios and their intervals.** Each round gives one ratio of two contestants. The estimate is the mean of the middle
 half of the logarithms of these ratios, and a bootstrap gives its interval of 95 %, which stands behind it. With
 `--resolve 0.01` a comparison goes on until the intervals are at most 1 % wide to each side, or `--budget` minutes are
-over. It then starts its processes anew after each full cycle, at least six times, and the bootstrap resamples whole
-starts: two processes of the same program can differ for as long as they live.
+over. Contestants are started anew six times or more, with `--resolve` after each full cycle, and the bootstrap
+resamples whole starts: two processes of the same program can differ for as long as they live. On a GPU, where a start
+compiles for minutes, there is one start, and the interval holds for it alone. So it is in older results with one start.
 
 **Hit, missed, undecided.** A target is hit if its whole interval is on the good side of the bound, missed if the whole
 interval is on the other side, and undecided otherwise. "Equals" means that the interval is within 1 % of the bound.
@@ -71,12 +73,13 @@ from replay to replay. Several seeds side by side have a graph, a stream and a g
 weights after four recorded updates, side by side, are compared with those of plain updates.
 
 **Limits.** The rate of a matrix product of the FFN's size is measured beside, the floating-point operations of the
-matrix products of a step are counted, and their quotient is the time below which no implementation of this model
-gets at that rate. "Would allow" is the reference's time over it.
+matrix products of a step are counted, and their quotient is about the time that these products take alone. It is no
+strict limit: products of other shapes can be some per cent faster. "Would allow" is the reference's time over it.
 
 **Profile.** Every operation of a few training steps is timed where torch calls it. The matrix products among them are
 then done alone, as often as in the step and on operands of the same shapes and layouts, in turn with the whole step:
-their time over the step's is the share of the attainable that is attained.
+their time over the step's is the share of the attainable that is attained. The tables by operation come from steps
+that are recorded; the recorder's own time is in their last row.
 """
 NO_GPU = "No GPU was at hand for this page: what stands here on GPUs and CUDA graphs was not measured for it."
 
@@ -98,7 +101,12 @@ def read_results(path: str | Path) -> list[Section]:
             raise InputError(
                 f"{path}: results of format {content['format']}, this version reads {FORMAT}; measure again"
             )
-        return [Section.from_dict(section) for section in content["sections"]]
+        sections = [Section.from_dict(section) for section in content["sections"]]
+        for section in sections:
+            hardware_lines(section)  # the parts that the page needs are there
+        if not sections:
+            raise InputError(f"{path}: holds no section; measure one, such as: python tools/benchmark.py ops")
+        return sections
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -106,12 +114,18 @@ def read_results(path: str | Path) -> list[Section]:
 
 
 def merge_results(results: Iterable[Sequence[Section]]) -> list[Section]:
-    """Join results of several files; of two sections of one name, device and machine, the later stays."""
+    """Join results of several files; of two sections of one name, device and machine, the later stays.
+
+    Raises:
+        InputError: results of `--quick` would replace measured ones.
+    """
     merged: dict[tuple[str, str, str], Section] = {}
     for sections in results:
         for section in sections:
             key = (section.name, section.device, section.machine)
-            merged.pop(key, None)
+            replaced = merged.pop(key, None)
+            if replaced and section.settings["quick"] and not replaced.settings["quick"]:
+                raise InputError(f"{section.name}: --quick would replace measured results; choose another --output")
             merged[key] = section
     return list(merged.values())
 
@@ -134,7 +148,7 @@ def target_table(sections: Sequence[Section], targets: Sequence[Target] = TARGET
     for letter, name in zip(LETTERS, names):
         states = [verdict.state for verdict in shown[name] if verdict]
         counts = ", ".join(f"{states.count(state)} {state}" for state in STATES)
-        lines.append(f"- Machine {letter}: {name}: {counts}.")
+        lines.append(f"- Machine {letter}: {name}: {counts}. Code and day of each section: {_origins(name, sections)}.")
     for index, target in enumerate(targets):
         cells = [_cell(shown[name][index], len(names) == 1) for name in names]
         rows.append([target.title, format_bound(target), *cells])
@@ -145,6 +159,17 @@ def target_table(sections: Sequence[Section], targets: Sequence[Target] = TARGET
         if reasons:
             parts.append(f"**Machine {letter}**\n\n" + table(["target", "", "why"], reasons))
     return "\n\n".join(parts)
+
+
+def _origins(machine: str, sections: Iterable[Section]) -> str:
+    """Return code and day of each section of a machine, and its clock if that is not the wall's."""
+    names: dict[str, list[str]] = {}
+    for section in sections:
+        if section.machine == machine:
+            code, clock = section.hardware["git_commit"], section.settings.get("clock", WALL)
+            origin = f"{(code or 'unknown')[:7]}{'+' * (code or '').endswith('+')}, {section.hardware['time'][:10]}"
+            names.setdefault(origin + (f", {clock} time" if clock != WALL else ""), []).append(section.name)
+    return "; ".join(f"{', '.join(listed)} ({origin})" for origin, listed in names.items())
 
 
 def machines(sections: Iterable[Section]) -> list[str]:

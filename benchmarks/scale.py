@@ -35,14 +35,15 @@ def measure(settings: Settings) -> Section:
         section.add(f"exponent.{series.name}", series.exponent)
         section.add(f"last_exponent.{series.name}", series.last_exponent)
     spec = spec_for(SMALL_BERT, settings).but(experts=EXPERTS)
-    scaling = weak_scaling(settings, spec)
-    section.comparisons.append(scaling)
-    one, two = scaling.times
-    if settings.device.type == "cpu" or torch.cuda.device_count() >= 2:
+    on_cpu = settings.device.type == "cpu"
+    if (settings.num_threads if on_cpu else torch.cuda.device_count()) >= 2:
+        scaling = weak_scaling(settings, spec)
+        section.comparisons.append(scaling)
+        one, two = scaling.times
         section.add_speedup("weak_scaling_efficiency", scaling, two, one)
-    else:  # the ranks computed on the processor
-        section.add("weak_scaling_efficiency", None, "needs 2 GPUs")
-    if settings.device.type == "cpu" and settings.num_threads > 1:
+    else:
+        section.add("weak_scaling_efficiency", None, "needs 2 threads" if on_cpu else "needs 2 GPUs")
+    if on_cpu and settings.num_threads > 1:
         for name, preset in (("point_bert_small", SMALL_BERT), ("point_bert", PUBLIC_BERT)):
             cores = all_cores(settings, spec_for(preset, settings).but(experts=EXPERTS))
             section.comparisons.append(cores)

@@ -60,7 +60,7 @@ class Settings:
     def interleaving(self, rounds: int, *, warmup: int = 2, min_seconds: float = 0.0) -> dict[str, Any]:
         """Return the keywords of `interleave` that say how long to measure."""
         if self.quick:
-            return {"rounds": self.rounds or 2, "warmup": 1, "clock": self.clock}
+            return {"rounds": self.rounds or 2, "warmup": 1, "clock": self.clock, "restart": False}
         return {
             "rounds": self.rounds or rounds,
             "warmup": warmup,

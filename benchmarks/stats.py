@@ -9,10 +9,11 @@ import numpy as np
 
 LEVEL = 0.95
 """Level of all intervals."""
+_NORMAL = statistics.NormalDist().inv_cdf((1 + LEVEL) / 2)
 RESAMPLES = 1000
 """Resamples of a bootstrap."""
-FEWEST_STARTS = 6
-"""From so many starts of the processes on, whole starts are resampled, otherwise single rounds."""
+STARTS = 6
+"""Starts of each contestant, at least, where it can be started anew."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,10 @@ def estimate(values: Sequence[float], starts: Sequence[int] = (), *, logarithmic
 
     Args:
         values: such as the ratios of the rounds.
-        starts: rounds of each start of the processes, in order; their sum is the number of values. With
-            `FEWEST_STARTS` or more of them, whole starts are resampled, so that what belongs to a process, such as
-            the places of its memory, counts as noise.
+        starts: rounds of each start of the contestants, in order; their sum is the number of values. With `STARTS`
+            or more of them, whole starts are resampled, so that what belongs to a start, such as the places of its
+            memory, counts as noise. Of fewer, the interval is Student's, over the estimates of the starts. The
+            interval of a single start holds for this start alone.
         logarithmic: for ratios and rates, which are positive. False averages the numbers themselves.
 
     Raises:
@@ -119,8 +121,13 @@ def estimate(values: Sequence[float], starts: Sequence[int] = (), *, logarithmic
     scaled = np.log(scaled) if logarithmic else scaled
     center = float(_middle_mean(scaled[None])[0])
     generator = np.random.default_rng(0)
-    if len(starts) >= FEWEST_STARTS:
-        blocks = np.split(scaled, np.cumsum(starts)[:-1])
+    blocks = np.split(scaled, np.cumsum(starts)[:-1])
+    back = math.exp if logarithmic else float
+    if 1 < len(blocks) < STARTS:
+        deviation = float(np.std([_middle_mean(block[None])[0] for block in blocks], ddof=1))
+        half = _student(len(blocks) - 1) * deviation / math.sqrt(len(blocks))
+        return Interval(back(center), back(center - half), back(center + half))
+    if len(blocks) > 1:
         chosen = generator.integers(len(blocks), size=(RESAMPLES, len(blocks)))
         if len(set(starts)) == 1:
             means = _middle_mean(np.stack(blocks)[chosen].reshape(RESAMPLES, -1))
@@ -131,9 +138,8 @@ def estimate(values: Sequence[float], starts: Sequence[int] = (), *, logarithmic
         count = len(scaled)
         means = _middle_mean(scaled[generator.integers(count, size=(RESAMPLES, count))])
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    wider = math.sqrt(count / (count - 1)) * _student_over_normal(count - 1)
+    wider = math.sqrt(count / (count - 1)) * _student(count - 1) / _NORMAL
     ends = (center + wider * min(0.0, low - center), center + wider * max(0.0, high - center))
-    back = math.exp if logarithmic else float
     return Interval(back(center), back(ends[0]), back(ends[1]))
 
 
@@ -166,20 +172,19 @@ def _middle_mean(rows: np.ndarray) -> np.ndarray:
     return rows[:, cut : length - cut].mean(axis=1)
 
 
-def _student_over_normal(freedom: int) -> float:
-    """Return the quantile of Student's distribution at (1 + LEVEL) / 2 over that of the normal distribution.
+def _student(freedom: int) -> float:
+    """Return the quantile of Student's distribution at (1 + LEVEL) / 2.
 
     Source: Abramowitz and Stegun, 26.7.5, exact to 1 % from 3 degrees of freedom on; closed forms for 1 and 2.
     """
-    p = (1 + LEVEL) / 2
-    z = statistics.NormalDist().inv_cdf(p)
+    p, z = (1 + LEVEL) / 2, _NORMAL
     if freedom == 1:
-        return math.tan(math.pi * (p - 0.5)) / z
+        return math.tan(math.pi * (p - 0.5))
     if freedom == 2:
-        return (2 * p - 1) * math.sqrt(2 / (4 * p * (1 - p))) / z
+        return (2 * p - 1) * math.sqrt(2 / (4 * p * (1 - p)))
     terms = (
         (z**3 + z) / 4,
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
     )
-    return (z + sum(term / freedom**power for power, term in enumerate(terms, 1))) / z
+    return z + sum(term / freedom**power for power, term in enumerate(terms, 1))

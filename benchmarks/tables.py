@@ -112,7 +112,8 @@ def hardware_lines(section: Section) -> list[str]:
         f"- threads: {machine['num_threads']}; load average before: "
         + ", ".join(f"{value:.2f}" for value in section.settings["load_average"])
         + (
-            " (**other programs were running: ratios hold, absolute times are too long**)"
+            " (**other programs were running: absolute times are too long; ratios hold where contestants have equally "
+            "many processes and threads**)"
             if section.settings["load_average"][0] > BUSY
             else ""
         ),

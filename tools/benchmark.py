@@ -30,9 +30,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_page(everything)
     page = add("report", "the page from existing results", "inference.json layer.json --output benchmarks.md")
     page.add_argument(
-        "inputs", nargs="+", metavar="FILE.json", help="results; of equal sections of one machine the last one is used"
-    )
-    _add_page(page)
+        "inputs", nargs="+", metavar="FILE.json",
+        help="results, added to those of the page; of equal sections of one machine the last one is used",
+    )  # fmt: skip
+    _add_page(page, "replace the page and its numbers, whatever they hold")
     arguments = "--checkpoint runs/demo/merged.pt --output latency.md"
     latency = add("latency", "a trained model: dense, merged, and exported in all formats", arguments)
     latency.add_argument("--checkpoint", required=True, metavar="FILE", help="a dense checkpoint, such as merged.pt")
@@ -48,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads per process; default: torch's choice")
+    parser.add_argument("--threads", type=int, metavar="N", help="torch's threads per process; default: its choice")
     parser.add_argument(
         "--rounds", type=int, metavar="N", help="rounds of every comparison; default: depends on the comparison"
     )
@@ -71,9 +72,9 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to check that it works; no valid results")
 
 
-def _add_page(parser: argparse.ArgumentParser) -> None:
+def _add_page(parser: argparse.ArgumentParser, force: str = "replace a file that another program made") -> None:
     parser.add_argument("--output", required=True, metavar="FILE.md", help="the page; its numbers go to FILE.json")
-    parser.add_argument("--force", action="store_true", help="replace a file that another program made")
+    parser.add_argument("--force", action="store_true", help=force)
 
 
 def run(arguments: argparse.Namespace) -> None:

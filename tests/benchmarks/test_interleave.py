@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.comparison import Comparison
 from benchmarks.interleave import Contestant, Skip, Task, deviation, interleave, local, order
-from benchmarks.stats import FEWEST_STARTS
+from benchmarks.stats import STARTS
 from benchmarks.timing import CPU as CPU_CLOCK
 from benchmarks.timing import WALL, Timing, make_timer
 from s2d3d.errors import InputError
@@ -48,12 +48,20 @@ def world():
 
 def test_every_contestant_runs_once_a_round_another_one_first(world):
     both = [world.contestant(name, lambda n: 1.0) for name in "abc"]
-    interleave("turns", both, start=world.start(), rounds=7, warmup=2)
+    interleave("turns", both, start=world.start(), rounds=7, warmup=2, restart=False)
     turns = ["".join(part) for part in itertools.batched(world.diary, 3)] if hasattr(itertools, "batched") else [
         "".join(world.diary[first : first + 3]) for first in range(0, len(world.diary), 3)
     ]  # fmt: skip
     assert turns[:2] == ["abc", "abc"], "warming up"
     assert turns[2:] == ["abc", "bca", "cab", "cba", "acb", "bac", "abc"]
+
+
+@pytest.mark.parametrize(("rounds", "starts"), [(8, [2, 2, 1, 1, 1, 1]), (4, [1, 1, 1, 1]), (13, [3, 2, 2, 2, 2, 2])])
+def test_fixed_rounds_are_divided_among_starts(world, rounds, starts):
+    both = [world.contestant(name, lambda n: 1.0) for name in "ab"]
+    result = interleave("starts", both, start=world.start(), rounds=rounds, warmup=0)
+    assert result.starts == starts and world.built == ["a", "b"] * len(starts)
+    assert len(result.times["a"]) == rounds
 
 
 def test_each_place_is_taken_equally_often():
@@ -78,7 +86,7 @@ def test_ratio_is_that_of_single_rounds(world):
 
 def test_short_work_is_repeated_and_its_mean_is_the_time(world):
     short = [world.contestant(name, lambda n, s=s: s) for name, s in (("a", 0.25), ("b", 0.5), ("c", 3.0))]
-    result = interleave("short", short, start=world.start(), rounds=2, warmup=1, min_seconds=1.0)
+    result = interleave("short", short, start=world.start(), rounds=2, warmup=1, min_seconds=1.0, restart=False)
     assert result.repeats == {"a": 4, "b": 2, "c": 1}
     assert [world.diary.count(name) for name in "abc"] == [1 + 2 * 4, 1 + 2 * 2, 1 + 2 * 1]
     assert result.times == {"a": [0.25, 0.25], "b": [0.5, 0.5], "c": [3.0, 3.0]}
@@ -227,7 +235,7 @@ def test_a_comparison_goes_on_until_its_ratio_is_resolved(world, restart):
         assert sum(result.starts) == len(result.times["a"]) == len(result.cpu_times["b"])
     assert len(calm.times["a"]) < len(wild.times["a"])
     if restart:
-        assert calm.starts == [4] * FEWEST_STARTS, "a full cycle of orders by each start"
+        assert calm.starts == [4] * STARTS, "a full cycle of orders by each start"
         assert world.built == ["a", "b"] * (len(calm.starts) + len(wild.starts))
     else:
         assert calm.starts == [4] and len(wild.starts) == 1 and world.built == ["a", "b"] * 2
@@ -236,7 +244,7 @@ def test_a_comparison_goes_on_until_its_ratio_is_resolved(world, restart):
 def test_the_time_over_ends_a_comparison_that_does_not_resolve(world):
     both = [noisy(world, name, 0.5, seed) for seed, name in enumerate("ab")]
     result = interleave("budget", both, start=world.start(), rounds=6, warmup=0, resolve=1e-6, budget=0.0)
-    assert sum(result.starts) == 8, "the fixed rounds, in full cycles"
+    assert result.starts == [4] * STARTS, "fewer starts decide nothing, whatever the budget"
     assert result.ratio("b").half_width > 1e-6
 
 
@@ -287,7 +295,7 @@ def test_the_same_against_itself_is_1_within_its_interval(world):
     for seed in range(40):
         seconds, turn = shared_machine(seed), itertools.count()
         both = [world.contestant(name, lambda n, seconds=seconds, turn=turn: seconds(next(turn))) for name in "ab"]
-        ratio = interleave("itself", both, start=world.start(), rounds=80, warmup=0).ratio("b")
+        ratio = interleave("itself", both, start=world.start(), rounds=80, warmup=0, restart=False).ratio("b")
         inside += ratio.low <= 1 <= ratio.high
         widths.append(ratio.half_width)
         assert abs(ratio.value - 1) < 0.03

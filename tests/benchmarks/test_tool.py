@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import SECTIONS, command, gpu, layer, measure_section, reference, training
+from benchmarks import SECTIONS, command, gpu, layer, measure_section, parallel, reference, training
 from benchmarks.interleave import Skip, Task
 from benchmarks.ops import farthest_from
 from benchmarks.presets import PUBLIC_BERT
@@ -224,6 +224,40 @@ def test_measuring_again_keeps_the_results_of_other_machines(benchmark, tmp_path
     kept = read_results(page.with_suffix(".json"))
     assert [s.measures["cpu.layer.x"].value for s in kept] == [1.0, 3.0]
     assert kept[0].hardware["cpu_flags"] == ["sve"] and page.read_text().count("**Machine B**") == 1
+
+
+def test_a_page_keeps_what_it_holds(benchmark, tmp_path):
+    """Results are added to a page; it begins anew with --force; --quick never replaces measured results."""
+    page, numbers, added = tmp_path / "page.md", tmp_path / "page.json", tmp_path / "added.json"
+    write_results(added, [section("layer", "cpu", 1.0)])
+    assert benchmark("report", added, "--output", page)[0] == 0
+    write_results(added, [section("step", "cpu", 2.0)])
+    assert benchmark("report", added, "--output", page)[0] == 0
+    assert [one.name for one in read_results(numbers)] == ["layer", "step"]
+    quick = section("step", "cpu", 3.0)
+    quick.settings["quick"] = True
+    write_results(added, [quick])
+    before = numbers.read_bytes()
+    code, _, err = benchmark("report", added, "--output", page)
+    assert code == 1 and "step: --quick would replace measured results" in err and numbers.read_bytes() == before
+    assert benchmark("report", added, "--output", page, "--force")[0] == 0
+    assert [one.name for one in read_results(numbers)] == ["step"]
+
+
+@pytest.mark.parametrize("broken", ["packages", "load_average", "sections"])
+def test_damaged_results_are_refused(benchmark, tmp_path, broken):
+    damaged, page = section("layer", "cpu", 1.0), tmp_path / "page.md"
+    damaged.hardware.pop(broken, None)
+    damaged.settings.pop(broken, None)
+    write_results(tmp_path / "results.json", [] if broken == "sections" else [damaged])
+    code, out, err = benchmark("report", tmp_path / "results.json", "--output", page)
+    assert code == 1 and "results.json: " in err and err.count("\n") == 1 and not page.exists()
+
+
+@pytest.mark.parametrize(("threads", "batch", "ranks"), [(4, 6, 3), (8, 2, 2), (3, 32, 2), (2, 7, 1)])
+def test_ranks_divide_a_batch(monkeypatch, threads, batch, ranks):
+    monkeypatch.setattr(parallel, "interleave", lambda name, contestants, **options: options)
+    assert parallel.all_cores(Settings(CPU, threads), TINY.but(batch=batch))["samples"] == ranks * batch
 
 
 # What is timed is what it is said to be

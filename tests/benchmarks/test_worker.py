@@ -50,7 +50,7 @@ def test_each_contestant_has_a_process_and_its_turns(tmp_path):
         Contestant("b", partial(note_turns, str(diary), "b"), allocator=DEFAULT),
         Contestant("c", skip),
     ]
-    result = interleave("apart", listed, start=workers(CPU, 1), rounds=2, warmup=1)
+    result = interleave("apart", listed, start=workers(CPU, 1), rounds=2, warmup=1, restart=False)
     lines = [line.split() for line in diary.read_text().splitlines()]
     assert [name for name, _, word in lines if word == "starts"] == ["a", "b", "a", "b", "b", "a"]
     assert all(first[:2] == second[:2] for first, second in zip(lines[::2], lines[1::2])), "one at a time"
@@ -86,7 +86,7 @@ def test_contestants_that_begin_ahead_build_side_by_side_and_are_compared_alike(
         runners.append(start(contestant))
         return runners[-1]
 
-    result = interleave("ahead", listed, start=starting, rounds=2, warmup=1)
+    result = interleave("ahead", listed, start=starting, rounds=2, warmup=1, restart=False)
     assert result.skipped == {"d": "not here"}
     assert result.deviations == {"a": None, "b": 0.0, "c": 0.0, "e": None}
     assert all((tmp_path / name).read_text() == 4 * "x" for name in "abce"), "one ahead, one to warm up, two rounds"

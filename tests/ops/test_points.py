@@ -34,6 +34,25 @@ def naive_fps(cloud, number, skip_origin=False):
     return selected
 
 
+@pytest.mark.parametrize("batch", [0, 2])
+def test_no_query_has_no_neighbours(batch):
+    assert nearest_neighbours(torch.zeros(batch, 0, 3), clouds(2)[:batch], 4).shape == (batch, 0, 4)
+    assert nearest_neighbours(clouds(2)[:batch], clouds(2)[:batch], 4).shape == (batch, 40, 4)
+
+
+def test_transforms_of_functions_pass_through():
+    points = clouds()
+
+    def spread(cloud):
+        return group_points(cloud, 5, 3)[0].square().sum()
+
+    expected = points.clone().requires_grad_()
+    spread(expected).backward()
+    torch.testing.assert_close(torch.func.grad(spread)(points), expected.grad)
+    value, change = torch.func.jvp(spread, (points,), (torch.ones_like(points),))
+    torch.testing.assert_close(change, expected.grad.sum())
+
+
 # Farthest point sampling
 
 
