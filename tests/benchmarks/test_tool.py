@@ -250,7 +250,7 @@ def test_damaged_results_are_refused(benchmark, tmp_path, broken):
     damaged.hardware.pop(broken, None)
     damaged.settings.pop(broken, None)
     write_results(tmp_path / "results.json", [] if broken == "sections" else [damaged])
-    code, out, err = benchmark("report", tmp_path / "results.json", "--output", page)
+    code, _, err = benchmark("report", tmp_path / "results.json", "--output", page)
     assert code == 1 and "results.json: " in err and err.count("\n") == 1 and not page.exists()
 
 

@@ -49,7 +49,7 @@ def test_transforms_of_functions_pass_through():
     expected = points.clone().requires_grad_()
     spread(expected).backward()
     torch.testing.assert_close(torch.func.grad(spread)(points), expected.grad)
-    value, change = torch.func.jvp(spread, (points,), (torch.ones_like(points),))
+    _, change = torch.func.jvp(spread, (points,), (torch.ones_like(points),))
     torch.testing.assert_close(change, expected.grad.sum())
 
 
