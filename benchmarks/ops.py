@@ -21,6 +21,12 @@ OURS, PLAIN, CLUSTER, POINTCLOUD = "ours", "plain reference", "torch_cluster", "
 FPSAMPLE = "fpsample (bucket)"
 
 
+SAMPLING = (("fps_1024", 32, 1024, 64), ("fps_8192", 32, 8192, 1200))
+"""By key: clouds, points and samples."""
+NEIGHBOURS = (("knn_64", 32, 64, 1024, 32), ("knn_1024", 8, 1024, 1024, 16))
+"""By key: clouds, queries, points and neighbours."""
+
+
 def measure(settings: Settings) -> Section:
     """Measure operations at the sizes of the models and of data preparation, and the attention that uses them.
 
@@ -28,17 +34,17 @@ def measure(settings: Settings) -> Section:
         InputError: contestants select other points.
     """
     section = new_section("ops", "Point operations", settings)
-    for batch, points, samples in settings.pick([(32, 1024, 64), (32, 8192, 1200)], [(2, 64, 20)]):
-        _sampling(section, settings, batch, points, samples)
-    for batch, queries, points, neighbours in settings.pick([(32, 64, 1024, 32), (8, 1024, 1024, 16)], [(2, 8, 64, 4)]):
-        _neighbours(section, settings, batch, queries, points, neighbours)
+    for key, *sizes in SAMPLING:
+        _sampling(section, settings, key, *settings.pick(sizes, (2, 64, 20)))
+    for key, *sizes in NEIGHBOURS:
+        _neighbours(section, settings, key, *settings.pick(sizes, (2, 8, 64, 4)))
     attention = measure_attention(settings)
     section.comparisons.append(attention)
     section.add_speedup("vector_attention", attention, OURS, PLAIN)
     return section
 
 
-def _sampling(section: Section, settings: Settings, batch: int, points: int, samples: int) -> None:
+def _sampling(section: Section, settings: Settings, key: str, batch: int, points: int, samples: int) -> None:
     xyz, _ = clouds(batch, points, settings.seed, settings.device)
 
     def task(select: Callable[[], Tensor]) -> Task:
@@ -95,8 +101,8 @@ def _sampling(section: Section, settings: Settings, batch: int, points: int, sam
         **settings.interleaving(settings.pick(5 if points > 2000 else 30, 2)),
     )
     section.comparisons.append(comparison)
-    section.add_speedup(f"fps_{points}", comparison, OURS, PLAIN)
-    section.add_speedup(f"fps_{points}.fpsample", comparison, OURS, FPSAMPLE)
+    section.add_speedup(key, comparison, OURS, PLAIN)
+    section.add_speedup(f"{key}.fpsample", comparison, OURS, FPSAMPLE)
 
 
 def _pointcloud_operators() -> ModuleType:
@@ -114,7 +120,9 @@ def farthest_from(xyz: Tensor, start: Tensor, samples: int) -> Tensor:
     return order.gather(1, farthest_point_sample(gather_points(xyz, order), samples))
 
 
-def _neighbours(section: Section, settings: Settings, batch: int, queries: int, points: int, neighbours: int) -> None:
+def _neighbours(
+    section: Section, settings: Settings, key: str, batch: int, queries: int, points: int, neighbours: int
+) -> None:
     xyz, _ = clouds(batch, points, settings.seed, settings.device)
     centers = xyz[:, :queries].contiguous()
 
@@ -154,5 +162,5 @@ def _neighbours(section: Section, settings: Settings, batch: int, queries: int, 
         **settings.interleaving(30),
     )
     section.comparisons.append(comparison)
-    section.add_speedup(f"knn_{queries}", comparison, OURS, PLAIN)
-    section.add_speedup(f"knn_{queries}.torch_cluster", comparison, OURS, CLUSTER)
+    section.add_speedup(key, comparison, OURS, PLAIN)
+    section.add_speedup(f"{key}.torch_cluster", comparison, OURS, CLUSTER)

@@ -89,9 +89,12 @@ def test_equal_mathematics_is_equal(sections):
                     assert distance <= allowed, (comparison.name, contestant)
                     compared += 1
     assert compared > 20
-    step = next(c for c in sections["step"].comparisons if c.name == "point_bert step")
+    step, sparse = (
+        next(c for c in sections["step"].comparisons if c.name == f"point_bert step{form}") for form in ("", ", S2D")
+    )
     assert step.base == "reference, as users run it"
-    assert 0 < step.deviations["ours, S2D"] < 1e-4 and step.deviations["reference, our allocator"] == 0
+    assert 0 < step.deviations["ours, dense"] < 1e-4 and step.deviations["reference, our allocator"] == 0
+    assert sparse.base == "ours, dense" and 0 < sparse.deviations["ours, S2D"] < 1e-4
     routed = [name for name, note in sections["layer"].comparisons[0].notes.items() if note.startswith("routed")]
     assert len(routed) >= 2 and all(sections["layer"].comparisons[0].deviations[name] is None for name in routed)
 
@@ -116,7 +119,9 @@ def test_series_have_exponents_and_ranks_scale(sections):
     series = sections["scale"].series
     assert [one.expected for one in series if one.name in ("tokens", "experts", "width", "batch")] == [1, 0, 2, 1]
     assert all(len(one.seconds) == len(one.sizes) and min(one.seconds) > 0 for one in series)
-    assert sections["scale"].measures["cpu.scale.weak_scaling_efficiency"].value > 0
+    assert sections["scale"].measures["cpu.scale.weak_scaling_efficiency"].reason == "needs 2 threads"
+    scaling = parallel.weak_scaling(Settings(CPU, 2, rounds=1, quick=True), TINY.but(experts=4))
+    assert all(len(seconds) == 1 and seconds[0] > 0 for seconds in scaling.times.values()) and len(scaling.times) == 2
     plan = {key.removeprefix("cpu.scale.plan."): m.value for key, m in sections["scale"].measures.items()}
     assert plan["dense.state_mib"] == pytest.approx(4 * plan["dense.exchanged_mib"])
     assert plan["s2d.exchanged_mib"] > plan["dense.exchanged_mib"]
