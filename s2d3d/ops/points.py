@@ -191,9 +191,9 @@ def _can_use_numpy(tensor: Tensor) -> bool:
         type(tensor) is Tensor
         and tensor.numel() > 0
         and tensor.device.type == "cpu"
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # of torch.func.grad and its like
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # of torch.func.grad and its like
     )
 
 

@@ -111,7 +111,7 @@ def test_operators_that_select_other_points_are_refused(monkeypatch):
     section = new_section("ops", "Point operations", settings)
     for measure, sizes in ((ops._sampling, (2, 64, 20)), (ops._neighbours, (2, 8, 64, 4))):
         with pytest.raises(ValueError, match="results of 'torch_cluster' differ from those of 'ours' by"):
-            measure(section, settings, *sizes)
+            measure(section, settings, "key", *sizes)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ def test_files_are_classified_as_in_the_evaluation(fork, trained, shapes_root, t
     dataset = create_dataset("shapes", shapes_root, "test", num_points=128)
     points, _ = dataset.batch(torch.arange(6), augment=False)
     files = []
-    for index, cloud in enumerate(points.numpy()):
+    for index, cloud in enumerate(points.double().numpy()):  # in float32, moved points would be other points
         files.append(tmp_path / f"{index}{'.npy' if index % 2 else '.xyz'}")
-        np.save(files[-1], 3 * cloud + 1) if index % 2 else np.savetxt(files[-1], 3 * cloud + 1, fmt="%.9g")
+        np.save(files[-1], 3 * cloud + 1) if index % 2 else np.savetxt(files[-1], 3 * cloud + 1, fmt="%.17g")
     process = fork("predict", "--checkpoint", trained.merged, *files, "--output", tmp_path / "out.json")
     assert (process.returncode, process.stderr) == (0, "")
     with torch.no_grad():
