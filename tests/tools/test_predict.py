@@ -12,9 +12,9 @@ from s2d3d.datasets.files import read_cloud
 
 def test_files_are_classified_as_in_the_evaluation(fork, trained, shapes_root, tmp_path):
     dataset = create_dataset("shapes", shapes_root, "test", num_points=128)
-    points, _ = dataset.batch(torch.arange(6), augment=False)
+    points, _ = dataset.batch(torch.arange(6, 12), augment=False)
     files = []
-    for index, cloud in enumerate(points.double().numpy()):  # in float32, moved points would be other points
+    for index, cloud in enumerate(points.double().numpy()):  # in float32 other points when moved
         files.append(tmp_path / f"{index}{'.npy' if index % 2 else '.xyz'}")
         np.save(files[-1], 3 * cloud + 1) if index % 2 else np.savetxt(files[-1], 3 * cloud + 1, fmt="%.17g")
     process = fork("predict", "--checkpoint", trained.merged, *files, "--output", tmp_path / "out.json")
