@@ -193,13 +193,19 @@ def _mixed_code(summary: Mapping[str, Any]) -> str:
 
 
 def _losses_table(summary: Mapping[str, Any]) -> str:
+    pretraining = summary.get("task") == "pretrain"
     rows = [
-        [f"{item['name']} - {item['reference']}", str(item["n"]), *(_nats(item["losses"][key]) for key in LOSSES)]
+        [
+            f"{item['name']} - {item['reference']}",
+            str(item["n"]),
+            *(_loss(item["losses"][key], 6 if pretraining else 4, "-" if item["n"] else "empty") for key in LOSSES),
+        ]
         for item in summary["comparisons"]
     ]
+    unit, smoothing = ("Reconstruction loss", "") if pretraining else ("Nats", " and label smoothing")
     note = (
-        "Nats, mean and 95 % paired t, not corrected for their number. The training loss is the mean over the batches "
-        "of the last epoch, with augmentation and label smoothing."
+        f"{unit}, mean and 95 % paired t, not corrected for their number. The training loss is the mean over the "
+        f"batches of the last epoch, with augmentation{smoothing}."
     )
     header = ["comparison", "n", *(title.format(_noun(summary)) for title in LOSSES.values())]
     return f"{markdown_table(header, rows)}\n\n{note}"
@@ -272,11 +278,11 @@ def _interval(item: Mapping[str, Any], kind: str) -> str:
     return "-" if low is None else f"[{100 * low:+.2f}, {100 * high:+.2f}]"
 
 
-def _nats(loss: Mapping[str, float | None] | None) -> str:
+def _loss(loss: Mapping[str, float | None] | None, digits: int, absent: str) -> str:
     if loss is None:
-        return "empty"
-    interval = "" if loss["t_low"] is None else f" [{loss['t_low']:+.4f}, {loss['t_high']:+.4f}]"
-    return f"{loss['mean']:+.4f}{interval}"
+        return absent
+    interval = "" if loss["t_low"] is None else f" [{loss['t_low']:+.{digits}f}, {loss['t_high']:+.{digits}f}]"
+    return f"{loss['mean']:+.{digits}f}{interval}"
 
 
 def _p_value(p: float | None) -> str:

@@ -44,7 +44,8 @@ def summarize(study: Study, records: Records) -> dict[str, Any]:
     for comparison, p in zip(tested, holm([comparison["p"] for comparison in tested], len(pairs))):
         comparison["p_holm"] = p
     environments = [record["environment"] for record in records.values()]
-    noun = dataset_reader(study.cells[0].config.data.name).kind.noun
+    first = study.cells[0].config
+    noun = dataset_reader(first.data.name).kind.noun
     return {
         "study": config.name,
         "question": config.question,
@@ -57,6 +58,7 @@ def summarize(study: Study, records: Records) -> dict[str, Any]:
         "selection": "last epoch",
         **({"curve": config.curve} if config.curve else {}),
         **({} if noun == PointCloudDataset.noun else {"samples": noun}),
+        **({} if first.task == "classify" else {"task": first.task}),
         "level": LEVEL,
         "num_comparisons": len(pairs),
         "bootstrap": {"resamples": RESAMPLES, "seed": BOOTSTRAP_SEED, "shapes": "crossed" if crossed else "nested"},
@@ -120,7 +122,7 @@ def _compare(study: Study, records: Records, name: str, reference: str, number: 
     }
     last = [[records[arm, seed]["curve"]["train_loss"][-1] for seed in seeds] for arm in arms]
     scores = [[_result(study, records, row, seed)["loss"] for seed in seeds] for row in (name, reference)]
-    result["losses"] = {"scored": _paired(*scores), "training": _paired(*last)}
+    result["losses"] = {"scored": _paired(*scores), "training": None if arms[0] == arms[1] else _paired(*last)}
     mixed = [seed for seed in seeds if len({_code_state(records[arm, seed]["environment"]) for arm in arms}) > 1]
     if mixed:
         rest = [float(part.mean()) for seed, part in parts.items() if seed not in mixed]

@@ -232,3 +232,17 @@ def test_equivalence_is_tested_where_the_study_asks(write_study, three_arms):
     text = report_text(summary, "command")
     assert "| p, equivalent within 20 points |" in text and f"| {p:.2g} |" in text
     assert "equivalent" not in report_text(summarize(three_arms, made_up(three_arms)), "command")
+
+
+def test_a_pre_training_compares_reconstruction_losses_and_no_run_with_its_own_training(repository):
+    study = load_study(repository / "configs/studies/pretraining.yaml")
+    records = made_up(study)
+    for record in records.values():
+        record["results"]["initial"] = record["results"].pop("ema")
+    text = report_text(summarize(study, records), "command")
+    random, s2d = (
+        next(line for line in text.split("## Paired differences in loss")[1].splitlines() if line.startswith(start))
+        for start in ("| dense - random ", "| s2d - dense ")
+    )
+    assert random.endswith("] | - |") and s2d.endswith("] |")
+    assert "Reconstruction loss, mean" in text and "Nats" not in text and "smoothing" not in text
