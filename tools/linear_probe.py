@@ -34,9 +34,13 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.output is not None:
         output = refuse_existing(arguments.output, arguments.force, sources=[arguments.checkpoint])
     check_overrides(arguments.overrides, ("data", "eval", "log", "seed"))
+    if any(override.partition("=")[0].strip() == "eval.split" for override in arguments.overrides):
+        raise InputError(
+            "eval.split: has no effect here, the test split is scored; eval.probe scores what eval.split says"
+        )
     require_checkpoint(arguments.checkpoint)
 
-    from s2d3d.evaluation.probe import probe_coordinates, probe_model, random_encoder, require_sklearn
+    from s2d3d.evaluation.probe import check_labels, probe_coordinates, probe_model, random_encoder, require_sklearn
     from s2d3d.machine import choose_device, keep_large_allocations
     from s2d3d.runs.trained import open_trained
 
@@ -45,21 +49,16 @@ def run(arguments: argparse.Namespace) -> None:
     keep_large_allocations()
     trained = open_trained(arguments.checkpoint, arguments.overrides, device=device, task=None)
     config, (train, test) = trained.config, (trained.dataset(split) for split in ("train", "test"))
-    if train.num_classes < 2:
-        raise InputError(
-            f"{train.source}: holds no labels, which a linear probe needs; name a labelled set by data.root="
-        )
+    check_labels(train, "a linear probe", "name a labelled set by data.root=")
     kwargs = {**config.model.kwargs, "in_channels": config.in_channels}
     size, seed, progress = config.eval.batch_size, config.seed, config.log.progress
     fresh = random_encoder(config.model.name, kwargs, train, seed=seed, device=device, batch_size=size)
     rows = {"model": arguments.checkpoint, "random": "random encoder", "coordinates": "coordinate statistics"}
     reports = {
-        key: probe_model(
-            model, train, test, device=device, kind=arguments.features, batch_size=size, seed=seed, progress=progress
-        )
+        key: probe_model(model, train, test, device=device, kind=arguments.features, batch_size=size, progress=progress)
         for key, model in (("model", trained.model), ("random", fresh))
     }
-    reports["coordinates"] = probe_coordinates(train, test, batch_size=size, seed=seed, progress=progress)
+    reports["coordinates"] = probe_coordinates(train, test, batch_size=size, progress=progress)
     width = max(map(len, rows.values()))
     for key, report in reports.items():
         print(f"{rows[key]:<{width}}  {report.num_features:>4} features  {report.summary()}")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..datasets import BatchLoader, LabelledDataset
+from ..datasets.class_folders import UNLABELLED
 from ..errors import InputError
 from ..models import create_for_classes
 from ..models.mode import eval_mode
@@ -32,7 +33,7 @@ class ProbeReport:
 
     Attributes:
         oa: overall accuracy on the test split.
-        macc: mean class accuracy there.
+        macc: mean class accuracy there, over the classes that occur.
         c: the chosen C.
         choice: accuracy on the held-out part of the training split, by C.
         num_features: length of a vector.
@@ -114,7 +115,6 @@ def probe_model(
     device: torch.device | str,
     kind: str = "mean+max",
     batch_size: int = 64,
-    seed: int = 0,
     progress: bool = True,
 ) -> ProbeReport:
     """Fit a linear probe to the features that a model computes of plain training clouds, and score it on test clouds.
@@ -126,7 +126,6 @@ def probe_model(
         device: where to compute features.
         kind: one of `FEATURES`.
         batch_size: clouds of one forward pass.
-        seed: see `linear_probe`.
         progress: show progress bars on a terminal.
 
     Raises:
@@ -136,11 +135,11 @@ def probe_model(
         model_features(model, BatchLoader(part, batch_size, augment=False), device=device, kind=kind, progress=progress)
         for part in (train, test)
     ]
-    return linear_probe(parts[0], parts[1], seed=seed, progress=progress)
+    return linear_probe(parts[0], parts[1], progress=progress)
 
 
 def probe_coordinates(
-    train: LabelledDataset, test: LabelledDataset, *, batch_size: int = 64, seed: int = 0, progress: bool = True
+    train: LabelledDataset, test: LabelledDataset, *, batch_size: int = 64, progress: bool = True
 ) -> ProbeReport:
     """Fit a linear probe to `coordinate_statistics` of plain training clouds, and score it on test clouds.
 
@@ -150,7 +149,6 @@ def probe_coordinates(
         train: labelled clouds; its augmentation is not applied.
         test: likewise, with the same classes.
         batch_size: clouds read at once.
-        seed: see `linear_probe`.
         progress: show progress bars on a terminal.
     """
     features = [
@@ -159,7 +157,7 @@ def probe_coordinates(
     ]
     mean, deviation = features[0].mean(0), features[0].std(0, correction=0).clamp_min(1e-6)
     parts = [((rows - mean) / deviation, part.labels) for rows, part in zip(features, (train, test))]
-    return linear_probe(parts[0], parts[1], seed=seed, progress=progress)
+    return linear_probe(parts[0], parts[1], progress=progress)
 
 
 def random_encoder(
@@ -222,34 +220,28 @@ def linear_probe(
     test: tuple[Tensor, Tensor],
     *,
     strengths: Sequence[float] = STRENGTHS,
-    seed: int = 0,
     progress: bool = True,
 ) -> ProbeReport:
     """Fit a linear support vector machine to training features, and score it on test features.
 
     C is the one of `strengths` with the best accuracy on a fifth of each class of the training split, of equal ones the
-    smallest; the machine is then fitted to the whole split. The test split has no part in the choice.
+    smallest; the machine is then fitted to the whole split. The test split has no part in the choice. The fifth is the
+    same for each model and each seed of a run.
 
     Args:
         train: features (n, D) and labels (n,) of the training split.
         test: likewise, of the test split.
         strengths: values of C, above 0.
-        seed: of the held-out part.
         progress: show a progress bar on a terminal.
 
     Raises:
         InputError: scikit-learn is missing; fewer than two classes, or too few clouds to hold some out.
     """
     require_sklearn()
-    from sklearn.metrics import balanced_accuracy_score
     from sklearn.svm import SVC
 
     features, labels = (part.numpy() for part in train)
-    if len(np.unique(labels)) < 2:
-        raise InputError("a linear probe needs training clouds of at least two classes")
-    held = _held_out(train[1], seed)
-    if not held.any() or len(np.unique(labels[~held])) < 2:
-        raise InputError(f"{len(labels)} training clouds are too few to hold {HELD_OUT:.0%} of each class out")
+    held = _held_out(train[1])
     choice = {}
     for c in tqdm(sorted(strengths), desc="choosing C", leave=False, disable=None if progress else True):
         machine = SVC(kernel="linear", C=c).fit(features[~held], labels[~held])
@@ -257,16 +249,16 @@ def linear_probe(
     best = max(choice, key=lambda c: (choice[c], -c))
     machine = SVC(kernel="linear", C=best).fit(features, labels)
     truth = test[1].numpy()
-    predicted = machine.predict(test[0].numpy())
+    hits = machine.predict(test[0].numpy()) == truth
     return ProbeReport(
-        oa=float((predicted == truth).mean()),
-        macc=float(balanced_accuracy_score(truth, predicted)),
+        oa=float(hits.mean()),
+        macc=float(np.mean([hits[truth == label].mean() for label in np.unique(truth)])),
         c=best,
         choice=choice,
         num_features=features.shape[1],
         num_train=len(labels),
         num_test=len(truth),
-        correct="".join("01"[hit] for hit in (predicted == truth).tolist()),
+        correct="".join("01"[hit] for hit in hits.tolist()),
     )
 
 
@@ -280,11 +272,41 @@ def require_sklearn() -> None:
         importlib.import_module("sklearn.svm")
 
 
-def _held_out(labels: Tensor, seed: int) -> np.ndarray:
-    """Mark a seeded share of each class, rounded to the nearest number, as held out: (n,) bool."""
+def check_labels(train: LabelledDataset, use: str, advice: str) -> None:
+    """Check that a linear probe can be fitted to a training split, before anything is computed.
+
+    Args:
+        train: the training split.
+        use: what needs it, for the message.
+        advice: what to do where it has no labels, for the message.
+
+    Raises:
+        InputError: it has no labels, one class, or too few clouds to hold some out.
+    """
+    names = train.class_names
+    if list(names) == [UNLABELLED]:
+        raise InputError(f"{train.source}: holds no labels, which {use} needs; {advice}")
+    if len(names) < 2:
+        raise InputError(f"{train.source}: has one class, {names[0]}, and {use} needs two; {advice}")
+    _held_out(train.labels)
+
+
+def _held_out(labels: Tensor) -> np.ndarray:
+    """Mark the share of each class, rounded to the nearest number, that is held out: (n,) bool.
+
+    Raises:
+        InputError: fewer than two classes, or too few clouds.
+    """
+    if len(labels.unique()) < 2:
+        raise InputError("a linear probe needs training clouds of at least two classes")
     marks = np.zeros(len(labels), dtype=bool)
     for label in labels.unique().tolist():
         members = (labels == label).nonzero().flatten()
-        order = torch.randperm(len(members), generator=derived_generator(seed, "probe", label))
+        order = torch.randperm(len(members), generator=derived_generator(0, "probe", label))
         marks[members[order[: round(HELD_OUT * len(members))]].numpy()] = True
+    if not marks.any():
+        raise InputError(
+            f"a linear probe holds {HELD_OUT:.0%} of each class out to choose C, and {len(labels)} training clouds of "
+            f"{len(labels.unique())} classes are too few for that; it needs three clouds of a class"
+        )
     return marks

@@ -36,7 +36,7 @@ def freeze_(model: nn.Module, names: Sequence[str]) -> list[str]:
         Names of the frozen modules, without those inside of others.
 
     Raises:
-        InputError: a pattern matches no module, or no parameter is left to train.
+        InputError: a pattern matches no module, no module is left to train, or `BACKBONE` of a model without a head.
 
     Example:
         >>> from s2d3d import create_model
@@ -50,6 +50,10 @@ def freeze_(model: nn.Module, names: Sequence[str]) -> list[str]:
     chosen: set[str] = set()
     for pattern in names:
         if pattern == BACKBONE:
+            if not head_name(model):
+                raise InputError(
+                    f"train.freeze: {BACKBONE} is all but the head, which a pre-training lacks; name modules"
+                )
             found = [name for name, _ in model.named_children() if name != head_name(model)]
         else:
             found = [name for name in modules if fnmatchcase(name, pattern)]
@@ -61,7 +65,7 @@ def freeze_(model: nn.Module, names: Sequence[str]) -> list[str]:
     frozen = [name for name in modules if name in chosen - inside]
     for name in frozen:
         model.get_submodule(name).requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    if not any(parameter.requires_grad and "." in name for name, parameter in model.named_parameters()):
         raise InputError(f"train.freeze: {', '.join(names)} leaves nothing to train; leave the head out")
     return frozen
 

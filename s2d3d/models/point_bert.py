@@ -3,6 +3,7 @@
 State-dict keys and shapes are those of the published classifiers, so that their checkpoints load.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ class PointBERT(nn.Module):
         )
         if depth > MAX_DEPTH:
             raise ValueError(f"depth is {depth}, must be at most {MAX_DEPTH}")
-        if int(trans_dim * mlp_ratio) < 1:
+        if not 1 <= trans_dim * mlp_ratio < math.inf:
             raise ValueError(f"mlp_ratio is {mlp_ratio}, must be at least 1 / {trans_dim} channels")
         if in_channels < 3:
             raise ValueError(f"in_channels is {in_channels}, must be at least 3 (x, y, z)")

@@ -4,6 +4,7 @@ State-dict keys and shapes are those of the published pre-training files. The en
 behind `MAE_encoder.`, so that `load_pretrained_` reads such a file into `point_mae`.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ..ops.chamfer import NORMS, chamfer_distance
 from ..ops.points import group_points
-from .layers import GroupEncoder, TransformerEncoder
+from .layers import GroupEncoder, TransformerEncoder, check_channels
 from .point_bert import MAX_DEPTH, check_ranges
 
 
@@ -161,7 +162,7 @@ class PointMAEPretrain(nn.Module):
             raise ValueError(f"encoder_dims is {encoder_dims}, must equal trans_dim {trans_dim}")
         if in_channels < 3:
             raise ValueError(f"in_channels is {in_channels}, must be at least 3 (x, y, z)")
-        if int(trans_dim * mlp_ratio) < 1:
+        if not 1 <= trans_dim * mlp_ratio < math.inf:
             raise ValueError(f"mlp_ratio is {mlp_ratio}, must be at least 1 / {trans_dim} channels")
         if not 0 < mask_ratio < 1:
             raise ValueError(f"mask_ratio is {mask_ratio}, must be in (0, 1)")
@@ -173,6 +174,7 @@ class PointMAEPretrain(nn.Module):
             raise ValueError(f"init_std is {init_std}, must be above 0")
         if loss not in NORMS:
             raise ValueError(f"loss is '{loss}', must be one of {', '.join(NORMS)}")
+        self.in_channels = in_channels
         self.num_group, self.group_size, self.fps_skip_origin = num_group, group_size, fps_skip_origin
         self.mask_ratio, self.init_std, self.loss = mask_ratio, init_std, loss
         self.MAE_encoder = MaskedEncoder(in_channels, trans_dim, encoder_dims, encoder_width, init_std)
@@ -272,8 +274,11 @@ class PointMAEPretrain(nn.Module):
         """Cut clouds (B, N, C) into groups (B, G, S, C), relative to their centres (B, G, 3).
 
         Raises:
-            ValueError: fewer points than `num_group` or `group_size`.
+            ValueError: points of another shape, no cloud, or fewer points than `num_group` or `group_size`.
         """
+        check_channels(points, self.in_channels)
+        if not len(points):
+            raise ValueError("there is no cloud in the batch")
         if points.shape[1] < max(self.num_group, self.group_size):
             raise ValueError(
                 f"{points.shape[1]} points per cloud are too few for num_group={self.num_group} "

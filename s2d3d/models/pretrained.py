@@ -40,6 +40,7 @@ class PretrainedReport:
         published: whether the file has the layout of the published checkpoints, which were trained y up.
         classes: how the classes that the file names differ from those of the model; empty if they do not.
         channels: which channels of the first layers are of the file and which are not; empty if all are.
+        sizes: sizes without a tensor, such as the number of heads, that the model has otherwise than the file.
     """
 
     path: Path
@@ -51,6 +52,7 @@ class PretrainedReport:
     published: bool = False
     classes: str = ""
     channels: str = ""
+    sizes: str = ""
 
     def summary(self) -> str:
         """Return one line: how many tensors matched, and what did not, counted by the first part of the key."""
@@ -58,8 +60,7 @@ class PretrainedReport:
         parts = [f"{self.path}: {len(self.matched)} of the model's {total} tensors loaded"]
         if self.turned:
             parts.append("turned from y up to z up")
-        if self.channels:
-            parts.append(self.channels)
+        parts += [text for text in (self.channels, self.sizes) if text]
         for text, keys in (
             (f"left fresh, {self.classes or 'another number of classes'}", self.mismatched),
             ("left fresh, not in the file", self.missing),
@@ -147,6 +148,7 @@ def load_pretrained_(
         published="format" not in content and (bool(prefix) or "base_model" in content),
         classes=classes,
         channels=_compare_channels(theirs, channels),
+        sizes=_compare_sizes(content, model),
     )
 
 
@@ -278,6 +280,19 @@ def _input_layers(model: nn.Module, num_columns: int) -> dict[str, int]:
     own = model.state_dict()
     named: dict[str, Sequence[int]] = getattr(model, "coordinate_weights", dict)()
     return {key: starts[-1] for key, starts in named.items() if own[key].shape[1] == starts[-1] + num_columns}
+
+
+def _compare_sizes(content: object, model: nn.Module) -> str:
+    """Return the sizes that no tensor tells and that a file of this package has otherwise than the model, or ""."""
+    described = content.get("model") if isinstance(content, Mapping) else None
+    kwargs = described.get("kwargs") if isinstance(described, Mapping) else None
+    if not isinstance(kwargs, Mapping):
+        return ""
+    own = {key: getattr(model, key) for key in ("num_group", "group_size", "fps_skip_origin") if hasattr(model, key)}
+    heads = [module.num_heads for name, module in model.named_modules() if name.endswith("blocks.0.attn")]
+    own |= {"num_heads": heads[0]} if heads else {}
+    other = [f"{key} is {value}, not {kwargs[key]}" for key, value in own.items() if kwargs.get(key, value) != value]
+    return f"other sizes than the file's: {', '.join(other)}" if other else ""
 
 
 def _channels_of(content: object, model: nn.Module, found: Mapping[str, object], channels: str) -> str:

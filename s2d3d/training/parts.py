@@ -89,11 +89,14 @@ def build_model(config: Config, runtime: Runtime, class_names: list[str], *, pre
     mof = config.s2d.mof()
     converted = convert_to_mof_(model, mof) if config.s2d.kind != "none" else []
     frozen = freeze_(model, config.train.freeze) if config.train.freeze else []
-    idle = [name for name in converted if any(f"{name}.".startswith(f"{module}.") for module in frozen)]
+    idle = [name for name in converted if not all(p.requires_grad for p in model.get_submodule(name).parameters())]
     if idle:
         raise InputError(
             f"train.freeze: freezes {idle[0]}, whose experts would stay equal; set s2d.kind: none, or freeze others"
         )
+    if frozen and runtime.is_main:
+        left = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        logger.info(f"frozen: {', '.join(frozen)}; {left:,} of {count_parameters(model):,} parameters are trained")
     routed = [module for module in model.modules() if isinstance(module, TopKMoE)]
     model = model.to(runtime.device)
     parallel = None

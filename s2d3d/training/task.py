@@ -11,9 +11,8 @@ from torch.nn import functional as F
 
 from ..config.load import Config
 from ..datasets import BatchLoader
-from ..errors import InputError
 from ..evaluation.accuracy import ClassificationReport, evaluate, gather_in_order, score
-from ..evaluation.probe import probe_model, random_encoder, require_sklearn
+from ..evaluation.probe import check_labels, probe_model, random_encoder, require_sklearn
 from ..evaluation.reconstruction import ReconstructionReport, Report, evaluate_reconstruction
 from ..machine import Runtime
 from ..models import PointMAEPretrain
@@ -134,11 +133,7 @@ class Pretraining:
         if not self._config.eval.probe:
             return
         require_sklearn()
-        if len(data.class_names) < 2:
-            raise InputError(
-                f"{self._config.data.root}: holds no labels, which eval.probe needs; set eval.probe=false, or name "
-                "labelled data"
-            )
+        check_labels(data.plain_train.dataset, "eval.probe", "set eval.probe=false, or name labelled data")
 
     def finish(self, model: nn.Module, kept: str, reports: dict[str, Report], data: Loaders) -> None:
         """Fit linear probes to the features of the final model and of the random encoder, if the config asks for it."""

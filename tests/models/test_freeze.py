@@ -49,6 +49,11 @@ def test_refused():
     model = create_model("point_bert_tiny", num_classes=3)
     with pytest.raises(InputError, match=r"train\.freeze: no module matches 'blocs' \(modules at the top: encoder, "):
         freeze_(model, ["blocs"])
+    with pytest.raises(InputError, match=r"train\.freeze: \* leaves nothing to train"):
+        freeze_(model, ["*"])  # the class token alone is not a module
+    pretraining = create_model("point_mae_pretrain_tiny")
+    with pytest.raises(InputError, match=r"train\.freeze: backbone is all but the head, which a pre-training lacks"):
+        freeze_(pretraining, ["backbone"])
     plain = torch.nn.Sequential(torch.nn.Linear(2, 2))
     with pytest.raises(InputError, match=r"train\.freeze: \* leaves nothing to train"):
         freeze_(plain, ["*"])

@@ -72,6 +72,9 @@ def test_probe_reads_classifiers_and_names_bad_input(call, refuses, trained, pre
         "linear_probe", "--checkpoint", pretrained.merged, "train.epochs=1"
     )
     refuses("linear_probe", "--checkpoint", pretrained.merged, "--features", "cls", code=2)
+    assert "eval.split: has no effect here" in refuses(
+        "linear_probe", "--checkpoint", pretrained.merged, "eval.split=validation"
+    )
 
 
 @pytest.mark.parametrize(

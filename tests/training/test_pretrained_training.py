@@ -218,3 +218,27 @@ def test_a_frozen_backbone_keeps_its_weights_and_statistics(tiny_config, pretrai
     assert float(fresh.cls_head_finetune[1].running_mean.abs().sum()) > 0, "the head's statistics are its own"
     with pytest.raises(InputError, match=r"train\.freeze: freezes blocks\.blocks\.1\.mlp, whose experts would stay"):
         Trainer(tiny_config(*MAE, "train.freeze=backbone"), force=True).fit()
+    for inside in ("blocks.blocks.1.mlp.*", "blocks.*.fc1"):
+        with pytest.raises(InputError, match=r"train\.freeze: freezes blocks\.blocks\.1\.mlp, whose experts would"):
+            Trainer(tiny_config(*MAE, f"train.freeze={inside}"), force=True).fit()
+
+
+def test_what_is_frozen_is_said(tiny_config, caplog):
+    with caplog.at_level("INFO"):
+        Trainer(tiny_config(*MAE, "train.freeze=encoder", "s2d.kind=none", "train.max_steps=1")).fit()
+    assert "frozen: encoder; " in caplog.text and "parameters are trained" in caplog.text
+
+
+def test_a_finished_pre_training_with_a_router_is_named(tiny_config, tmp_path):
+    (tmp_path / "final.pt").touch()
+    with pytest.raises(InputError, match=r"has a router, so it is not merged; pre-train with s2d\.kind: rup or none"):
+        Trainer(tiny_config(f"model.pretrained={tmp_path}")).fit()
+
+
+def test_sizes_that_no_tensor_tells_are_compared(tiny_config, pretrained_run, caplog):
+    stored = load_checkpoint(pretrained_run / "merged.pt")["model"]["kwargs"]
+    other = f"model.group_size={2 * stored['group_size']}"
+    with caplog.at_level("INFO"):
+        Trainer(tiny_config(*MAE, other, f"model.pretrained={pretrained_run}", "train.max_steps=1")).fit()
+    sizes = f"group_size is {2 * stored['group_size']}, not {stored['group_size']}"
+    assert f"other sizes than the file's: {sizes};" in caplog.text

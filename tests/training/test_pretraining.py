@@ -4,6 +4,8 @@ import csv
 import json
 import multiprocessing
 import signal
+import subprocess
+import sys
 import time
 
 import h5py
@@ -104,9 +106,15 @@ def test_the_probe_is_that_of_the_final_model_and_of_the_random_encoder_of_the_s
 
 def test_a_probe_needs_labels_before_anything_is_made(tiny_pretraining, tmp_path):
     config = tiny_pretraining("eval.probe=true")
-    one = PointCloudDataset(torch.rand(40, 128, 3), torch.zeros(40), ["none"], num_points=128)
+    one = PointCloudDataset(torch.rand(40, 128, 3), torch.zeros(40), ["unlabelled"], num_points=128)
     with pytest.raises(InputError, match=r"holds no labels, which eval\.probe needs"):
         Trainer(config, datasets=(one, one)).fit()
+    box = PointCloudDataset(torch.rand(40, 128, 3), torch.zeros(40), ["box"], num_points=128)
+    with pytest.raises(InputError, match=r"has one class, box, and eval\.probe needs two"):
+        Trainer(config, datasets=(box, box)).fit()
+    few = PointCloudDataset(torch.rand(12, 128, 3), torch.arange(12) % 6, list("abcdef"), num_points=128)
+    with pytest.raises(InputError, match=r"12 training clouds of 6 classes are too few"):
+        Trainer(tiny_pretraining("eval.probe=true", "train.batch_size=4"), datasets=(few, few)).fit()
     assert not (tmp_path / "run").exists()
     with pytest.raises(InputError, match=r"eval\.probe: is for task: pretrain"):
         load_config("configs/demo.yaml", ["eval.probe=true"])
@@ -220,3 +228,17 @@ def test_clouds_without_labels_are_enough_and_are_not_for_a_classifier(tiny_pret
         Trainer(tiny_config("data.name=modelnet40", f"data.root={folder}")).fit()
     with pytest.raises(InputError, match=r"holds no labels, which eval\.probe needs"):
         Trainer(tiny_pretraining("data.name=files", f"data.root={root}", "eval.probe=true")).fit()
+
+
+def test_the_tool_and_the_end_of_a_run_fit_the_same_probe(tiny_pretraining, repository, tmp_path):
+    """Of a seed other than 0: the held-out part does not depend on the seed of the run."""
+    trainer = Trainer(tiny_pretraining("eval.probe=true", "seed=3"))
+    trainer.fit()
+    metrics = json.loads(trainer.folder.metrics.read_text())
+    files = "--checkpoint", str(trainer.folder.merged), "--output", str(tmp_path / "probe.json")
+    subprocess.run([sys.executable, str(repository / "tools/linear_probe.py"), *files], check=True)
+    found = json.loads((tmp_path / "probe.json").read_text())
+    for form, row in (("recalibrated", "model"), ("initial", "random")):
+        ours = metrics[form]["probe"]
+        assert (ours["c"], metrics[form]["correct"]) == (found[row]["c"], found[row]["correct"])
+        assert ours["choice"] == found[row]["choice"]
