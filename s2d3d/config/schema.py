@@ -325,7 +325,7 @@ class EvalConfig(Section):
     probe: Bool = Field(
         False,
         description="With task 'pretrain': fit a linear probe at the end, to the features of the model and of the "
-        "random encoder that it was at the start. Needs labels.",
+        "random encoder of its seed. Needs labels.",
     )
 
 

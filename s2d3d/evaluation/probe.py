@@ -1,6 +1,7 @@
 """Linear probe: how well a linear classifier reads classes from the features of a frozen model."""
 
 import importlib
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -244,10 +245,10 @@ def linear_probe(
     held = _held_out(train[1])
     choice = {}
     for c in tqdm(sorted(strengths), desc="choosing C", leave=False, disable=None if progress else True):
-        machine = SVC(kernel="linear", C=c).fit(features[~held], labels[~held])
+        machine = _fit(SVC(kernel="linear", C=c), features[~held], labels[~held])
         choice[c] = float(machine.score(features[held], labels[held]))
     best = max(choice, key=lambda c: (choice[c], -c))
-    machine = SVC(kernel="linear", C=best).fit(features, labels)
+    machine = _fit(SVC(kernel="linear", C=best), features, labels)
     truth = test[1].numpy()
     hits = machine.predict(test[0].numpy()) == truth
     return ProbeReport(
@@ -270,6 +271,13 @@ def require_sklearn() -> None:
     """
     with optional("scikit-learn", "a linear probe", extra="probe"):
         importlib.import_module("sklearn.svm")
+
+
+def _fit(machine: Any, features: np.ndarray, labels: np.ndarray) -> Any:
+    """Return the machine, fitted; labels are classes also where scikit-learn guesses a regression from few of each."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The number of unique classes is greater than", UserWarning)
+        return machine.fit(features, labels)
 
 
 def check_labels(train: LabelledDataset, use: str, advice: str) -> None:

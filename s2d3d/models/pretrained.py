@@ -108,8 +108,8 @@ def load_pretrained_(
         What matched. The last layer stays fresh where it has another number of classes, or other ones.
 
     Raises:
-        InputError: the file cannot be read, belongs to another model or to none of the kinds above, holds experts, or
-            holds weights that are not finite.
+        InputError: the file cannot be read, belongs to another model or to none of the kinds above, holds experts or
+            weights that are not finite, or says that it is z up where `up_axis` is "y".
 
     Example:
         >>> from s2d3d import create_model
@@ -120,6 +120,9 @@ def load_pretrained_(
     if up_axis not in UP_AXES:
         raise InputError(f"up_axis is {up_axis!r}, must be 'y' or 'z'")
     content = load_data(path, allow=numpy_scalars())
+    described = content.get("model") if isinstance(content, Mapping) else None
+    if up_axis == "y" and isinstance(described, Mapping) and described.get("up_axis") == "z":
+        raise InputError(f"{path}: was trained on clouds z up; model.pretrained_up_axis=y is for published files")
     file = _unwrap(content, path)
     own, last = model.state_dict(), _last_layer(model)
     prefix = next((p for p in PRETRAINING_PREFIXES if _begins(p, file) and not _begins(p, own)), "")

@@ -72,6 +72,11 @@ def test_a_class_that_is_predicted_and_does_not_occur_is_left_out_of_the_mean(re
     assert report.macc == pytest.approx((counts[1] / (counts[0] + counts[1]) + 1) / 2) and not recwarn
 
 
+def test_few_clouds_a_class_are_no_regression(recwarn):
+    features, labels = torch.randn(30, 2), torch.tensor([0, 0, 0, *range(1, 28)])
+    assert len(linear_probe((features, labels), (features, labels), progress=False).choice) == 4 and not recwarn
+
+
 def test_statistics_of_coordinates_by_hand():
     cloud = torch.tensor([[[0.0, 0, 0], [2, 0, 0], [4, 0, 0]]])
     statistics = coordinate_statistics(cloud)[0]

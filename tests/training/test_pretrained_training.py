@@ -235,6 +235,11 @@ def test_a_finished_pre_training_with_a_router_is_named(tiny_config, tmp_path):
         Trainer(tiny_config(f"model.pretrained={tmp_path}")).fit()
 
 
+def test_a_file_of_this_package_is_not_turned(tiny_config, pretrained_run):
+    with pytest.raises(InputError, match=r"merged\.pt: was trained on clouds z up; model\.pretrained_up_axis=y is for"):
+        Trainer(tiny_config(*MAE, f"model.pretrained={pretrained_run}", "model.pretrained_up_axis=y")).fit()
+
+
 def test_sizes_that_no_tensor_tells_are_compared(tiny_config, pretrained_run, caplog):
     stored = load_checkpoint(pretrained_run / "merged.pt")["model"]["kwargs"]
     other = f"model.group_size={2 * stored['group_size']}"
