@@ -43,9 +43,9 @@ def weak_scaling(settings: Settings, spec: ModelSpec, ranks: int = 2) -> Compari
 
         def start(contestant: Contestant) -> Runner:
             world = 1 if contestant.name == "1 rank" else ranks
-            meeting = Path(folder) / f"ranks_{world}"
+            meeting = str(Path(tempfile.mkdtemp(dir=folder)) / "ranks")  # of this start: a file is used once
             builds = [
-                partial(build_rank, spec.but(device=device), rank, world, backend, str(meeting))
+                partial(build_rank, spec.but(device=device), rank, world, backend, meeting)
                 for rank, device in enumerate(devices[:world])
             ]
             return Ranks(contestant.name, builds, devices, threads)
@@ -77,7 +77,7 @@ def all_cores(settings: Settings, spec: ModelSpec) -> Comparison:
     with tempfile.TemporaryDirectory() as folder:
 
         def start(contestant: Contestant) -> Runner:
-            meeting = str(Path(folder) / "ranks")
+            meeting = str(Path(tempfile.mkdtemp(dir=folder)) / "ranks")
             builds, threads = {
                 ONE_PROCESS: ([partial(build_steps, partial(build_step, spec), count)], count),
                 RANKS: ([partial(build_steps, partial(rank, rank=i, meeting=meeting), count) for i in range(count)], 1),
