@@ -120,7 +120,7 @@ def test_series_have_exponents_and_ranks_scale(sections):
     assert [one.expected for one in series if one.name in ("tokens", "experts", "width", "batch")] == [1, 0, 2, 1]
     assert all(len(one.seconds) == len(one.sizes) and min(one.seconds) > 0 for one in series)
     assert sections["scale"].measures["cpu.scale.weak_scaling_efficiency"].reason == "needs 2 threads"
-    scaling = parallel.weak_scaling(Settings(CPU, 2, rounds=2), TINY.but(experts=4))  # not quick: started anew
+    scaling = parallel.weak_scaling(Settings(CPU, 2, rounds=12), TINY.but(experts=4))  # not quick: started anew
     assert all(len(seconds) > 1 and min(seconds) > 0 for seconds in scaling.times.values()) and len(scaling.times) == 2
     plan = {key.removeprefix("cpu.scale.plan."): m.value for key, m in sections["scale"].measures.items()}
     assert plan["dense.state_mib"] == pytest.approx(4 * plan["dense.exchanged_mib"])
