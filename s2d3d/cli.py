@@ -187,6 +187,16 @@ def check_overrides(overrides: Sequence[str], sections: Sequence[str]) -> None:
         raise InputError("\n".join(lines))
 
 
+def refuse_split(overrides: Sequence[str]) -> None:
+    """Refuse `eval.split`, for tools that score the test split whatever it says.
+
+    Raises:
+        InputError: an override changes it.
+    """
+    if any(override.partition("=")[0].strip() == "eval.split" for override in overrides):
+        raise InputError("eval.split: has no effect here, the test split is scored; training scores a validation part")
+
+
 def refuse_existing(path: str | Path, force: bool, *, sources: Sequence[str | Path] = ()) -> Path:
     """Check that an output file may be written, and return its path.
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from s2d3d.atomic import write_json
-from s2d3d.cli import add_files, add_overrides, check_overrides, described, refuse_existing, run_tool
+from s2d3d.cli import add_files, add_overrides, check_overrides, described, refuse_existing, refuse_split, run_tool
 from s2d3d.errors import InputError
 from s2d3d.runs.folder import require_checkpoint
 
@@ -42,8 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.votes is not None and arguments.votes < 1:
         raise InputError(f"--votes is {arguments.votes}, must be at least 1")
     check_overrides(arguments.overrides, ("data", "eval", "log", "seed"))
-    if any(override.partition("=")[0].strip() == "eval.split" for override in arguments.overrides):
-        raise InputError("eval.split: has no effect here, the test split is scored; training scores a validation part")
+    refuse_split(arguments.overrides)
     everything = arguments.corruption == "all"
     if arguments.reference and not everything:
         raise InputError("--reference: is for --corruption all only")

@@ -5,8 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from s2d3d.atomic import write_json
-from s2d3d.cli import add_overrides, check_overrides, described, refuse_existing, run_tool
-from s2d3d.errors import InputError
+from s2d3d.cli import add_overrides, check_overrides, described, refuse_existing, refuse_split, run_tool
 from s2d3d.runs.folder import require_checkpoint
 
 FEATURES = ("mean+max", "max", "concat")
@@ -34,10 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.output is not None:
         output = refuse_existing(arguments.output, arguments.force, sources=[arguments.checkpoint])
     check_overrides(arguments.overrides, ("data", "eval", "log", "seed"))
-    if any(override.partition("=")[0].strip() == "eval.split" for override in arguments.overrides):
-        raise InputError(
-            "eval.split: has no effect here, the test split is scored; eval.probe scores what eval.split says"
-        )
+    refuse_split(arguments.overrides)
     require_checkpoint(arguments.checkpoint)
 
     from s2d3d.evaluation.probe import check_labels, probe_coordinates, probe_model, random_encoder, require_sklearn

@@ -120,8 +120,7 @@ def load_pretrained_(
     if up_axis not in UP_AXES:
         raise InputError(f"up_axis is {up_axis!r}, must be 'y' or 'z'")
     content = load_data(path, allow=numpy_scalars())
-    described = content.get("model") if isinstance(content, Mapping) else None
-    if up_axis == "y" and isinstance(described, Mapping) and described.get("up_axis") == "z":
+    if up_axis == "y" and _description(content).get("up_axis") == "z":
         raise InputError(f"{path}: was trained on clouds z up; model.pretrained_up_axis=y is for published files")
     file = _unwrap(content, path)
     own, last = model.state_dict(), _last_layer(model)
@@ -285,10 +284,15 @@ def _input_layers(model: nn.Module, num_columns: int) -> dict[str, int]:
     return {key: starts[-1] for key, starts in named.items() if own[key].shape[1] == starts[-1] + num_columns}
 
 
+def _description(content: object) -> Mapping[str, object]:
+    """Return what a file of this package says of its model; of other files nothing."""
+    described = content.get("model") if isinstance(content, Mapping) else None
+    return described if isinstance(described, Mapping) else {}
+
+
 def _compare_sizes(content: object, model: nn.Module) -> str:
     """Return the sizes that no tensor tells and that a file of this package has otherwise than the model, or ""."""
-    described = content.get("model") if isinstance(content, Mapping) else None
-    kwargs = described.get("kwargs") if isinstance(described, Mapping) else None
+    kwargs = _description(content).get("kwargs")
     if not isinstance(kwargs, Mapping):
         return ""
     own = {key: getattr(model, key) for key in ("num_group", "group_size", "fps_skip_origin") if hasattr(model, key)}
@@ -303,8 +307,7 @@ def _channels_of(content: object, model: nn.Module, found: Mapping[str, object],
 
     Six channels without a name are taken for those of the model, if it has six, else for x, y, z and normals.
     """
-    described = content.get("model") if isinstance(content, Mapping) else None
-    named = described.get("channels") if isinstance(described, Mapping) else None
+    named = _description(content).get("channels")
     if isinstance(named, str) and named in CHANNELS:
         return named
     told = []

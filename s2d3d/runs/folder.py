@@ -291,14 +291,14 @@ def find_pretrained(path: str | Path) -> Path:
     """
     path = Path(path)
     if path.is_dir():
-        merged = (folder := RunFolder(path)).merged
-        if not merged.is_file() and folder.final.is_file():
+        folder = RunFolder(path)
+        if folder.merged.is_file():
+            return folder.merged
+        if folder.final.is_file():
             raise InputError(
                 f"model.pretrained: {path} has a router, so it is not merged; pre-train with s2d.kind: rup or none"
             )
-        if not merged.is_file():
-            raise InputError(f"model.pretrained: {path} holds no merged.pt; finish its run, or name a file")
-        return merged
+        raise InputError(f"model.pretrained: {path} holds no merged.pt; finish its run, or name a file")
     if not path.is_file():
         raise InputError(f"model.pretrained: no such file {path}")
     return path
