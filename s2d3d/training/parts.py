@@ -19,7 +19,7 @@ from ..models import create_for_classes, load_pretrained_
 from ..models.freeze import freeze_
 from ..random_state import seed_all
 from ..runs.folder import find_pretrained
-from ..s2d import EWA, MoFConfig, TopKMoE, convert_to_mof_
+from ..s2d import EWA, MoFConfig, TopKMoE, convert_to_mof_, is_sparse
 from .loaders import Loaders
 from .optim import build_optimizer, build_scheduler
 
@@ -112,10 +112,16 @@ def build_model(config: Config, runtime: Runtime, class_names: list[str], *, pre
 
 
 def optimizer_of(config: Config, parts: ModelParts) -> torch.optim.Optimizer:
-    """Return the optimizer of a run. In a dense run `s2d.lr_multiplier` applies to the FFNs that S2D would convert."""
+    """Return the optimizer of a run. In a dense run `s2d.lr_multiplier` applies to the FFNs that S2D would convert.
+
+    Raises:
+        InputError: there is no FFN to apply it to; see also `build_optimizer`.
+    """
     optim, multiplier, scaled = config.optim, config.s2d.lr_multiplier, None
-    if config.s2d.kind == "none" and multiplier != 1:
+    if config.s2d.kind == "none" and multiplier != 1 and not is_sparse(parts.model):  # a model may bring its experts
         names = names_of_experts(config, parts.mof)
+        if not names:
+            raise InputError("s2d.lr_multiplier: no FFN to apply it to; set it to 1, or see s2d.targets and s2d.every")
         scaled = [parameter for name in names for parameter in parts.model.get_submodule(name).parameters()]
     return build_optimizer(
         parts.model, name=optim.name, lr=optim.lr, weight_decay=optim.weight_decay, lr_multiplier=multiplier,

@@ -195,6 +195,13 @@ def test_dense_run_scales_the_ffns_that_its_s2d_run_would_convert(tiny_config):
     assert rates["none"] and rates["none"] == rates["rup"], "stacked parameters have the names of the dense ones"
 
 
+def test_dense_run_without_an_ffn_to_scale_is_refused(tiny_config):
+    trainer = Trainer(tiny_config("s2d.kind=none", "s2d.lr_multiplier=0.5", "s2d.targets=[head]"))
+    with pytest.raises(InputError, match=r"s2d\.lr_multiplier: no FFN to apply it to; set it to 1, or see"):
+        trainer.fit()
+    assert not trainer.folder.root.exists()
+
+
 def test_squared_lr_schedule_keeps_the_ratio_to_the_squared_rate(tiny_config):
     trainer = Trainer(tiny_config("s2d.schedule=squared_lr", "s2d.share_rate=0.2", "train.epochs=3"))
     trainer.fit()
