@@ -165,7 +165,8 @@ def test_figures_of_the_results_page_follow_from_the_records(repository, monkeyp
         "scarce": "| [scarce](results/scarce.md)",
         "all_layers": "| [all_layers](results/all_layers.md)",
         "scarce without pair 209": "| scarce without pair 209",
-        "together": "| **the three studies together**",
+        "rate": "| [rate](results/rate.md), `b_0.05`",
+        "together": "| **the four studies together**",
     }
     found = dict(line.split(": ", 1) for line in pairs if not line.startswith(" "))
     assert found.keys() == rows.keys()
@@ -177,11 +178,11 @@ def test_figures_of_the_results_page_follow_from_the_records(repository, monkeyp
     training, test = pairs[-2:]
     for name, line in (("training loss, last epoch", training), ("test loss", test)):
         mean, low, high, higher = re.fullmatch(r"  (\S+) \[(\S+), (\S+)\], higher in (\d+)", line).groups()
-        assert f"| {name} | 27 | {mean} | [{low}, {high}] | {higher} |" in page
+        assert f"| {name} | 37 | {mean} | [{low}, {high}] | {higher} |" in page
     assert count == ["26 comparisons", "['every_1'] above zero", "['s2d_25'] below zero"]
     readme = (repository / "README.md").read_text()
-    assert re.search(r"\| 27 \| -0\.18 \| \[-0\.41, \+0\.05\] \|", readme) and "24 of 27 pairs" in readme
-    assert "together: n 27, -0.18 [-0.41, +0.05], p 0.004" in pairs and training.endswith("higher in 24")
+    assert re.search(r"\| 37 \| -0\.18 \| \[-0\.38, \+0\.02\] \|", readme) and "33 of 37 pairs" in readme
+    assert "together: n 37, -0.18 [-0.38, +0.02], p 0.001" in pairs and training.endswith("higher in 33")
 
 
 def test_the_simulated_step_of_the_mean_is_that_of_the_page(repository):
