@@ -161,30 +161,41 @@ def add_refuse_missing(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def check_overrides(overrides: Sequence[str], sections: Sequence[str]) -> None:
+def check_overrides(overrides: Sequence[str], keys: Sequence[str]) -> None:
     """Refuse overrides that a tool for checkpoints would ignore.
 
     Args:
         overrides: as on the command line.
-        sections: the sections that the tool uses.
+        keys: the sections, or single keys of a section, that the tool uses.
 
     Raises:
-        InputError: an override changes another section; one line for each.
+        InputError: an override changes another key; one line for each.
     """
     if not overrides:
         return
+    from .config.compare import is_named
     from .config.io import override_name
     from .config.schema import Config
 
-    known = ", ".join(section if section == "seed" else f"{section}.*" for section in sections)
-    unused = Config.model_fields.keys() - set(sections)
+    known = ", ".join(key if key == "seed" or "." in key else f"{key}.*" for key in keys)
+    names = {override: override.partition("=")[0].strip() for override in overrides}
     lines = [
         f"{override_name(override)}: has no effect on a checkpoint; what can be replaced here is {known}"
-        for override in overrides
-        if re.split(r"[.=]", override, maxsplit=1)[0].strip() in unused
+        for override, name in names.items()
+        if name.partition(".")[0] in Config.model_fields and not is_named(name, keys)
     ]
     if lines:
         raise InputError("\n".join(lines))
+
+
+def refuse_up_axis(arguments: argparse.Namespace) -> None:
+    """Refuse `data.up_axis` with `--files`, which has an option for it.
+
+    Raises:
+        InputError: both are given.
+    """
+    if arguments.files and any(text.partition("=")[0].strip() == "data.up_axis" for text in arguments.overrides):
+        raise InputError("data.up_axis: has no effect with --files; use --up-axis")
 
 
 def refuse_split(overrides: Sequence[str]) -> None:

@@ -240,3 +240,18 @@ def test_a_reader_must_return_the_kind_that_it_declares(plugin, images):
     with pytest.raises(InputError, match="returns a ImageDataset, not a PointCloudDataset; name the class by"):
         create_dataset("undeclared", images, "train")
     assert issubclass(plugin.ImageDataset, LabelledDataset) and not issubclass(plugin.ImageDataset, PointCloudDataset)
+
+
+def test_what_a_reader_drops_is_refused(tmp_path):
+    def read(root, split, *, num_points, transform=None, **_):
+        points, labels = torch.rand(8, 16, 3), torch.tensor([0, 1] * 4)
+        return PointCloudDataset(points, labels, ["a", "b"], split=split, num_points=num_points, transform=transform)
+
+    register_dataset("dropping", read)
+    try:
+        assert len(create_dataset("dropping", tmp_path, "train", num_points=8)) == 8
+        for key, value in (("classes", ["b"]), ("fraction", 0.5), ("up_axis", "y")):
+            with pytest.raises(InputError, match=f"data.{key}: the reader of data set 'dropping' ignores it"):
+                create_dataset("dropping", tmp_path, "train", num_points=8, **{key: value})
+    finally:
+        del _DATASETS["dropping"]

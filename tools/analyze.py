@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from s2d3d.atomic import write_json
-from s2d3d.cli import add_overrides, described, refuse_existing, run_tool
+from s2d3d.cli import add_overrides, check_overrides, described, refuse_existing, run_tool
 from s2d3d.runs.folder import require_run
 
 
@@ -26,6 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     require_run(arguments.run)
+    check_overrides(arguments.overrides, ("data", "eval.batch_size", "seed"))
     folder = Path(arguments.output or arguments.run)
     numbers, picture = (refuse_existing(folder / f"analysis.{kind}", arguments.force) for kind in ("json", "png"))
 

@@ -7,7 +7,16 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from s2d3d.atomic import write_json
-from s2d3d.cli import add_files, add_overrides, check_overrides, described, refuse_existing, refuse_split, run_tool
+from s2d3d.cli import (
+    add_files,
+    add_overrides,
+    check_overrides,
+    described,
+    refuse_existing,
+    refuse_split,
+    refuse_up_axis,
+    run_tool,
+)  # fmt: skip
 from s2d3d.errors import InputError
 from s2d3d.runs.folder import require_checkpoint
 
@@ -41,8 +50,9 @@ def run(arguments: argparse.Namespace) -> None:
         output = refuse_existing(arguments.output, arguments.force, sources=[arguments.checkpoint])
     if arguments.votes is not None and arguments.votes < 1:
         raise InputError(f"--votes is {arguments.votes}, must be at least 1")
-    check_overrides(arguments.overrides, ("data", "eval", "log", "seed"))
     refuse_split(arguments.overrides)
+    check_overrides(arguments.overrides, ("data", "eval.batch_size", "eval.votes", "log", "seed"))
+    refuse_up_axis(arguments)
     everything = arguments.corruption == "all"
     if arguments.reference and not everything:
         raise InputError("--reference: is for --corruption all only")
@@ -114,6 +124,8 @@ def read_datasets(arguments: argparse.Namespace, trained: "TrainedModel") -> "Se
             raise InputError("--up-axis: is for --files only; that of a data set is data.up_axis")
         if arguments.estimate_normals:
             raise InputError("--estimate-normals: is for --files only; data sets get them by prepare_data.py")
+        if arguments.refuse_missing:
+            raise InputError("--refuse-missing: is for --files only; data sets leave out points that are not finite")
         return [trained.dataset()]
     trained.require_clouds("--files")
     class_names, config = trained.class_names, trained.config

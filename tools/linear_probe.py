@@ -32,8 +32,8 @@ def run(arguments: argparse.Namespace) -> None:
     output = None
     if arguments.output is not None:
         output = refuse_existing(arguments.output, arguments.force, sources=[arguments.checkpoint])
-    check_overrides(arguments.overrides, ("data", "eval", "log", "seed"))
     refuse_split(arguments.overrides)
+    check_overrides(arguments.overrides, ("data", "eval.batch_size", "log", "seed"))
     require_checkpoint(arguments.checkpoint)
 
     from s2d3d.evaluation.probe import check_labels, probe_coordinates, probe_model, random_encoder, require_sklearn

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from s2d3d.atomic import check_writable, write_text
 from s2d3d.cli import described, refuse_existing, run_tool
+from s2d3d.config.compare import is_named
 from s2d3d.errors import InputError
 from s2d3d.runs.folder import require_run
 
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
     from s2d3d.runs.record import RunRecord
     from s2d3d.viz.reconstructions import Reconstructions
+
+
+REPLACED = ("data", "eval.batch_size")
+"""What overrides may change: the model and its scores are those of the run."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -101,8 +106,10 @@ def split_arguments(items: Sequence[str]) -> tuple[list[str], list[str]]:
     if not folders:
         raise InputError("no run to report; name a run folder")
     for override in overrides:
-        if not override.startswith(("data.", "eval.")):
-            raise InputError(f"{override}: has no effect on a report; what can be replaced here is data.*, eval.*")
+        if not is_named(override.partition("=")[0], REPLACED):
+            raise InputError(
+                f"{override}: has no effect on a report; what can be replaced here is data.*, eval.batch_size"
+            )
     return folders, overrides
 
 

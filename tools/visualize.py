@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from s2d3d.cli import add_files, add_overrides, check_overrides, described, refuse_existing, run_tool
+from s2d3d.cli import add_files, add_overrides, check_overrides, described, refuse_existing, refuse_up_axis, run_tool
 from s2d3d.errors import InputError
 from s2d3d.runs.folder import require_checkpoint
 
@@ -53,12 +53,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     check_flags(arguments)
+    refuse_up_axis(arguments)
     if arguments.output is None and not arguments.window:
         raise InputError("no output; give --output FILE.png, --window or both")
     config = None
     if arguments.checkpoint:
         require_checkpoint(arguments.checkpoint)
-        check_overrides(arguments.overrides, ("data", "eval", "seed"))
+        check_overrides(arguments.overrides, ("data", "eval.batch_size", "seed"))
     else:
         from s2d3d.config.load import load_config
 

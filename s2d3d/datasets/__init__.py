@@ -76,6 +76,12 @@ class Reader:
         parameters = inspect.signature(self.read).parameters
         return keyword in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
+    def ignores(self, keyword: str) -> bool:
+        """Tell whether the reader drops a keyword: it takes what it does not name as `**_`."""
+        parameters = inspect.signature(self.read).parameters
+        others = [p.name for p in parameters.values() if p.kind is p.VAR_KEYWORD]
+        return keyword not in parameters and any(name.startswith("_") for name in others)
+
     def problems(self, values: Mapping[str, Any]) -> dict[str, str]:
         """Return by keyword what `check` finds wrong with values of its own keywords; the others have their default."""
         defaults = {key: parameter.default for key, parameter in self.keywords().items()}
@@ -215,7 +221,7 @@ def create_dataset(
 
     Raises:
         InputError: an unknown name or keyword, a missing or wrong file, a value out of range; a registered reader
-            returns another kind of data set than it declares.
+            ignores what is asked for, or returns another kind of data set than it declares.
 
     Example:
         >>> test = create_dataset("modelnet40", "data/modelnet40", "test")  # doctest: +SKIP
@@ -242,6 +248,10 @@ def create_dataset(
             text = f"data set '{name}' has no channels beyond xyz, asked for are {channels}"
             raise InputError(f"{text}; set data.channels=xyz")
         own["channels"] = channels
+    asked = {"classes": classes is not None, "fraction": fraction != 1, "up_axis": up_axis is not None}
+    for key, wanted in asked.items():
+        if wanted and reader.ignores(key):
+            raise InputError(f"data.{key}: the reader of data set '{name}' ignores it; let it take the keyword '{key}'")
     if not labelled and "labelled" in inspect.signature(reader.read).parameters:
         own["labelled"] = False
     dataset = reader.read(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..atomic import check_parent, read_json, write_json
-from ..config.compare import SAME_WEIGHTS, differences
+from ..config.compare import SAME_RESULT, differences
 from ..config.data import build_dataset
 from ..config.load import Config, parse_config
 from ..datasets import LabelledDataset
@@ -217,7 +217,11 @@ def _finished(output: Path, header: dict[str, Any]) -> dict[int, dict[str, Any]]
         raise InputError(f"{output}: is not a file of few-shot folds; {advice}") from None
     # Parsed, so that keys that were added or removed since are not a difference.
     theirs["config"] = parse_config(theirs["config"], where=str(output)).to_dict()
-    for name, (own, other) in differences(header, theirs, [f"config.{key}" for key in SAME_WEIGHTS]).items():
+    found = differences(header, theirs, [f"config.{key}" for key in SAME_RESULT])
+    roots = header["config"]["data"]["root"], theirs["config"]["data"]["root"]
+    if Path(roots[0]).name != Path(roots[1]).name:  # the same data may lie elsewhere on another machine
+        found["config.data.root"] = roots
+    for name, (own, other) in found.items():
         difference = f"{name.removeprefix('config.')}={other!r}, this call has {own!r}"
         raise InputError(f"{output}: holds folds with {difference}; choose another --output or pass --force")
     return folds

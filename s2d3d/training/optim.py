@@ -82,6 +82,8 @@ def build_optimizer(
             {"params": [p for key, p in trainable if key in skip], "weight_decay": 0.0, **scale},
         ]
     options: dict[str, Any] = {"fused": True} if name in ("adam", "adamw") else {}
+    if name == "lamb":
+        options["max_grad_norm"] = None  # timm's would clip once more, whatever `optim.clip_grad` says
     groups = [group for group in groups if group["params"]]
     try:
         return create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=weight_decay, **options)

@@ -123,6 +123,8 @@ def optimizer_of(config: Config, parts: ModelParts) -> torch.optim.Optimizer:
         if not names:
             raise InputError("s2d.lr_multiplier: no FFN to apply it to; set it to 1, or see s2d.targets and s2d.every")
         scaled = [parameter for name in names for parameter in parts.model.get_submodule(name).parameters()]
+        if not any(parameter.requires_grad for parameter in scaled):
+            raise InputError("s2d.lr_multiplier: train.freeze freezes the FFNs that it is for; set it to 1")
     return build_optimizer(
         parts.model, name=optim.name, lr=optim.lr, weight_decay=optim.weight_decay, lr_multiplier=multiplier,
         scaled=scaled, layer_decay=optim.layer_decay,

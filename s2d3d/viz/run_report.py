@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..atomic import write_text
 from ..config.load import Config
-from ..datasets import PointCloudDataset, require_clouds
+from ..datasets import PointCloudDataset, require_clouds, split_train_validation
+from ..datasets.labelled import TRAIN
 from ..errors import InputError
 from ..evaluation.accuracy import class_probabilities
 from ..runs.folder import RunFolder
@@ -54,7 +55,7 @@ def as_predictions(probabilities: Tensor, dataset: PointCloudDataset, config: Co
 
 
 def predict_run(record: RunRecord, overrides: Sequence[str] = (), *, device: torch.device | str) -> Predictions:
-    """Run the final model of a run on its test set, once.
+    """Run the final model of a run once, on what the run was scored on: its test set or its validation part.
 
     Args:
         record: of the run, from `read_runs`.
@@ -66,7 +67,12 @@ def predict_run(record: RunRecord, overrides: Sequence[str] = (), *, device: tor
     """
     trained = open_trained(finished(record), overrides, device=device)
     trained.require_clouds("a report with clouds (--num-mistakes 0 --clouds-per-class 0: one without)")
-    config, dataset = trained.config, require_clouds(trained.dataset(), "a report with clouds")
+    config = trained.config
+    if config.eval.split == "validation":
+        _, scored = split_train_validation(trained.dataset(TRAIN), config.data.val_fraction, config.seed)
+    else:
+        scored = trained.dataset()
+    dataset = require_clouds(scored, "a report with clouds")
     probabilities = class_probabilities(trained.model, dataset, device=device, batch_size=config.eval.batch_size)
     return as_predictions(probabilities, dataset, config)
 

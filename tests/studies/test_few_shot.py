@@ -226,6 +226,12 @@ def test_output_of_another_experiment_is_refused(config, tiny_config, trained, t
     other = config.model_copy(update={"optim": config.optim.model_copy(update={"lr": 0.5})})
     with pytest.raises(InputError, match=r"holds folds with optim\.lr=0\.002, this call has 0\.5"):
         list(run_folds(other, TASK, folds=1, output=output))
+    elsewhere = config.model_copy(update={"data": config.data.model_copy(update={"root": str(tmp_path / "others")})})
+    with pytest.raises(InputError, match=r"holds folds with data\.root=.*, this call has .*others"):
+        list(run_folds(elsewhere, TASK, folds=1, output=output))
+    plain = config.model_copy(update={"eval": config.eval.model_copy(update={"recalibrate_batchnorm": False})})
+    with pytest.raises(InputError, match=r"holds folds with eval\.recalibrate_batchnorm=True"):
+        list(run_folds(plain, TASK, folds=1, output=output))
     before = config.to_dict()
     del before["s2d"]["stop_fraction"]  # came since
     before["s2d"]["rise_fraction"] = 1.0  # went since

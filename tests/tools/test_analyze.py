@@ -42,6 +42,12 @@ def test_text_numbers_and_picture(call, run):
     assert again.code == 1 and "analysis.json: exists already" in again.err
 
 
+def test_overrides_that_would_falsify_it(refuses, run):
+    line = refuses("analyze", run, "s2d.num_experts=4")
+    assert line.startswith("override 's2d.num_experts=4': has no effect on a checkpoint; what can be replaced here is")
+    assert not (run / "analysis.json").exists()
+
+
 def test_process_good_and_bad(fork, run, tmp_path):
     other = tmp_path / "other"
     other.mkdir()

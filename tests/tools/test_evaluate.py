@@ -140,11 +140,19 @@ def test_wrong_arguments_exit_with_2(refuses, arguments, message):
 
 
 @pytest.mark.parametrize(
-    "override", ["model.depth=4", "s2d.kind=none", "optim.lr=1", "train.device=cpu", "output_dir=x"]
+    "override",
+    [
+        "model.depth=4",
+        "s2d.kind=none",
+        "optim.lr=1",
+        "train.device=cpu",
+        "output_dir=x",
+        "eval.recalibrate_batchnorm=true",
+    ],
 )
 def test_overrides_that_would_be_ignored(refuses, trained, override):
     line = refuses("evaluate", "--checkpoint", trained.last, override)
-    known = "data.*, eval.*, log.*, seed"
+    known = "data.*, eval.batch_size, eval.votes, log.*, seed"
     assert line == f"override '{override}': has no effect on a checkpoint; what can be replaced here is {known}"
 
 

@@ -103,6 +103,11 @@ def test_what_is_refused(refuses, trained, tmp_path):
     line = refuses(*evaluate, "--files", tmp_path / "empty")
     assert line == f"{tmp_path}/empty: holds no file of {', '.join(SUFFIXES)}"
     assert refuses(*evaluate, "--up-axis", "y") == "--up-axis: is for --files only; that of a data set is data.up_axis"
+    assert refuses(*evaluate, "--refuse-missing").startswith(
+        "--refuse-missing: is for --files only; data sets leave out"
+    )
+    line = refuses(*evaluate, "data.up_axis=y", "--files", "any")
+    assert line == "data.up_axis: has no effect with --files; use --up-axis"
     line = refuses("visualize", "--checkpoint", trained.merged, "--output", tmp_path / "a.png", "--files", "no.ply")
     assert line == "no.ply: no such file; name a file with points"
     cloud = tmp_path / "Downloads" / "a.npy"

@@ -37,6 +37,18 @@ def test_the_page_agrees_with_the_run(call, trained, tmp_path):
     assert list(tmp_path.iterdir()) == [output]
 
 
+def test_a_run_that_was_scored_on_a_validation_part_is_reported_on_it(call, tiny_config, tmp_path):
+    trainer = Trainer(tiny_config("train.epochs=2", "data.val_fraction=0.25", "eval.split=validation"))
+    trainer.fit()
+    output = tmp_path / "report.html"
+    assert call("report", trainer.folder.root, "--output", output, "--device", "cpu").code == 0
+    (entry,) = data_of(output)["runs"]
+    (record,) = read_runs([trainer.folder.root])
+    assert entry["confusion"] == record.final["confusion"]
+    shown = f"<tr><th>evaluated for this report, OA</th><td>{100 * record.final['oa']:.2f} %</td></tr>"
+    assert shown in output.read_text(encoding="utf-8")
+
+
 def test_the_headline_is_that_of_the_saved_model(call, tiny_config, tmp_path):
     """BatchNorm behind experts is re-estimated before the model is saved, which changes its accuracy."""
     config = tiny_config(
@@ -121,6 +133,7 @@ def test_two_runs_one_of_them_under_way(call, trained, tmp_path):
         (["none", "--output", "OUT"], "none: no such folder; the folder of a run is needed"),
         (["data.root=x", "--output", "OUT"], "no run to report; name a run folder"),
         (["RUN", "seed=1", "--output", "OUT"], "seed=1: has no effect on a report"),
+        (["RUN", "eval.votes=9", "--output", "OUT"], "eval.votes=9: has no effect on a report"),
         (["RUN", "data.root=none", "--output", "OUT"], "none"),
         (["RUN", "data.rot=x", "--output", "OUT"], "data.rot: unknown key; did you mean 'root'?"),
         (["RUN", "--output", "OUT", "--device", "gpu"], "device 'gpu' is unknown"),

@@ -195,6 +195,18 @@ def test_dense_run_scales_the_ffns_that_its_s2d_run_would_convert(tiny_config):
     assert rates["none"] and rates["none"] == rates["rup"], "stacked parameters have the names of the dense ones"
 
 
+def test_lamb_clips_no_gradient_of_its_own():
+    optimizer = build_optimizer(tiny(), name="lamb", lr=1e-3, weight_decay=0.1)
+    assert {group["max_grad_norm"] for group in optimizer.param_groups} == {None}
+
+
+def test_dense_run_with_frozen_ffns_to_scale_is_refused(tiny_config):
+    trainer = Trainer(tiny_config("s2d.kind=none", "s2d.lr_multiplier=0.5", "train.freeze=backbone"))
+    with pytest.raises(InputError, match=r"s2d\.lr_multiplier: train\.freeze freezes the FFNs that it is for"):
+        trainer.fit()
+    assert not trainer.folder.root.exists()
+
+
 def test_dense_run_without_an_ffn_to_scale_is_refused(tiny_config):
     trainer = Trainer(tiny_config("s2d.kind=none", "s2d.lr_multiplier=0.5", "s2d.targets=[head]"))
     with pytest.raises(InputError, match=r"s2d\.lr_multiplier: no FFN to apply it to; set it to 1, or see"):
