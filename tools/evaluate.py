@@ -16,7 +16,7 @@ from s2d3d.cli import (
     refuse_split,
     refuse_up_axis,
     run_tool,
-)  # fmt: skip
+)
 from s2d3d.errors import InputError
 from s2d3d.runs.folder import require_checkpoint
 
