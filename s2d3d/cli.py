@@ -174,11 +174,11 @@ def check_overrides(overrides: Sequence[str], keys: Sequence[str]) -> None:
     if not overrides:
         return
     from .config.compare import is_named
-    from .config.io import override_name
+    from .config.io import override_key, override_name
     from .config.schema import Config
 
     known = ", ".join(key if key == "seed" or "." in key else f"{key}.*" for key in keys)
-    names = {override: override.partition("=")[0].strip() for override in overrides}
+    names = {override: override_key(override) for override in overrides}
     lines = [
         f"{override_name(override)}: has no effect on a checkpoint; what can be replaced here is {known}"
         for override, name in names.items()
@@ -194,7 +194,9 @@ def refuse_up_axis(arguments: argparse.Namespace) -> None:
     Raises:
         InputError: both are given.
     """
-    if arguments.files and any(text.partition("=")[0].strip() == "data.up_axis" for text in arguments.overrides):
+    from .config.io import override_key
+
+    if arguments.files and "data.up_axis" in map(override_key, arguments.overrides):
         raise InputError("data.up_axis: has no effect with --files; use --up-axis")
 
 
@@ -204,7 +206,9 @@ def refuse_split(overrides: Sequence[str]) -> None:
     Raises:
         InputError: an override changes it.
     """
-    if any(override.partition("=")[0].strip() == "eval.split" for override in overrides):
+    from .config.io import override_key
+
+    if "eval.split" in map(override_key, overrides):
         raise InputError("eval.split: has no effect here, the test split is scored; training scores a validation part")
 
 

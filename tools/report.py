@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from s2d3d.atomic import check_writable, write_text
 from s2d3d.cli import described, refuse_existing, run_tool
 from s2d3d.config.compare import is_named
+from s2d3d.config.io import override_key
 from s2d3d.errors import InputError
 from s2d3d.runs.folder import require_run
 
@@ -106,7 +107,7 @@ def split_arguments(items: Sequence[str]) -> tuple[list[str], list[str]]:
     if not folders:
         raise InputError("no run to report; name a run folder")
     for override in overrides:
-        if not is_named(override.partition("=")[0], REPLACED):
+        if not is_named(override_key(override), REPLACED):
             raise InputError(
                 f"{override}: has no effect on a report; what can be replaced here is data.*, eval.batch_size"
             )

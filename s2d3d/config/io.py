@@ -167,6 +167,16 @@ def set_values(
     return origins, lines
 
 
+def override_key(override: str) -> str:
+    """Return the dotted key of an override, as on the command line.
+
+    Example:
+        >>> override_key(" s2d.kind =none")
+        's2d.kind'
+    """
+    return override.partition("=")[0].strip()
+
+
 def override_name(override: str) -> str:
     """Name an override in an error message."""
     return f"override {show(override)}"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..channels import XYZ
 from ..config.data import build_dataset, check_classes
+from ..config.io import override_key
 from ..config.load import Config, parse_config
 from ..config.schema import DataConfig
 from ..datasets import LabelledDataset, dataset_reader, list_datasets
@@ -134,7 +135,7 @@ def stored_config(payload: Mapping[str, Any], where: str | Path, overrides: Sequ
     Raises:
         InputError: the config or an override is wrong, or it asks for more than `MAX_VOTES` passes.
     """
-    given = {override.partition("=")[0].strip() for override in overrides}
+    given = {override_key(override) for override in overrides}
     stored = payload["config"]
     if (name := payload["model"].get("name")) not in list_models() and (plugins := stored.get("plugins")):
         raise InputError(
@@ -170,7 +171,7 @@ def _unknown_data(payload: Mapping[str, Any], overrides: Sequence[str]) -> str |
     stored = payload["config"].get("data")
     name = stored.get("name") if isinstance(stored, dict) else None
     known = name is None or name in list_datasets()
-    return None if known or any(item.partition("=")[0].strip() == "data.name" for item in overrides) else str(name)
+    return None if known or any(override_key(item) == "data.name" for item in overrides) else str(name)
 
 
 def open_trained(
@@ -277,7 +278,7 @@ def open_exported(path: str | Path, overrides: Sequence[str] = ()) -> ExportedMo
     model, s2d = {"name": "point_bert_tiny"}, {"kind": "none"}
     config = {"output_dir": "unused", "model": model, "s2d": s2d, **sections, "data": data}
     payload = {"config": config, "model": model | {"channels": channels}, "class_names": facts["class_names"]}
-    given = any(override.partition("=")[0].strip() == "data.root" for override in overrides)
+    given = any(override_key(override) == "data.root" for override in overrides)
     return ExportedModel(
         str(path), payload, stored_config(payload, path, overrides), _Network(exported),
         _unknown_data(payload, overrides), given,

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ..config.compare import SET_BY_STUDY, WHERE_AND_HOW_FAST, differences, flatten, is_named
-from ..config.io import Problem, raise_problems, read_yaml, schema_problems, show
+from ..config.io import Problem, override_key, raise_problems, read_yaml, schema_problems, show
 from ..config.load import Config, load_config, load_layered_config
 from ..config.types import Float, Int, Name, PathStr, Str, check_plain
 from ..errors import InputError, did_you_mean
@@ -200,7 +200,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
             differing = differences(base, arm_config.to_dict(), WHERE_AND_HOW_FAST)
             changes = {key: value for key, (_, value) in differing.items()}
             cells.append(Cell(config.name, arm, seed, arm_config.model_copy(update=own), changes, folders[arm]))
-    kept = [text for text in overrides if not is_named(text.partition("=")[0].strip(), WHERE_AND_HOW_FAST)]
+    kept = [text for text in overrides if not is_named(override_key(text), WHERE_AND_HOW_FAST)]
     return Study(str(path), config, cells, tuple(kept))
 
 
@@ -248,7 +248,7 @@ def _check_overrides(overrides: Sequence[str]) -> None:
     lines = [
         f"override {show(override)}: is decided by the study; change it in the study's file"
         for override in overrides
-        if override.partition("=")[0].strip() in SET_BY_STUDY
+        if override_key(override) in SET_BY_STUDY
     ]
     if lines:
         raise InputError("\n".join(lines))
