@@ -91,3 +91,9 @@ def test_files_are_read_with_the_vertical_axis_of_the_training(scans, capsys):
         assert main(["predict", *checkpoint, "new", *extra]) == 0
         answers.append(capsys.readouterr().out.splitlines()[-2:])
     assert answers[0] == answers[1] and answers[0][1].endswith("up axis y") and answers[2][1].endswith("up axis z")
+
+
+def test_a_run_does_not_write_into_its_data(scans, capsys):
+    assert main(["train", "configs/files.yaml", "data.root=scans", "output_dir=scans/runs", *SHORT]) == 1
+    assert "output_dir: scans/runs lies inside data.root" in capsys.readouterr().err
+    assert not (scans / "scans" / "runs").exists()

@@ -30,6 +30,8 @@ _ARRAYS = {"normal": ("normals", "normal"), "rgb": ("colors", "colours", "color"
 """Names of arrays in an archive, beside that of the points."""
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
+COUNTED = 16
+"""Fewest rows of which a column is taken to count or number them."""
 _NARROW = 16
 """Points of a row of a map; in a narrower one neighbours are not close."""
 _DAMAGED = (
@@ -182,7 +184,10 @@ def _to_points(path: Path, array: np.ndarray, extras: Extras | None) -> np.ndarr
         raise InputError(f"{path}: holds numbers of shape {array.shape}, must be (N, 3) or more columns")
     if extras is not None and array.shape[1] > 3:
         extras[UNNAMED] = array[:, 3:]
-    return np.stack([array[:, axis].astype(np.float64) for axis in range(3)]).T
+    points = np.stack([array[:, axis].astype(np.float64) for axis in range(3)]).T
+    if array.shape[1] > 3:
+        refuse_numbering(path, points, "save the points alone, or records with fields x, y and z")
+    return points
 
 
 def _is_batch(grid: np.ndarray) -> bool:
@@ -196,6 +201,31 @@ def _is_batch(grid: np.ndarray) -> bool:
         return bool(len(steps) and np.median(steps) > 0.5 * np.linalg.norm(points.std(axis=0)))
 
 
+def refuse_numbering(path: Path, points: np.ndarray, remedy: str) -> None:
+    """Refuse the first of four or more columns without names where it seems to hold numbers, labels or times of rows.
+
+    Args:
+        path: the file.
+        points: (N, 3 or more), its first columns.
+        remedy: what to do else than to remove the column.
+
+    Raises:
+        InputError: all numbers of the first column are whole, but few of the next two columns; they are multiples of
+            their own constant step; or they rise all the time from 100 million or more.
+    """
+    if len(points) < COUNTED:
+        return
+    with np.errstate(all="ignore"):
+        first, steps = points[:, 0], np.diff(points[:, 0])
+        numbers = not (first % 1).any() and ((points[:, 1:3] % 1) != 0).mean(axis=0).min() > 0.5
+        counts = first / steps[0]
+        even = bool((np.abs(counts - np.round(counts)) < 0.01).all() and (np.abs(np.diff(counts) - 1) < 0.01).all())
+        times = bool((steps > 0).all()) and first[0] >= 1e8
+    if numbers or even or times:
+        holds = "counts the rows" if even else "seems to hold times" if times else "holds whole numbers only"
+        raise InputError(f"{path}: its first column {holds}, so it is not taken for x; remove it, or {remedy}")
+
+
 def refuse_transposed(path: Path, shape: tuple[int, ...]) -> None:
     """Refuse numbers whose columns seem to be the points.
 
@@ -203,7 +233,8 @@ def refuse_transposed(path: Path, shape: tuple[int, ...]) -> None:
         InputError: as said.
     """
     wide = len(shape) == 2 and shape[0] < 10 and shape[1] > 100
-    if wide or (shape[0] == 3 and shape[-1] != 3 and math.prod(shape[1:]) > 3):
+    clouds = len(shape) == 3 and (shape[2] > MOST_COLUMNS or shape[1] == 3 != shape[2])
+    if wide or clouds or (shape[0] == 3 and shape[-1] != 3 and math.prod(shape[1:]) > 3):
         raise InputError(
             f"{path}: holds numbers of shape {shape}; are points its columns? Transpose it: a row is a point"
         )

@@ -1,6 +1,7 @@
 """Folders named after classes: which files they hold, of which class and in which split."""
 
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ..atomic import real_path
 from ..errors import InputError, printable, quoted
 from ..random_state import derived_generator
 from .files import SUFFIXES
@@ -63,6 +65,10 @@ class ClassFolders:
         for path, label in (pair for files in self.files.values() for pair in files):
             inside = path.relative_to(self.root).parts[:-1]
             below[self.class_names[label]].update(name for name in inside[1:2] if _split_name(name) is None)
+        alike = Counter(map(_folded, self.class_names))
+        for name in (name for name, count in alike.items() if count > 1):
+            same = ", ".join(ascii(other) for other in self.class_names if _folded(other) == name)
+            said.append(f"the classes {same} differ in case or in the form of their letters only; are they one class?")
         shared = set.intersection(*below.values())
         if len(shared) > 1 and all(names == shared for names in below.values()):
             shown = ", ".join(map(printable, sorted(shared)))
@@ -122,6 +128,7 @@ def find_class_folders(
         found = f"one class, '{next(iter(by_class))}'" if by_class else f"no file of {', '.join(SUFFIXES)}"
         raise InputError(f"{root}: holds {found}; the files of at least two classes are needed, as {LAYOUTS}")
     class_names = sorted(by_class)
+    _refuse_deep_splits(root, by_class)
     is_split = {bool(split) for parts in by_class.values() for split in parts}
     if len(is_split) == 2:
         plain = next(parts[""][0] for parts in by_class.values() if "" in parts)
@@ -130,7 +137,9 @@ def find_class_folders(
         by_class = {name: _divide(name, parts[""], root, test_fraction, split_seed) for name, parts in by_class.items()}
     for name in class_names:
         if "train" not in by_class[name]:
-            raise InputError(f"{root}: class '{name}' has files to test but none to train on; add some or remove it")
+            alike = [other for other in class_names if other != name and _folded(other) == _folded(name)]
+            advice = f"is it {alike[0]!a}, as {name!a}?" if alike else "add some or remove it"
+            raise InputError(f"{root}: class '{name}' has files to test but none to train on; {advice}")
     files = {
         split: [(path, label) for label, name in enumerate(class_names) for path in by_class[name].get(split, [])]
         for split in SPLITS
@@ -200,7 +209,7 @@ def _place(relative: Path, path: Path, labelled: bool) -> tuple[str, str]:
         return split, UNLABELLED
     if not folders:
         raise InputError(f"{path}: lies in no class folder, so its class is unknown; move it: {LAYOUTS}")
-    if (name := folders[0]) != name.strip() or len(name.splitlines()) != 1 or not _is_text(name):
+    if (name := folders[0]) != name.strip() or len(name.splitlines()) != 1 or not is_text(name):
         text = f"{quoted(name)} cannot name a class: it has line breaks, spaces around it, or is not UTF-8"
         raise InputError(f"{printable(str(path.parent))}: {text}; rename it")
     return split, folders[0]
@@ -212,12 +221,43 @@ def _split_name(name: str) -> str | None:
     return lowered if lowered in SPLITS else "" if lowered in OTHER_SPLITS else None
 
 
-def _is_text(name: str) -> bool:
+def is_text(name: str) -> bool:
     try:
         name.encode()
     except UnicodeEncodeError:  # a name of the file system that is not UTF-8
         return False
     return True
+
+
+def _folded(name: str) -> str:
+    """Return what names share that differ only in case, or in the form of an accented letter (one sign or two)."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def refuse_inside(root: str | os.PathLike, folder: str | os.PathLike) -> None:
+    """Refuse a folder to write to whose files would be looked at as those of a data set.
+
+    Args:
+        root: of the data set.
+        folder: where files will be written.
+
+    Raises:
+        InputError: it is `root` or lies inside, not hidden by a dot.
+    """
+    real, inside = real_path(root), real_path(folder)
+    if inside.is_relative_to(real) and not any(map(_is_hidden, inside.relative_to(real).parts)):
+        raise InputError(f"output_dir: {folder} lies inside data.root, where it would be a class; choose one outside")
+
+
+def _refuse_deep_splits(root: Path, by_class: dict[str, dict[str, list[Path]]]) -> None:
+    """Refuse folders train and test below the places where they split the files."""
+    found: dict[str, Path] = {}
+    for path in (path for parts in by_class.values() for path in parts.get("", [])):
+        inside = path.relative_to(root).parts[:-1]
+        found |= {_split_name(name) or "": root.joinpath(*inside[: at + 1]) for at, name in enumerate(inside)}
+    if found.keys() >= set(SPLITS):
+        shown = " and ".join(str(found[split]) for split in SPLITS)
+        raise InputError(f"{shown} lie too deep to split the files; move or rename them: {LAYOUTS}")
 
 
 def _divide(name: str, files: list[Path], root: Path, test_fraction: float, split_seed: int) -> dict[str, list[Path]]:

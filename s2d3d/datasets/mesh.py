@@ -1,5 +1,6 @@
 """Meshes: OFF and OBJ as streams of tokens, STL and GLB."""
 
+import codecs
 import io
 import json
 import os
@@ -16,6 +17,7 @@ from .text import number, parse_lines, read_bytes
 
 _OFF = re.compile(rb"\s*((ST)?(C)?(N)?(4)?(n)?OFF)(\s+BINARY)?", re.IGNORECASE)
 _STL_FACET = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
+_STL_NAME = re.compile(rb"(?m)(^[^\S\n]*solid\b|(?<=endsolid))((?!facet\s+normal)[^\r\n])*")
 _STL_VERTEX = re.compile(rb"\bvertex\s+(\S+)\s+(\S+)\s+(\S+)", re.IGNORECASE)
 _GLB_ERRORS = (
     ValueError, LookupError, TypeError, AttributeError, ArithmeticError, OSError, RuntimeError, AssertionError,
@@ -193,13 +195,20 @@ def read_obj(path: Path, extras: Extras | None = None) -> tuple[np.ndarray, np.n
             pending = text[:-1] + b" "
             continue
         word, *rest = text.split() or [b""]
+        word = word.lower()
         if word == b"v":
             values = [number(field) for field in rest[:3]]
             if len(values) != 3 or None in values:
                 raise InputError(f"{path}: not an OBJ file: line {line} is no vertex: {_shown(text)}")
+            if len(rest) == 4 and number(rest[3]) not in (0, 1):
+                raise InputError(f"{path}: line {line}: a fourth number other than 1 is a weight: write three numbers")
             vertices += values  # type: ignore[arg-type]
-            if extras is not None and len(rest) in (6, 7):
-                more["rgb"] += [number(field) for field in rest[-3:]]
+            if extras is not None and len(rest) == 7:
+                raise InputError(
+                    f"{path}: line {line}: which of seven numbers are red, green and blue? Write six: {_shown(text)}"
+                )
+            if extras is not None and len(rest) == 6:
+                more["rgb"] += [number(field) for field in rest[3:]]
         elif word == b"vn" and extras is not None:
             more["normal"] += [number(field) for field in rest[:3]]
         elif word in (b"f", b"fo"):  # corners such as 3, 3/1/2 or -1, which counts from the last vertex so far
@@ -238,20 +247,22 @@ def read_stl(path: Path) -> tuple[np.ndarray, np.ndarray]:
         InputError: not such a file, or cut short.
     """
     data = path.read_bytes()
-    announced = int.from_bytes(data[80:84], "little")
+    announced, text = int.from_bytes(data[80:84], "little"), data.removeprefix(codecs.BOM_UTF8).lstrip()
     if len(data) >= 84 and 84 + 50 * announced == len(data):
         vertices = np.frombuffer(data, _STL_FACET, announced, 84)["corners"].reshape(-1, 3).astype(np.float64)
-    elif data[:5].lower() == b"solid":
-        facets, ends = (len(re.findall(rb"\b" + word + rb"\b", data.lower())) for word in (b"facet", b"endfacet"))
-        fields = [match.groups() for match in _STL_VERTEX.finditer(data)]
-        before, _, rest = data.lower().rpartition(b"endsolid")
+    elif text[:5].lower() == b"solid":
+        body = _STL_NAME.sub(b"", text.lower())  # the name may be any words
+        facets, ends = (len(re.findall(rb"\b" + word + rb"\b", body)) for word in (b"facet", b"endfacet"))
+        fields = [match.groups() for match in _STL_VERTEX.finditer(body)]
+        before, _, rest = body.rpartition(b"endsolid")
         if not before or not facets == ends == len(fields) / 3 or rest.partition(b"\n")[2].strip():
             raise InputError(
                 f"{path}: is cut short or damaged: {facets} facets begin, {ends} end, {len(fields)} corners are there"
             )
         values = [number(field) for row in fields for field in row]
         if None in values:
-            line = data.count(b"\n", 0, data.find(b" ".join(fields[values.index(None) // 3]))) + 1
+            lowered = data.lower()
+            line = lowered.count(b"\n", 0, lowered.find(b" ".join(fields[values.index(None) // 3]))) + 1
             raise InputError(f"{path}: line {line}: a corner is not three numbers")
         vertices = np.array(values, dtype=np.float64).reshape(-1, 3)
     elif len(data) >= 84:

@@ -3,6 +3,7 @@
 Source: Turk 1994, "The PLY Polygon File Format"; names of types as in the files of Stanford, MeshLab and CloudCompare.
 """
 
+import re
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,9 +86,9 @@ def read_ply(path: Path, extras: Extras | None = None) -> tuple[np.ndarray, np.n
         axes += [place for places in further.values() for place in places]
         wanted = max(map(element.place, CORNERS)) if is_face else -1
         if not order:
-            stop = _end_of_lines(data, start, element.count)
+            stop, lines = _end_of_lines(data, start, element.count)
             found = _read_ascii(path, data, start, stop, line, element, axes, wanted)
-            start, line = stop, line + element.count
+            start, line = stop, line + lines
         else:
             start, found = _read_binary(path, data, start, order, element, axes, wanted)
         if is_vertex:
@@ -185,16 +186,23 @@ def _check_size(path: Path, elements: list[_Element], data: bytes, start: int, *
         raise InputError(f"{path}: is cut short: {announced} bytes are announced, {left} follow the header")
 
 
-def _end_of_lines(data: bytes, start: int, count: int) -> int:
-    """Return where the line after `count` lines begins."""
+def _end_of_lines(data: bytes, start: int, count: int) -> tuple[int, int]:
+    """Return where the line after `count` lines that are not blank begins, and how many lines that are."""
+    if re.compile(rb"\n\s*\n").search(data, start - 1):
+        lines = 0
+        while count > 0 and start < len(data):
+            stop = data.find(b"\n", start) + 1 or len(data)
+            count, lines, start = count - bool(data[start:stop].strip()), lines + 1, stop
+        return start, lines
+    lines = count
     while count > 0 and start < len(data):
         stop = min(start + CHUNK, len(data))
         breaks = np.frombuffer(data, np.uint8, stop - start, start) == 10
         there = int(np.count_nonzero(breaks))
         if count <= there:
-            return start + int(np.flatnonzero(breaks)[count - 1]) + 1
+            return start + int(np.flatnonzero(breaks)[count - 1]) + 1, lines
         count, start = count - there, stop
-    return start
+    return start, lines
 
 
 def _read_ascii(

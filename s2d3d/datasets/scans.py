@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from ..atomic import locked, read_json, workspace, write_json, write_text
 from ..channels import XYZ, by_group, groups
-from ..errors import InputError, first_line, quoted
+from ..errors import InputError, first_line, printable, quoted
 from ..workers import worker_pool
 from .base import PointCloudDataset
-from .class_folders import ClassFolders, find_class_folders
+from .class_folders import ClassFolders, find_class_folders, is_text
 from .files import SURFACE_POINTS, as_cloud, read_points, spread_points
 from .h5 import write_h5
 from .labelled import TRAIN
@@ -211,6 +211,9 @@ def _write_set(folder: Path, found: ClassFolders, options: Options) -> None:
     with worker_pool(_workers(paths), __name__, doing="reading", remedy="free some and start again") as spread:
         clouds = tqdm(spread(read, paths), total=len(paths), desc="files (once)", disable=None, leave=False)
         for (split, path, label), cloud in zip(labelled, clouds):
+            name = str(path.relative_to(found.root))
+            if not is_text(name):  # HDF5 keeps names in UTF-8
+                cloud = f"{printable(str(path))}: its name is not UTF-8; rename it"
             if isinstance(cloud, str):
                 if not options.skip_unreadable:
                     raise InputError(f"{cloud}; correct it or remove it, or set data.skip_unreadable=true")
@@ -225,7 +228,7 @@ def _write_set(folder: Path, found: ClassFolders, options: Options) -> None:
                     continue
                 num_short += 1
             repeated = np.resize(cloud, (stored_points(num_points), cloud.shape[1]))
-            parts[split].add(repeated, label, str(path.relative_to(found.root)))
+            parts[split].add(repeated, label, name)
     for split, part in parts.items():
         empty = [name for label, name in enumerate(found.class_names) if label not in part.classes]
         if (empty and split == "train") or len(empty) == len(found.class_names):

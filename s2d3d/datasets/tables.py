@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InputError, quoted
-from .arrays import refuse_transposed
+from .arrays import COUNTED, refuse_numbering, refuse_transposed
 from .attributes import UNNAMED, Extras, named_columns
 from .text import COMMENTS, number, parse_rows, read_bytes, split_fields
 
@@ -18,8 +18,6 @@ _DECIMAL = re.compile(rb"[-+]?\d*,\d+(?:[eE][-+]?\d+)?|[-+]?\d+(?:[eE][-+]?\d+)?
 _BOTH_COMMAS = re.compile(rb"[-+]?\d+,\d+(?:,\s+[-+]?\d+,\d+)+")
 """Commas with blanks behind every second one."""
 _MAX_COLUMNS = 10_000
-_COUNTED = 16
-"""Fewest rows of a table of which a column is taken to count them."""
 _ANNOUNCE = {"columns", "column", "fields", "field", "format", "header", "names", "order"}
 """Words of a comment after which names of columns follow."""
 _COLUMN_NAMES = {
@@ -50,8 +48,8 @@ def read_text_table(path: Path, extras: Extras | None = None) -> np.ndarray:
 
     Numbers stand between blanks, commas, semicolons or tabs, one of these in the whole file; with blanks, semicolons or
     tabs, commas may be decimal. A header names the columns (`x y z`, `//X Y Z R G B`); without one the first three
-    count, unless the first one counts the rows. A line with the number of points may stand in front. Comments begin
-    with `#`, `//` or `%`.
+    count. Four or more without names are refused where the first one seems to number the rows. A line with the number
+    of points may stand in front. Comments begin with `#`, `//` or `%`.
 
     Args:
         path: the file.
@@ -78,7 +76,7 @@ def read_text_table(path: Path, extras: Extras | None = None) -> np.ndarray:
         raise InputError(f"{path}: announces {layout.count} points and holds {len(points)}; is it cut short?")
     refuse_transposed(path, (len(points), layout.columns))
     if layout.names is None:
-        _refuse_counts(path, points[:, 0], layout)
+        _refuse_counts(path, points, layout)
     at = 3
     for group, columns in further.items():
         assert extras is not None
@@ -87,15 +85,13 @@ def read_text_table(path: Path, extras: Extras | None = None) -> np.ndarray:
     return points[:, :3]
 
 
-def _refuse_counts(path: Path, first: np.ndarray, layout: _Layout) -> None:
-    """Refuse the first of columns without names where it counts the rows, or its first number does."""
-    if len(first) < _COUNTED:
+def _refuse_counts(path: Path, points: np.ndarray, layout: _Layout) -> None:
+    """Refuse the first of columns without names where it numbers the rows, or its first number counts them."""
+    first = points[:, 0]
+    if layout.columns > 3:
+        refuse_numbering(path, points, "name the columns in a first line: index x y z")
+    if len(first) < COUNTED:
         return
-    step = first[1] - first[0]
-    if layout.columns > 3 and step and not step % 1 and not first[0] % 1 and (np.diff(first) == step).all():
-        raise InputError(
-            f"{path}: its first column counts the rows; remove it, or name the columns in a first line: index x y z"
-        )
     if first[0] == len(first) - 1 and (first[1:] % 1).any():  # whole numbers may be a grid
         raise InputError(
             f"{path}: line {layout.line} begins with {len(first) - 1}, and as many rows follow; remove the line if it "
@@ -166,11 +162,18 @@ def _find_separator(path: Path, rows: list[bytes]) -> tuple[bytes | None, bool]:
         return None, True
     fields = [field for row in rows for field in split_fields(row, b",")]
     doubtful = any(re.fullmatch(rb"-0|[-+]?0\d+", field) for field in fields)
+    whole = all(re.fullmatch(rb"[-+]?\d*", field) for field in fields)
     if all(_BOTH_COMMAS.fullmatch(row.strip()) for row in rows) or (
-        doubtful and all(re.fullmatch(rb"[-+]?\d*", field) for field in fields)
+        whole and (doubtful or (len(rows) >= COUNTED and all(map(_one_decimal, rows))))
     ):
         raise InputError(f"{path}: commas stand between its numbers and within them; write decimal points")
     return b",", False
+
+
+def _one_decimal(row: bytes) -> bool:
+    """Tell whether each second number of a row is a single digit, as where `2,3` stands for 2.3."""
+    decimals = split_fields(row, b",")[1::2]
+    return len(decimals) >= 3 and row.count(b",") % 2 == 1 and all(re.fullmatch(rb"\d", part) for part in decimals)
 
 
 def _comment_names(data: bytes) -> tuple[list[str] | None, bool]:

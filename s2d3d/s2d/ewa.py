@@ -37,8 +37,8 @@ def apply_ewa_(model: nn.Module, share_rate: float | Tensor) -> int:
         The number of expert layers that were averaged.
 
     Raises:
-        ValueError: `share_rate` outside [0, 1] or a tensor of other than 0 dimensions, no expert layer in the model, or
-            experts sharded one from another.
+        ValueError: `share_rate` outside [0, 1] or a tensor of other than 0 dimensions, no expert layer in the model,
+            experts sharded one from another, or their weights are computed from others (pruning, weight norm).
 
     Source: abstracts of Sparse-to-Dense Training, IEEE TCSVT 2025, and arXiv 2308.06093. The formula is from memory of
         the latter, not checked against its text.
@@ -176,6 +176,8 @@ def expert_layers(model: nn.Module) -> list[ExpertLayer]:
 @torch.no_grad()
 def _average_layers_(layers: list[ExpertLayer], share_rate: float | Tensor) -> int:
     for layer in layers:
+        for _, stacked in layer.stacked_layers():
+            stacked.check_plain()
         for parameter in layer.expert_parameters():
             _average_(parameter, share_rate)
     return len(layers)

@@ -116,6 +116,7 @@ class StackedLinear(nn.Module):
     @torch.no_grad()
     def averaged_linear(self) -> nn.Module:
         """Build the linear layer with the mean of the experts; keeps class, dtype, device, requires_grad and mode."""
+        self.check_plain()
         weight, bias = self.averaged()
         linear = copy.deepcopy(self._shell, shared_by(self._shell))
         linear.weight = _like(self.weight, weight)
@@ -124,6 +125,19 @@ class StackedLinear(nn.Module):
         take_hooks_(linear, self)
         linear.__dict__.update((key, value) for key, value in vars(self).items() if key not in _OWN)
         return linear.train(self.training)
+
+    def check_plain(self) -> None:
+        """Refuse weights that are computed from others, since the conversion: their mean is not that of the others.
+
+        Raises:
+            ValueError: a parametrization, a norm of the weights or pruning was put on this layer.
+        """
+        own = self._parameters
+        if "weight" not in own or self._modules or ("bias" not in own and self.__dict__.get("bias", self) is not None):
+            raise ValueError(
+                f"{self._owner.title()} computes weights from others since its conversion (pruning, weight norm, "
+                "spectral norm, a parametrization): remove that first, as torch.nn.utils.prune.remove does"
+            )
 
     @torch.no_grad()
     def load_expert_(self, expert: int, linear: nn.Module) -> None:

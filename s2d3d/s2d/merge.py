@@ -66,7 +66,8 @@ def merge_experts(
 
     Raises:
         ValueError: merged weights are not finite, a layer is a TopKMoE and `allow_average` is not set (the messages
-            name the layer), `model` is itself an expert layer and `inplace` is set, or its weights are sharded.
+            name the layer), `model` is itself an expert layer and `inplace` is set, its weights are sharded, or
+            pruning or a norm of the weights was put on experts.
 
     Example:
         >>> import timm

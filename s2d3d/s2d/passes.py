@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .linear import StackedLinear, linear_parameters
+from .sharing import copied
 from .trial import Call, copied_call, differ, first_line, left_behind, noise, pinned, tensors_of
 
 
@@ -75,13 +76,45 @@ def meets_several_experts(sparse: nn.Module, call: Call, channels_first: bool) -
         for parameter, value in zip(parameters, values):
             parameter.copy_(value)
         with pinned():
-            output = copied_call(call).on(sparse)
+            output = copied_call(call).on(copied(sparse))  # it may count its calls
         return (output.movedim(1, -1) if channels_first else output).flatten(0, -2)
 
     mixed = run(apart)
     alone = torch.stack([run([value[k].expand_as(value) for value in apart]) for k in range(stacked[0].num_experts)])
     gap = (alone - mixed).abs().amax(-1).amin(0)
     return bool((gap > 1e-4 * alone.abs().max()).any())
+
+
+@torch.no_grad()
+def reorders(sparse: nn.Module, call: Call, parts: tuple[str, ...]) -> bool:
+    """Tell whether a token stands in another place at the second linear layer of an FFN than it left the first.
+
+    The results of the first are changed in some places: the second must get something else in each of these.
+
+    Args:
+        sparse: a transformer layer with identical experts, out of slots.
+        call: how it is called.
+        parts: names of the two linear layers.
+    """
+    entry, exit_ = (sparse.get_submodule(part) for part in parts)
+    marks, seen, seed = torch.zeros(0), [], 0
+
+    def change(module: nn.Module, args: Any, output: Tensor) -> None:
+        nonlocal marks
+        marks = noise(output.shape[:-1], seed, output) > 0
+        if seed:
+            output[marks] += 9 * noise(output[marks].shape, seed, output)
+
+    hooks = entry.register_forward_hook(change), exit_.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    for seed in range(4):
+        with pinned():
+            copied_call(call).on(sparse.train())
+        same = (seen[-1] == seen[0]).all(-1)
+        if seed and same.shape == marks.shape and same[marks].any():
+            return True
+    for hook in hooks:
+        hook.remove()
+    return False
 
 
 class _Trained(NamedTuple):

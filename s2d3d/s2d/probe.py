@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .linear import is_linear, linear_features
-from .passes import difference, meets_several_experts
+from .passes import difference, meets_several_experts, reorders
 from .sharing import copied, has_hooks
 from .state import check_state
 from .tokenwise import is_of_packages, is_tokenwise, tokenwise_between
@@ -152,6 +152,8 @@ def probe_pair(
                 continue
             convert_(sparse, layout)
             problem = difference(tried, sparse, trials, in_slots)
+            if not (problem or in_slots) and parts and reorders(sparse, trials[0], parts):
+                raise TypeError(f"{kind} gives its linear layers other tokens, or in another order: {_LEAVE}")
             if not problem:
                 return layout
     raise TypeError(

@@ -67,6 +67,11 @@ class pinned(TorchDispatchMode):
         if operation == "bernoulli_":
             self.draws.append(args[0].shape)
             return args[0].fill_(1)
+        if operation in ("rrelu_with_noise", "rrelu_with_noise_"):  # it draws for negative numbers alone
+            x, slopes, lower, upper, training = (*args, *(1 / 8, 1 / 3, False)[len(args) - 2 :])[:5]
+            slopes.copy_(torch.where(x > 0, 1.0, (lower + upper) / 2))
+            self.draws += [x.shape] if training else []
+            return x.mul_(slopes) if operation.endswith("_") else x * slopes
         if operation == "native_dropout":
             self.draws.append(args[0].shape)
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)

@@ -16,6 +16,7 @@ from ..atomic import write_json, write_text
 from ..config.data import check_classes
 from ..config.load import Config, dump_config
 from ..datasets import LabelledDataset
+from ..datasets.class_folders import refuse_inside
 from ..errors import TrainingError
 from ..machine import environment, start_runtime, stop_runtime, watching_peers
 from ..models.freeze import hold_frozen_
@@ -140,6 +141,8 @@ class Trainer:
         reads = [find_pretrained(cfg.model.pretrained)] if cfg.model.pretrained and not state else []
         if runtime.is_main:  # before the data, which may take minutes
             self.folder.check(resume=checkpoint, force=self.force, reads=reads)
+            if cfg.data.name == "files" and self.datasets is None:
+                refuse_inside(cfg.data.root, cfg.output_dir)
         check_loggers(cfg)
         self.data = build_loaders(cfg, runtime, self.datasets)
         self.steps_per_epoch = len(self.data.train)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from s2d3d.datasets.class_folders import find_class_folders
+from s2d3d.datasets.class_folders import SPLITS, find_class_folders, refuse_inside
 from s2d3d.errors import InputError
 
 NAMES = [f"{name}/{index}.{suffix}" for name in ("box", "mug") for index, suffix in enumerate(("ply", "off", "xyz"))]
@@ -86,6 +86,10 @@ def test_what_is_no_cloud_is_counted(tree):
         ((*NAMES, "train/loose.ply"), "ROOT/train/loose.ply: lies in no class folder"),
         ((*NAMES, "pot/1.ply"), "ROOT: class 'pot' has one file, ROOT/pot/1.ply; one to train and one to test"),
         ((*NAMES, "box/train/9.ply"), "ROOT/box/0.ply: lies neither in a train nor in a test folder"),
+        (
+            [f"{name}/scans/{split}/{index}.ply" for name in ("box", "mug") for split in SPLITS for index in "12"],
+            "ROOT/mug/scans/train and ROOT/mug/scans/test lie too deep to split the files; move or",
+        ),
         (("train/a/1.ply", "train/b/1.ply"), "ROOT: holds a folder train but no test"),
         (("train/a/1.ply", "test/a/1.ply", "test/b/1.ply"), "ROOT: class 'b' has files to test but none to train on"),
     ],
@@ -159,6 +163,29 @@ def test_what_may_be_meant_otherwise_is_said(tree):
     assert find_class_folders(tree(*names)).doubts() == [
         "all classes hold the folders box, mug; if these are the classes, move them up by one folder"
     ]
+
+
+@pytest.mark.parametrize("other", ["Stuhl", "stühle", "St\u0075\u0308hle"])
+def test_classes_that_look_alike_are_said(tree, other):
+    root = tree(*(f"{name}/{index}.ply" for name in ("Stühle", other) for index in "123"))
+    doubts = find_class_folders(root).doubts()
+    assert len(doubts) == (other != "Stuhl") and all("are they one class?" in text for text in doubts)
+
+
+def test_a_class_that_is_spelt_otherwise_in_the_other_split_is_named(tree):
+    root = tree(*(f"train/{name}/1.ply" for name in ("box", "mug")), "test/box/1.ply", "test/Mug/1.ply")
+    with pytest.raises(InputError, match=r"class 'Mug' has files to test but none .*; is it 'mug', as 'Mug'\?"):
+        find_class_folders(root)
+
+
+def test_a_folder_inside_the_data_is_no_place_for_a_run(tree, monkeypatch):
+    root = tree(*NAMES)
+    monkeypatch.chdir(root.parent)
+    for inside in (root, root / "runs", root.name, f"{root.name}/../{root.name}/box/run"):
+        with pytest.raises(InputError, match=r"^output_dir: .* lies inside data\.root, where it would be a class;"):
+            refuse_inside(root, inside)
+    for outside in (root.parent / "runs", f"{root}_runs", root / ".runs" / "a"):
+        refuse_inside(root, outside)
 
 
 def test_a_class_that_is_never_tested_is_said(tree):

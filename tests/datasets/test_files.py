@@ -14,6 +14,8 @@ from s2d3d import create_dataset
 from s2d3d.datasets import files
 from s2d3d.datasets.files import read_cloud, read_points
 from s2d3d.datasets.h5 import write_h5
+from s2d3d.datasets.mesh import read_stl
+from s2d3d.datasets.ply import read_ply
 from s2d3d.errors import InputError
 
 CUBE = [(x, y, z) for x in (0, 2) for y in (0, 1) for z in (0, 1)]
@@ -335,6 +337,16 @@ PLY = (
     "ply\nformat ascii 1.0\nelement vertex 3\nproperty float x\nproperty float y\nproperty float z\n"
     "element face 1\nproperty list {} int vertex_indices\nend_header\n0 0 0\n1 0 0\n0 1 0\n{} 0 1 2\n"
 )
+
+
+def numbered(first, separator=" "):
+    """Make a table whose first column is a function of the row."""
+    rows = ([first(n), n * n / 7 + 0.1, (n % 5) / 3 + 0.1, 0.5] for n in range(20))
+    return "".join(
+        separator.join(f"{value:.6g}" if value < 1e6 else f"{value:.3f}" for value in row) + "\n" for row in rows
+    )
+
+
 ROWS = "".join(f"{n + 0.5} {n + 1.5} {n * n + 2.5} {n + 3.5}\n" for n in range(20))
 
 
@@ -362,7 +374,13 @@ ROWS = "".join(f"{n + 0.5} {n + 1.5} {n * n + 2.5} {n + 3.5}\n" for n in range(2
         (".txt", "".join(f"{n},0.{n},1.{n},0.5\n" for n in range(1, 30)), "its first column counts the rows"),
         (".txt", "".join(f"{10 * n} 0.{n} 1.{n} 0.5\n" for n in range(5, 30)), "its first column counts the rows"),
         (".xyz", "20 3 0\n" + "".join(f"0.5 0.{n} 1.{n}\n" for n in range(20)), "line 1 begins with 20, and as many"),
+        (".xyz", numbered(lambda n: 7 * n * n % 20), "its first column holds whole numbers only, so it is not taken"),
+        (".csv", numbered(lambda n: n % 3, ","), "first column holds whole numbers only, so it is not taken for x;"),
+        (".csv", numbered(lambda n: 0.04 * n, ","), "its first column counts the rows"),
+        (".txt", numbered(lambda n: 1.7e9 + n + n % 3 / 9), "its first column seems to hold times"),
+        (".csv", "".join(f"{n},{n % 7},{3 * n},{n % 9},1,5\n" for n in range(20)), "commas stand between its numbers"),
         (".obj", "v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 \\", "its last line goes on after a backslash"),
+        (".obj", "v 0 0 0\nv 1 0 0 2\nv 0 1 0\nf 1 2 3", "line 2: a fourth number other than 1 is a weight"),
     ],
 )
 def test_text_that_could_be_misread_is_refused(tmp_path, suffix, content, message):
@@ -396,6 +414,27 @@ def test_lines_may_end_in_any_way(tmp_path, ends):
     text = "".join(line + ends[index % len(ends)] for index, line in enumerate(lines))
     (tmp_path / "a.xyz").write_bytes(text.encode())
     assert read_points(tmp_path / "a.xyz", 8).tolist() == [list(map(float, line.split()[:3])) for line in lines]
+
+
+@pytest.mark.parametrize("shape", [(20, 3, 1024), (16, 6, 2048), (2, 3, 20), (1, 3, 64), (1, 9, 33)])
+def test_clouds_with_channels_first_are_no_map(tmp_path, shape):
+    np.savez(tmp_path / "a.npz", points=np.random.default_rng(0).normal(size=shape))
+    with pytest.raises(InputError, match=r"are points its columns\? Transpose it: a row is a point"):
+        read_points(tmp_path / "a.npz", 8)
+
+
+def test_an_array_whose_first_column_numbers_its_rows_is_refused(tmp_path):
+    points = np.random.default_rng(0).normal(size=(60, 4))
+    np.save(tmp_path / "a.npy", points[points[:, 0].argsort()])
+    assert len(read_points(tmp_path / "a.npy", 8)) == 60, "points in order are points"
+    np.save(tmp_path / "a.npy", np.round(9 * points))
+    assert len(read_points(tmp_path / "a.npy", 8)) == 60, "so are whole numbers"
+    points[:, 0] = np.round(99 * points[:, 0])
+    np.save(tmp_path / "a.npy", points)
+    with pytest.raises(
+        InputError, match=r"first column holds whole numbers only, .* or records with fields x, y and z"
+    ):
+        read_points(tmp_path / "a.npy", 8)
 
 
 @pytest.mark.parametrize("shape", [(33, 400, 3), (2, 16, 6)])
@@ -518,6 +557,42 @@ def test_an_stl_of_text_may_be_in_capitals(tmp_path, capitals):
     text = f"solid a\n{facet}endsolid a\n"
     (tmp_path / "a.stl").write_text(text.upper() if capitals else text)
     assert read_points(tmp_path / "a.stl", 50).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "start", ["\ufeffsolid a\n", "\n \nsolid a\n", "solid a facet and a vertex 1 2 3\n", "solid a "]
+)
+def test_an_stl_of_text_may_begin_in_any_way(tmp_path, start):
+    facet = "facet normal 0 0 1\nouter loop\nvertex 0 0 0\nvertex 1 0 0\nvertex 0 1 0\nendloop\nendfacet\n"
+    (tmp_path / "a.stl").write_text(f"{start}{facet}endsolid a facet\nsolid vertex\n{facet}endsolid\n", "utf-8")
+    assert len(read_stl(tmp_path / "a.stl")[1]) == 2
+
+
+@pytest.mark.parametrize("place", range(1, 8))
+def test_blank_lines_in_a_ply_are_passed_over(tmp_path, place):
+    lines = ["0 0 0", "1 0 0", "0 1 0", "0 0 1", "3 0 1 2", "3 0 1 3", "3 0 2 3"]
+    head = PLY_HEAD.replace("vertex 3", "vertex 4") + "element face 3\nproperty list uchar int vertex_indices\n"
+    both = []
+    for text in (lines, [*lines[:place], "", " \r", *lines[place:]]):
+        (tmp_path / "a.ply").write_text(head + "end_header\n" + "\n".join(text) + "\n")
+        both.append(read_ply(tmp_path / "a.ply"))
+    for ours, plain in zip(*both):
+        np.testing.assert_array_equal(ours, plain)
+    (tmp_path / "a.ply").write_text(head + "end_header\n" + "\n".join(["", *lines[:-1], "3 0 x 1"]) + "\n")
+    with pytest.raises(InputError, match="line 17: 'x' is not a number"):
+        read_ply(tmp_path / "a.ply")
+
+
+def test_faces_of_an_obj_may_be_in_capitals(tmp_path):
+    (tmp_path / "a.obj").write_text("V 0 0 0\nV 1 0 0\nv 0 1 0 1\nF 1 2 3\n")
+    assert len(read_points(tmp_path / "a.obj", 50)) == 50
+
+
+def test_seven_numbers_of_an_obj_do_not_tell_the_colours(tmp_path):
+    (tmp_path / "a.obj").write_text("v 0 0 0 .1 .8 .2 1\nv 1 0 0 .1 .8 .2 1\nv 0 1 0 .1 .8 .2 1\nf 1 2 3\n")
+    assert len(read_points(tmp_path / "a.obj", 50)) == 50
+    with pytest.raises(InputError, match=r"line 1: which of seven numbers are red, green and blue\? Write six"):
+        read_points(tmp_path / "a.obj", 50, channels="xyz+rgb")
 
 
 PLY_HEAD = "ply\nformat ascii 1.0\nelement vertex 3\nproperty float x\nproperty float y\nproperty float z\n"

@@ -131,6 +131,17 @@ def test_unreadable_files_stop_or_are_named(clouds):
         create_dataset("files", root, "train", num_points=40, skip_unreadable=True)
 
 
+def test_a_file_name_that_is_not_utf_8_is_named(clouds):
+    root, _ = clouds
+    os.rename(root / "ball" / "0.npy", os.fsencode(root / "ball") + b"/\xff.npy")
+    with pytest.raises(
+        InputError, match=r"ball/\\udcff\.npy: its name is not UTF-8; rename it; correct it or remove it"
+    ):
+        create_dataset("files", root, "train", num_points=40)
+    train = create_dataset("files", root, "train", num_points=40, skip_unreadable=True)
+    assert len(train.skipped) == 1 and "its name is not UTF-8" in train.skipped[0]
+
+
 def test_a_large_set_stays_on_the_disk(clouds):
     root, _ = clouds
     whole = create_dataset("files", root, "train", num_points=40)

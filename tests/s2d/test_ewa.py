@@ -10,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from timm.layers import Mlp
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
-from s2d3d.s2d import EWA, RUPMoF, apply_ewa_, convert_to_mof_, merge_experts
+from s2d3d.s2d import EWA, RUPMoF, apply_ewa_, convert_to_mof_, is_sparse, merge_experts
 from s2d3d.s2d.analysis import expert_divergence
 from s2d3d.s2d.ewa import max_share_rate
+from s2d3d.s2d.linear import StackedLinear
 
 
 def formula(stacked: torch.Tensor, share_rate: float) -> torch.Tensor:
@@ -324,6 +326,28 @@ def test_bound_of_a_model_is_that_of_its_smallest_layer_and_one_expert_has_none(
 def test_bad_schedules_are_refused(options, message, make_layer):
     with pytest.raises(ValueError, match=message):
         EWA(make_layer(), **{"share_rate": 0.3, "total_steps": 3} | options)
+
+
+@pytest.mark.parametrize(
+    "change_, undo_",
+    [
+        (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), lambda layer: prune.remove(layer, "weight")),
+        (lambda layer: prune.l1_unstructured(layer, "bias", 0.5), lambda layer: prune.remove(layer, "bias")),
+        (parametrizations.weight_norm, lambda layer: parametrize.remove_parametrizations(layer, "weight")),
+    ],
+)
+def test_weights_that_are_computed_from_others_are_neither_averaged_nor_merged(change_, undo_, tiny_vit):
+    model = tiny_vit()
+    convert_to_mof_(model)
+    layer = next(m for m in model.modules() if isinstance(m, StackedLinear))
+    change_(layer)
+    for use in (lambda: apply_ewa_(model, 0.3), lambda: merge_experts(model)):
+        with pytest.raises(
+            ValueError, match=r"^expert layer '.*mlp' computes weights from others since its conversion"
+        ):
+            use()
+    undo_(layer)
+    assert apply_ewa_(model, 0.3) and not is_sparse(merge_experts(model))
 
 
 @pytest.mark.parametrize("share_rate", [0.3, torch.tensor(0.6, dtype=torch.float64)])

@@ -689,6 +689,47 @@ def test_an_ffn_in_which_a_token_would_meet_several_experts_is_refused(there_and
         convert_to_mof_(nn.Sequential(Residual(Reordered(*there_and_back))), CONFIG, example=BATCHES[1])
 
 
+class SpreadOut(nn.Module):
+    """A transformer layer whose FFN is two of its own parts, with a function between them and one behind."""
+
+    def __init__(self, there, back):
+        super().__init__()
+        self.mixer, self.linear1, self.linear2 = nn.MultiheadAttention(C, 2), nn.Linear(C, H), nn.Linear(H, C)
+        self.there, self.back = there, back
+
+    def forward(self, x):
+        x = x + self.mixer(x, x, x)[0]
+        return x + self.back(self.linear2(self.there(F.relu(self.linear1(x)))))
+
+
+@pytest.mark.parametrize("refused", [True, False])
+def test_a_layer_in_which_a_token_would_meet_several_experts_is_refused(refused):
+    model = nn.Sequential(
+        SpreadOut((lambda h: h.flip(1)) if refused else (lambda h: h + h.roll(1, 1)), lambda h: h.flip(1))
+    )
+    config = MoFConfig(num_experts=K, targets=("0",), every=1)
+    if refused:
+        with pytest.raises(TypeError, match="a token would meet several experts"):
+            convert_to_mof_(model, config)
+    else:
+        assert convert_to_mof_(model, config) == ["0"], "a token keeps its place, whatever it sees of others"
+
+
+class CountsCalls(Plain):
+    """Its output depends on how often it was called."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += self.training
+        return super().forward(x) * (1 + self.calls)
+
+
+@pytest.mark.parametrize("ffn", [Plain(nn.RReLU()), CountsCalls()])
+def test_what_differs_from_call_to_call_is_no_second_expert(ffn):
+    assert convert_to_mof_(nn.Sequential(Residual(ffn)), CONFIG) == ["0.mlp"]
+
+
 def test_an_ffn_out_of_slots_gives_each_token_one_expert(spread_):
     ffn = Plain(lambda hidden: F.gelu(hidden) if len(hidden) else hidden)
     layer = spread_(RUPMoF(ffn, K), 1.0)
