@@ -82,6 +82,13 @@ def test_no_study_that_scores_the_test_split_uses_a_seed_of_the_searches():
     assert not searched & tested
 
 
+def test_studies_that_score_the_test_split_have_seeds_of_their_own():
+    by_study = {path.stem: load_shipped_study(path).config for path in STUDIES}
+    tested = {name: {*config.seeds} for name, config in by_study.items() if config.evaluate == "test"}
+    shared = [{one, other} for one in tested for other in tested if one < other and tested[one] & tested[other]]
+    assert shared == [{"all_layers", "normals"}, {"full_recipe_gpu", "scarce"}], "these were made before the rule"
+
+
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_arms_that_are_compared_take_equally_many_updates(path):
     """As far as the configs say it: batch, and epochs times the share of the data that is trained on.
