@@ -200,11 +200,13 @@ def _git_commit() -> str | None:
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
         changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
+        new = [*git, "ls-files", "--others", "--exclude-standard", "--", "*.py"]  # of the package alone
+        added = subprocess.run(new, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     if commit.returncode:
         return None
-    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
+    return commit.stdout.strip() + ("+" if changed.stdout.strip() or added.stdout.strip() else "")
 
 
 def _processor() -> str:

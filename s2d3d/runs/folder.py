@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..atomic import check_writable, link_or_copy, real_path, sweep, write_text
+from ..atomic import check_writable, link_or_copy, read_json, real_path, sweep, write_json, write_text
 from ..errors import InputError
 from .replaced import ReplacedRun
 
@@ -211,6 +211,14 @@ class RunFolder:
     def mark_best(self) -> None:
         """Let best.pt be what last.pt is now, without writing it again where the file system can link."""
         link_or_copy(self.last, self.best)
+
+    def write_environment(self, environment: dict[str, Any], *, continues: bool) -> None:
+        """Write environment.json; of a run that continues, `earlier` has what it said at each start before."""
+        earlier = []
+        if continues and self.environment.is_file():
+            before = read_json(self.environment, advice="remove it to go on without it")
+            earlier = [*before.pop("earlier", []), before]
+        write_json(self.environment, environment | ({"earlier": earlier} if earlier else {}))
 
     def write_log(self, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
         """Write all rows so far as CSV; values that a row lacks stay empty."""

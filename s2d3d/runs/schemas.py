@@ -108,6 +108,7 @@ class Environment(TypedDict):
     processor: NotRequired[Text]
     num_threads: NotRequired[Count]
     gpus: NotRequired[list[Text]]
+    earlier: NotRequired[list["Environment"]]
 
 
 class _Accuracy(TypedDict):

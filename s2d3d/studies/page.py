@@ -185,8 +185,8 @@ def _mixed_code(summary: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     note = (
-        "\\* Code states differ: the two runs of this pair were made at different commits, or one of them with "
-        "uncommitted changes. The comparisons without these pairs:"
+        "\\* Code states may differ: the two runs of this pair were made at different commits, or with uncommitted "
+        "changes. The comparisons without these pairs:"
     )
     header = ["comparison", "marked seeds", "n without", "difference, points", "95 % paired t"]
     return f"{note}\n\n{markdown_table(header, rows)}"

@@ -73,6 +73,7 @@ def record_of_run(cell: Cell) -> dict[str, Any] | None:
         section, _, name = key.rpartition(".")
         del (config[section] if section else config)[name]
     environment = read_environment(folder.environment, advice=_ADVICE)
+    earlier = [_start(start) for start in environment.get("earlier", [])]
     log = read_log(folder.log)
     curve = {key: [row.get(key) for row in log] for key in CURVE}
     kept = final_form(metrics)
@@ -96,15 +97,18 @@ def record_of_run(cell: Cell) -> dict[str, Any] | None:
             form: {key: metrics[form][key] for key in ("oa", "macc", "loss", "num_samples", "correct")}
             for form in scored
         },
-        "environment": {
-            key: environment.get(key)
-            for key in ("time", "s2d3d", "git_commit", "python", "packages", "processor", "num_threads", "gpus")
-        },
+        "environment": _start(environment) | ({"earlier": earlier} if earlier else {}),
         "curve": {key: values for key, values in curve.items() if any(value is not None for value in values)},
     }
-    if _lacks_test_curve(record, cell):
-        raise InputError(f"{folder.log}: {_NO_TEST_CURVE}; remove the run folder and run again")
+    if problem := _incomplete(record, cell):
+        raise InputError(f"{folder.root}: holds a run with {problem}; remove the run folder and run again")
     return record
+
+
+def _start(environment: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a record keeps of a start of a run: when it was, with which code, on which machine."""
+    keys = ("time", "s2d3d", "git_commit", "python", "packages", "processor", "num_threads", "gpus")
+    return {key: environment.get(key) for key in keys}
 
 
 def kept_form(record: Mapping[str, Any]) -> str:
@@ -136,11 +140,25 @@ def changed_since(record: Mapping[str, Any], cell: Cell, where: str) -> str:
     Raises:
         InputError: the config of the record is invalid; the message begins with `where`.
     """
-    if _lacks_test_curve(record, cell):
-        return _NO_TEST_CURVE
+    if problem := _incomplete(record, cell):
+        return problem
     if not _same_data(record, cell):
         return f"data.root=.../{record['data_folder']}, the study says .../{cell.data_folder}"
     return _changed(record["config"], cell, where)
+
+
+def _incomplete(record: Mapping[str, Any], cell: Cell) -> str:
+    """Return what a record lacks of the run that it should describe; empty if nothing."""
+    if _lacks_test_curve(record, cell):
+        return _NO_TEST_CURVE
+    if record["split"] != cell.config.eval.split:
+        return f"the {record['split']} split scored, the study says {cell.config.eval.split}"
+    losses = record["curve"]["train_loss"]
+    if len(losses) != cell.config.train.epochs or losses[-1] is None:
+        return (
+            f"{len(losses)} epochs, the last with loss {losses[-1]}; the study says {cell.config.train.epochs} epochs"
+        )
+    return ""
 
 
 def find_same_run(cell: Cell, records: Iterable[tuple[str, Mapping[str, Any]]]) -> tuple[str, dict[str, Any]] | None:
@@ -155,6 +173,8 @@ def find_same_run(cell: Cell, records: Iterable[tuple[str, Mapping[str, Any]]]) 
     """
     for where, record in records:
         if record["seed"] != cell.seed or _lacks_test_curve(record, cell):
+            continue
+        if "test_oa" in record["curve"] and not cell.config.eval.every:  # it was scored more than once
             continue
         try:
             if not _is_same(record, cell, where):

@@ -48,7 +48,7 @@ def read_records(results: str | Path, cells: Iterable[Cell]) -> dict[Key, Record
     Raises:
         InputError: a record is damaged or has another config; one line for each.
     """
-    records, lines = {}, []
+    cells, records, lines = list(cells), {}, []
     files: dict[str, _Published] = {}
     for cell in cells:
         if cell.study not in files:
@@ -68,6 +68,14 @@ def read_records(results: str | Path, cells: Iterable[Cell]) -> dict[Key, Record
             records[key] = record
         except InputError as error:
             lines.append(str(error))
+    named = {(cell.study, cell.arm, cell.seed) for cell in cells}
+    for study, published in files.items():
+        for arm, seed in published.records:
+            if (study, arm, seed) not in named:
+                where = published.place((arm, seed))
+                lines.append(
+                    f"{where}: {arm}/seed{seed} is not in the study; put it back there, or move the record away"
+                )
     if lines:
         raise InputError("\n".join(lines))
     return records

@@ -44,6 +44,7 @@ def summarize(study: Study, records: Records) -> dict[str, Any]:
     for comparison, p in zip(tested, holm([comparison["p"] for comparison in tested], len(pairs))):
         comparison["p_holm"] = p
     environments = [record["environment"] for record in records.values()]
+    starts = [start for environment in environments for start in _starts(environment)]
     first = study.cells[0].config
     noun = dataset_reader(first.data.name).kind.noun
     return {
@@ -67,7 +68,7 @@ def summarize(study: Study, records: Records) -> dict[str, Any]:
         "empty": [[cell.arm, cell.seed] for cell in study.cells if (cell.arm, cell.seed) not in records],
         "hardware": sorted({_hardware(environment) for environment in environments}),
         "versions": sorted({_versions(environment) for environment in environments}),
-        "commits": sorted({str(environment.get("git_commit")) for environment in environments}),
+        "commits": sorted({str(environment.get("git_commit")) for environment in starts}),
     }
 
 
@@ -123,7 +124,7 @@ def _compare(study: Study, records: Records, name: str, reference: str, number: 
     last = [[records[arm, seed]["curve"]["train_loss"][-1] for seed in seeds] for arm in arms]
     scores = [[_result(study, records, row, seed)["loss"] for seed in seeds] for row in (name, reference)]
     result["losses"] = {"scored": _paired(*scores), "training": None if arms[0] == arms[1] else _paired(*last)}
-    mixed = [seed for seed in seeds if len({_code_state(records[arm, seed]["environment"]) for arm in arms}) > 1]
+    mixed = [seed for seed in seeds if _is_mixed([records[arm, seed]["environment"] for arm in arms])]
     if mixed:
         rest = [float(part.mean()) for seed, part in parts.items() if seed not in mixed]
         result["mixed_code"] = {"seeds": mixed, "n_without": len(rest), "without": _paired(rest, [0.0] * len(rest))}
@@ -187,9 +188,16 @@ def _selection(curves: Sequence[Sequence[Sequence[float]]]) -> list[dict[str, An
     ]
 
 
-def _code_state(environment: Mapping[str, Any]) -> tuple[object, object]:
-    """Return the commit of the code that made a run; "+" marks uncommitted changes."""
-    return environment.get("s2d3d"), environment.get("git_commit")
+def _starts(environment: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return what is known of each start of a run that was continued."""
+    return [*environment.get("earlier", []), environment]
+
+
+def _is_mixed(environments: Sequence[Mapping[str, Any]]) -> bool:
+    """Tell whether two runs may have been made by different code: by two commits, or by one with changes."""
+    starts = [start for environment in environments for start in _starts(environment)]
+    commits = {str(start.get("git_commit") or "+") for start in starts}
+    return len(commits) > 1 or any(commit.endswith("+") for commit in commits)
 
 
 def _mean(values: Sequence[float]) -> float | None:

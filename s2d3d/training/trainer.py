@@ -173,7 +173,7 @@ class Trainer:
             if self.folder.is_latest(checkpoint):
                 self._keep_epoch(self.progress.is_best())
             write_text(self.folder.config, dump_config(cfg))
-            write_json(self.folder.environment, environment())
+            self.folder.write_environment(environment(), continues=self.folder.is_latest(checkpoint))
             if skipped := self.data.train.dataset.skipped:
                 write_text(self.folder.skipped, "".join(f"{line}\n" for line in skipped))
             self.loggers = open_loggers(cfg, self.folder, self.history)

@@ -314,6 +314,9 @@ def config_rows(runs: Sequence[RunRecord]) -> Rows:
 def environment_rows(runs: Sequence[RunRecord]) -> Rows:
     """Return the machines and versions, with a column for each run."""
     environments = [flatten(run.environment) for run in runs]
+    for environment in environments:
+        if "earlier" in environment:
+            environment["earlier"] = f"{len(environment['earlier'])} starts"
     keys = list(dict.fromkeys(key for environment in environments for key in environment))
     rows = [[key, *(_text(environment.get(key, "-")) for environment in environments)] for key in keys]
     return ["", *(run.name for run in runs)], rows

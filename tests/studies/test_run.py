@@ -194,6 +194,8 @@ def test_an_interrupted_run_goes_on_where_it_was(finished, results, tmp_path, fi
     for key, record in expected.items():
         for part in ("results", "curve", "shapes", "updates", "config"):
             assert again[key][part] == record[part], (key, part)
+    starts = {arm: len(record["environment"].get("earlier", [])) for (arm, _), record in again.items()}
+    assert starts == {"dense": 0, "s2d": 1}, "the record names each start"
 
 
 def test_a_run_that_ended_without_its_record_gets_it_without_training(finished, results, fits):

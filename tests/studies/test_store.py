@@ -52,6 +52,32 @@ def test_a_record_is_a_line_sorted_by_arm_and_seed_and_comes_back_equal(study, t
     assert [path.name for path in tmp_path.glob("*.json*")] == ["tiny.jsonl"], "no lock, no half-written file"
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"split": "test"}, "the test split scored, the study says validation"),
+        ({"curve": {"train_loss": [2.0]}}, "1 epochs, the last with loss 2.0; the study says 2 epochs"),
+        ({"curve": {"train_loss": [2.0, None]}}, "2 epochs, the last with loss None; the study says 2 epochs"),
+    ],
+)
+def test_a_record_of_another_split_or_length_is_refused(study, tmp_path, changes, message):
+    cell = study.cells[0]
+    publish(tmp_path, "tiny", {(cell.arm, cell.seed): record_of(cell, **changes)})
+    with pytest.raises(InputError, match=f"line 1: is of a run with {message}; name the study anew"):
+        read_records(tmp_path, study.cells)
+
+
+def test_a_seed_that_is_taken_out_of_a_study_does_not_vanish(write_study, study, tmp_path):
+    publish(tmp_path, "tiny", records_of(study.cells))
+    fewer = load_study(write_study(seeds=[2, 1]))
+    with pytest.raises(InputError) as error:
+        read_records(tmp_path, fewer.cells)
+    assert [line.partition("tiny.jsonl: ")[2] for line in str(error.value).splitlines()] == [
+        f"line {line}: {arm}/seed10 is not in the study; put it back there, or move the record away"
+        for line, arm in ((3, "dense"), (6, "s2d"))
+    ]
+
+
 def test_publishing_adds_and_never_replaces(study, tmp_path):
     first, second = study.cells[0], study.cells[1]
     publish(tmp_path, "tiny", records_of([first]))

@@ -182,9 +182,29 @@ def test_pairs_made_by_different_code_are_marked_and_left_out_once_more(three_ar
     assert f"| {each} |" in text
     interval = f"[{100 * rest.low:+.2f}, {100 * rest.high:+.2f}]"
     assert f"| s2d - dense | 1 | 2 | {100 * rest.mean:+.2f} | {interval} |" in text
-    assert "Code states differ" in text and "Code states differ" not in report_text(
+    assert "Code states may differ" in text and "Code states may differ" not in report_text(
         summarize(three_arms, made_up(three_arms)), "command"
     )
+
+
+@pytest.mark.parametrize(
+    "commits, mixed",
+    [
+        ((["c0"], ["c0"]), False),
+        ((["c0+"], ["c0+"]), True),
+        (([None], [None]), True),
+        ((["c1", "c0"], ["c0"]), True),
+        ((["c0", "c0"], ["c0"]), False),
+    ],
+)
+def test_each_start_of_both_runs_must_be_of_one_clean_commit(three_arms, commits, mixed):
+    records = made_up(three_arms)
+    for arm, (*earlier, last) in zip(("dense", "k2"), commits):
+        starts = [{"git_commit": commit} for commit in earlier]
+        records[arm, 0]["environment"] = records[arm, 0]["environment"] | {"git_commit": last, "earlier": starts}
+    summary = summarize(three_arms, records)
+    assert ("mixed_code" in summary["comparisons"][1]) == mixed
+    assert {str(commit) for side in commits for commit in side} <= {*summary["commits"]}
 
 
 def test_a_comparison_whose_pairs_are_all_of_different_code_is_empty_without_them(three_arms):
