@@ -3,8 +3,9 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from s2d3d.atomic import write_json
 from s2d3d.cli import (
@@ -21,7 +22,6 @@ from s2d3d.errors import InputError
 from s2d3d.runs.folder import require_checkpoint
 
 if TYPE_CHECKING:
-    from s2d3d.datasets import LabelledDataset
     from s2d3d.runs.trained import TrainedModel
 
 
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
     from s2d3d.config.data import build_test_loader
     from s2d3d.datasets import require_clouds
     from s2d3d.datasets.corruptions import CorruptedDataset, parse_corruption
-    from s2d3d.datasets.file_set import ChainedLoader
+    from s2d3d.datasets.file_set import ChainedLoader, in_order
     from s2d3d.evaluation.robustness import (
         SEED,
         add_corruption_errors,
@@ -108,6 +108,8 @@ def run(arguments: argparse.Namespace) -> None:
             dataset = CorruptedDataset(require_clouds(dataset, "--corruption"), *corruption, seed=SEED)
         loader = make_loader(dataset) if len(groups) == 1 else ChainedLoader([make_loader(group) for group in groups])
         report = evaluate(model, loader, device=device, votes=votes, progress=progress)
+        if len(groups) > 1:
+            report = replace(report, correct=in_order(groups, report.correct))
         result = {"corruption": arguments.corruption, **report.to_dict()} if corruption else report.to_dict()
         print(f"{report.table()}\n\n{report.confusions()}\n\n{report.summary()}")
     if output:
@@ -115,7 +117,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"written to {output}")
 
 
-def read_datasets(arguments: argparse.Namespace, trained: "TrainedModel") -> "Sequence[LabelledDataset]":
+def read_datasets(arguments: argparse.Namespace, trained: "TrainedModel") -> "Sequence[Any]":
     """Read the test split of the checkpoint's data set, or the named files: a set for each number of points."""
     from s2d3d.datasets.file_set import find_files, folder_labels, folder_name, group_files
 

@@ -23,12 +23,15 @@ def run(arguments: argparse.Namespace) -> None:
     require_checkpoint(arguments.checkpoint)
 
     from s2d3d import load_checkpoint, merge_experts, save_checkpoint
+    from s2d3d.evaluation.batchnorm import batchnorms_behind
     from s2d3d.runs.checkpoint import KEPT_KEYS, build_model, require_mergeable, require_sparse
+    from s2d3d.s2d.ewa import expert_layers
 
     payload = load_checkpoint(arguments.checkpoint)
     require_sparse(payload, arguments.checkpoint)
     require_mergeable(payload, arguments.checkpoint)
     model = build_model(payload, where=arguments.checkpoint)
+    behind = any(batchnorms_behind(model, layer.name) for layer in expert_layers(model))
     before = sum(p.numel() for p in model.parameters())
     try:
         merge_experts(model, inplace=True)
@@ -37,6 +40,8 @@ def run(arguments: argparse.Namespace) -> None:
     after = sum(p.numel() for p in model.parameters())
     kept = {key: payload[key] for key in KEPT_KEYS if key in payload}
     save_checkpoint(output, kept | {"s2d": None, "state_dict": model.state_dict()})
+    if behind:
+        print("BatchNorm statistics behind experts are those of the training; a run re-estimates them for merged.pt")
     print(f"{payload['model']['name']}: {before:,} parameters with experts, {after:,} merged")
     print(f"written to {output}")
 

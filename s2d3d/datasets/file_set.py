@@ -115,6 +115,29 @@ def load_files(
     return dataset
 
 
+class FileGroup(PointCloudDataset):
+    """Files with one number of points.
+
+    Attributes:
+        places: of each file in the list that was read.
+    """
+
+    places: tuple[int, ...] = ()
+
+
+def in_order(groups: Sequence[FileGroup], correct: str) -> str:
+    """Put the marks of files, scored group by group, in the order of the files.
+
+    Example:
+        >>> clouds = [FileGroup(torch.rand(n, 8, 3), torch.zeros(n), ["any"], num_points=8) for n in (2, 1)]
+        >>> clouds[0].places, clouds[1].places = (0, 2), (1,)
+        >>> in_order(clouds, "001")
+        '010'
+    """
+    places = [place for group in groups for place in group.places]
+    return "".join(mark for _, mark in sorted(zip(places, correct)))
+
+
 def group_files(
     files: Sequence[Path],
     class_names: Sequence[str],
@@ -125,7 +148,7 @@ def group_files(
     normalize: bool = True,
     channels: str = XYZ,
     **options: Any,
-) -> list[PointCloudDataset]:
+) -> list[FileGroup]:
     """Read files as `load_files`, also such with fewer points: a set for each number of points, the largest first.
 
     Args:
@@ -147,12 +170,13 @@ def group_files(
     for size in sorted({len(cloud) for cloud in clouds}, reverse=True):
         places = [place for place, cloud in enumerate(clouds) if len(cloud) == size]
         own = torch.tensor([labels[place] if labels else 0 for place in places])
-        dataset = PointCloudDataset(
+        dataset = FileGroup(
             torch.stack([clouds[place] for place in places]), own, class_names,
             names=[files[place].name for place in places], split="test", num_points=size, normalize=False,
             channels=channels, source="files",
         )  # fmt: skip
         dataset.normalized = normalize  # file by file, before points were chosen
+        dataset.places = tuple(places)
         groups.append(dataset)
     return groups
 

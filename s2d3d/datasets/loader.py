@@ -132,6 +132,21 @@ class BatchLoader:
         voter.augment = self.augment if augment is None else augment
         return voter
 
+    def weight(self, step: int) -> float:
+        """Return the factor on this rank's mean over batch `step`, so that the mean over ranks is that of the batch.
+
+        It is 1 but in an incomplete last batch, of which ranks may have different numbers of samples.
+
+        Example:
+            >>> from s2d3d.datasets import PointCloudDataset
+            >>> shapes = PointCloudDataset(torch.rand(7, 64, 3), torch.zeros(7), ["any"], num_points=64)
+            >>> [round(BatchLoader(shapes, 4, rank=rank, world_size=2).weight(1), 3) for rank in (0, 1)]
+            [1.333, 0.667]
+        """
+        size = min(self.batch_size, len(self.dataset) - step * self.batch_size)
+        share, rest = divmod(size, self.world_size)
+        return (share + (self.rank < rest)) * self.world_size / size
+
     def _batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = self._order(epoch)
         steps = range(first, len(self))

@@ -44,9 +44,9 @@ def export_model(
 
     BatchNorm is folded into the linear layers if possible. The number of clouds B is free. The number of points N is
     free too, with the minimum `min_points` of the metadata: farthest point sampling is a loop in the file, and its
-    length depends on N. There are two exceptions with fixed N = `num_points`: a Point Transformer as TorchScript, which
-    unrolls that loop, and one exported for so few points that its last stage has fewer than two. The metadata lists the
-    free dimensions.
+    length depends on N. N is fixed, `num_points`, in three cases: a Point Transformer as TorchScript, which unrolls the
+    loop; one exported for so few points that its last stage has fewer than two; a model of your own without a method
+    `fewest_points`. The metadata lists the free dimensions.
 
     Args:
         model: dense or merged, on any device, in either mode. It is not changed.
@@ -82,7 +82,8 @@ def export_model(
     network = fold_batchnorm(copy.deepcopy(model).cpu().float().eval()).requires_grad_(False)
     example, classes = example_clouds(network, num_points, in_channels)
     least = fewest_points(network)
-    free_points = num_points >= least and not (format == "torchscript" and _keeps_a_share(network))
+    free_points = least is not None and num_points >= least
+    free_points = free_points and not (format == "torchscript" and _keeps_a_share(network))
     described = {
         "s2d3d_version": __version__,
         "num_classes": classes,
@@ -92,8 +93,14 @@ def export_model(
         "free_dimensions": ["batch", "points"] if free_points else ["batch"],
         **(metadata or {}),
     }
-    with _quiet():
-        content = _WRITERS[format](network, example, least if free_points else None, described)
+    try:
+        with _quiet():
+            content = _WRITERS[format](network, example, least if free_points else None, described)
+    except RuntimeError as error:  # of torch.export, ONNX and TorchScript
+        raise InputError(
+            f"{type(model).__name__} cannot be exported as {format}: {first_line(error)}; correct its forward method"
+            + (", or what its fewest_points() returns" if free_points else "")
+        ) from error
     with replacing(path) as file:
         file.write(content)
     return Path(path)
@@ -118,8 +125,10 @@ def example_clouds(model: nn.Module, num_points: int, in_channels: int = 3) -> t
         raise InputError(f"clouds of {num_points} points do not pass through the model: {error}") from error
 
 
-def fewest_points(network: nn.Module) -> int:
+def fewest_points(network: nn.Module) -> int | None:
     """Return the minimum number of points for a program with a free number of points; see the models' own method.
+
+    None without such a method: nothing is known about other numbers of points than that of the example.
 
     Example:
         >>> from s2d3d import create_model
@@ -129,7 +138,7 @@ def fewest_points(network: nn.Module) -> int:
         128
     """
     least = getattr(network, "fewest_points", None)
-    return 1 if least is None else least()
+    return None if least is None else least()
 
 
 def _keeps_a_share(network: nn.Module) -> bool:

@@ -94,7 +94,8 @@ class S2DCallback(Callback):
         """Check what can be checked before the data is read.
 
         Raises:
-            InputError: the strategy is DeepSpeed, or `merged_path` cannot be written.
+            InputError: the strategy is DeepSpeed, `merged_path` cannot be written, or a callback that averages weights
+                comes later: it changes the module after this one has merged it.
         """
         self._fitting, self._alone, self._restored = stage == "fit", trainer.world_size == 1, None
         self._device = trainer.strategy.root_device
@@ -102,6 +103,14 @@ class S2DCallback(Callback):
             raise InputError("S2DCallback: DeepSpeed keeps weights of its own, which EWA does not reach; use DDP")
         if self._fitting and self.merged_path is not None:
             check_parent(self.merged_path)
+            callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+            later = [type(callback).__name__ for callback in callbacks[callbacks.index(self) + 1 :]]
+            averages = next((name for name in later if "WeightAveraging" in name), None)
+            if averages:
+                raise InputError(
+                    f"S2DCallback: {averages} averages the weights of the module after they were merged into "
+                    f"{self.merged_path}; put S2DCallback behind it in callbacks"
+                )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the hook on the optimizer that holds the experts.

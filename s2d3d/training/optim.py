@@ -12,8 +12,6 @@ from ..errors import InputError, first_line
 from ..models.freeze import layer_scales
 from ..s2d.mof import ExpertLayer
 
-_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
-
 
 def no_decay_names(model: nn.Module) -> set[str]:
     """Return the names of parameters without weight decay: biases, norm layers, and those of `model.no_weight_decay()`.
@@ -22,8 +20,12 @@ def no_decay_names(model: nn.Module) -> set[str]:
     """
     names = {name for name, _ in model.named_parameters() if name.endswith(".bias") or name == "bias"}
     for prefix, module in model.named_modules():
-        if isinstance(module, _NORMS):
-            names |= {f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters(recurse=False)}
+        if "norm" in type(module).__name__.lower():  # of torch, timm or a plugin
+            names |= {
+                f"{prefix}.{name}" if prefix else name
+                for name, p in module.named_parameters(recurse=False)
+                if p.dim() < 2
+            }
     listed: Iterable[str] = getattr(model, "no_weight_decay", set)()
     return names | (set(listed) & dict(model.named_parameters()).keys())
 

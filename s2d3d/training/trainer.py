@@ -238,7 +238,7 @@ class Trainer:
         return accumulate_gradient(
             self.network, points.to(device, non_blocking=True), labels.to(device, non_blocking=True), sums=self.sums,
             loss=self.task.loss, num_parts=self.config.train.accum_steps, parallel=self.parts.parallel,
-            extra_loss=self._balance if self.parts.routed else None,
+            extra_loss=self._balance if self.parts.routed else None, weight=self.data.train.weight(self.progress.step),
         )  # fmt: skip
 
     def _balance(self, share: float) -> Tensor:

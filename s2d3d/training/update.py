@@ -27,6 +27,7 @@ def accumulate_gradient(
     num_parts: int = 1,
     parallel: DistributedDataParallel | None = None,
     extra_loss: Callable[[float], Tensor] | None = None,
+    weight: float = 1.0,
 ) -> Tensor:
     """Add the gradient of one global batch's loss to the parameters, one part of the batch after another.
 
@@ -39,9 +40,10 @@ def accumulate_gradient(
         num_parts: number of parts of about equal size. Their gradients sum to the gradient of the whole batch.
         parallel: the wrapper that averages gradients over ranks. It does so once, with the last part.
         extra_loss: takes a part's share of the batch, in (0, 1], and returns a loss of its forward pass to add.
+        weight: factor on this rank's gradient, see `BatchLoader.weight`.
 
     Returns:
-        The mean loss over this rank's samples, without `extra_loss`, detached.
+        The mean loss over this rank's samples, without `extra_loss` and `weight`, detached.
 
     Example:
         >>> from s2d3d.training.task import classification_loss
@@ -58,7 +60,8 @@ def accumulate_gradient(
             mean, correct = loss(network, part, target)
             share = len(target) / len(labels)
             weighted = mean * share
-            (weighted if extra_loss is None else weighted + extra_loss(share)).backward()
+            own = weighted if weight == 1 else weighted * weight
+            (own if extra_loss is None else own + extra_loss(share)).backward()
         total += weighted.detach()
         sums[CORRECT] += correct
     sums[LOSS] += total.double() * len(labels)

@@ -284,6 +284,10 @@ def test_missing_key(missing):
             ("s2d.init: must be 'copy' with model.pretrained: experts drawn anew would not be pretrained, "
             "got 'independent'")
         ]),
+        ({"optim": {"name": "adamuon"}, "s2d": {"kind": "rup"}}, [
+            ("optim.name: must not be a Muon optimizer with experts: it trains matrices, but stacks of matrices by "
+             "AdamW, got 'adamuon'")
+        ]),
         ({"train": {"epochs": 10}}, ["optim.warmup_epochs: must be less than train.epochs (10), got 10"]),
         ({"train": {"accum_steps": 5}}, ["train.accum_steps: must divide train.batch_size (32), got 5"]),
         ({"train": {"save_every": 4, "keep_every": 6}}, [

@@ -183,6 +183,38 @@ def test_other_formats_equal_pytorch(tmp_path, name, format):
             exported(clouds(3, 100))
 
 
+class OwnModel(torch.nn.Module):
+    """Without `fewest_points`: it says nothing about other numbers of points; one that goes by values has no graph."""
+
+    def __init__(self, by_values):
+        super().__init__()
+        self.head, self.by_values = torch.nn.Linear(3, 4), by_values
+
+    def forward(self, points):
+        if points.shape[1] < 32:
+            raise ValueError("too few points")
+        if self.by_values and points.sum() > 1e9:
+            points = points + 1
+        return self.head(points.amax(1))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_model_of_ones_own_is_exported_for_its_number_of_points(tmp_path, format):
+    path = export_model(OwnModel(False), tmp_path / f"m{FORMATS[format]}", format=format, num_points=64)
+    exported = load_exported(path)
+    assert (exported.metadata["min_points"], exported.metadata["free_dimensions"]) == (64, ["batch"])
+    with pytest.raises(InputError, match="64"):
+        exported(torch.rand(2, 20, 3))
+
+
+def test_a_model_that_has_no_graph_is_one_line(tmp_path):
+    with pytest.raises(
+        InputError, match=r"^OwnModel cannot be exported as torch_export: .*; correct its forward"
+    ) as error:
+        export_model(OwnModel(True), tmp_path / "m.pt2", format="torch_export", num_points=64)
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
 def test_refusals(tmp_path, monkeypatch):
     path, model = tmp_path / "m.onnx", build("point_bert_tiny")
     sparse = create_model("point_bert_tiny", num_classes=4)

@@ -114,6 +114,21 @@ def test_what_cannot_be_right_is_refused_before_the_first_update(lit, module, ar
     assert torch.equal(lit.weights(model), before)
 
 
+@pytest.mark.parametrize("kind", ["StochasticWeightAveraging", "EMAWeightAveraging"])
+def test_weights_that_are_averaged_after_the_merge_are_refused(lit, kind, tmp_path):
+    callbacks = importlib.import_module("lightning.pytorch.callbacks")
+    if not hasattr(callbacks, kind):
+        pytest.skip(f"this Lightning has no {kind}")
+    averaging = getattr(callbacks, kind)(**({"swa_lrs": 0.1} if kind.startswith("S") else {"decay": 0.9}))
+    own = lit.S2DCallback(share_rate=0.5, merged_path=tmp_path / "merged.pt")
+    with pytest.raises(InputError, match=f"{kind} averages the weights .* after they were merged .*; put S2DCallback"):
+        lit.fit(tmp_path, own, averaging)
+    module = lit.fit(tmp_path, averaging, own)
+    merged = torch.load(tmp_path / "merged.pt")
+    for name, tensor in merge_experts(module).state_dict().items():
+        torch.testing.assert_close(tensor, merged[name])
+
+
 def test_the_examples_of_the_module(lit):
     failed, tried = doctest.testmod(sys.modules["s2d3d.integrations.lightning"])
     assert tried and not failed

@@ -134,7 +134,11 @@ def test_files_with_fewer_points_are_scored_with_what_they_have(call, trained, s
     output = tmp_path / "report.json"
     result = call("evaluate", "--checkpoint", trained.merged, "--files", tmp_path / "mine", "--output", output)
     assert result.code == 0 and result.err.count("points, the model takes 128; all are used") == 4
-    found = np.array(json.loads(output.read_text())["confusion"])
+    content = json.loads(output.read_text())
+    files = sorted((tmp_path / "mine").glob("*/*.npy"))
+    right = {str(place): str(int(label == guess)) for place, (label, guess) in enumerate(expected)}
+    assert content["correct"] == "".join(right[file.stem] for file in files), "in the order of the files"
+    found = np.array(content["confusion"])
     wanted = np.zeros_like(found)
     for label, guess in expected:
         wanted[label, guess] += 1

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from timm.layers import RmsNorm
 from torch import nn
 
 from s2d3d import MoFConfig, Trainer, convert_to_mof_, create_model
@@ -28,6 +29,15 @@ def test_the_published_rule_on_a_dense_model(variant):
     expected = {name for name, p in model.named_parameters() if p.ndim == 1 or name == "cls_token"}
     assert no_decay_names(model) == expected
     assert "cls_pos" not in expected and {"norm.weight", "encoder.first_conv.1.weight"} <= expected
+
+
+def test_norms_of_all_kinds_are_not_decayed():
+    class OwnNorm(nn.RMSNorm):
+        pass
+
+    norms = [nn.LayerNorm(4), nn.RMSNorm(4), RmsNorm(4), OwnNorm(4), nn.GroupNorm(2, 4), nn.BatchNorm1d(4)]
+    model = nn.Sequential(*norms, nn.Linear(4, 4))
+    assert no_decay_names(model) == {name for name, _ in model.named_parameters()} - {"6.weight"}
 
 
 @pytest.mark.parametrize("kind", ["rup", "topk"])

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from s2d3d.datasets import BatchLoader, PointCloudDataset
 from s2d3d.runs.log import LOG_COLUMNS, epoch_line, epoch_row
 from s2d3d.runs.resume import Progress
 from s2d3d.training.task import classification_loss
@@ -43,6 +44,29 @@ def test_parts_add_up_to_loss_gradient_and_counts_of_the_whole_batch(num_parts):
     correct = int((model(points).argmax(1) == labels).sum())
     assert sums[LOSS].item() == pytest.approx(1 + 7 * expected.item(), rel=1e-6)
     assert (sums[CORRECT], sums[SAMPLES], sums[NORM]) == (2 + correct, 3 + 7, 4)
+
+
+@pytest.mark.parametrize("count, batch, world_size", [(7, 4, 2), (14, 8, 4), (8, 4, 2), (23, 8, 4)])
+def test_the_mean_over_ranks_is_the_gradient_of_each_batch(count, batch, world_size):
+    """Also of an incomplete last batch, of which ranks have different numbers of samples."""
+    torch.manual_seed(0)
+    model, points = nn.Linear(4, 3), torch.randn(count, 64, 4)
+    shapes = PointCloudDataset(points[..., :3], torch.arange(count) % 3, ["a", "b", "c"], num_points=64)
+    for step in range(len(BatchLoader(shapes, batch, world_size=world_size))):
+        found = []
+        for rank in range(world_size):
+            loader = BatchLoader(shapes, batch, rank=rank, world_size=world_size)
+            own = loader.indices(0, step)
+            model.zero_grad()
+            accumulate_gradient(
+                model, points[own, 0], shapes.labels[own], sums=torch.zeros(4, dtype=torch.float64),
+                loss=classification_loss, num_parts=2, weight=loader.weight(step),
+            )  # fmt: skip
+            found.append(model.weight.grad.clone())
+        whole = slice(step * batch, (step + 1) * batch)
+        loss = F.cross_entropy(model(points[whole, 0]), shapes.labels[whole])
+        (expected,) = torch.autograd.grad(loss, [model.weight])
+        torch.testing.assert_close(torch.stack(found).mean(0), expected)
 
 
 @pytest.mark.parametrize("max_norm", [1e-3, 1.0, 4.9999995, 5.0, 5.000001, 5.1, math.inf])
