@@ -91,7 +91,7 @@ def run_one(arguments: argparse.Namespace, study: "Study") -> int:
     from s2d3d.studies.jobs import Outcome, default_jobs
     from s2d3d.studies.page import report_lines, write_report
     from s2d3d.studies.run import missing_cells, publish_records, run_study
-    from s2d3d.studies.store import read_records
+    from s2d3d.studies.store import read_failures, read_records
     from s2d3d.studies.summary import summarize
 
     if arguments.dry_run:
@@ -121,7 +121,7 @@ def run_one(arguments: argparse.Namespace, study: "Study") -> int:
     results.mkdir(parents=True, exist_ok=True)
     figure = results / f"{study.config.name}.png"
     with locked(results):  # if two calls end together, the page of the later one has the records of both
-        summary = summarize(study, read_records(results, study.cells))
+        summary = summarize(study, read_records(results, study.cells), read_failures(results, study.config.name))
         written = write_report(summary, results, command)
         save_figure(study_figure(summary), figure)
     print("\n".join(report_lines(summary)))

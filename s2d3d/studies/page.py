@@ -9,7 +9,7 @@ from ..config.io import show
 from ..errors import InputError
 from ..markdown import markdown_table
 from .plan import load_study
-from .store import read_records
+from .store import read_failures, read_records
 from .summary import summarize
 
 LOSSES = {"scored": "on the {} that are scored", "training": "training, last epoch"}
@@ -241,7 +241,11 @@ def _empty_cells(summary: Mapping[str, Any]) -> str:
     by_arm: dict[str, list[str]] = {}
     for arm, seed in summary["empty"]:
         by_arm.setdefault(arm, []).append(str(seed))
-    return "\n".join(f"- {arm}: seed {', '.join(seeds)}" for arm, seeds in by_arm.items())
+    lines = [f"- {arm}: seed {', '.join(seeds)}" for arm, seeds in by_arm.items()]
+    failed = [f"- {name}: {reason}" for name, reason in summary.get("failed", {}).items()]
+    return "\n".join(
+        [*lines, *(["", "Of these, the following were started and failed:", "", *failed] if failed else [])]
+    )
 
 
 def _commits(summary: Mapping[str, Any]) -> list[str]:
@@ -312,7 +316,10 @@ def summarize_folder(folder: str | Path, results: str | Path, overrides: Sequenc
     if not files:
         raise InputError(f"{folder}: there is no study (*.yaml) in this folder")
     studies = [load_study(file, overrides) for file in files]
-    return [summarize(study, read_records(results, study.cells)) for study in studies]
+    return [
+        summarize(study, read_records(results, study.cells), read_failures(results, study.config.name))
+        for study in studies
+    ]
 
 
 def overview_text(summaries: Sequence[Mapping[str, Any]]) -> str:

@@ -10,7 +10,7 @@ from .cell import Cell
 from .jobs import Launcher, Outcome, run_concurrently
 from .plan import Study
 from .record import check_folder, find_same_run, record_of_run
-from .store import Key, Record, all_records, publish, read_records
+from .store import Key, Record, all_records, note_failures, publish, read_records
 from .worker import run_cell
 
 logger = logging.getLogger(__name__)
@@ -124,6 +124,7 @@ def run_study(
     else:
         outcome = _run_in_turn(cells)
     publish_records(study, results, only)
+    note_failures(results, study.config.name, outcome.failed, read_records(results, study.cells))
     return outcome
 
 

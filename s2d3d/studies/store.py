@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..atomic import locked, parse_json, read_json, write_text
+from ..atomic import locked, parse_json, read_json, write_json, write_text
 from ..errors import InputError
 from .cell import Cell
 from .record import changed_since, check_record
@@ -115,6 +115,36 @@ def publish(results: str | Path, study: str, records: Mapping[Key, Record]) -> N
         if len(merged) > len(published.records):
             lines = (json.dumps(merged[key], separators=(",", ":")) for key in sorted(merged))
             write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def read_failures(results: str | Path, study: str) -> dict[str, str]:
+    """Return the reasons of runs that failed and have not been run again, by "arm/seedN"."""
+    path = _failures_path(results, study)
+    return read_json(path, advice="remove it, and run the study again") if path.is_file() else {}
+
+
+def note_failures(results: str | Path, study: str, failed: Mapping[str, str], finished: Iterable[Key]) -> None:
+    """Keep why runs failed in RESULTS/NAME_failed.json, so that they are told from runs that were never started.
+
+    Args:
+        results: folder of the records.
+        study: its name.
+        failed: reasons of this call, by "arm/seedN".
+        finished: runs that have a record, whose earlier failures are forgotten.
+    """
+    path, done = _failures_path(results, study), {f"{arm}/seed{seed}" for arm, seed in finished}
+    if not failed and not path.is_file():
+        return
+    with locked(path.parent):
+        noted = {name: text for name, text in {**read_failures(results, study), **failed}.items() if name not in done}
+        if noted:
+            write_json(path, noted)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _failures_path(results: str | Path, study: str) -> Path:
+    return Path(results) / f"{study}_failed.json"
 
 
 def _read_file(path: Path) -> _Published:

@@ -1,6 +1,7 @@
 """The numbers of a study, computed from its records: rows, comparisons, and missing runs."""
 
 import statistics
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,12 +26,13 @@ from .stats import (
 Records = Mapping[tuple[str, int], Mapping[str, Any]]
 
 
-def summarize(study: Study, records: Records) -> dict[str, Any]:
+def summarize(study: Study, records: Records, failed: Mapping[str, str] = types.MappingProxyType({})) -> dict[str, Any]:
     """Compute the content of docs/results/NAME.json. Accuracies are fractions, times are in seconds.
 
     Args:
         study: from `load_study`.
         records: by (arm, seed), from `read_records`, without runs that are not finished.
+        failed: reasons of runs that failed, from `read_failures`.
 
     Raises:
         InputError: a run lacks a requested form; a pair was not scored on the same shapes.
@@ -66,6 +68,7 @@ def summarize(study: Study, records: Records) -> dict[str, Any]:
         "rows": list(rows.values()),
         "comparisons": comparisons,
         "empty": [[cell.arm, cell.seed] for cell in study.cells if (cell.arm, cell.seed) not in records],
+        **({"failed": dict(sorted(failed.items()))} if failed else {}),
         "hardware": sorted({_hardware(environment) for environment in environments}),
         "versions": sorted({_versions(environment) for environment in environments}),
         "commits": sorted({str(environment.get("git_commit")) for environment in starts}),

@@ -17,7 +17,7 @@ from s2d3d.machine import start_runtime
 from s2d3d.studies.page import report_text
 from s2d3d.studies.plan import load_study
 from s2d3d.studies.run import missing_cells, publish_records, run_study
-from s2d3d.studies.store import read_records, records_path
+from s2d3d.studies.store import note_failures, read_failures, read_records, records_path
 from s2d3d.studies.summary import summarize
 from s2d3d.training import task as task_module
 from s2d3d.training.loaders import build_loaders
@@ -221,7 +221,17 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(write_study, results,
     assert outcome.exit_code == 1 and [str(cell) for cell in outcome.finished] == ["dense/seed0", "s2d/seed0"]
     assert list(outcome.failed) == ["bad/seed0"] and "not finite" in outcome.failed["bad/seed0"]
     assert any("bad/seed0 failed: loss" in message for message in caplog.messages)
-    assert summarize(study, read_records(results, study.cells))["empty"] == [["bad", 0]]
+    failed = read_failures(results, study.config.name)
+    summary = summarize(study, read_records(results, study.cells), failed)
+    assert summary["empty"] == [["bad", 0]] and failed == outcome.failed
+    assert (
+        f"- bad: seed 0\n\nOf these, the following were started and failed:\n\n- bad/seed0: {failed['bad/seed0']}\n"
+        in (report_text(summary, "command"))
+    )
+    note_failures(results, study.config.name, {}, [("dense", 0)])
+    assert read_failures(results, study.config.name) == failed
+    note_failures(results, study.config.name, {}, [("bad", 0)])
+    assert not read_failures(results, study.config.name), "it was run again"
 
 
 def test_a_changed_config_of_a_finished_run_is_refused_in_one_line(finished, write_study, results, fits):
