@@ -167,6 +167,8 @@ def test_figures_of_the_results_page_follow_from_the_records(repository, monkeyp
         "scarce without pair 209": "| scarce without pair 209",
         "rate": "| [rate](results/rate.md), `b_0.05`",
         "together": "| **the four studies together**",
+        "images_300, s2d": "| [images_300](results/images_300.md), `s2d`",
+        "images_300, s2d_all": "| the same, `s2d_all`",
     }
     found = dict(line.split(": ", 1) for line in pairs if not line.startswith(" "))
     assert found.keys() == {*rows, "together, b_0.75", "together, b_0.05_x2"}
@@ -185,6 +187,8 @@ def test_figures_of_the_results_page_follow_from_the_records(repository, monkeyp
         assert f"| {name} | 37 | {mean} | [{low}, {high}] | {higher} |" in page
     assert count == ["26 comparisons", "['every_1'] above zero", "['s2d_25'] below zero"]
     readme = (repository / "README.md").read_text()
+    number, rest = re.fullmatch(r"n (\d+), (.*), p .*", found["images_300, s2d"]).groups()
+    assert f"| {number} | {rest.replace(' [', ' | [')} |" in readme
     assert re.search(r"\| 37 \| -0\.18 \| \[-0\.38, \+0\.02\] \|", readme) and "33 of 37 pairs" in readme
     assert "together: n 37, -0.18 [-0.38, +0.02], p 0.001" in pairs and training.endswith("higher in 33")
 
