@@ -12,6 +12,8 @@ from ..errors import InputError, first_line
 from ..models.freeze import layer_scales
 from ..s2d.mof import ExpertLayer
 
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+
 
 def no_decay_names(model: nn.Module) -> set[str]:
     """Return the names of parameters without weight decay: biases, norm layers, and those of `model.no_weight_decay()`.
@@ -20,7 +22,7 @@ def no_decay_names(model: nn.Module) -> set[str]:
     """
     names = {name for name, _ in model.named_parameters() if name.endswith(".bias") or name == "bias"}
     for prefix, module in model.named_modules():
-        if "norm" in type(module).__name__.lower():  # of torch, timm or a plugin
+        if isinstance(module, _NORMS) or "norm" in type(module).__name__.lower():  # of torch, timm or a plugin
             names |= {
                 f"{prefix}.{name}" if prefix else name
                 for name, p in module.named_parameters(recurse=False)

@@ -32,10 +32,10 @@ def test_the_published_rule_on_a_dense_model(variant):
 
 
 def test_norms_of_all_kinds_are_not_decayed():
-    class OwnNorm(nn.RMSNorm):
+    class Own(nn.RMSNorm):
         pass
 
-    norms = [nn.LayerNorm(4), nn.RMSNorm(4), RmsNorm(4), OwnNorm(4), nn.GroupNorm(2, 4), nn.BatchNorm1d(4)]
+    norms = [nn.LayerNorm(4), nn.RMSNorm(4), RmsNorm(4), Own(4), nn.GroupNorm(2, 4), nn.BatchNorm1d(4)]
     model = nn.Sequential(*norms, nn.Linear(4, 4))
     assert no_decay_names(model) == {name for name, _ in model.named_parameters()} - {"6.weight"}
 
