@@ -222,9 +222,10 @@ def _split_name(name: str) -> str | None:
 
 
 def is_text(name: str) -> bool:
+    """Tell whether a name of the file system is UTF-8."""
     try:
         name.encode()
-    except UnicodeEncodeError:  # a name of the file system that is not UTF-8
+    except UnicodeEncodeError:
         return False
     return True
 

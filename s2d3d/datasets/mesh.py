@@ -18,6 +18,7 @@ from .text import number, parse_lines, read_bytes
 _OFF = re.compile(rb"\s*((ST)?(C)?(N)?(4)?(n)?OFF)(\s+BINARY)?", re.IGNORECASE)
 _STL_FACET = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
 _STL_NAME = re.compile(rb"(?m)(^[^\S\n]*solid\b|(?<=endsolid))((?!facet\s+normal)[^\r\n])*")
+"""The name of a solid, at its begin and its end."""
 _STL_VERTEX = re.compile(rb"\bvertex\s+(\S+)\s+(\S+)\s+(\S+)", re.IGNORECASE)
 _GLB_ERRORS = (
     ValueError, LookupError, TypeError, AttributeError, ArithmeticError, OSError, RuntimeError, AssertionError,

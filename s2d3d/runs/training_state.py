@@ -193,9 +193,8 @@ def checked_optimizer(
         step = clean[index].get("step")
         if step is not None:
             _require(0 <= float(step) <= updates, where, f"optimizer.state[{index}].step", step, f"in [0, {updates}]")
-    own = {
-        key: found.get(key) for key in fresh if key not in ("state", "param_groups")
-    }  # a generator of random numbers
+    # Kron keeps a generator of random numbers.
+    own = {key: found.get(key) for key in fresh if key not in ("state", "param_groups")}
     for key, value in own.items():
         same = type(value) is type(fresh[key]) and getattr(value, "shape", 0) == getattr(fresh[key], "shape", 0)
         _require(same, where, f"optimizer.{key}", value, f"of type {type(fresh[key]).__name__}")
