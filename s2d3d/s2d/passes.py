@@ -92,7 +92,7 @@ def reorders(sparse: nn.Module, call: Call, parts: tuple[str, ...]) -> bool:
     The results of the first are changed in some places: the second must get something else in each of these.
 
     Args:
-        sparse: a transformer layer with identical experts, out of slots.
+        sparse: a transformer layer with identical experts, out of slots; it gets hooks.
         call: how it is called.
         parts: names of the two linear layers.
     """
@@ -105,15 +105,14 @@ def reorders(sparse: nn.Module, call: Call, parts: tuple[str, ...]) -> bool:
         if seed:
             output[marks] += 9 * noise(output[marks].shape, seed, output)
 
-    hooks = entry.register_forward_hook(change), exit_.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    entry.register_forward_hook(change)
+    exit_.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     for seed in range(4):
         with pinned():
             copied_call(call).on(sparse.train())
         same = (seen[-1] == seen[0]).all(-1)
         if seed and same.shape == marks.shape and same[marks].any():
             return True
-    for hook in hooks:
-        hook.remove()
     return False
 
 
