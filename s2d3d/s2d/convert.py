@@ -109,8 +109,8 @@ def convert_to_mof_(
         The names of the matches whose FFNs were replaced, in module order.
 
     Raises:
-        ValueError: nothing matches (the message lists candidates), the model has experts already, a match lies inside
-            another, or shares a parameter with another module.
+        ValueError: nothing matches (the message lists candidates), one of several targets matches nothing, the model
+            has experts already, a match lies inside another, or shares a parameter with another module.
         TypeError: a match neither is nor holds an FFN that can become experts, or holds several; or the converted
             model does not train as the dense one.
 
@@ -160,13 +160,15 @@ def _matches(model: nn.Module, config: MoFConfig, filter_fn: FilterFn | None, tr
         return fnmatchcase(name, target) or fnmatchcase(f".{name}", target)
 
     matches: dict[nn.Module, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    named = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if name]
+    for name, module in named:
         outer = [match for match in matches.values() if name.startswith(f"{match}.")]
-        wanted = name and any(
-            fits(name, target) and not any(fits(match, target) for match in outer) for target in targets
-        )
+        wanted = any(fits(name, target) and not any(fits(match, target) for match in outer) for target in targets)
         if wanted and module not in matches and (filter_fn is None or filter_fn(module, name)):
             matches[module] = name
+    idle = [target for target in config.targets or () if not any(fits(name, target) for name, _ in named)]
+    if matches and idle:
+        raise ValueError(f"no module matches the target '{idle[0]}': correct it, or leave it out of targets")
     return [FFN(name, ()) for name in matches.values()]
 
 

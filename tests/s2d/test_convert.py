@@ -132,6 +132,7 @@ def test_copied_experts_leave_the_model_as_it_was(tiny_vit, images):
          r"no module matches '\*.ffn'; modules that could become experts: blocks.0.mlp, blocks.1.mlp, .*blocks.3.mlp$"),
         (MoFConfig(), lambda module, name: False, ValueError, "no module matches '\\*.mlp'; modules that could"),
         (MoFConfig(every=5), None, ValueError, r"every=5 takes none of the 4 modules that match .*: use every <= 4"),
+        (MoFConfig(targets=("*.mlp", "*.ffn")), None, ValueError, r"no module matches the target '\*\.ffn'"),
         (MoFConfig(targets=("*.attn",)), None, TypeError, "module 'blocks.1.attn' cannot become .*: Attention mixes"),
         (MoFConfig(targets=("*.norm1",)), None, TypeError, "module 'blocks.1.norm1' cannot become .*: LayerNorm is"),
         (MoFConfig(targets=("*.fc2",)), None, TypeError, "module 'blocks.1.mlp.fc2' cannot become .*: Linear is not"),
