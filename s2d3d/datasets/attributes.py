@@ -49,6 +49,24 @@ def unit_normals(normals: np.ndarray, where: str) -> np.ndarray:
     return values / np.maximum(np.linalg.norm(values, axis=-1, keepdims=True), tiny)
 
 
+def as_announced(values: np.ndarray, kind: np.dtype | type, where: str) -> np.ndarray:
+    """Return numbers read from text in the type that the file announces.
+
+    Raises:
+        InputError: it is a type of whole numbers, and a value is not one of them.
+
+    Example:
+        >>> as_announced(np.array([1.0, 255.0]), np.uint8, "a.ply")
+        array([  1, 255], dtype=uint8)
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        found = values.astype(kind)
+    if found.dtype.kind in "iu" and (wrong := found != values).any():
+        shown = f"{values[wrong][0]:g}, its header announces {found.dtype}"
+        raise InputError(f"{where}: holds {shown}; correct the type in the header")
+    return found
+
+
 def named_columns(names: Sequence[str]) -> dict[str, list[int]]:
     """Return which columns are normals and colours, by their names in small letters.
 

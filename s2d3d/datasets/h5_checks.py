@@ -9,7 +9,7 @@ import numpy as np
 from ..channels import WIDTH, XYZ, groups, missing
 from ..errors import InputError
 from .attributes import unit_colors, unit_normals
-from .precision import MAX_COORDINATE, has_lost_shape, is_single, to_single
+from .precision import MAX_COORDINATE, MIN_EXTENT, has_lost_shape, is_single, to_single
 
 MAX_BYTES = 64 * 2**30
 """Largest dataset that is read: a declared shape above it is a broken or hostile file."""
@@ -119,7 +119,7 @@ def load_points(path: Path, item: h5py.Dataset, start: int, stop: int) -> np.nda
 
 
 def check_shapes(path: Path, points: np.ndarray, start: int = 0) -> None:
-    """Refuse clouds without extent, and those so far from the origin that their numbers cannot hold a shape.
+    """Refuse clouds of (almost) no extent, and those so far from the origin that their numbers cannot hold a shape.
 
     Args:
         path: the file, for the message.
@@ -130,11 +130,14 @@ def check_shapes(path: Path, points: np.ndarray, start: int = 0) -> None:
         InputError: names the first such cloud.
     """
     low, high = points.min(axis=1), points.max(axis=1)
-    for index in np.flatnonzero(has_lost_shape(low, high, np.float16 if points.dtype == np.float16 else np.float32)):
+    doubtful = has_lost_shape(low, high, np.float16 if points.dtype == np.float16 else np.float32)
+    for index in np.flatnonzero(doubtful | ((high - low).max(axis=1) < MIN_EXTENT)):
         extent = float((high[index] - low[index]).max())
         where = f"{path}: sample {start + int(index)} of dataset 'data'"
         if extent == 0:
             raise InputError(f"{where}: all its points are equal, a cloud without extent; remove it")
+        if extent < MIN_EXTENT:
+            raise InputError(f"{where} spans {extent:.3g}, must be at least {MIN_EXTENT:g}; scale it up")
         if points.dtype.itemsize < 8 or has_lost_shape(low[index], high[index], np.float64) or is_single(points[index]):
             distance = float(np.abs(points[index]).max())
             raise InputError(

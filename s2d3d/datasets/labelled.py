@@ -4,7 +4,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import ClassVar, Self, TypedDict
+from typing import ClassVar, NotRequired, Self, TypedDict
 
 import torch
 from torch import Generator, Tensor
@@ -145,17 +145,24 @@ class LabelledDataset(torch.utils.data.Dataset):
         """Describe the set in plain values, to recognise it later; see `same_data`.
 
         Returns:
-            `labels`, a hash of all of them, and `clouds`, a number for each of up to 64 samples spread over the set:
-            its weighted mean square value, which other processors compute equally up to rounding.
+            `labels`, a hash of all of them. `clouds` and `signed`, a number for each of up to 64 samples spread over
+            the set: its weighted mean square value and its weighted mean, which other processors compute equally up to
+            rounding. `files`, a hash of the content of all files of both splits, empty where they are unknown.
         """
         chosen = torch.arange(0, len(self), max(1, len(self) // 64))[:64]
         samples = self.sample(chosen)[0].double()
         digest = hashlib.blake2b(f"{len(self)} {samples.shape[1]} {self.class_names}".encode(), digest_size=12)
         digest.update(self.labels.contiguous().numpy().data)
         weights = torch.arange(samples.shape[-1], dtype=torch.float64) % 3 + 1
+        flat = samples.flatten(1)
+        files = hashlib.blake2b(digest_size=12)
+        for split in (TRAIN, TEST):
+            files.update(b"".join([split.encode(), *self.file_hashes.get(split, ())]))
         return {
             "labels": digest.hexdigest(),
             "clouds": (samples.square() * weights).flatten(1).mean(1).tolist(),
+            "signed": (flat * (torch.arange(flat.shape[1]) % 7 + 1)).mean(1).tolist(),
+            "files": files.hexdigest() if self.file_hashes else "",
         }
 
     def trained_files(self) -> Tensor:
@@ -201,14 +208,21 @@ def _as_numbers(hashes: Iterable[bytes]) -> Tensor:
 
 
 class Fingerprint(TypedDict):
-    """What `LabelledDataset.fingerprint` says of a set."""
+    """What `LabelledDataset.fingerprint` says of a set; the first checkpoints lack the last two."""
 
     labels: str
     clouds: list[float]
+    signed: NotRequired[list[float]]
+    files: NotRequired[str]
 
 
 def same_data(first: Fingerprint, second: Fingerprint) -> bool:
     """Return whether two `fingerprint()` belong to the same set. Sets of other size or labels always differ."""
     if first["labels"] != second["labels"] or len(first["clouds"]) != len(second["clouds"]):
         return False
-    return all(math.isclose(one, other, rel_tol=1e-4) for one, other in zip(first["clouds"], second["clouds"]))
+    if "files" in first and "files" in second and first["files"] != second["files"]:
+        return False
+    signed = zip(first.get("signed", ()), second.get("signed", ()))
+    return all(math.isclose(one, other, rel_tol=1e-4) for one, other in zip(first["clouds"], second["clouds"])) and all(
+        math.isclose(one, other, rel_tol=1e-4, abs_tol=1e-4) for one, other in signed
+    )

@@ -13,9 +13,9 @@ import numpy as np
 
 from ..errors import InputError, quoted
 from .attributes import Extras
-from .text import number, parse_lines, read_bytes
+from .text import number, parse_lines, read_bytes, without_comments
 
-_OFF = re.compile(rb"\s*((ST)?(C)?(N)?(4)?(n)?OFF)(\s+BINARY)?", re.IGNORECASE)
+_OFF = re.compile(rb"\s*((ST)?(C)?(N)?(4)?n?OFF)(\s+BINARY)?", re.IGNORECASE)
 _STL_FACET = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
 _STL_NAME = re.compile(rb"(?m)(^[^\S\n]*solid\b|(?<=endsolid))((?!facet\s+normal)[^\r\n])*")
 """The name of a solid, at its begin and its end."""
@@ -60,15 +60,13 @@ def read_off(
     except OSError as error:
         raise InputError(f"{path}: not an OFF file ({error.strerror})") from None
     head = _OFF.match(data)
-    if head is None and not re.match(rb"\s*(#[^\n]*\n\s*)*[\d]", data):
-        without = re.sub(rb"#[^\n]*", b"", data[:10_000])
-        if not _OFF.match(without):
-            raise InputError(f"{path}: not an OFF file, its first word must be OFF")
+    if not (head or re.match(rb"\s*(#[^\n]*\n\s*)*\d", data) or _OFF.match(without_comments(data[:10_000]))):
+        raise InputError(f"{path}: not an OFF file, its first word must be OFF")
     if b"#" in data:
-        data = re.sub(rb"#[^\n]*", b"", data)
+        data = without_comments(data)
         head = _OFF.match(data)
-    if head is not None and (head[5] or head[6] or head[7]):
-        kind = "binary" if head[7] else "of four or n dimensions"
+    if head is not None and (head[5] or head[6] or b"nOFF" in head[1]):  # with capitals otherwise, n is a dimension
+        kind = "binary" if head[6] else "of four or n dimensions"
         raise InputError(f"{path}: an OFF file that is {kind}, which is not read; write it as text in three dimensions")
     num_vertices, num_faces, start = _off_counts(path, data, head.end() if head else 0)
     if num_vertices < 0 or num_faces < 0 or (faces_required and (num_vertices < 3 or num_faces < 1)):
@@ -190,7 +188,7 @@ def read_obj(path: Path, extras: Extras | None = None) -> tuple[np.ndarray, np.n
     more: dict[str, list[float | None]] = {"normal": [], "rgb": []}
     pending = b""
     for line, text in enumerate(read_bytes(path).split(b"\n"), 1):
-        text = pending + text.partition(b"#")[0].strip()
+        text = pending + without_comments(text).strip()
         pending = b""
         if text.endswith(b"\\"):
             pending = text[:-1] + b" "
@@ -251,7 +249,7 @@ def read_stl(path: Path) -> tuple[np.ndarray, np.ndarray]:
     announced, text = int.from_bytes(data[80:84], "little"), data.removeprefix(codecs.BOM_UTF8).lstrip()
     if len(data) >= 84 and 84 + 50 * announced == len(data):
         vertices = np.frombuffer(data, _STL_FACET, announced, 84)["corners"].reshape(-1, 3).astype(np.float64)
-    elif text[:5].lower() == b"solid":
+    elif text[:5].lower() == b"solid" and b"\0" not in data[:84]:
         body = _STL_NAME.sub(b"", text.lower())  # the name may be any words
         facets, ends = (len(re.findall(rb"\b" + word + rb"\b", body)) for word in (b"facet", b"endfacet"))
         fields = [match.groups() for match in _STL_VERTEX.finditer(body)]
@@ -316,6 +314,8 @@ def read_glb(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     faces = [np.asarray(faces) + start for (_, faces), start in zip(meshes, starts) if faces is not None]
     if not faces:
         return vertices, None
+    if len(faces) < len(meshes):
+        raise InputError(f"{path}: holds points beside meshes; export one of them alone")
     corners = np.concatenate(faces)
     return vertices, fan_triangles(corners.ravel(), np.full(len(corners), 3), len(vertices), str(path))
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..channels import NOUNS
 from ..errors import InputError, quoted
-from .attributes import Extras, named_columns
+from .attributes import Extras, as_announced, named_columns
 from .text import count_lines, parse_rows
 
 KINDS = {"I": "i", "U": "u", "F": "f"}
@@ -121,12 +122,14 @@ def _keep_extras(
         values, types = columns[at : at + len(fields)], [kinds[field] for field in fields]
         at += len(fields)
         if len(fields) == 3:
-            extras[group] = np.stack([value.astype(kind) for value, kind in zip(values, types)], axis=1)
+            where = f"{path}: {NOUNS[group]}"
+            extras[group] = np.stack([as_announced(*typed, where) for typed in zip(values, types)], axis=1)
             continue
         if not np.isfinite(values[0]).all() and values[0].dtype == np.float64:  # text has one word for all NaN
             raise InputError(f"{path}: its packed colours hold NaN, in which they are lost; store them as type U")
         with np.errstate(over="ignore"):
-            bits = values[0].astype(np.int64) if types[0].kind in "iu" else values[0].astype("<f4").view("<u4")
+            stored = as_announced(values[0], types[0] if types[0].kind in "iu" else "<f4", f"{path}: {NOUNS[group]}")
+            bits = stored.astype(np.int64) if types[0].kind in "iu" else stored.view("<u4")
         extras[group] = np.stack([bits >> shift & 255 for shift in (16, 8, 0)], axis=1).astype(np.uint8)
 
 

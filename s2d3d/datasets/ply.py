@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..channels import NOUNS
 from ..errors import InputError, quoted
-from .attributes import Extras, named_columns
+from .attributes import Extras, as_announced, named_columns
 from .mesh import fan_triangles
 from .text import CHUNK, count_lines, parse_lines, parse_rows
 
@@ -97,7 +98,8 @@ def read_ply(path: Path, extras: Extras | None = None) -> tuple[np.ndarray, np.n
             for number, (group, places) in enumerate(further.items(), 1):
                 assert extras is not None
                 stored = found[:, 3 * number : 3 * number + 3]
-                extras[group] = stored.astype(np.result_type(*(element.properties[place].type for place in places)))
+                kind = np.result_type(*(element.properties[place].type for place in places))
+                extras[group] = as_announced(stored, kind, f"{path}: {NOUNS[group]}")
         elif is_face and wanted >= 0 and element.count:
             corners = found
         elif element.count and (is_face or element.name == "tristrips"):
@@ -277,7 +279,7 @@ def _read_binary(
         return stop, vertices.T
     if wanted < 0:
         return stop, None
-    corners = table[f"p{wanted}"].astype(np.int64)
+    corners = table[f"p{wanted}"]
     return stop, (corners.ravel(), np.full(len(corners), corners.shape[1]))
 
 
@@ -349,5 +351,5 @@ def _walk_binary(
         return start, np.array(rows, dtype=np.float64).reshape(-1, len(axes))
     if wanted < 0:
         return start, None
-    flat = np.frombuffer(b"".join(corners), steps[wanted][1]).astype(np.int64)
+    flat = np.frombuffer(b"".join(corners), steps[wanted][1])
     return start, (flat, np.array(counts, dtype=np.int64))

@@ -10,6 +10,8 @@ FAR_RADII = 64
 """From so many of its radii off the origin on, a cloud is centred in float64: float32 would round its shape."""
 MAX_COORDINATE = 1e18
 """Largest coordinate: squared distances of larger ones overflow float32."""
+MIN_EXTENT = 1 / MAX_COORDINATE
+"""Smallest extent of a cloud: squared distances in smaller ones are nothing in float32."""
 
 
 def is_single(points: np.ndarray) -> bool:
@@ -70,7 +72,7 @@ def check_extent(points: np.ndarray, where: str) -> None:
         where: the file, for the message.
 
     Raises:
-        InputError: as said, or a coordinate is larger than `MAX_COORDINATE`.
+        InputError: as said, or a coordinate is larger than `MAX_COORDINATE`, or the extent below `MIN_EXTENT`.
     """
     low, high = (np.array([bound(points[:, axis]) for axis in range(3)]) for bound in (np.min, np.max))
     if max(high.max(), -low.min()) > MAX_COORDINATE:
@@ -78,6 +80,8 @@ def check_extent(points: np.ndarray, where: str) -> None:
     extent = float((high - low).max())
     if extent == 0:
         raise InputError(f"{where}: all {len(points)} points are equal, a cloud without extent")
+    if extent < MIN_EXTENT:
+        raise InputError(f"{where}: spans {extent:.3g}, must be at least {MIN_EXTENT:g}; scale it up")
     if has_lost_shape(low, high, np.float32) and (is_single(points) or has_lost_shape(low, high, np.float64)):
         raise InputError(
             f"{where}: spans {extent:.3g} at a distance of {max(high.max(), -low.min()):.3g} from the origin, a few "

@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import InputError, quoted
 from .arrays import COUNTED, refuse_numbering, refuse_transposed
 from .attributes import UNNAMED, Extras, named_columns
-from .text import COMMENTS, number, parse_rows, read_bytes, split_fields
+from .text import COMMENTS, number, parse_rows, read_bytes, split_fields, without_comments
 
 SAMPLE = 50
 """Rows from which the layout of a table is told."""
@@ -17,6 +17,7 @@ _NUMERIC = re.compile(rb'[\s\d+\-.,;eEnaifNAIF"]*\d[\s\d+\-.,;eEnaifNAIF"]*|[\s,
 _DECIMAL = re.compile(rb"[-+]?\d*,\d+(?:[eE][-+]?\d+)?|[-+]?\d+(?:[eE][-+]?\d+)?")
 _BOTH_COMMAS = re.compile(rb"[-+]?\d+,\d+(?:,\s+[-+]?\d+,\d+)+")
 """Commas with blanks behind every second one."""
+_THOUSANDS = re.compile(rb"[-+]?[1-9]\d{0,2},\d{3}")
 _MAX_COLUMNS = 10_000
 _ANNOUNCE = {"columns", "column", "fields", "field", "format", "header", "names", "order"}
 """Words of a comment after which names of columns follow."""
@@ -109,7 +110,7 @@ def _find_layout(path: Path, data: bytes) -> _Layout:
     if not lines:
         raise InputError(f"{path}: holds no points, or is not a {path.suffix.lower()} file")
     if not rows:
-        raise _no_number(path, lines[0])
+        raise _no_number(path, lines)
     if any(re.search(rb'"[-+]?\d*,\d+(?:[eE][-+]?\d+)?"', row) for row in rows):
         raise InputError(f"{path}: holds decimal commas in quotes; write decimal points")
     separator, decimal_comma = _find_separator(path, rows)
@@ -140,8 +141,8 @@ def _sample(data: bytes) -> list[tuple[int, int, bytes]]:
     while start < len(data) and len(found) < SAMPLE:
         line += 1
         end = data.find(b"\n", start) + 1 or len(data)
-        text = data[start:end].partition(b"#")[0].strip()
-        if text and not text.startswith(COMMENTS):
+        text = without_comments(data[start:end]).strip()
+        if text and not text.startswith(COMMENTS) and not (line == 1 and text.startswith(b"sep=")):  # for Excel
             found.append((line, start, text))
         start = end
     return found
@@ -154,11 +155,13 @@ def _find_separator(path: Path, rows: list[bytes]) -> tuple[bytes | None, bool]:
             fields = [field for row in rows for field in split_fields(row, separator)]
             if any(b" " in field for field in fields):  # tabs among blanks
                 continue
+            _refuse_thousands(path, fields)
             return separator, any(b"," in field for field in fields)
     if not any(b"," in row for row in rows):
         return None, False
     words = [row.split() for row in rows]
     if all(len(row) >= 3 and all(_DECIMAL.fullmatch(word) for word in row) for row in words):
+        _refuse_thousands(path, [word for row in words for word in row])
         return None, True
     fields = [field for row in rows for field in split_fields(row, b",")]
     doubtful = any(re.fullmatch(rb"-0|[-+]?0\d+", field) for field in fields)
@@ -168,6 +171,15 @@ def _find_separator(path: Path, rows: list[bytes]) -> tuple[bytes | None, bool]:
     ):
         raise InputError(f"{path}: commas stand between its numbers and within them; write decimal points")
     return b",", False
+
+
+def _refuse_thousands(path: Path, fields: list[bytes]) -> None:
+    """Refuse numbers such as 895 beside 1,038, whose comma separates thousands, or else decimals."""
+    with_comma = [field for field in fields if b"," in field]
+    whole = any(field.lstrip(b"+-").isdigit() for field in fields)
+    if with_comma and whole and all(map(_THOUSANDS.fullmatch, with_comma)):
+        shown = with_comma[0].decode()
+        raise InputError(f"{path}: does the comma in {shown} separate thousands? Write whole numbers without commas")
 
 
 def _one_decimal(row: bytes) -> bool:
@@ -191,13 +203,15 @@ def _comment_names(data: bytes) -> tuple[list[str] | None, bool]:
 
 
 def _words(text: bytes) -> list[str]:
-    words = re.split(r'[\s,;"]+', text.decode("latin-1").strip().lstrip("#/%").strip(' \t"'))
+    words = re.split(r'[\s,;"]+', text.decode("utf-8", "replace").strip().lstrip("#/%").strip(' \t"'))
     return [word.lower() for word in words if word]
 
 
 def _named_fields(text: bytes, separator: bytes) -> list[str]:
     """Return the names in a header line, one a field: without quotes and units, as `x [m]` has them; "" without one."""
-    fields = text.decode("latin-1").strip().lstrip("#/%").removesuffix(separator.decode()).split(separator.decode())
+    fields = (
+        text.decode("utf-8", "replace").strip().lstrip("#/%").removesuffix(separator.decode()).split(separator.decode())
+    )
     names = [re.sub(r"\s*[\[(].*[\])]$", "", field.strip(' \t"')).lower() for field in fields]
     return names if set("xyz") <= set(names) else _words(text)
 
@@ -233,7 +247,12 @@ def _find_axes(path: Path, names: list[str] | None, columns: int, line: int, is_
     return names.index("x"), names.index("y"), names.index("z")
 
 
-def _no_number(path: Path, first: tuple[int, int, bytes]) -> InputError:
-    line, _, text = first
-    word = quoted((text.split() or [text])[0].decode("latin-1"), 40)
-    return InputError(f"{path}: cannot be read as a table: line {line}: {word} is not a number")
+def _no_number(path: Path, lines: list[tuple[int, int, bytes]]) -> InputError:
+    """Name the first word of the first row, which is the first line with a number in it, if there is one."""
+    split = [(line, [word.strip(b'"') for word in re.split(rb"[\s,;]+", text) if word]) for line, _, text in lines]
+    rows = [(line, words) for line, words in split if any(number(word) is not None for word in words)]
+    line, words = (rows or split)[0]
+    word = next((word for word in words if number(word) is None), lines[0][2])
+    shown = quoted(word.decode("utf-8", "replace"), 40)
+    advice = "; remove this column" if len(rows) > 1 else ""
+    return InputError(f"{path}: cannot be read as a table: line {line}: {shown} is not a number{advice}")

@@ -20,6 +20,8 @@ MAX_THREADS = 4
 FAST_BYTES = 2**18
 """Blocks from this size on are given to pandas, whose import takes as long as parsing a smaller one."""
 COMMENTS = (b"#", b"//", b"%")
+_COMMENT = re.compile(rb"(?<!\d\.)#[^\n]*")
+"""What a `#` begins, unless it is part of a number that is none, as in `-1.#IND` and `1.#QNAN` of Windows."""
 
 _UTF8 = b"\xef\xbb\xbf"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -46,6 +48,16 @@ def read_bytes(path: Path) -> bytes:
     return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")  # lines of old Macs, and files with both kinds
 
 
+def without_comments(text: bytes) -> bytes:
+    """Return a text without its comments that begin with `#`.
+
+    Example:
+        >>> without_comments(b"1 2 # two"), without_comments(b"1 -1.#IND")
+        (b'1 2 ', b'1 -1.#IND')
+    """
+    return _COMMENT.sub(b"", text) if b"#" in text else text
+
+
 def split_fields(line: bytes, separator: bytes | None) -> list[bytes]:
     """Split a line into its fields, without comment, quotes and blanks; one separator at the end is passed over.
 
@@ -53,7 +65,7 @@ def split_fields(line: bytes, separator: bytes | None) -> list[bytes]:
         >>> split_fields(b"1, 2,,3, # four", b",")
         [b'1', b'2', b'', b'3']
     """
-    line = line.partition(b"#")[0].strip()
+    line = without_comments(line).strip()
     if not line or line.startswith(COMMENTS):
         return []
     if separator is None:
@@ -286,7 +298,7 @@ def _parse_each(
                 raise InputError(
                     f"{where}: line {at}: field {place + 1} is empty; fill it in or remove the line"
                 ) from None
-            shown = quoted(fields[place].decode("latin-1"), 40)
+            shown = quoted(split_fields(text, separator)[place].decode("utf-8", "replace"), 40)
             raise InputError(f"{where}: line {at}: {shown} is not a number") from None
         counts.append(len(fields))
         numbers.append(at)

@@ -167,7 +167,10 @@ def check_same_data(
     if progress.updates != done or progress.step > steps_per_epoch:
         raise InputError(f"{where}: was trained on more or fewer shapes than {root} has; resume on its own data")
     if "data" in state and not same_data(state["data"], fingerprint):
-        raise InputError(f"{where}: was trained on other clouds than those in {root}; resume on its own data")
+        raise InputError(
+            f"{where}: was trained on other clouds than those in {root}, or its test files have changed; "
+            "resume on its own data"
+        )
     ranks = state["rng"]
     if isinstance(ranks, list) and ranks and len(ranks) != world_size:
         raise InputError(f"{where}: was written by {len(ranks)} processes, this run has {world_size}")

@@ -381,14 +381,85 @@ ROWS = "".join(f"{n + 0.5} {n + 1.5} {n * n + 2.5} {n + 3.5}\n" for n in range(2
         (".csv", "".join(f"{n},{n % 7},{3 * n},{n % 9},1,5\n" for n in range(20)), "commas stand between its numbers"),
         (".obj", "v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 \\", "its last line goes on after a backslash"),
         (".obj", "v 0 0 0\nv 1 0 0 2\nv 0 1 0\nf 1 2 3", "line 2: a fourth number other than 1 is a weight"),
+        (".obj", "v 0 0 0\nv 1 0 -1.#IND\nv 0 1 0\nf 1 2 3", "line 2 is no vertex: 'v 1 0 -1.#IND'"),
+        (".xyz", ROWS + "1 2 -1.#IND 3\n", "line 21: '-1.#IND' is not a number"),
+        (".csv", "1,2,1.#QNAN\n" * 9, "line 1: '1.#QNAN' is not a number"),
+        (".ply", PLY.format("uchar", "3").replace("0 1 0\n", "0 1 1.#INF\n"), "line 12: '1.#INF' is not a number"),
+        (".off", "OFF 3 1 0\n0 0 0\n1 0 -1.#IND\n0 1 0\n3 0 1 2\n", "line 3: '-1.#IND' is not a number"),
+        (".off", "nOFF\n3\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n", "of four or n dimensions, which is not read"),
+        (".txt", "-232 139 -789\n1,038 12 13\n", "does the comma in 1,038 separate thousands?"),
+        (".csv", "-232;139;-789\n1,038;12;13\n", "does the comma in 1,038 separate thousands?"),
+        (".csv", "1,303.16;2.5;3.5\n1,5;2;3\n", "line 1: '1,303.16' is not a number"),
+        (".txt", "0.5 0.7 0.9 chair\n" * 9, "line 1: 'chair' is not a number; remove this column"),
+        (".csv", "x,y,z,name\n" + "0.5,0.7,0.9,chair\n" * 9, "line 2: 'chair' is not a number; remove this column"),
+        (".txt", "\u22121.5 2 3\n1 2 3\n", "line 1: '\u22121.5' is not a number"),
+        (".xyz", "1e-25 2e-25 3e-25\n2e-25 1e-25 0\n" * 5, "spans 3e-25, must be at least 1e-18; scale it up"),
     ],
 )
 def test_text_that_could_be_misread_is_refused(tmp_path, suffix, content, message):
     path = tmp_path / f"a{suffix}"
-    path.write_text(content)
+    path.write_text(content, "utf-8")
     with pytest.raises(InputError) as error:
         read_points(path, 8)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind, shown", [("0.9 0.5 0.1", "0.9"), ("255 -1 0", "-1"), ("0 0 300", "300")])
+@pytest.mark.parametrize("suffix", ["ply", "pcd"])
+def test_colours_of_text_have_the_type_that_the_header_announces(tmp_path, suffix, kind, shown):
+    if suffix == "ply":
+        head = PLY_HEAD + "".join(f"property uchar {name}\n" for name in ("red", "green", "blue")) + "end_header\n"
+    else:
+        head = (
+            "VERSION .7\nFIELDS x y z r g b\nSIZE 4 4 4 1 1 1\nTYPE F F F U U U\nCOUNT 1 1 1 1 1 1\nWIDTH 3\n"
+            "HEIGHT 1\nPOINTS 3\nDATA ascii\n"
+        )
+    path = tmp_path / f"a.{suffix}"
+    path.write_text(f"{head}0 0 0 1 2 3\n1 0 0 1 2 3\n0 1 0 {kind}\n")
+    assert len(read_points(path, 3)) == 3
+    message = f"colours: holds {shown}, its header announces uint8; correct the type in the header"
+    with pytest.raises(InputError, match=message):
+        read_points(path, 3, channels="xyz+rgb")
+
+
+def test_a_spreadsheets_line_that_names_the_separator_is_passed_over(tmp_path):
+    (tmp_path / "a.csv").write_text("sep=;\nz;y;x\n1;2;3\n4;5;6\n")
+    assert read_points(tmp_path / "a.csv", 2).tolist() == [[3, 2, 1], [6, 5, 4]]
+
+
+@pytest.mark.parametrize("counts", ["3 0 1 2.5", "3 0 1 2.5 4 0 1 2 3"])
+def test_corners_of_a_binary_ply_are_whole_numbers(tmp_path, counts):
+    """In rows of one length, and of several."""
+    values, rows = list(map(float, counts.split())), b""
+    while values:
+        size = int(values.pop(0))
+        rows += bytes([size]) + np.array(values[:size], "<f4").tobytes()
+        del values[:size]
+    faces = 2 if "4" in counts else 1
+    head = PLY_HEAD.replace("ascii", "binary_little_endian").replace("vertex 3", "vertex 4")
+    head += f"element face {faces}\nproperty list uchar float vertex_indices\nend_header\n"
+    corners = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], "<f4").tobytes()
+    (tmp_path / "a.ply").write_bytes(head.encode() + corners + rows)
+    with pytest.raises(InputError, match=r"a face names a vertex outside the 4 of the file \(face 0\)"):
+        read_points(tmp_path / "a.ply", 8)
+    (tmp_path / "a.ply").write_bytes(
+        head.encode() + corners + rows.replace(np.float32(2.5).tobytes(), np.float32(2).tobytes())
+    )
+    assert len(read_points(tmp_path / "a.ply", 8)) == 8
+
+
+def test_points_beside_a_mesh_are_not_dropped(tmp_path):
+    trimesh = pytest.importorskip("trimesh")
+    scene = trimesh.Scene([trimesh.creation.box(), trimesh.PointCloud(np.random.default_rng(0).random((9, 3)) + 5)])
+    (tmp_path / "a.glb").write_bytes(scene.export(file_type="glb"))
+    with pytest.raises(InputError, match="holds points beside meshes; export one of them alone"):
+        read_points(tmp_path / "a.glb", 8)
+
+
+def test_a_binary_stl_may_begin_as_a_text_does(tmp_path):
+    (tmp_path / "a.stl").write_bytes(b"solid".ljust(80) + (1).to_bytes(4, "little") + bytes(52))
+    with pytest.raises(InputError, match="1 facets take 134 bytes, 136 are there"):
+        read_stl(tmp_path / "a.stl")
 
 
 @pytest.mark.parametrize(

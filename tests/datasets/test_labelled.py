@@ -1,9 +1,12 @@
 """The base of data sets: labels, names, subsets and fingerprints do not depend on what a sample is."""
 
+import numpy as np
 import pytest
 import torch
 
-from s2d3d.datasets import BatchLoader, LabelledDataset, PointCloudDataset, require_clouds, same_data
+from s2d3d.datasets import (
+    BatchLoader, LabelledDataset, PointCloudDataset, create_dataset, require_clouds, same_data,
+)  # fmt: skip
 from s2d3d.errors import InputError
 
 
@@ -45,6 +48,37 @@ def test_a_fingerprint_tells_sets_apart():
     assert same_data(grids().fingerprint(), grids().fingerprint())
     assert not same_data(grids().fingerprint(), grids(8).fingerprint()), "size"
     assert not same_data(grids().fingerprint(), grids().subset([6, 1, 2, 3, 4, 5, 0]).fingerprint()), "order"
+
+
+def test_a_fingerprint_tells_a_set_from_its_mirror_image():
+    clouds = torch.rand(70, 20, 3, generator=torch.Generator().manual_seed(0))
+    options = {"split": "test", "num_points": 16}
+    plain, mirrored = (
+        PointCloudDataset(points, torch.zeros(70), ["a"], **options).fingerprint()
+        for points in (clouds, clouds * torch.tensor([1.0, 1.0, -1.0]))
+    )
+    torch.testing.assert_close(plain["clouds"], mirrored["clouds"])
+    assert not same_data(plain, mirrored)
+    old = {key: mirrored[key] for key in ("labels", "clouds")}
+    assert same_data(old, plain), "checkpoints of older versions are resumed"
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_fingerprint_knows_every_file_of_both_splits(tmp_path, split):
+    """Of 80 training clouds, the numbers of 64 at most are compared."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 40), ("test", 2)):
+        for kind in ("a", "b"):
+            (tmp_path / part / kind).mkdir(parents=True)
+            for number in range(count):
+                np.save(tmp_path / part / kind / f"{number:02d}.npy", rng.random((20, 3)))
+    before = create_dataset("files", tmp_path, "train", num_points=16).fingerprint()
+    assert same_data(before, create_dataset("files", tmp_path, "train", num_points=16).fingerprint())
+    np.save(tmp_path / split / "a" / "01.npy", rng.random((20, 3)))
+    after = create_dataset("files", tmp_path, "train", num_points=16).fingerprint()
+    assert not same_data(before, after) and before["labels"] == after["labels"]
+    if split == "test":
+        assert before["clouds"] == after["clouds"]
 
 
 def test_the_fingerprint_of_clouds_is_that_of_older_checkpoints():

@@ -293,7 +293,7 @@ def test_two_processes_in_one_folder_are_refused(tiny_config, stopped):
 def test_resuming_on_other_clouds_of_the_same_number_is_refused(tiny_config, stopped, shapes_root, tmp_path):
     other = tmp_path / "other"
     write_shapes(other, num_train=96, num_test=36, num_points=128, seed=1)
-    with pytest.raises(InputError, match=r"was trained on other clouds than those in .*other; resume on its own data"):
+    with pytest.raises(InputError, match=r"was trained on other clouds than those in .*other, or its test files have"):
         resume(tiny_config, stopped.root, f"data.root={other}")
     moved = shutil.copytree(shapes_root, tmp_path / "moved")
     resume(tiny_config, stopped.root, f"data.root={moved}", "train.max_steps=9")
