@@ -129,35 +129,26 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 
 
 def add_files(parser: argparse.ArgumentParser, what: str) -> None:
-    """Add `--files`, which replaces the data set, and `--up-axis` of these files."""
+    """Add `--files`, which replaces the data set, and the flags of `add_file_flags`."""
     parser.add_argument("--files", nargs="+", metavar="PATH", help=f"{what}; `predict --help` lists the file types")
-    add_up_axis(parser)
-    add_refuse_missing(parser)
-    add_estimate_normals(parser)
+    add_file_flags(parser)
 
 
-def add_up_axis(parser: argparse.ArgumentParser) -> None:
-    """Add `--up-axis`, of files that are named."""
+def add_file_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how files are read: `--up-axis`, `--refuse-missing` and `--estimate-normals`."""
     parser.add_argument(
         "--up-axis", choices=("y", "z"),
         help="vertical axis of the files; default: data.up_axis of a model that learned class folders, else z",
     )  # fmt: skip
 
-
-def add_estimate_normals(parser: argparse.ArgumentParser) -> None:
-    """Add `--estimate-normals`, for files without the normals that a model takes."""
+    parser.add_argument(
+        "--refuse-missing", action="store_true",
+        help="refuse files with points that are NaN or infinite; default: drop these points and report their number",
+    )  # fmt: skip
     parser.add_argument(
         "--estimate-normals", action="store_true",
         help="estimate the normals of clouds that have none, if the model takes normals; "
         "default: as data.estimate_normals",
-    )  # fmt: skip
-
-
-def add_refuse_missing(parser: argparse.ArgumentParser) -> None:
-    """Add `--refuse-missing`, which makes points that are not finite an error."""
-    parser.add_argument(
-        "--refuse-missing", action="store_true",
-        help="refuse files with points that are NaN or infinite; default: drop these points and report their number",
     )  # fmt: skip
 
 
@@ -188,16 +179,24 @@ def check_overrides(overrides: Sequence[str], keys: Sequence[str]) -> None:
         raise InputError("\n".join(lines))
 
 
-def refuse_up_axis(arguments: argparse.Namespace) -> None:
-    """Refuse `data.up_axis` with `--files`, which has an option for it.
+def check_file_flags(arguments: argparse.Namespace) -> None:
+    """Refuse the flags of `add_file_flags` without `--files`, and `data.up_axis` with it.
 
     Raises:
-        InputError: both are given.
+        InputError: as said.
     """
     from .config.io import override_key
 
     if arguments.files and "data.up_axis" in map(override_key, arguments.overrides):
         raise InputError("data.up_axis: has no effect with --files; use --up-axis")
+    advice = {
+        "up_axis": "that of a data set is data.up_axis",
+        "estimate_normals": "data sets get them by prepare_data.py",
+        "refuse_missing": "data sets leave out points that are not finite",
+    }
+    for name, text in advice.items():
+        if getattr(arguments, name) and not arguments.files:
+            raise InputError(f"--{name.replace('_', '-')}: is for --files only; {text}")
 
 
 def refuse_split(overrides: Sequence[str]) -> None:

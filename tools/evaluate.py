@@ -11,11 +11,11 @@ from s2d3d.atomic import write_json
 from s2d3d.cli import (
     add_files,
     add_overrides,
+    check_file_flags,
     check_overrides,
     described,
     refuse_existing,
     refuse_split,
-    refuse_up_axis,
     run_tool,
 )
 from s2d3d.errors import InputError
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError(f"--votes is {arguments.votes}, must be at least 1")
     refuse_split(arguments.overrides)
     check_overrides(arguments.overrides, ("data", "eval.batch_size", "eval.votes", "log", "seed"))
-    refuse_up_axis(arguments)
+    check_file_flags(arguments)
     everything = arguments.corruption == "all"
     if arguments.reference and not everything:
         raise InputError("--reference: is for --corruption all only")
@@ -122,12 +122,6 @@ def read_datasets(arguments: argparse.Namespace, trained: "TrainedModel") -> "Se
     from s2d3d.datasets.file_set import find_files, folder_labels, folder_name, group_files
 
     if not arguments.files:
-        if arguments.up_axis:
-            raise InputError("--up-axis: is for --files only; that of a data set is data.up_axis")
-        if arguments.estimate_normals:
-            raise InputError("--estimate-normals: is for --files only; data sets get them by prepare_data.py")
-        if arguments.refuse_missing:
-            raise InputError("--refuse-missing: is for --files only; data sets leave out points that are not finite")
         return [trained.dataset()]
     trained.require_clouds("--files")
     class_names, config = trained.class_names, trained.config

@@ -11,16 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from s2d3d.atomic import write_json
-from s2d3d.cli import (
-    CLOUD_FILES,
-    add_estimate_normals,
-    add_refuse_missing,
-    add_up_axis,
-    described,
-    print_error,
-    refuse_existing,
-    run_tool,
-)
+from s2d3d.cli import CLOUD_FILES, add_file_flags, described, print_error, refuse_existing, run_tool
 from s2d3d.errors import InputError, printable
 from s2d3d.runs.folder import require_checkpoint
 
@@ -33,9 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="predict.py", **described(__doc__, example))
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a checkpoint, or an exported .onnx file")
     parser.add_argument("files", nargs="+", metavar="FILE", help=f"files, or folders of them: {CLOUD_FILES}")
-    add_up_axis(parser)
-    add_refuse_missing(parser)
-    add_estimate_normals(parser)
+    add_file_flags(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed of the points sampled from meshes (default: 0)")
     parser.add_argument(
         "--top", type=int, default=3, metavar="N", help="number of classes to print for each file (default: 3)"

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from s2d3d.cli import add_files, add_overrides, check_overrides, described, refuse_existing, refuse_up_axis, run_tool
+from s2d3d.cli import add_files, add_overrides, check_file_flags, check_overrides, described, refuse_existing, run_tool
 from s2d3d.errors import InputError
 from s2d3d.runs.folder import require_checkpoint
 
@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     check_flags(arguments)
-    refuse_up_axis(arguments)
+    check_file_flags(arguments)
     if arguments.output is None and not arguments.window:
         raise InputError("no output; give --output FILE.png, --window or both")
     config = None

@@ -157,12 +157,6 @@ def read_source(
             estimate_normals=estimate_normals or bool(trained and trained.estimates_normals),
         )  # fmt: skip
     else:
-        if up_axis:
-            raise InputError("--up-axis: is for --files only; that of a data set is data.up_axis")
-        if estimate_normals:
-            raise InputError("--estimate-normals: is for --files only; data sets get them by prepare_data.py")
-        if not allow_missing:
-            raise InputError("--refuse-missing: is for --files only; data sets leave out points that are not finite")
         read = trained.dataset(split) if trained else build_dataset(config.data, split, seed=config.seed)
         dataset = require_clouds(read, "a picture")
         labelled = True
