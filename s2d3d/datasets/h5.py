@@ -14,7 +14,6 @@ from ..atomic import replacing
 from ..channels import WIDTH, XYZ, num_channels
 from ..errors import InputError, printable
 from .h5_checks import (
-    MAX_BYTES,
     READ_BYTES,
     SEE,
     check_up_axis,
@@ -98,14 +97,12 @@ def read_h5(
     extras: bool = True,
     channels: str = XYZ,
     labelled: bool = True,
-    max_bytes: int = MAX_BYTES,
 ) -> CloudFile:
     """Read and check one file: `data` (n, P, 3) float, `label` (n,) or (n, 1) whole numbers.
 
     Optional: `name` (n,), `normal` (n, P, 3), `rgb` (n, P, 3), `mask` (n, P), attribute `up_axis`. Other keys are
-    ignored. Links to
-    other places and raw data outside the file are refused; float64 coordinates become float32, clouds far from the
-    origin after they were moved to it.
+    ignored. Links to other places and raw data outside the file are refused; float64 coordinates become float32, clouds
+    far from the origin after they were moved to it.
 
     Args:
         path: the file.
@@ -114,7 +111,6 @@ def read_h5(
         channels: of the points, one of `s2d3d.channels.CHANNELS`; those beyond x, y, z must be there. Normals become
             unit vectors; colours lie in [0, 1], whole numbers are divided by 255 (8 bits) or 65535.
         labelled: False does not read `label`; all labels are 0.
-        max_bytes: refuse a dataset that declares more than this.
 
     Raises:
         InputError: the file is wrong; the message names it and the dataset.
@@ -126,23 +122,23 @@ def read_h5(
     """
     path = Path(path)
     with _opened(path) as file:
-        item = points_dataset(path, file, max_bytes)
+        item = points_dataset(path, file)
         count = item.shape[0]
-        label = read_label(path, file, count, num_classes, max_bytes) if labelled else np.zeros(count, np.int64)
-        further = further_datasets(path, file, channels, item.shape, max_bytes)
+        label = read_label(path, file, count, num_classes) if labelled else np.zeros(count, np.int64)
+        further = further_datasets(path, file, channels, item.shape)
         points = load_points(path, item, 0, count)
         return CloudFile(
             points=load_channels(path, points, further, 0, count),
             label=label,
-            names=read_names(path, file, count, max_bytes),
-            normal=read_extra(path, file, "normal", points, max_bytes) if extras else None,
-            rgb=read_extra(path, file, "rgb", points, max_bytes) if extras else None,
-            mask=read_mask(path, file, points.shape[:2], max_bytes) if extras else None,
+            names=read_names(path, file, count),
+            normal=read_extra(path, file, "normal", points) if extras else None,
+            rgb=read_extra(path, file, "rgb", points) if extras else None,
+            mask=read_mask(path, file, points.shape[:2]) if extras else None,
             up_axis=read_up_axis(path, file),
         )
 
 
-def points_bytes(path: str | os.PathLike, *, channels: str = XYZ, max_bytes: int = MAX_BYTES) -> int:
+def points_bytes(path: str | os.PathLike, *, channels: str = XYZ) -> int:
     """Return the bytes that the points of a file take once read, with these channels; they are not read.
 
     Raises:
@@ -150,7 +146,7 @@ def points_bytes(path: str | os.PathLike, *, channels: str = XYZ, max_bytes: int
     """
     path = Path(path)
     with _opened(path) as file:
-        item = points_dataset(path, file, max_bytes)
+        item = points_dataset(path, file)
         return item.size * kept_dtype(item).itemsize * num_channels(channels) // WIDTH
 
 
@@ -165,12 +161,7 @@ def has_labels(path: str | os.PathLike) -> bool:
 
 
 def inspect_h5(
-    path: str | os.PathLike,
-    *,
-    num_classes: int | None = None,
-    channels: str = XYZ,
-    labelled: bool = True,
-    max_bytes: int = MAX_BYTES,
+    path: str | os.PathLike, *, num_classes: int | None = None, channels: str = XYZ, labelled: bool = True
 ) -> CloudLayout:
     """Read and check everything of a file except its points, normals, colours and mask.
 
@@ -179,7 +170,6 @@ def inspect_h5(
         num_classes: as for `read_h5`.
         channels: likewise; `read_rows` reads them.
         labelled: likewise.
-        max_bytes: likewise.
 
     Raises:
         InputError: the file is wrong, or its chunks are too large to be read one by one.
@@ -192,18 +182,18 @@ def inspect_h5(
     path = Path(path)
     stamp = _stamp(path)
     with _opened(path) as file:
-        item = points_dataset(path, file, max_bytes)
+        item = points_dataset(path, file)
         count = item.shape[0]
-        mask = mask_dataset(path, file, item.shape[:2], max_bytes)
-        for further in further_datasets(path, file, channels, item.shape, max_bytes):
+        mask = mask_dataset(path, file, item.shape[:2])
+        for further in further_datasets(path, file, channels, item.shape):
             rows_per_read(path, further)
         return CloudLayout(
             path=path,
             shape=(*item.shape[:2], num_channels(channels)),
             dtype=kept_dtype(item),
             rows_per_read=rows_per_read(path, item),
-            label=read_label(path, file, count, num_classes, max_bytes) if labelled else np.zeros(count, np.int64),
-            names=read_names(path, file, count, max_bytes),
+            label=read_label(path, file, count, num_classes) if labelled else np.zeros(count, np.int64),
+            names=read_names(path, file, count),
             has_mask=mask is not None,
             up_axis=read_up_axis(path, file),
             stamp=stamp,
@@ -218,8 +208,8 @@ def read_rows(layout: CloudLayout, start: int, stop: int) -> np.ndarray:
         InputError: the file is no longer the one that was inspected, or one of these clouds is not finite.
     """
     with _unchanged(layout) as file:
-        item = points_dataset(layout.path, file, MAX_BYTES)
-        further = further_datasets(layout.path, file, layout.channels, item.shape, MAX_BYTES)
+        item = points_dataset(layout.path, file)
+        further = further_datasets(layout.path, file, layout.channels, item.shape)
         points = load_points(layout.path, item, start, stop)
         return load_channels(layout.path, points, further, start, stop)
 
@@ -227,7 +217,7 @@ def read_rows(layout: CloudLayout, start: int, stop: int) -> np.ndarray:
 def read_mask_rows(layout: CloudLayout, start: int, stop: int) -> np.ndarray:
     """Read the mask of clouds `start` to `stop`: (stop - start, P) int64; see `read_rows`."""
     with _unchanged(layout) as file:
-        return load_mask(layout.path, mask_dataset(layout.path, file, layout.shape[:2], MAX_BYTES), start, stop)
+        return load_mask(layout.path, mask_dataset(layout.path, file, layout.shape[:2]), start, stop)
 
 
 def write_h5(

@@ -36,7 +36,7 @@ def check_up_axis(up_axis: str, where: str = "up_axis") -> None:
         raise InputError(f"{where} is {up_axis!r}, must be 'y' or 'z'")
 
 
-def dataset(path: Path, file: h5py.File, key: str, max_bytes: int) -> h5py.Dataset | None:
+def dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset | None:
     """Return a dataset that is stored in this file and has a plausible size, or None if there is none of this name."""
     link = file.get(key, getlink=True)
     if link is None:
@@ -51,24 +51,24 @@ def dataset(path: Path, file: h5py.File, key: str, max_bytes: int) -> h5py.Datas
     if item.shape is None:
         raise InputError(f"{path}: dataset '{key}' is empty; {SEE}")
     num_bytes = item.size * item.dtype.itemsize
-    if num_bytes > max_bytes:
-        raise InputError(f"{path}: dataset '{key}' declares shape {item.shape}, above {max_bytes} bytes; is it broken?")
+    if num_bytes > MAX_BYTES:
+        raise InputError(f"{path}: dataset '{key}' declares shape {item.shape}, above {MAX_BYTES} bytes; is it broken?")
     if num_bytes > MAX_RATIO * max(item.id.get_storage_size(), 1024):
         raise InputError(f"{path}: dataset '{key}' declares shape {item.shape} but stores next to nothing; {SEE}")
     return item
 
 
-def required(path: Path, file: h5py.File, key: str, max_bytes: int) -> h5py.Dataset:
+def required(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
     """Return a dataset that must be there; see `dataset`."""
-    item = dataset(path, file, key, max_bytes)
+    item = dataset(path, file, key)
     if item is None:
         raise InputError(f"{path}: dataset '{key}' missing, found {sorted(map(str, file))}; {SEE}")
     return item
 
 
-def points_dataset(path: Path, file: h5py.File, max_bytes: int) -> h5py.Dataset:
+def points_dataset(path: Path, file: h5py.File) -> h5py.Dataset:
     """Return `data` after checking its shape and type."""
-    item = required(path, file, "data", max_bytes)
+    item = required(path, file, "data")
     if item.ndim != 3 or item.shape[2] != 3:
         raise InputError(f"{path}: dataset 'data' has shape {item.shape}, must be (shapes, points, 3); {SEE}")
     if 0 in item.shape:
@@ -146,9 +146,9 @@ def check_shapes(path: Path, points: np.ndarray, start: int = 0) -> None:
             )
 
 
-def read_label(path: Path, file: h5py.File, count: int, num_classes: int | None, max_bytes: int) -> np.ndarray:
+def read_label(path: Path, file: h5py.File, count: int, num_classes: int | None) -> np.ndarray:
     """Read the labels as (n,) int64, and check them."""
-    item = required(path, file, "label", max_bytes)
+    item = required(path, file, "label")
     if item.shape not in ((item.size,), (item.size, 1)):
         raise InputError(f"{path}: dataset 'label' has shape {item.shape}, must be (shapes,) or (shapes, 1); {SEE}")
     if item.size != count:
@@ -168,9 +168,9 @@ def read_label(path: Path, file: h5py.File, count: int, num_classes: int | None,
     return label.astype(np.int64)
 
 
-def read_names(path: Path, file: h5py.File, count: int, max_bytes: int) -> list[str] | None:
+def read_names(path: Path, file: h5py.File, count: int) -> list[str] | None:
     """Read the names of the shapes, if there are any."""
-    item = dataset(path, file, "name", max_bytes)
+    item = dataset(path, file, "name")
     if item is None:
         return None
     if item.size != count or h5py.check_string_dtype(item.dtype) is None:
@@ -181,16 +181,16 @@ def read_names(path: Path, file: h5py.File, count: int, max_bytes: int) -> list[
         raise InputError(f"{path}: dataset 'name' is not UTF-8 text ({error.reason})") from error
 
 
-def group_dataset(path: Path, file: h5py.File, group: str, shape: tuple, max_bytes: int) -> h5py.Dataset | None:
+def group_dataset(path: Path, file: h5py.File, group: str, shape: tuple) -> h5py.Dataset | None:
     """Return `normal` or `rgb` after checking its shape and type, if it is there."""
-    item = dataset(path, file, group, max_bytes)
+    item = dataset(path, file, group)
     kinds, named = ("f", "float") if group == "normal" else ("fu", "float or unsigned integers")
     if item is not None and (item.shape != shape or item.dtype.kind not in kinds):
         raise InputError(f"{path}: dataset '{group}' is {item.shape} {item.dtype}, must be {shape} {named}")
     return item
 
 
-def further_datasets(path: Path, file: h5py.File, channels: str, shape: tuple, max_bytes: int) -> list[h5py.Dataset]:
+def further_datasets(path: Path, file: h5py.File, channels: str, shape: tuple) -> list[h5py.Dataset]:
     """Return the datasets of the channels beyond the coordinates, each checked.
 
     Raises:
@@ -200,7 +200,7 @@ def further_datasets(path: Path, file: h5py.File, channels: str, shape: tuple, m
     for group in groups(channels):
         if group == XYZ:
             continue
-        item = group_dataset(path, file, group, shape, max_bytes)
+        item = group_dataset(path, file, group, shape)
         if item is None:
             add = "add them with: prepare_data.py modelnet40 --from DIR --estimate-normals"
             stored = f"no dataset '{group}'"
@@ -236,17 +236,17 @@ def load_channels(path: Path, points: np.ndarray, items: Sequence[h5py.Dataset],
     return result
 
 
-def read_extra(path: Path, file: h5py.File, group: str, points: np.ndarray, max_bytes: int) -> np.ndarray | None:
+def read_extra(path: Path, file: h5py.File, group: str, points: np.ndarray) -> np.ndarray | None:
     """Read `normal`, in the type of the points, or `rgb` as it is, if it is there."""
-    item = group_dataset(path, file, group, points.shape, max_bytes)
+    item = group_dataset(path, file, group, points.shape)
     if item is None:
         return None
     return item[()].astype(points.dtype, copy=False) if group == "normal" else item[()]
 
 
-def mask_dataset(path: Path, file: h5py.File, shape: tuple[int, ...], max_bytes: int) -> h5py.Dataset | None:
+def mask_dataset(path: Path, file: h5py.File, shape: tuple[int, ...]) -> h5py.Dataset | None:
     """Return `mask` after checking its shape and type, if it is there."""
-    item = dataset(path, file, "mask", max_bytes)
+    item = dataset(path, file, "mask")
     if item is not None and (item.shape != shape or item.dtype.kind not in "iufb"):
         raise InputError(f"{path}: dataset 'mask' is {item.shape} {item.dtype}, must be {shape} numbers")
     return item
@@ -260,9 +260,9 @@ def load_mask(path: Path, item: h5py.Dataset, start: int, stop: int) -> np.ndarr
     return mask.astype(np.int64)
 
 
-def read_mask(path: Path, file: h5py.File, shape: tuple[int, ...], max_bytes: int) -> np.ndarray | None:
+def read_mask(path: Path, file: h5py.File, shape: tuple[int, ...]) -> np.ndarray | None:
     """Read all masks, if there are any."""
-    item = mask_dataset(path, file, shape, max_bytes)
+    item = mask_dataset(path, file, shape)
     return None if item is None else load_mask(path, item, 0, shape[0])
 
 

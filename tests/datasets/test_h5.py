@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from s2d3d.datasets import h5_checks
 from s2d3d.datasets.h5 import inspect_h5, read_h5, read_rows, write_h5
 from s2d3d.errors import InputError
 
@@ -177,10 +178,12 @@ def test_a_huge_declared_shape_is_refused_before_it_is_read(path):
         read_h5(path)
 
 
-def test_the_budget_is_an_argument(write):
-    assert len(read_h5(write(), max_bytes=4 * 8 * 3 * 4).points) == 4
+def test_a_dataset_may_take_the_bytes_of_the_limit_and_no_more(write, monkeypatch):
+    monkeypatch.setattr(h5_checks, "MAX_BYTES", 4 * 8 * 3 * 4)
+    assert len(read_h5(write()).points) == 4
+    monkeypatch.setattr(h5_checks, "MAX_BYTES", 383)
     with pytest.raises(InputError, match="above 383 bytes"):
-        read_h5(write(), max_bytes=383)
+        read_h5(write())
 
 
 @given(changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4))
