@@ -225,14 +225,6 @@ class PointDropout:
 
 
 @dataclass(frozen=True)
-class NormalizeUnitSphere:
-    """`normalize_unit_sphere` as a transform, without random numbers."""
-
-    def __call__(self, points: Tensor, generator: Generator) -> Tensor:
-        return replace_coordinates(points, normalize_unit_sphere(coordinates(points)))
-
-
-@dataclass(frozen=True)
 class Compose:
     """Apply transforms one after the other; an empty list returns the points unchanged."""
 
