@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from ..atomic import parse_json, replacing
 from ..errors import InputError, did_you_mean, first_line
 from ..models import fold_batchnorm
-from ..models.mode import eval_mode
 from ..optional import optional
 from ..s2d import is_sparse
 from ..version import __version__
@@ -198,19 +197,6 @@ def load_exported(path: str | Path, *, threads: int | None = None) -> Exported:
         InputError: the file does not exist, has an unknown suffix or another format, or a package is missing.
     """
     return Exported(path, threads)
-
-
-def export_error(model: nn.Module, exported: Exported, points: Tensor) -> Tensor:
-    """Return the largest difference of the logits of each cloud between a model and its exported form, (B,).
-
-    Args:
-        model: the exported model, on the CPU.
-        exported: the file.
-        points: (B, N, C) float32.
-    """
-    with torch.no_grad(), eval_mode(model):
-        expected = model(points)
-    return (expected - exported(points)).abs().amax(1)
 
 
 def _program(network: nn.Module, example: Tensor, least: int | None) -> torch.export.ExportedProgram:

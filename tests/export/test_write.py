@@ -14,7 +14,7 @@ import torch
 from s2d3d import EWA, MoFConfig, convert_to_mof_, create_dataset, create_model, export_model, merge_experts
 from s2d3d.errors import InputError
 from s2d3d.export.check import compare_exported
-from s2d3d.export.write import FORMATS, export_error, fewest_points, load_exported
+from s2d3d.export.write import FORMATS, fewest_points, load_exported
 from s2d3d.prepare.shapes import make_shape
 
 MODELS = {
@@ -96,7 +96,7 @@ def test_onnx_equals_pytorch_for_any_batch_and_any_number_of_points(folder, name
     least = fewest_points(model)
     assert exported.metadata["free_dimensions"] == ["batch", "points"] and exported.metadata["min_points"] == least
     for batch, num_points in ((1, 256), (5, 256), (3, least), (3, least + 13), (2, 1500)):
-        assert export_error(model, exported, clouds(batch, num_points)).max() < 1e-4
+        assert compare_exported(model, exported, clouds(batch, num_points)).error.max() < 1e-4
     logits = exported(clouds(12, 256))
     assert (logits.amax(0) - logits.amin(0)).min() > 3e-3, "clouds differ by far more than the tolerance"
     with pytest.raises(InputError, match=rf"clouds of {least - 1} points: the exported model takes {least} or more"):
@@ -174,9 +174,9 @@ def test_other_formats_equal_pytorch(tmp_path, name, format):
     path = export_model(model, tmp_path / f"m{FORMATS[format]}", format=format, num_points=64, metadata=METADATA)
     exported = load_exported(path)
     assert exported.metadata["class_names"] == METADATA["class_names"]
-    assert export_error(model, exported, clouds(5, 64)).max() < 1e-4
+    assert compare_exported(model, exported, clouds(5, 64)).error.max() < 1e-4
     if "points" in exported.metadata["free_dimensions"]:
-        assert export_error(model, exported, clouds(3, 100)).max() < 1e-4
+        assert compare_exported(model, exported, clouds(3, 100)).error.max() < 1e-4
     else:
         assert (name, format) == ("point_transformer_tiny", "torchscript")
         with pytest.raises(InputError, match="clouds of 100 points: the exported model takes exactly 64"):
