@@ -1,8 +1,8 @@
 """Farthest-point prefixes of stored clouds: computed once, cached by content."""
 
 import hashlib
+import io
 import os
-import time
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..atomic import sweep, write_bytes
 from ..errors import InputError
 from ..ops.points import farthest_point_sample
 
-STALE_SECONDS = 24 * 3600
 CHUNK = 64  # clouds at a time: the distances of a chunk stay in the processor's cache
 
 
@@ -100,25 +100,14 @@ def _write(path: Path, selected: Tensor) -> bool:
     """Store a selection; return False if the folder cannot be written, which is not an error for a cache."""
     if not can_hold(path.parent):
         return False
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    content = io.BytesIO()
+    np.savez(content, selected=selected.numpy().astype(np.int32))
     try:
-        _sweep(path.parent)
-        try:
-            with open(temporary, "wb") as file:
-                np.savez(file, selected=selected.numpy().astype(np.int32))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        sweep(path.parent)
+        write_bytes(path, content.getvalue())
     except OSError:
         return False
     return True
-
-
-def _sweep(folder: Path) -> None:
-    """Remove files that killed processes left; a running process does not take this long."""
-    for path in folder.glob("fps_*.tmp"):
-        if time.time() - path.stat().st_mtime > STALE_SECONDS:
-            path.unlink(missing_ok=True)
 
 
 def _is_writable(folder: Path) -> bool:

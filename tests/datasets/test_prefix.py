@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from s2d3d.atomic import MARK, NEW, workspace
 from s2d3d.datasets import prefix
 from s2d3d.datasets.prefix import cache_folders, farthest_prefix
 from s2d3d.errors import InputError
@@ -112,9 +113,10 @@ def test_a_given_folder_is_the_only_one_and_must_be_usable(tmp_path):
 
 
 def test_what_killed_processes_left_in_the_cache_does_not_stay_for_ever(points, tmp_path):
-    old, new = tmp_path / "fps_a_5.npz.123.tmp", tmp_path / "fps_b_5.npz.124.tmp"
-    for path in (old, new):
-        path.write_bytes(b"half")
-    os.utime(old, (0, 0))
-    farthest_prefix(points, 5, [tmp_path])
-    assert not old.exists() and new.exists(), "another process may be writing the new one"
+    left = tmp_path / ".fps_a_5.npz.123.tmp"
+    left.mkdir()
+    (left / MARK).write_text("fps_a_5.npz")
+    (left / NEW).write_bytes(b"half")
+    with workspace(tmp_path / "fps_b_5.npz") as running:
+        farthest_prefix(points, 5, [tmp_path])
+        assert not left.exists() and running.exists(), "another process may be writing the second one"
