@@ -10,7 +10,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from ..atomic import replacing
+from ..atomic import write_bytes
 from ..channels import WIDTH, XYZ, num_channels
 from ..errors import InputError, printable
 from .h5_checks import (
@@ -266,8 +266,7 @@ def write_h5(
             file.attrs[key] = np.bytes_(value.encode()) if isinstance(value, str) else value
         file.flush()
         image = file.id.get_file_image()
-    with replacing(path) as target:
-        target.write(image)
+    write_bytes(path, image)
 
 
 @contextlib.contextmanager

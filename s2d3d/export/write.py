@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..atomic import parse_json, replacing
+from ..atomic import parse_json, write_bytes
 from ..errors import InputError, did_you_mean, first_line
 from ..models import fold_batchnorm
 from ..optional import optional
@@ -100,8 +100,7 @@ def export_model(
             f"{type(model).__name__} cannot be exported as {format}: {first_line(error)}; correct its forward method"
             + (", or what its fewest_points() returns" if free_points else "")
         ) from error
-    with replacing(path) as file:
-        file.write(content)
+    write_bytes(path, content)
     return Path(path)
 
 

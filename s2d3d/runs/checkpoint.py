@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..atomic import read_json, replacing
+from ..atomic import read_json, replacing, write_bytes
 from ..channels import XYZ, num_channels
 from ..config.keywords import check_types, keyword_fields
 from ..errors import InputError, UnreadableError, first_line, printable, quoted
@@ -22,9 +22,9 @@ from .folder import HUB_CONFIG, HUB_WEIGHTS, is_hub_folder, require_checkpoint
 FORMAT = "s2d3d"
 FORMAT_VERSION = 2
 MODEL_KEYS = ("model", "s2d", "state_dict", "class_names", "config")
+"""Keys of every checkpoint. The checkpoint of an unfinished run also holds the training state."""
 KEPT_KEYS = (*MODEL_KEYS, "trained_files")
 """What a checkpoint that is made of another keeps; the last, if it is there, is of `LabelledDataset.trained_files`."""
-"""Keys of every checkpoint. The checkpoint of an unfinished run also holds the training state."""
 _SHAPE = {"num_classes": 1, "in_channels": 3}
 MAX_EXPANSION = 4
 """Maximum bytes of weights per byte of the file. Without a limit, views of one storage could declare any number."""
@@ -51,7 +51,7 @@ def save_checkpoint(path: str | Path, payload: dict[str, Any], *, previous: str 
         >>> save_checkpoint("dense.pt", load_checkpoint("runs/demo/merged.pt"))  # doctest: +SKIP
     """
     if Path(path).suffix == SUFFIX:
-        return save_safetensors(path, payload, format_version=FORMAT_VERSION)
+        return save_safetensors(path, payload)
     header = {"format": FORMAT, "format_version": FORMAT_VERSION, "s2d3d_version": __version__}
     header["versions"] = package_versions()
     with replacing(path, previous=previous) as file:
@@ -291,13 +291,12 @@ def _is_state_dict(weights: dict, max_bytes: int) -> bool:
 
 
 def _from_version_1(payload: dict[str, Any]) -> dict[str, Any]:
-    """Add the keys of version 2: the kind of experts, the vertical axis, and versions in files without a run."""
+    """Add the keys of version 2: the kind of experts, and the vertical axis."""
     experts = payload["s2d"]
     return payload | {
         "format_version": 2,
         "model": {"up_axis": "z"} | payload["model"],
         "s2d": None if experts is None else {"kind": "rup"} | experts,
-        "versions": payload.get("versions", {}),
     }
 
 
@@ -306,25 +305,21 @@ _MIGRATIONS = {1: _from_version_1}
 
 
 SUFFIX = ".safetensors"
-
-
 KEY = "s2d3d"
 """Key of the file's metadata under which the description is stored, as JSON."""
 
 
-def save_safetensors(path: str | Path, payload: dict[str, Any], *, format_version: int) -> Path:
+def save_safetensors(path: str | Path, payload: dict[str, Any]) -> Path:
     """Write the weights of a checkpoint atomically; its description is stored as metadata.
 
     Args:
         path: file to write, with the suffix ".safetensors"; its folder must exist.
         payload: result of `model_payload`.
-        format_version: of the description.
 
     Raises:
         OSError: the file cannot be written; an existing file is unchanged.
     """
-    description = description_of(payload) | {"format_version": format_version}
-    write_weights(path, payload["state_dict"], metadata={KEY: json.dumps(description)})
+    write_weights(path, payload["state_dict"], metadata={KEY: json.dumps(description_of(payload))})
     return Path(path)
 
 
@@ -342,9 +337,7 @@ def write_weights(path: str | Path, state_dict: dict[str, torch.Tensor], *, meta
     from safetensors.torch import save
 
     weights = {key: weight.contiguous() for key, weight in state_dict.items()}
-    content = save(weights, metadata={"format": "pt", **metadata})
-    with replacing(path) as file:
-        file.write(content)
+    write_bytes(path, save(weights, metadata={"format": "pt", **metadata}))
 
 
 def description_of(payload: dict[str, Any]) -> dict[str, Any]:
