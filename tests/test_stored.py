@@ -13,7 +13,7 @@ from s2d3d.errors import InputError
 from s2d3d.evaluation.accuracy import ClassificationReport
 from s2d3d.runs import record as runs
 from s2d3d.runs.folder import RunFolder
-from s2d3d.runs.schemas import Environment
+from s2d3d.runs.schemas import Analysis, Environment
 from s2d3d.studies.record import check_record
 from s2d3d.viz.plots import confusion_figure, experts_figure
 from s2d3d.viz.report import environment_rows, summary_rows
@@ -89,7 +89,7 @@ def show_environment(folder):
 
 
 def show_analysis(folder):
-    experts_figure(runs._read_analysis(folder.analysis))
+    experts_figure(read_json(folder.analysis, schema=Analysis))
 
 
 def show_robustness(folder):

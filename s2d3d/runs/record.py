@@ -7,7 +7,7 @@ from typing import Any
 
 from ..atomic import read_json, real_path
 from ..config.load import load_config
-from ..datasets.corruptions import CORRUPTIONS, SEVERITIES
+from ..datasets.corruptions import CORRUPTIONS
 from ..errors import InputError
 from ..stored import check_stored
 from .folder import FORMS, RunFolder, require_run
@@ -15,6 +15,7 @@ from .log import read_log
 from .schemas import Analysis, Environment, Metrics, PretrainingMetrics, Robustness, WholeReport
 
 _ADVICE = "write it again or remove it"
+_ANALYSE_AGAIN = "write it again with tools/analyze.py, or remove it"
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,9 @@ def _read(folder: RunFolder, name: str) -> RunRecord:
         log=log,
         environment=read_environment(folder.environment),
         metrics=read_metrics(folder.metrics),
-        analysis=_read_analysis(folder.analysis),
+        analysis=read_json(folder.analysis, schema=Analysis, advice=_ANALYSE_AGAIN)
+        if folder.analysis.exists()
+        else None,
         robustness=read_robustness(folder.robustness) if folder.robustness.is_file() else None,
         folder=folder,
         checkpoint=ends[0] if ends else None,
@@ -138,17 +141,6 @@ def read_metrics(path: Path, *, advice: str = _ADVICE) -> dict[str, Any]:
         except InputError as error:
             raise InputError(f"{path}: {error}; it is not what tools/train.py writes") from None
     return metrics
-
-
-def _read_analysis(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    content = read_json(path)
-    lists = [content.get(key) for key in ("epochs", "checkpoints", "between_checkpoints")]
-    if not all(isinstance(entries, list) for entries in lists) or not lists[1]:
-        raise InputError(f"{path}: is not what tools/analyze.py writes; write it again or remove it")
-    check_stored(content, Analysis, where=path, advice="write it again with tools/analyze.py, or remove it")
-    return content
 
 
 def require_whole(records: Sequence[RunRecord]) -> None:
@@ -185,21 +177,9 @@ def read_robustness(path: str | Path) -> dict[str, Any]:
         InputError: the file is missing, or has other content.
     """
     content = read_json(path, advice=f"make it with tools/evaluate.py --corruption all --output {path}")
-    table = content.get("corruptions")
+    advice = "it needs a file that --corruption all wrote"
+    check_stored(content, Robustness, where=path, advice=advice)
     for name in CORRUPTIONS:
-        accuracies = table[name].get("oa") if isinstance(table, dict) and isinstance(table.get(name), dict) else None
-        if not _are_accuracies(accuracies):
-            wanted = f"corruptions.{name}.oa is not {len(SEVERITIES)} accuracies in [0, 1]"
-            raise InputError(f"{path}: {wanted}; it needs a file that --corruption all wrote")
-    clean = content["clean"].get("oa") if isinstance(content.get("clean"), dict) else None
-    for key, value in (("clean.oa", clean), ("mean_oa", content.get("mean_oa"))):
-        if not isinstance(value, float) or not 0 <= value <= 1:
-            raise InputError(f"{path}: {key} is no accuracy in [0, 1]; it needs a file that --corruption all wrote")
-    check_stored(content, Robustness, where=path, advice="it needs a file that --corruption all wrote")
+        if name not in content["corruptions"]:
+            raise InputError(f"{path}: corruptions.{name} is missing; {advice}")
     return content
-
-
-def _are_accuracies(values: object) -> bool:
-    if not isinstance(values, list) or len(values) != len(SEVERITIES):
-        return False
-    return all(isinstance(value, (int, float)) and 0 <= value <= 1 for value in values)

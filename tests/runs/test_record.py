@@ -75,7 +75,7 @@ def test_equal_names_are_told_apart_by_their_paths(make_run):
         ),
         (
             lambda folder: folder.analysis.write_text('{"epochs": []}'),
-            "is not what tools/analyze.py writes; write it again",
+            r"analysis.json: checkpoints is missing; write it again with tools/analyze.py",
         ),
     ],
 )
@@ -148,9 +148,13 @@ def test_reading_gives_back_what_was_written_and_refuses_the_rest(tmp_path):
     bad["text"]["corruptions"]["rotate"]["oa"] = "0.5"
     for content in bad.values():
         path.write_text(json.dumps(content))
-        with pytest.raises(InputError, match=r"corruptions\.rotate\.oa is not 5 accuracies"):
+        with pytest.raises(
+            InputError, match=r"corruptions\.rotate\.oa(\.4)? is .*; it needs a file that --corruption all wrote"
+        ):
             read_robustness(path)
-    for text in ("[]", "{}", '{"corruptions": []}', '{"oa": 0.9}'):
+    lacking = robustness(0.5)
+    del lacking["corruptions"]["rotate"]
+    for text in ("[]", "{}", '{"corruptions": []}', '{"oa": 0.9}', json.dumps(lacking)):
         path.write_text(text)
         with pytest.raises(InputError, match="--corruption all"):
             read_robustness(path)
