@@ -1,4 +1,4 @@
-"""Evaluation: accuracy of a classifier on a loader, and BatchNorm statistics re-estimated for a merged model."""
+"""Evaluation: accuracy of a classifier on a loader, and the probabilities that it gives to classes."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -237,9 +237,13 @@ def _check_outputs(logits: Tensor, labels: Tensor, num_classes: int) -> None:
     if bad.any():
         sample = int(bad.int().argmax())
         raise InputError(f"sample {sample} has label {int(labels[sample])}, must be in [0, {num_classes})")
-    bad = ~torch.isfinite(logits).all(1)
-    if bad.any():
-        text = f"the model's output is not finite for {int(bad.sum())} of {len(bad)} samples"
+    _check_finite(logits)
+
+
+def _check_finite(logits: Tensor) -> None:
+    bad = int((~torch.isfinite(logits).all(1)).sum())
+    if bad:
+        text = f"the model's output is not finite for {bad} of {len(logits)} samples"
         raise InputError(f"{text}; its training has diverged, or the checkpoint is damaged")
 
 
@@ -290,7 +294,7 @@ def class_probabilities(
     *,
     device: torch.device | str,
     indices: Tensor | None = None,
-    batch_size: int = 64,
+    batch_size: int = BATCH_SIZE,
     progress: bool = True,
 ) -> Tensor:
     """Classify samples of a set without augmentation, in eval mode; the model's mode is restored afterwards.
@@ -320,8 +324,5 @@ def class_probabilities(
         batches = tqdm(indices.split(batch_size), desc="classify", leave=False, disable=None if progress else True)
         outputs = [model(dataset.batch(part, augment=False)[0].to(device)).float().cpu() for part in batches]
     logits = torch.cat(outputs)
-    bad = int((~torch.isfinite(logits).all(1)).sum())
-    if bad:
-        text = f"the model's output is not finite for {bad} of {len(logits)} clouds"
-        raise InputError(f"{text}; its training has diverged, or the checkpoint is damaged")
+    _check_finite(logits)
     return logits.softmax(1)

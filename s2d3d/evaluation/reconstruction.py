@@ -54,10 +54,10 @@ Report = ClassificationReport | ReconstructionReport
 """The evaluation of a model, whatever its task."""
 
 
-def pinned_masks(model: "PointMAEPretrain", count: int, seed: int = 0) -> Tensor:
+def pinned_masks(model: "PointMAEPretrain", count: int) -> Tensor:
     """Return the masks under which clouds 0, 1, ... of a set are evaluated: (count, num_group) bool.
 
-    They depend on the seed and the numbers of groups only, so models of one study see the same masks.
+    They depend on the numbers of groups only, so models of one study see the same masks.
 
     Example:
         >>> from s2d3d import create_model
@@ -65,7 +65,7 @@ def pinned_masks(model: "PointMAEPretrain", count: int, seed: int = 0) -> Tensor
         >>> torch.equal(pinned_masks(model, 3), pinned_masks(model, 3))
         True
     """
-    return model.draw_mask(count, generator=derived_generator(seed, "masks"))
+    return model.draw_mask(count, generator=derived_generator(0, "masks"))
 
 
 @torch.no_grad()
@@ -74,7 +74,6 @@ def evaluate_reconstruction(
     loader: BatchLoader,
     *,
     device: torch.device | str,
-    seed: int = 0,
     progress: bool = True,
 ) -> ReconstructionReport:
     """Reconstruct every cloud of a loader in eval mode; the model's mode is restored afterwards.
@@ -84,13 +83,12 @@ def evaluate_reconstruction(
         loader: yields clouds in the order of its set. When it is one rank's part (`loader.world_size` > 1), the losses
             of all ranks are added up.
         device: where to compute.
-        seed: of the masks, see `pinned_masks`.
         progress: show a progress bar on a terminal.
 
     Raises:
         InputError: an empty loader, or a loss that is not finite.
     """
-    masks = pinned_masks(model, len(loader.dataset), seed)
+    masks = pinned_masks(model, len(loader.dataset))
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     with eval_mode(model):
         batches = tqdm(loader, desc="reconstruct", leave=False, total=len(loader), disable=None if progress else True)

@@ -63,7 +63,6 @@ def evaluate_corruptions(
     device: torch.device | str,
     votes: int = 1,
     progress: bool = True,
-    seed: int = SEED,
 ) -> RobustnessReport:
     """Evaluate a model on the clean test set and on each of its 35 corruptions.
 
@@ -74,7 +73,6 @@ def evaluate_corruptions(
         device: where to compute.
         votes: see `evaluate`.
         progress: show progress bars on a terminal.
-        seed: of the corrupted sets.
 
     Raises:
         InputError: the smallest corrupted clouds have too few points for the model.
@@ -85,10 +83,10 @@ def evaluate_corruptions(
         return evaluate(model, make_loader(part), device=device, votes=votes, progress=progress)
 
     corrupted = {
-        name: [measure(CorruptedDataset(dataset, name, severity, seed=seed)) for severity in SEVERITIES]
+        name: [measure(CorruptedDataset(dataset, name, severity, seed=SEED)) for severity in SEVERITIES]
         for name in CORRUPTIONS
     }
-    return RobustnessReport(measure(dataset), corrupted, dataset.num_points, seed)
+    return RobustnessReport(measure(dataset), corrupted, dataset.num_points, SEED)
 
 
 def corruption_errors(result: dict[str, Any], reference: dict[str, Any]) -> dict[str, float]:

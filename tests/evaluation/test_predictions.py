@@ -30,5 +30,5 @@ def test_outputs_that_are_no_numbers_are_refused():
         def forward(self, points):
             return points[:, 0] / (points[:, :1, 0] > points[:, :1, 0].median())
 
-    with pytest.raises(InputError, match=r"not finite for [1-9]\d* of 10 clouds; its training has diverged"):
+    with pytest.raises(InputError, match=r"not finite for [1-9]\d* of 10 samples; its training has diverged"):
         class_probabilities(Diverged(), DATA, device="cpu", progress=False)
