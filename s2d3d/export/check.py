@@ -12,6 +12,7 @@ TOLERANCE = 1e-4
 LAST_BIT = 2.0**-23
 """Standard deviation of the noise that breaks ties: the last bit of a coordinate near 1."""
 JITTERS = 32
+BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -25,19 +26,17 @@ class Agreement:
     Attributes:
         error: (n,) largest difference of a logit of each cloud.
         same_class: (n,) bool, both predict the same class.
-        tie: (n,) bool, the difference exceeds the tolerance and a tie explains it.
-        tolerance: largest accepted difference of a logit.
+        tie: (n,) bool, the difference exceeds `TOLERANCE` and a tie explains it.
     """
 
     error: Tensor
     same_class: Tensor
     tie: Tensor
-    tolerance: float
 
     @property
     def wrong(self) -> int:
         """Number of clouds beyond the tolerance that no tie explains."""
-        return int((~(self.error <= self.tolerance) & ~self.tie).sum())
+        return int((~(self.error <= TOLERANCE) & ~self.tie).sum())
 
     def worst(self) -> float:
         """Return the largest difference over clouds without a tie, infinite if an output is not finite."""
@@ -49,7 +48,7 @@ class Agreement:
 
         Example:
             >>> same_class, tie = torch.tensor([True, True]), torch.tensor([False, True])
-            >>> print(Agreement(torch.tensor([1e-6, 3e-3]), same_class, tie, 1e-4).summary())
+            >>> print(Agreement(torch.tensor([1e-6, 3e-3]), same_class, tie).summary())
             largest difference of a logit 1.0e-06; the same class for 2 of 2
             1 of these clouds holds a tie between points, left out above: there the difference is up to 3.0e-03
         """
@@ -67,22 +66,13 @@ class Agreement:
 
 
 @torch.no_grad()
-def compare_exported(
-    model: nn.Module,
-    exported: Callable[[Tensor], Tensor],
-    points: Tensor,
-    *,
-    batch_size: int = 32,
-    tolerance: float = TOLERANCE,
-) -> Agreement:
+def compare_exported(model: nn.Module, exported: Callable[[Tensor], Tensor], points: Tensor) -> Agreement:
     """Compare an exported file with its model.
 
     Args:
         model: on the CPU, in eval mode.
         exported: the file, from `load_exported`, or another function from points to logits.
         points: (n, N, C) float32, n at least 1.
-        batch_size: clouds per forward pass.
-        tolerance: largest accepted difference of a logit.
 
     Raises:
         InputError: the file does not accept this number of points or channels.
@@ -98,21 +88,21 @@ def compare_exported(
         0
     """
     expected, found = [], []
-    for batch in tqdm(points.split(batch_size), desc="compare", leave=False, disable=None):
+    for batch in tqdm(points.split(BATCH_SIZE), desc="compare", leave=False, disable=None):
         expected.append(model(batch))
         found.append(exported(batch))
     ours, theirs = torch.cat(expected), torch.cat(found)
     error = (ours - theirs).abs().amax(1)
     tie = torch.zeros(len(points), dtype=torch.bool)
-    for index in torch.nonzero(~(error <= tolerance)).flatten().tolist():
-        tie[index] = _is_tie(model, points[index], theirs[index], tolerance)
-    return Agreement(error, ours.argmax(1) == theirs.argmax(1), tie, tolerance)
+    for index in torch.nonzero(~(error <= TOLERANCE)).flatten().tolist():
+        tie[index] = _is_tie(model, points[index], theirs[index])
+    return Agreement(error, ours.argmax(1) == theirs.argmax(1), tie)
 
 
-def _is_tie(model: nn.Module, cloud: Tensor, logits: Tensor, tolerance: float) -> bool:
+def _is_tie(model: nn.Module, cloud: Tensor, logits: Tensor) -> bool:
     """Return whether PyTorch gives these logits for a cloud (N, C) with changes in the last bit of its coordinates."""
     generator = torch.Generator().manual_seed(0)
     jitter = torch.randn(JITTERS, len(cloud), 3, generator=generator) * LAST_BIT
     changed = cloud.repeat(JITTERS, 1, 1)
     changed[..., :3] += jitter
-    return bool((model(changed) - logits).abs().amax(1).min() <= tolerance)
+    return bool((model(changed) - logits).abs().amax(1).min() <= TOLERANCE)
