@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..channels import XYZ
-from ..datasets.corruptions import CORRUPTIONS, check_corruption, corrupt
+from ..datasets.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from ..errors import InputError
 from .sheet import CloudSheet
 from .tokens import TokenExperts
@@ -306,10 +306,8 @@ def corruptions_sheet(
         >>> corruptions_sheet(torch.rand(1, 64, 3), ["noise"], 3, "title", seed=0, indices=[0]).captions[2]
         'noise, jitter'
     """
-    for name in CORRUPTIONS:
-        check_corruption(name, severity)
-    if severity == 0:
-        raise InputError("severity is 0, must be 1 .. 5")
+    if severity not in SEVERITIES:
+        raise InputError(f"severity is {severity}, must be 1 .. {SEVERITIES[-1]}")
     clouds, texts, marks = [], [], []
     for row, (cloud, caption, index) in enumerate(zip(points, captions, indices)):
         for change in (None, *CORRUPTIONS):

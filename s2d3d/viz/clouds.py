@@ -39,12 +39,11 @@ _FOG = 0.4  # fraction of the background colour in the farthest point
 Array = NDArray[np.float64]
 
 
-def height_colors(points: ArrayLike, *, colormap: str = "viridis") -> Array:
+def height_colors(points: ArrayLike) -> Array:
     """Colour points by their height within the cloud, dark at the bottom.
 
     Args:
         points: (N, 3), z up.
-        colormap: name of a matplotlib colormap.
 
     Returns:
         (N, 3) RGB in [0, 1].
@@ -55,7 +54,7 @@ def height_colors(points: ArrayLike, *, colormap: str = "viridis") -> Array:
     """
     height = _check_cloud(points, 0)[:, 2]
     # The ends of the colormap are cut: they are almost black, or as light as the background.
-    return colormaps[colormap](0.05 + 0.85 * _unit_range(height))[:, :3]
+    return colormaps["viridis"](0.05 + 0.85 * _unit_range(height))[:, :3]
 
 
 def render_clouds(
@@ -185,8 +184,8 @@ def _prepare(
     if size < 16:
         raise InputError(f"size is {size}, must be at least 16 pixels")
     arrays = [_check_cloud(cloud, index) for index, cloud in enumerate(clouds)]
-    rgb = [_check_colors(*given) for given in zip(_one_each("colors", colors, arrays), arrays, range(len(arrays)))]
-    factors = [_check_scales(*given) for given in zip(_one_each("scales", scales, arrays), arrays, range(len(arrays)))]
+    rgb = [_check_colors(*given) for given in zip(one_each("colors", colors, arrays), arrays, range(len(arrays)))]
+    factors = [_check_scales(*given) for given in zip(one_each("scales", scales, arrays), arrays, range(len(arrays)))]
 
     turned = [cloud @ _view_axes(*view).T for cloud in arrays]
     every = np.concatenate(turned)
@@ -216,9 +215,12 @@ def _prepare(
     )
 
 
-def _one_each(
-    what: str, given: Sequence[ArrayLike | None] | None, clouds: Sequence[Array]
-) -> Sequence[ArrayLike | None]:
+def one_each(what: str, given: Sequence[ArrayLike | None] | None, clouds: Clouds) -> Sequence[ArrayLike | None]:
+    """Return what is given for each cloud, in their order; None for all where nothing is.
+
+    Raises:
+        InputError: another number than that of the clouds.
+    """
     if given is not None and len(given) != len(clouds):
         raise InputError(f"{what} of {len(given)} clouds for {len(clouds)} clouds; give one entry for each")
     return [None] * len(clouds) if given is None else given

@@ -25,13 +25,12 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#4d
 SUFFIXES = (".png", ".svg", ".pdf")
 
 
-def save_figure(figure: Figure, path: str | os.PathLike, *, dpi: int = 110) -> Path:
+def save_figure(figure: Figure, path: str | os.PathLike) -> Path:
     """Write a figure atomically; the suffix of the path selects the format.
 
     Args:
         figure: the figure.
         path: file with one of `SUFFIXES`; an existing file is replaced.
-        dpi: pixels per inch in a PNG.
 
     Raises:
         InputError: the suffix is unknown.
@@ -46,7 +45,7 @@ def save_figure(figure: Figure, path: str | os.PathLike, *, dpi: int = 110) -> P
         raise InputError(f"{path}: a plot is a PNG, SVG or PDF; give it a name that ends in {', '.join(SUFFIXES)}")
     content = io.BytesIO()
     _take_names_literally(figure)
-    figure.savefig(content, format=kind[1:], dpi=dpi)
+    figure.savefig(content, format=kind[1:], dpi=110)
     write_bytes(path, content.getvalue())
     return path
 

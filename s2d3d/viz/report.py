@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..config.compare import differing_keys, flatten
 from ..errors import InputError
+from ..evaluation.accuracy import confusion_matrix
 from ..export import web
 from ..random_state import derived_generator
 from ..runs.log import training_throughput
@@ -224,8 +225,7 @@ def _explorer(
         }  # fmt: skip
     classes = list(predictions.class_names)
     confidence, guesses = predictions.probabilities.max(1)
-    confusion = np.zeros((len(classes), len(classes)), np.int64)
-    np.add.at(confusion, (predictions.labels.numpy(), guesses.numpy()), 1)
+    confusion = confusion_matrix(guesses, predictions.labels, len(classes))
     order = by_mistake(predictions.probabilities, predictions.labels).tolist()
     wrong = [index for index in order if guesses[index] != predictions.labels[index]]
     worst = wrong[:num_mistakes]

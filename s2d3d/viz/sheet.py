@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from ..atomic import write_bytes
 from ..errors import InputError
 from ..optional import optional
-from .clouds import Clouds, height_colors, render_clouds, show_window
+from .clouds import Clouds, height_colors, one_each, render_clouds, show_window
 from .grid import check_counts, draw_grid
 
 SUFFIXES = (".png", ".ply", ".html")
@@ -58,10 +58,8 @@ class CloudSheet:
         if not count:
             raise InputError("no cloud to draw")
         check_counts("clouds", count, self.captions, self.marks or [None] * count)
-        for name in ("colors", "scales"):
-            given = getattr(self, name)
-            if given is not None and len(given) != count:
-                raise InputError(f"{name} of {len(given)} clouds for {count} clouds; give one entry for each")
+        one_each("colors", self.colors, self.clouds)
+        one_each("scales", self.scales, self.clouds)
 
     def show(self) -> None:
         """Open a window with the clouds; see `show_window`."""
