@@ -17,7 +17,7 @@ import torch
 from ..channels import XYZ
 from ..errors import InputError, did_you_mean, quoted
 from .base import PointCloudDataset
-from .class_folders import UNLABELLED
+from .class_folders import SPLITS, UNLABELLED
 from .h5 import SEE, CloudFile, CloudLayout, check_up_axis, has_labels, read_h5
 from .h5_checks import check_shapes
 from .links import check_inside
@@ -26,7 +26,6 @@ from .selection import choose_shapes
 from .stream import MEMORY_BUDGET_GB, StreamedClouds, exceeds_budget, open_clouds, shape_names
 from .transforms import Transform, turn_up_axis
 
-SPLITS = ("train", "test")
 PREPARE = "python tools/prepare_data.py modelnet40 --from DIR --output"
 PREPARE_SHAPES = "python tools/prepare_data.py shapes --output"
 

@@ -106,19 +106,15 @@ def parse_lines(
     start: int = 0,
     stop: int | None = None,
     *,
-    separator: bytes | None = None,
-    decimal_comma: bool = False,
     line: int = 1,
     where: str,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Parse lines of numbers, some megabytes at a time; blank lines and comments are passed over.
+    """Parse lines of numbers between blanks, some megabytes at a time; blank lines and comments are passed over.
 
     Args:
         data: the text.
         start: where the first line begins.
         stop: where the last line ends; default the end.
-        separator: between numbers; None is any run of blanks.
-        decimal_comma: commas are decimal points.
         line: number of the first line, for messages.
         where: the file, for messages.
 
@@ -128,9 +124,9 @@ def parse_lines(
     Raises:
         InputError: an empty field, or one that is no number; the message names its line.
     """
-    for block, table in _parsed(data, _blocks(data, start, stop, line), separator, decimal_comma):
+    for block, table in _parsed(data, _blocks(data, start, stop, line), None, False):
         if table is None:
-            yield _parse_each(data[block.start : block.stop], separator, decimal_comma, block.line, where)
+            yield _parse_each(data[block.start : block.stop], None, False, block.line, where)
         else:
             numbers = np.arange(block.line, block.line + block.lines)
             yield np.stack(table, axis=1).ravel(), np.full(block.lines, len(table)), numbers
@@ -155,6 +151,8 @@ def parse_rows(
         columns: numbers of each line.
         keep: the columns to return, in this order; default all.
         start: as for `parse_lines`, like the rest.
+        separator: between numbers; None is any run of blanks.
+        decimal_comma: commas are decimal points.
 
     Returns:
         (rows, len(keep)) float64, each column contiguous.

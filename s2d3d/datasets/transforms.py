@@ -116,16 +116,15 @@ def unit_sphere_frame(points: Tensor) -> tuple[Tensor, Tensor]:
     return center, radius.clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def normalize_stored(points: Tensor, chunk: int = 512) -> Tensor:
+def normalize_stored(points: Tensor) -> Tensor:
     """Normalise each cloud, except float16 clouds already normalised up to rounding: rounding twice would add error.
 
     Args:
         points: (n, P, C) float16 or float32. What becomes of a cloud does not depend on the others. Channels other than
             the coordinates stay.
-        chunk: clouds at a time.
     """
     parts = []
-    for part in coordinates(points).split(chunk):
+    for part in coordinates(points).split(512):
         normalized = normalize_unit_sphere(part)
         if part.dtype == torch.float16:
             change = (normalized.float() - part.float()).abs().amax(dim=(1, 2), keepdim=True)

@@ -213,9 +213,7 @@ def neighbours(points: np.ndarray, query: np.ndarray, count: int) -> tuple[np.nd
     return np.argpartition(squared, count - 1, axis=1)[:, :count], np.sqrt(squared)
 
 
-def upsample(
-    points: np.ndarray, count: int, rng: Generator, *, num_neighbors: int = 8, chunk: int = 1024
-) -> np.ndarray:
+def upsample(points: np.ndarray, count: int, rng: Generator) -> np.ndarray:
     """Add points between stored ones until there are `count`: interpolation in tangent planes, no copies.
 
     A new point lies in a random triangle of a stored point and two of its nearest. It is moved half of the way to the
@@ -226,16 +224,15 @@ def upsample(
         points: (P, 3).
         count: at least P.
         rng: draws the triangles.
-        num_neighbors: nearest points that span a tangent plane and the triangles.
-        chunk: stored points at a time.
 
     Returns:
         (count, 3): the stored points, then the new ones.
 
     Source: Boubekeur and Alexa 2008, "Phong Tessellation".
     """
-    num_neighbors = min(num_neighbors, len(points) - 1)
-    near = np.concatenate([neighbours(points, part, num_neighbors + 1)[0] for part in _chunks(points, chunk)])
+    num_neighbors = min(8, len(points) - 1)  # they span a tangent plane and the triangles
+    parts = [points[start : start + 1024] for start in range(0, len(points), 1024)]
+    near = np.concatenate([neighbours(points, part, num_neighbors + 1)[0] for part in parts])
     patches = points[near] - points[near].mean(axis=1, keepdims=True)
     normals = np.linalg.eigh(np.einsum("nki,nkj->nij", patches, patches))[1][:, :, 0]
     number = count - len(points)
@@ -248,10 +245,6 @@ def upsample(
     height = np.einsum("nci,nci->nc", flat[:, None] - points[corners], normals[corners])
     new = flat - 0.5 * np.einsum("nc,nci->ni", weights * height, normals[corners])
     return np.concatenate([points, new])
-
-
-def _chunks(points: np.ndarray, size: int) -> list[np.ndarray]:
-    return [points[start : start + size] for start in range(0, len(points), size)]
 
 
 def place_camera(rng: Generator) -> tuple[np.ndarray, float]:
