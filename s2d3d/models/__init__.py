@@ -121,10 +121,6 @@ _MODELS: dict[str, tuple[Callable[..., nn.Module], dict[str, object]]] = {
 }
 
 
-TASKS = ("classify", "pretrain")
-"""What a model is for: it returns logits of classes, or the loss of a pre-training."""
-
-
 def list_models(pattern: str = "*", *, task: str | None = None) -> list[str]:
     """List the names that `create_model` knows.
 
@@ -145,7 +141,7 @@ def model_task(name: str) -> str:
     Raises:
         InputError: unknown name.
     """
-    return getattr(_lookup(name)[0], "task", TASKS[0])
+    return getattr(_lookup(name)[0], "task", "classify")
 
 
 def model_kwargs(name: str) -> dict[str, object]:
@@ -209,7 +205,7 @@ def create_for_classes(name: str, num_classes: int, **kwargs) -> nn.Module:
         >>> type(create_for_classes("point_mae_pretrain_tiny", 40)).__name__
         'PointMAEPretrain'
     """
-    return create_model(name, num_classes=num_classes if model_task(name) == TASKS[0] else None, **kwargs)
+    return create_model(name, num_classes=num_classes if model_task(name) == "classify" else None, **kwargs)
 
 
 def register_model(name: str, build: Callable[..., nn.Module], **preset: object) -> None:

@@ -82,12 +82,7 @@ class PointBERT(nn.Module):
             ),
             fractions=dict(drop_path_rate=drop_path_rate, head_dropout=head_dropout),
         )
-        if depth > MAX_DEPTH:
-            raise ValueError(f"depth is {depth}, must be at most {MAX_DEPTH}")
-        if not 1 <= trans_dim * mlp_ratio < math.inf:
-            raise ValueError(f"mlp_ratio is {mlp_ratio}, must be at least 1 / {trans_dim} channels")
-        if in_channels < 3:
-            raise ValueError(f"in_channels is {in_channels}, must be at least 3 (x, y, z)")
+        check_backbone(in_channels, trans_dim, mlp_ratio, depth, init_std)
         if variant not in VARIANTS:
             raise ValueError(f"variant is '{variant}', must be one of {', '.join(VARIANTS)}")
         if variant == "mae" and encoder_dims != trans_dim:
@@ -99,12 +94,10 @@ class PointBERT(nn.Module):
         self.reduce_dim = nn.Linear(encoder_dims, trans_dim) if variant == "bert" else nn.Identity()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, trans_dim))
         self.cls_pos = nn.Parameter(torch.randn(1, 1, trans_dim))
-        self.pos_embed = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, trans_dim))
+        self.pos_embed = position_embedding(trans_dim)
         self.blocks = TransformerEncoder(trans_dim, depth, num_heads, mlp_ratio, drop_path_rate)
         self.norm = nn.LayerNorm(trans_dim, eps=1e-5)
         self.cls_head_finetune = _head(variant, 2 * trans_dim, num_classes, head_dropout)
-        if not 0 < init_std < float("inf"):
-            raise ValueError(f"init_std is {init_std}, must be above 0")
         self.init_std = init_std
         self.apply(self._init_weights)
         if variant == "mae":
@@ -152,7 +145,7 @@ class PointBERT(nn.Module):
     @torch.jit.ignore
     def fewest_points(self) -> int:
         """Return how many points a cloud needs in an exported program that takes any number of points."""
-        return max(self.num_group, self.group_size)
+        return self.min_points
 
     def forward_features(self, points: Tensor) -> Tensor:
         """Map points (B, N, C) to normalised tokens (B, 1 + num_group, trans_dim), the class token first.
@@ -160,11 +153,7 @@ class PointBERT(nn.Module):
         Raises:
             ValueError: fewer points than `num_group` or `group_size`.
         """
-        if points.shape[1] < self.min_points:
-            raise ValueError(
-                f"{points.shape[1]} points per cloud are too few for num_group={self.num_group} "
-                f"and group_size={self.group_size}"
-            )
+        check_points(points, self.num_group, self.group_size)
         groups, centers = group_points(points, self.num_group, self.group_size, skip_origin=self.fps_skip_origin)
         tokens = self.reduce_dim(self.encoder(groups))
         batch = points.shape[0]
@@ -192,6 +181,28 @@ def _head(variant: str, in_features: int, num_classes: int, dropout: float) -> n
 
     layers = hidden(in_features) + (hidden(256) if variant == "mae" else [])
     return nn.Sequential(*layers, nn.Linear(256, num_classes))
+
+
+def check_backbone(in_channels: int, trans_dim: int, mlp_ratio: float, depth: int, init_std: float) -> None:
+    if depth > MAX_DEPTH:
+        raise ValueError(f"depth is {depth}, must be at most {MAX_DEPTH}")
+    if not 1 <= trans_dim * mlp_ratio < math.inf:
+        raise ValueError(f"mlp_ratio is {mlp_ratio}, must be at least 1 / {trans_dim} channels")
+    if in_channels < 3:
+        raise ValueError(f"in_channels is {in_channels}, must be at least 3 (x, y, z)")
+    if not 0 < init_std < math.inf:
+        raise ValueError(f"init_std is {init_std}, must be above 0")
+
+
+def check_points(points: Tensor, num_group: int, group_size: int) -> None:
+    if points.shape[1] < max(num_group, group_size):
+        raise ValueError(
+            f"{points.shape[1]} points per cloud are too few for num_group={num_group} and group_size={group_size}"
+        )
+
+
+def position_embedding(dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, dim))
 
 
 def check_ranges(at_least_one: dict[str, int], fractions: dict[str, float]) -> None:

@@ -4,7 +4,6 @@ State-dict keys and shapes are those of the published pre-training files. The en
 behind `MAE_encoder.`, so that `load_pretrained_` reads such a file into `point_mae`.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from ..ops.chamfer import NORMS, chamfer_distance
 from ..ops.points import group_points
 from .layers import GroupEncoder, TransformerEncoder, check_channels
-from .point_bert import MAX_DEPTH, check_ranges
+from .point_bert import check_backbone, check_points, check_ranges, position_embedding
 
 
 class Reconstruction(NamedTuple):
@@ -46,7 +45,7 @@ class MaskedEncoder(nn.Module):
         super().__init__()
         self.init_std = init_std
         self.encoder = GroupEncoder(in_channels, encoder_dims, encoder_width)
-        self.pos_embed = _position(trans_dim)
+        self.pos_embed = position_embedding(trans_dim)
         self.blocks: nn.Module
         self.norm = nn.LayerNorm(trans_dim, eps=1e-5)
 
@@ -156,22 +155,15 @@ class PointMAEPretrain(nn.Module):
             ),
             fractions=dict(drop_path_rate=drop_path_rate),
         )  # fmt: skip
-        if max(depth, decoder_depth) > MAX_DEPTH:
-            raise ValueError(f"depth is {max(depth, decoder_depth)}, must be at most {MAX_DEPTH}")
+        check_backbone(in_channels, trans_dim, mlp_ratio, max(depth, decoder_depth), init_std)
         if encoder_dims != trans_dim:
             raise ValueError(f"encoder_dims is {encoder_dims}, must equal trans_dim {trans_dim}")
-        if in_channels < 3:
-            raise ValueError(f"in_channels is {in_channels}, must be at least 3 (x, y, z)")
-        if not 1 <= trans_dim * mlp_ratio < math.inf:
-            raise ValueError(f"mlp_ratio is {mlp_ratio}, must be at least 1 / {trans_dim} channels")
         if not 0 < mask_ratio < 1:
             raise ValueError(f"mask_ratio is {mask_ratio}, must be in (0, 1)")
         self.num_masked = int(mask_ratio * num_group)
         if not 0 < self.num_masked < num_group:
             text = f"mask_ratio {mask_ratio} of num_group {num_group} masks {self.num_masked} groups"
             raise ValueError(f"{text}, must mask at least one and leave at least one")
-        if not 0 < init_std < float("inf"):
-            raise ValueError(f"init_std is {init_std}, must be above 0")
         if loss not in NORMS:
             raise ValueError(f"loss is '{loss}', must be one of {', '.join(NORMS)}")
         self.in_channels = in_channels
@@ -180,7 +172,7 @@ class PointMAEPretrain(nn.Module):
         self.MAE_encoder = MaskedEncoder(in_channels, trans_dim, encoder_dims, encoder_width, init_std)
         self.MAE_encoder.blocks = TransformerEncoder(trans_dim, depth, num_heads, mlp_ratio, drop_path_rate)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, trans_dim))
-        self.decoder_pos_embed = _position(trans_dim)
+        self.decoder_pos_embed = position_embedding(trans_dim)
         self.MAE_decoder = MaskedDecoder(trans_dim, decoder_depth, decoder_num_heads, mlp_ratio, drop_path_rate)
         self.increase_dim = nn.Sequential(nn.Conv1d(trans_dim, 3 * group_size, 1))
         for part in (self.MAE_encoder, self.MAE_decoder):
@@ -279,11 +271,7 @@ class PointMAEPretrain(nn.Module):
         check_channels(points, self.in_channels)
         if not len(points):
             raise ValueError("there is no cloud in the batch")
-        if points.shape[1] < max(self.num_group, self.group_size):
-            raise ValueError(
-                f"{points.shape[1]} points per cloud are too few for num_group={self.num_group} "
-                f"and group_size={self.group_size}"
-            )
+        check_points(points, self.num_group, self.group_size)
         return group_points(points, self.num_group, self.group_size, skip_origin=self.fps_skip_origin)
 
     def _checked(self, mask: Tensor, clouds: int) -> tuple[Tensor, int]:
@@ -298,10 +286,6 @@ class PointMAEPretrain(nn.Module):
                 "it must hide the same number in each, at least one and not all"
             )
         return mask, int(counts[0])
-
-
-def _position(dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, dim))
 
 
 def _places(mask: Tensor, count: int) -> Tensor:
