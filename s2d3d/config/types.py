@@ -61,13 +61,13 @@ def _check_interval(value: tuple[float, float]) -> tuple[float, float]:
     return value
 
 
-def _check_not_empty(value: tuple[str, ...]) -> tuple[str, ...]:
+def check_not_empty(value: tuple) -> tuple:
     if not value:
         raise ValueError("must not be empty")
     return value
 
 
-def _check_unique(value: tuple[str, ...]) -> tuple[str, ...]:
+def check_unique(value: tuple) -> tuple:
     twice = [name for name, count in Counter(value).items() if count > 1]
     if twice:
         raise ValueError(f"names {show(twice[0])} twice")
@@ -126,7 +126,7 @@ DatasetName = Annotated[Str, AfterValidator(_check_dataset)]
 ModelName = Annotated[Str, AfterValidator(_check_model)]
 OptimizerName = Annotated[Str, AfterValidator(_check_optimizer)]
 DeviceName = Annotated[Str, AfterValidator(_check_device)]
-Names = Annotated[tuple[Name, ...], AfterValidator(_check_not_empty)]
+Names = Annotated[tuple[Name, ...], AfterValidator(check_not_empty)]
 NameOrNames = Annotated[Names, BeforeValidator(_to_tuple)]
 """One name may stand without a list."""
-ClassNames = Annotated[Names, AfterValidator(_check_unique)]
+ClassNames = Annotated[Names, AfterValidator(check_unique)]

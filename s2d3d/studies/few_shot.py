@@ -213,7 +213,7 @@ def _finished(output: Path, header: dict[str, Any]) -> dict[int, dict[str, Any]]
     try:
         theirs = {key: content[key] for key in header}
         folds = {int(result["fold"]): result for result in content["folds"]}
-    except (KeyError, TypeError, ValueError):
+    except KeyError:
         raise InputError(f"{output}: is not a file of few-shot folds; {advice}") from None
     # Parsed, so that keys that were added or removed since are not a difference.
     theirs["config"] = parse_config(theirs["config"], where=str(output)).to_dict()
@@ -223,5 +223,5 @@ def _finished(output: Path, header: dict[str, Any]) -> dict[int, dict[str, Any]]
         found["config.data.root"] = roots
     for name, (own, other) in found.items():
         difference = f"{name.removeprefix('config.')}={other!r}, this call has {own!r}"
-        raise InputError(f"{output}: holds folds with {difference}; choose another --output or pass --force")
+        raise InputError(f"{output}: holds folds with {difference}; {advice}")
     return folds

@@ -293,11 +293,6 @@ def _p_value(p: float | None) -> str:
     return "-" if p is None else f"{p:.2g}" if p >= 1e-4 else "< 0.0001"
 
 
-def difference(item: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the mean of a comparison and its t interval, in points; "empty" and "-" without them."""
-    return _points(item["mean"]), _interval(item, "t")
-
-
 def summarize_folder(folder: str | Path, results: str | Path, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Compute the numbers of all studies of a folder from their records; nothing is run.
 
@@ -341,7 +336,8 @@ def overview_text(summaries: Sequence[Mapping[str, Any]]) -> str:
             continue
         for item in summary["comparisons"]:
             comparison = f"{item['name']} - {item['reference']}"
-            rows.append([title, summary["split"], f"{done} of {cells}", comparison, str(item["n"]), *difference(item)])
+            found = [str(item["n"]), _points(item["mean"]), _interval(item, "t")]
+            rows.append([title, summary["split"], f"{done} of {cells}", comparison, *found])
             title = ""
     return f"{finished} of {planned} runs are finished; each study counts the runs that it shares with another.\n\n" + (
         markdown_table(header, rows)

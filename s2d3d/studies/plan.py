@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from ..config.compare import SET_BY_STUDY, WHERE_AND_HOW_FAST, differences, flatten, is_named
 from ..config.io import Problem, override_key, raise_problems, read_yaml, schema_problems, show
 from ..config.load import Config, load_config, load_layered_config
-from ..config.types import Float, Int, Name, PathStr, Str, check_plain
+from ..config.types import Float, Int, Name, PathStr, Str, check_not_empty, check_plain, check_unique
 from ..errors import InputError, did_you_mean
 from ..runs.folder import FORMS
 from .cell import Cell
@@ -33,15 +33,6 @@ def _check_arms(arms: dict) -> dict:
     return arms
 
 
-def _check_seeds(seeds: tuple[int, ...]) -> tuple[int, ...]:
-    twice = [seed for index, seed in enumerate(seeds) if seed in seeds[:index]]
-    if twice:
-        raise ValueError(f"names {twice[0]} twice")
-    if not seeds:
-        raise ValueError("must not be empty")
-    return seeds
-
-
 def _check_reference(reference: object) -> object:
     pairs = reference.items() if isinstance(reference, dict) else [("", reference)]
     if not pairs or not all(isinstance(text, str) for pair in pairs for text in pair):
@@ -56,6 +47,7 @@ def _check_value(value: object) -> object:
 
 
 Label = Annotated[Name, AfterValidator(_check_arm_name)]
+Seed = Annotated[Int, Field(ge=0, le=2**32 - 1)]
 Values = dict[Str, Annotated[Any, AfterValidator(_check_value)]]
 
 
@@ -70,7 +62,7 @@ class StudyConfig(BaseModel):
     evaluate: Literal["validation", "test"] = Field(
         description="'validation': score the part that data.val_fraction holds out, to choose; 'test': the test split."
     )
-    seeds: Annotated[tuple[Annotated[Int, Field(ge=0, le=2**32 - 1)], ...], AfterValidator(_check_seeds)] = Field(
+    seeds: Annotated[tuple[Seed, ...], AfterValidator(check_not_empty), AfterValidator(check_unique)] = Field(
         description="Seeds of each arm; runs of one seed are paired."
     )
     reference: Annotated[Any, BeforeValidator(_check_reference)] = Field(

@@ -101,7 +101,7 @@ def record_of_run(cell: Cell) -> dict[str, Any] | None:
         "curve": {key: values for key, values in curve.items() if any(value is not None for value in values)},
     }
     if problem := _incomplete(record, cell):
-        raise InputError(f"{folder.root}: holds a run with {problem}; remove the run folder and run again")
+        raise InputError(f"{folder.root}: holds a run with {problem}; {_ADVICE}")
     return record
 
 

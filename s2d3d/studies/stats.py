@@ -147,14 +147,14 @@ def holm(p_values: Sequence[float], number: int | None = None) -> list[float]:
     return corrected
 
 
-def bonferroni_level(number: int, level: float = LEVEL) -> float:
-    """Return the level of each of `number` intervals so that all hold simultaneously at `level` (Bonferroni).
+def bonferroni_level(number: int) -> float:
+    """Return the level of each of `number` intervals so that all hold simultaneously at `LEVEL` (Bonferroni).
 
     Example:
         >>> round(bonferroni_level(10), 3)
         0.995
     """
-    return 1 - (1 - level) / number
+    return 1 - (1 - LEVEL) / number
 
 
 def hierarchical_bootstrap(
