@@ -177,14 +177,17 @@ class RunFolder:
 
     def _findings(self) -> list[Path]:
         """Return what other tools and loggers have written about the run, where it is there."""
-        events = (self.root / "tensorboard").glob("events.out.tfevents.*")
         analysis = (self.analysis, self.analysis.with_suffix(".png"))
-        files = (self.robustness, *analysis, self.wandb, *self.report_files(), *events)
+        files = (self.robustness, *analysis, self.wandb, *self.report_files(), *self.events())
         return [path for path in files if path.exists()]
 
     def _remove_run(self) -> None:
         for path in (*self._present(), *self._findings()):
             path.unlink(missing_ok=True)
+
+    def events(self) -> list[Path]:
+        """Return the event files of TensorBoard."""
+        return list((self.root / "tensorboard").glob("events.out.tfevents.*"))
 
     def report_files(self) -> list[Path]:
         """Return where the report of the run and its plots lie."""

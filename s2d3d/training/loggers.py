@@ -2,7 +2,6 @@
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -116,7 +115,7 @@ class TensorBoardLogger:
             folder: of the run.
             history: rows of the epochs completed so far. They are written if the folder has no event file.
         """
-        continues = bool(_events(folder))
+        continues = bool(folder.events())
         epoch = history[-1]["epoch"] if history else 0
         self._writer = _import("tensorboard").SummaryWriter(
             str(folder.root / "tensorboard"), purge_step=epoch + 1 if continues else None
@@ -269,10 +268,6 @@ def _scores(report: Report) -> dict[str, float]:
     if isinstance(report, ClassificationReport):
         return {"oa": report.oa, "macc": report.macc}
     return {"loss": report.loss}
-
-
-def _events(folder: RunFolder) -> list[Path]:
-    return list((folder.root / "tensorboard").glob("events.out.tfevents.*"))
 
 
 def _asked(config: Config) -> list[str]:
