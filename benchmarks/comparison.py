@@ -58,10 +58,6 @@ class Comparison:
         pairs = ratios(self.seconds(name, clock), self.seconds(base or self.base, clock))
         return estimate(pairs, self.starts)
 
-    def speedup(self, name: str, base: str | None = None) -> Interval:
-        """Estimate the time of the base over that of a contestant."""
-        return self.ratio(base or self.base, name)
-
     def rate(self, name: str, items: float | None = None) -> Interval:
         """Estimate the items per second of a contestant; default: `samples` of one run."""
         count = self.samples if items is None else items

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..atomic import check_parent, write_json, write_text
-from ..errors import InputError, UnreadableError, first_line
+from ..errors import InputError, first_line
 from ..optional import optional
 from ..runs.checkpoint import (
     build_model,
@@ -164,7 +164,7 @@ class PointCloudClassifier(nn.Module, PyTorchModelHubMixin, library_name="s2d3d"
             return cls._read(Path(name))
         try:
             return super().from_pretrained(name, **options)
-        except (InputError, UnreadableError):
+        except InputError:
             raise
         except (OSError, ValueError) as error:  # all that the hub's library raises
             away = isinstance(error, LocalEntryNotFoundError)
