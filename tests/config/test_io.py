@@ -1,32 +1,16 @@
 """Reading configs: files, overrides, and junk that must raise nothing but InputError."""
 
-import copy
 from pathlib import Path
 
 import pytest
 import yaml
+from base_config import BASE, changed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from s2d3d.config.io import override_name
 from s2d3d.config.load import dump_config, load_config, parse_config
 from s2d3d.errors import InputError
-
-BASE = {
-    "output_dir": "runs/test",
-    "data": {"name": "modelnet40", "root": "data/modelnet40"},
-    "model": {"name": "point_bert_tiny"},
-}
-
-
-def changed(path: str, value: object) -> dict:
-    mapping = copy.deepcopy(BASE)
-    *sections, key = path.split(".")
-    place = mapping
-    for section in sections:
-        place = place.setdefault(section, {})
-    place[key] = value
-    return mapping
 
 
 def problem_of_text(tmp_path: Path, text: str | bytes) -> str:
@@ -36,13 +20,6 @@ def problem_of_text(tmp_path: Path, text: str | bytes) -> str:
         load_config(path)
     assert str(caught.value).startswith(f"{path}: ")
     return str(caught.value).removeprefix(f"{path}: ")
-
-
-@pytest.fixture
-def base(tmp_path):
-    path = tmp_path / "base.yaml"
-    path.write_text(yaml.safe_dump(BASE))
-    return path
 
 
 # Files

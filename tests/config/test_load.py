@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-import yaml
+from base_config import BASE, changed
 from timm.layers import Mlp
 
 from s2d3d import models
@@ -15,35 +15,13 @@ from s2d3d.datasets import list_datasets
 from s2d3d.errors import InputError
 from s2d3d.models import create_model, list_models, model_kwargs
 
-BASE = {
-    "output_dir": "runs/test",
-    "data": {"name": "modelnet40", "root": "data/modelnet40"},
-    "model": {"name": "point_bert_tiny"},
-}
 SECTIONS = ("data", "model", "s2d", "optim", "train", "eval", "log")
-
-
-def changed(path: str, value: object) -> dict:
-    mapping = copy.deepcopy(BASE)
-    *sections, key = path.split(".")
-    place = mapping
-    for section in sections:
-        place = place.setdefault(section, {})
-    place[key] = value
-    return mapping
 
 
 def lines_of(mapping: object) -> list[str]:
     with pytest.raises(InputError) as caught:
         parse_config(mapping, where="a.yaml")
     return str(caught.value).split("\n")
-
-
-@pytest.fixture
-def base(tmp_path):
-    path = tmp_path / "base.yaml"
-    path.write_text(yaml.safe_dump(BASE))
-    return path
 
 
 # Accepted
