@@ -11,8 +11,9 @@ from pathlib import Path
 
 import h5py
 import pytest
+from weights import log_rows
 
-from faults.training import Runs, end, log_rows, same_weights
+from faults.training import Runs, end, same_weights
 from s2d3d.runs.folder import RunFolder
 
 WITHIN = 60

@@ -1,6 +1,5 @@
 """Runs of `tools/train.py` in forked processes that can be killed, and what must hold after they are resumed."""
 
-import csv
 import json
 import os
 import signal
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from weights import log_rows
 
 from s2d3d import load_checkpoint
 from s2d3d.runs.folder import RunFolder
@@ -174,12 +174,6 @@ def same_weights(first: Path, second: Path) -> bool:
     """Tell whether two checkpoints hold the same weights, bit for bit."""
     first, second = (load_checkpoint(path)["state_dict"] for path in (first, second))
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
-
-
-def log_rows(folder: RunFolder) -> list[dict[str, str]]:
-    """Return the log without what time does to it."""
-    with open(folder.log) as file:
-        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
 
 
 def end(pid: int, number: signal.Signals) -> bool:

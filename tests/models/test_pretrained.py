@@ -10,6 +10,7 @@ import reference
 import timm
 import torch
 from torch import nn
+from weights import assert_same_weights
 
 from s2d3d.channels import num_channels
 from s2d3d.datasets.transforms import turn_up_axis
@@ -80,12 +81,6 @@ def copy_of(model):
     return {key: value.clone() for key, value in model.state_dict().items()}
 
 
-def assert_same(first, second):
-    assert first.keys() == second.keys()
-    for key in first:
-        assert torch.equal(first[key], second[key]), key
-
-
 # What loads
 
 
@@ -100,7 +95,7 @@ def test_published_layout_loads_every_tensor_and_gives_equal_logits(write, name,
     assert list(report.matched) == list(ours.state_dict())
     total = {"point_bert": 164, "point_mae": 174}[name]
     assert report.summary() == f"{path}: {total} of the model's {total} tensors loaded; {HINT}"
-    assert_same(ours.state_dict(), dict(theirs.state_dict()))
+    assert_same_weights(ours.state_dict(), dict(theirs.state_dict()))
     assert deviation(ours, theirs, clouds()) < ATOL
 
 
@@ -143,7 +138,7 @@ def test_files_of_other_trainers_load_whole(write, prefix, key):
     report = load_pretrained_(ours, write({key: weights, "epoch": 3} if key else weights))
     assert len(report.matched) == 164 and not report.unexpected
     expected = {name: weight.half().to(weight.dtype) for name, weight in theirs.state_dict().items()}
-    assert_same(ours.state_dict(), expected)
+    assert_same_weights(ours.state_dict(), expected)
 
 
 def test_the_head_follows_the_names_of_the_classes(tmp_path):
@@ -181,9 +176,11 @@ def test_point_bert_pretraining_loads_what_the_classifier_has(write):
     fresh = copy_of(ours)
     report = load_pretrained_(ours, write(wrapped(content)))
     assert set(report.matched) == backbone.keys()
-    assert_same({key: ours.state_dict()[key] for key in backbone}, backbone)
+    assert_same_weights({key: ours.state_dict()[key] for key in backbone}, backbone)
     assert set(report.missing) == {f"cls_head_finetune.{key}" for key in ("0.weight", "0.bias", "3.weight", "3.bias")}
-    assert_same({key: ours.state_dict()[key] for key in report.missing}, {key: fresh[key] for key in report.missing})
+    assert_same_weights(
+        {key: ours.state_dict()[key] for key in report.missing}, {key: fresh[key] for key in report.missing}
+    )
     assert set(report.unexpected) == set(content) - {f"transformer_q.{key}" for key in backbone}
     assert report.summary().partition(": ")[2] == (
         "160 of the model's 164 tensors loaded; left fresh, not in the file: cls_head_finetune (4); "
@@ -201,7 +198,7 @@ def test_point_mae_pretraining_has_no_class_token(write):
     assert set(report.matched) == backbone.keys() and len(backbone) == 156
     assert {"cls_token", "cls_pos"} < set(report.missing) and len(report.missing) == 18
     assert report.unexpected == ("mask_token", "MAE_decoder.norm.weight")
-    assert_same({key: ours.state_dict()[key] for key in backbone}, backbone)
+    assert_same_weights({key: ours.state_dict()[key] for key in backbone}, backbone)
 
 
 @pytest.mark.parametrize("name", REFERENCES)
@@ -284,7 +281,7 @@ def test_a_pickle_with_code_is_refused_and_the_code_not_run(write, tmp_path):
     with pytest.raises(InputError, match=r"^\S+published\.pth: .*its pickle calls \w+\.mkdir, which is not done\)$"):
         load_pretrained_(ours, path)
     assert not (tmp_path / "ran").exists()
-    assert_same(ours.state_dict(), before)
+    assert_same_weights(ours.state_dict(), before)
     torch.load(path, weights_only=False)
     assert (tmp_path / "ran").exists(), "the file does run code where it is allowed to"
 
@@ -367,7 +364,7 @@ def test_what_does_not_fit_is_one_line_and_leaves_the_model_as_it_was(write, spo
     with pytest.raises(InputError, match=message) as caught:
         load_pretrained_(ours, path)
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
-    assert_same(ours.state_dict(), before)
+    assert_same_weights(ours.state_dict(), before)
 
 
 def test_experts_are_neither_loaded_nor_loaded_into(write, tmp_path):

@@ -5,13 +5,10 @@ import shutil
 import pytest
 import torch
 import yaml
+from weights import weights
 
-from s2d3d import Trainer, load_checkpoint, load_config
+from s2d3d import Trainer, load_config
 from s2d3d.config.load import dump_config
-
-
-def weights(path):
-    return load_checkpoint(path)["state_dict"]
 
 
 def test_resume_needs_nothing_but_the_folder(tiny_config, tool, tmp_path, monkeypatch):

@@ -5,14 +5,10 @@ import json
 import pytest
 import torch
 from cases import quick
-from weights import assert_same_weights
+from weights import assert_same_weights, weights
 
 from s2d3d import Callback, Trainer, load_checkpoint
 from s2d3d.s2d.analysis import expert_divergence
-
-
-def state_of(path):
-    return load_checkpoint(path)["state_dict"]
 
 
 class Noting(Callback):
@@ -43,8 +39,8 @@ def test_calls_come_in_order_and_looking_changes_nothing(tiny_config, tmp_path):
     assert notes == [(f"{name} {event}", *counts) for event, *counts in expected for name in "ab"]
     plain = Trainer(tiny_config(f"output_dir={tmp_path / 'plain'}"))
     plain.fit()
-    assert_same_weights(state_of(watched.folder.last), state_of(plain.folder.last))
-    assert_same_weights(state_of(watched.folder.merged), state_of(plain.folder.merged))
+    assert_same_weights(weights(watched.folder.last), weights(plain.folder.last))
+    assert_same_weights(weights(watched.folder.merged), weights(plain.folder.merged))
 
 
 def test_an_update_is_complete_and_not_yet_saved(tiny_config):
@@ -78,8 +74,8 @@ def test_an_epoch_is_evaluated_and_not_yet_saved_and_changes_of_the_model_are(ti
     trainer = Trainer(tiny_config("data.val_fraction=0.2"), callbacks=[Mark()])
     trainer.fit()
     assert seen == [(1, 1, 0, 0, True), (2, 2, 0, 1, True)]
-    assert (state_of(trainer.folder.last)["cls_head_finetune.3.bias"] == 2).all()
-    assert (state_of(trainer.folder.merged)["cls_head_finetune.3.bias"] == 2).all()
+    assert (weights(trainer.folder.last)["cls_head_finetune.3.bias"] == 2).all()
+    assert (weights(trainer.folder.merged)["cls_head_finetune.3.bias"] == 2).all()
 
 
 def test_a_finished_run_is_whole_and_a_stopped_one_is_not_finished(tiny_config):
@@ -130,4 +126,4 @@ def test_an_error_ends_the_run_and_what_was_saved_before_continues(tiny_config, 
     resumed.fit(resume=trainer.folder.root)
     whole = Trainer(tiny_config(*options, f"output_dir={tmp_path / 'whole'}"))
     whole.fit()
-    assert_same_weights(state_of(resumed.folder.merged), state_of(whole.folder.merged))
+    assert_same_weights(weights(resumed.folder.merged), weights(whole.folder.merged))

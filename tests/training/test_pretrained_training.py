@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from reference import draw_weights_
+from weights import assert_same_weights
 
 from s2d3d import Trainer, create_model, load_checkpoint, load_model
 from s2d3d.config.load import dump_config, parse_config
@@ -16,12 +17,6 @@ from s2d3d.evaluation import batchnorm
 def start_of(trainer):
     """Return the weights that a run started from; it has saved twice, before the first update and at its end."""
     return load_checkpoint(trainer.folder.previous)["state_dict"]
-
-
-def assert_same(first, second):
-    assert first.keys() == second.keys()
-    for key in first:
-        assert torch.equal(first[key], second[key]), key
 
 
 @pytest.fixture
@@ -44,7 +39,7 @@ def test_dense_training_starts_from_the_file(tiny_config, published, caplog):
     trainer = Trainer(tiny_config("s2d.kind=none", f"model.pretrained={path}", "train.max_steps=1"))
     with caplog.at_level(logging.INFO):
         trainer.fit()
-    assert_same(start_of(trainer), weights)
+    assert_same_weights(start_of(trainer), weights)
     lines = [record.message for record in caplog.records if "tensors loaded" in record.message]
     (line,) = lines
     total = len(weights)
@@ -87,7 +82,7 @@ def test_resume_and_merged_model_do_not_need_the_file(tiny_config, published, tm
     path.unlink()
     resumed = Trainer(tiny_config(pretrained))
     merged = resumed.fit(resume=stopped.folder.root)
-    assert_same(load_checkpoint(merged)["state_dict"], load_checkpoint(whole.folder.merged)["state_dict"])
+    assert_same_weights(load_checkpoint(merged)["state_dict"], load_checkpoint(whole.folder.merged)["state_dict"])
     payload = load_checkpoint(merged)
     assert "pretrained" not in payload["model"]["kwargs"]
     assert payload["config"]["model"]["pretrained"] == str(path), "a run knows what it started from"
@@ -100,7 +95,7 @@ def test_our_merged_model_is_a_start_too(tiny_config, tmp_path):
     merged = first.fit()
     second = Trainer(tiny_config("s2d.kind=none", f"model.pretrained={merged}", "train.max_steps=1"))
     second.fit()
-    assert_same(start_of(second), load_checkpoint(merged)["state_dict"])
+    assert_same_weights(start_of(second), load_checkpoint(merged)["state_dict"])
 
 
 def test_weights_of_clouds_y_up_are_turned(tiny_config, published):
