@@ -2,21 +2,17 @@
 
 import csv
 import json
-import multiprocessing
-import signal
 import subprocess
 import sys
-import time
 
 import h5py
 import numpy as np
 import pytest
 import torch
-from children import START
+from children import train_and_kill
 from weights import assert_same_weights, log_rows, weights
 
-from s2d3d import Callback, Trainer, create_model, load_checkpoint, load_config, load_model
-from s2d3d.config.load import dump_config
+from s2d3d import Trainer, create_model, load_checkpoint, load_config, load_model
 from s2d3d.datasets import PointCloudDataset
 from s2d3d.errors import InputError
 from s2d3d.evaluation.probe import probe_model, random_encoder
@@ -130,36 +126,10 @@ def test_resume_after_a_stop_in_mid_epoch_is_bit_exact(tiny_pretraining, whole):
     assert log_rows(resumed.folder) == log_rows(whole.folder)
 
 
-class Waits(Callback):
-    """Says that update 8 is done, in the middle of an epoch, and goes no further."""
-
-    def __init__(self, done):
-        self.done = done
-
-    def on_update(self, trainer):
-        if trainer.progress.updates == 8:
-            self.done.set()
-            time.sleep(600)
-
-
-def train_and_wait(path, done):
-    torch.set_num_threads(1)
-    Trainer(load_config(path), callbacks=[Waits(done)]).fit()
-
-
 @pytest.mark.slow  # the same trainer is killed in test_trainer.py by default
 def test_kill_9_in_mid_epoch_resumes_bit_exact(tiny_pretraining, whole, tmp_path):
     config = tiny_pretraining(*LONG, "train.checkpoint_every=3")
-    path = tmp_path / "config.yaml"
-    path.write_text(dump_config(config))
-    context = multiprocessing.get_context(START)
-    done = context.Event()
-    process = context.Process(target=train_and_wait, args=(path, done))
-    process.start()
-    assert done.wait(300)
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    train_and_kill(config, tmp_path / "config.yaml", 8)
     resumed = Trainer(config)
     assert load_checkpoint(resumed.folder.last)["progress"]["updates"] == 6
     resumed.fit(resume=resumed.folder.root)

@@ -2,15 +2,13 @@
 
 import json
 import logging
-import multiprocessing
 import os
 import signal
 import socket
-import time
 
 import pytest
 import torch
-from children import START
+from children import START, train_and_kill
 from torch.multiprocessing import start_processes
 from weights import assert_same_weights, log_rows, weights
 
@@ -149,35 +147,9 @@ def test_a_run_that_is_resumed_at_its_limit_makes_no_further_update(tiny_config)
     assert_same_weights(weights(first.folder.last), before)
 
 
-class Waits(Callback):
-    """Says that update 10 is done, in the middle of an epoch, and goes no further."""
-
-    def __init__(self, done):
-        self.done = done
-
-    def on_update(self, trainer):
-        if trainer.progress.updates == 10:
-            self.done.set()
-            time.sleep(600)
-
-
-def train_and_wait(path, done):
-    torch.set_num_threads(1)
-    Trainer(load_config(path), callbacks=[Waits(done)]).fit()
-
-
 def test_kill_9_in_mid_epoch_resumes_bit_exact(tiny_config, uninterrupted, tmp_path):
     config = tiny_config("train.epochs=3", "train.checkpoint_every=4")
-    path = tmp_path / "config.yaml"
-    path.write_text(dump_config(config))
-    context = multiprocessing.get_context(START)
-    done = context.Event()
-    process = context.Process(target=train_and_wait, args=(path, done))
-    process.start()
-    assert done.wait(300)
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    train_and_kill(config, tmp_path / "config.yaml", 10)
     resumed = Trainer(config)
     assert load_checkpoint(resumed.folder.last)["progress"]["updates"] == 8
     resumed.fit(resume=resumed.folder.root)
