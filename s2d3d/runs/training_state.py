@@ -1,4 +1,4 @@
-"""Checks of the training state that a checkpoint holds, against the run that continues it and before it is used.
+"""The training state that a checkpoint holds: gathered from all ranks, and checked against the run that continues it.
 
 Optimizers, generators and fused kernels trust their state: one of another shape ends the process or overwrites memory.
 """
@@ -10,15 +10,29 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import InputError, printable
+from ..machine import Runtime
 from ..random_state import rng_state
 from .checkpoint import check_weights
 from .log import COLUMNS
 from .resume import Progress, selection_score
 
 _NUMBERS = (int, float)
+
+
+def gather_states(runtime: Runtime, sums: Tensor) -> tuple[list[Any], list[Tensor]]:
+    """Return the random state (see `rng_state`) and the `sums` of every rank; all `sums` have the same shape."""
+    own = rng_state(runtime.device)
+    if not runtime.is_distributed:
+        return [own], [sums]
+    states: list[Any] = [None] * runtime.world_size
+    dist.all_gather_object(states, own)
+    all_sums = [torch.zeros_like(sums) for _ in states]
+    dist.all_gather(all_sums, sums)
+    return states, all_sums
 
 
 def checked_progress(

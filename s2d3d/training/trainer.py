@@ -26,7 +26,7 @@ from ..runs.folder import RunFolder, find_pretrained
 from ..runs.log import COLUMNS, epoch_line, epoch_row
 from ..runs.metrics import run_metrics, run_summary
 from ..runs.resume import Progress, check_same_data, check_same_run, read_run, restoring
-from ..runs.training_state import checked_progress, checked_state
+from ..runs.training_state import checked_progress, checked_state, gather_states
 from ..s2d import balance_loss
 from .callbacks import Callback
 from .ending import doubt, end_model
@@ -35,7 +35,6 @@ from .loggers import RunLoggers, check_loggers, open_loggers
 from .optim import base_lr
 from .parts import build_model, describe, ema_of, ewa_of, optimizer_of, scheduler_of, try_batch
 from .signals import SignalWatch, StoppedBySignal
-from .state import gather_states
 from .task import task_of
 from .update import BALANCE, DROPPED, NORM, FiniteWatch, accumulate_gradient, clip_gradient_, nonfinite_message
 
