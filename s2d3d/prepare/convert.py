@@ -98,8 +98,8 @@ def convert_modelnet(
 
     From the surface of each mesh `num_points` points are drawn evenly, with the normals of their faces, then centred
     and scaled into the unit sphere; of a text file's points a random `num_points` are kept, with their normals, as they
-    are. Each shape is a function of
-    seed, split and name, so that neither the number of processes nor an interruption changes the result.
+    are. Each shape is a function of seed, split and name, so that neither the number of processes nor an interruption
+    changes the result.
 
     Finished files are kept in `.NAME.partial` beside the output until all are there: the same command continues an
     interrupted one.

@@ -23,7 +23,8 @@ from ..datasets.mesh import read_off
 from ..datasets.modelnet40 import SPLITS, list_files, read_class_names, read_split, stored_up_axis
 from ..datasets.precision import check_extent
 from ..datasets.scanobjectnn import OBJECT_ONLY, relative_path
-from ..datasets.surface import sample_by_area
+from ..datasets.stream import shape_names
+from ..datasets.surface import sample_mesh
 from ..datasets.transforms import turn_up_axis
 from ..errors import InputError, did_you_mean
 from ..optional import import_open3d
@@ -268,10 +269,8 @@ def _cloud(shapes: ShapeSet, index: int, options: ScanOptions) -> np.ndarray:
         return points
     vertices, faces = read_off(shapes.paths[index])
     check_extent(vertices[np.unique(faces)], str(shapes.paths[index]))
-    corners = np.asarray(turn_up_axis(torch.from_numpy(vertices), shapes.up_axis))[faces]
-    if not np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1).any():
-        raise InputError(f"{shapes.paths[index]}: all triangles have area 0")
-    return unit_sphere(sample_by_area(corners, DENSER * options.num_points, rng))
+    turned = turn_up_axis(torch.from_numpy(vertices), shapes.up_axis).numpy()
+    return unit_sphere(sample_mesh(turned, faces, DENSER * options.num_points, rng, str(shapes.paths[index])))
 
 
 def _points_of_scan(source: Path, shape_sets: list[ShapeSet], num_points: int | None, upsample: bool) -> int:
@@ -308,7 +307,7 @@ def _read_points(source: Path, split: str, up_axis: str | None, allow_links: boo
         check_shapes(path, file.points)
         points.append(turn_up_axis(torch.from_numpy(file.points), up_axis or stored_up_axis(file)).numpy())
         labels.append(file.label)
-        names += file.names or [f"{path.stem}_{index:04d}" for index in range(len(file.label))]
+        names += shape_names(path, file)
     return ShapeSet(split, names, np.concatenate(labels), points=np.concatenate(points))
 
 
