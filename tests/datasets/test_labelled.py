@@ -5,7 +5,12 @@ import pytest
 import torch
 
 from s2d3d.datasets import (
-    BatchLoader, LabelledDataset, PointCloudDataset, create_dataset, require_clouds, same_data,
+    BatchLoader,
+    LabelledDataset,
+    PointCloudDataset,
+    create_dataset,
+    require_clouds,
+    same_data,
 )  # fmt: skip
 from s2d3d.errors import InputError
 
@@ -71,10 +76,10 @@ def test_a_fingerprint_knows_every_file_of_both_splits(tmp_path, split):
         for kind in ("a", "b"):
             (tmp_path / part / kind).mkdir(parents=True)
             for number in range(count):
-                np.save(tmp_path / part / kind / f"{number:02d}.npy", rng.random((20, 3)))
+                np.save(tmp_path / part / kind / f"{number:02d}.npy", rng.random((40, 3)))
     before = create_dataset("files", tmp_path, "train", num_points=16).fingerprint()
     assert same_data(before, create_dataset("files", tmp_path, "train", num_points=16).fingerprint())
-    np.save(tmp_path / split / "a" / "01.npy", rng.random((20, 3)))
+    np.save(tmp_path / split / "a" / "01.npy", rng.random((40, 3)))
     after = create_dataset("files", tmp_path, "train", num_points=16).fingerprint()
     assert not same_data(before, after) and before["labels"] == after["labels"]
     if split == "test":
