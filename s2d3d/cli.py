@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .atomic import check_parent
-from .errors import InputError, TrainingError, printable
+from .atomic import check_parent, real_path
+from .errors import InputError, TrainingError, printable, quoted
 from .plugins import load_plugins
 from .terminal import messages_on_stderr, open_streams, plain_stdout
 
@@ -211,17 +211,20 @@ def refuse_split(overrides: Sequence[str]) -> None:
         raise InputError("eval.split: has no effect here, the test split is scored; training scores a validation part")
 
 
-def refuse_existing(path: str | Path, force: bool, *, sources: Sequence[str | Path] = ()) -> Path:
+def refuse_existing(
+    path: str | Path, force: bool, *, sources: Sequence[str | Path] = (), suffix: str | None = None
+) -> Path:
     """Check that an output file may be written, and return its path.
 
     Args:
         path: the output file.
         force: replace an existing file.
-        sources: input files, which are never replaced.
+        sources: input files, which are never replaced, and folders of them, to which none is added.
+        suffix: that the file must have, such as ".json".
 
     Raises:
-        InputError: the file exists and `force` is not set; it is a source, a folder, a device or not a file;
-            its folder does not exist or cannot be written to.
+        InputError: the file exists and `force` is not set; it is a source or lies in one, as a cloud would; it is a
+            folder, a device or not a file, or of another suffix; its folder does not exist or cannot be written to.
     """
     if not str(path):
         raise InputError("--output: is empty; name a file")
@@ -230,6 +233,13 @@ def refuse_existing(path: str | Path, force: bool, *, sources: Sequence[str | Pa
         raise InputError(f"{path}: is a folder; name a file, such as {path / 'FILE'}")
     if path.exists() and any(path.samefile(source) for source in sources if Path(source).exists()):
         raise InputError(f"{path}: is what is read; choose another output")
+    if suffix and path.suffix.lower() != suffix:
+        raise InputError(f"--output: must end in {suffix}, got {quoted(str(path))}")
+    folders = [source for source in map(Path, sources) if source.is_dir()]
+    if path.suffix.lower() in CLOUD_FILES.split() and any(
+        real_path(path).is_relative_to(real_path(f)) for f in folders
+    ):
+        raise InputError(f"{path}: lies in a folder that is read, where it would be one of the clouds; choose another")
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: is a device, a pipe or a socket; name a file")
     if os.path.lexists(path) and not force:

@@ -1,5 +1,6 @@
-"""Read files of `torch.save` as data: code in their pickles is never run."""
+"""Read files of `torch.save` as data, code in their pickles is never run; and safetensors, which hold none."""
 
+import json
 import pickle
 import re
 import struct
@@ -32,19 +33,22 @@ _UNREADABLE = (
     AssertionError,
 )
 """Errors of torch for files that are damaged or of another type."""
+SAFETENSORS = ".safetensors"
+KEY = "s2d3d"
+"""Key of the metadata of safetensors under which the description of a checkpoint is stored, as JSON."""
 
 
 def load_data(
     path: str | Path,
     *,
-    map_location: torch.device | str = "cpu",
     allow: Iterable[Callable | tuple[Callable, str]] = (),
 ) -> Any:
-    """Read a file of `torch.save`: tensors, plain Python values and objects that `allow` names.
+    """Read a file of `torch.save`: tensors, plain Python values and objects that `allow` names; or safetensors.
+
+    Tensors come on the CPU. Of safetensors it is the payload of `save_safetensors`, or else the weights by their names.
 
     Args:
         path: the file.
-        map_location: device of the tensors.
         allow: additional functions and classes that the pickle may call, as for `torch.serialization.safe_globals`.
 
     Raises:
@@ -58,15 +62,55 @@ def load_data(
     """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such checkpoint file")
+    if Path(path).suffix == SAFETENSORS:
+        metadata, weights = read_safetensors(path)
+        try:
+            return {**json.loads(metadata[KEY]), "state_dict": weights} if KEY in metadata else weights
+        except (ValueError, TypeError, RecursionError) as error:
+            raise _not_safetensors(path, error) from error
+    if _is_program(path):
+        raise UnreadableError(f"{path}: is an exported program, not a checkpoint; name merged.pt of the run")
     try:
         _check_sums(path)
         with torch.serialization.safe_globals(list(allow)), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about unusual pickles: they load, or there is an error
-            return torch.load(path, map_location=map_location, weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except (*_UNREADABLE, OSError) as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise  # the file cannot be opened; without a name it is torch that seeks where there is nothing
         raise UnreadableError(f"{path}: cannot be read as a checkpoint ({printable(_reason(error))})") from error
+
+
+def read_safetensors(path: str | Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Return the metadata and the weights of a file, on the CPU.
+
+    Raises:
+        UnreadableError: the file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, no mapping
+    except (SafetensorError, ValueError, TypeError, RuntimeError, RecursionError) as error:
+        raise _not_safetensors(path, error) from error
+
+
+def _not_safetensors(path: str | Path, error: Exception) -> UnreadableError:
+    reason = printable(" ".join(str(error).split()))[:200]
+    return UnreadableError(f"{path}: cannot be read as safetensors (truncated, damaged or something else: {reason})")
+
+
+def _is_program(path: str | Path) -> bool:
+    """Tell whether a file is of TorchScript or torch.export."""
+    if not zipfile.is_zipfile(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name.partition("/")[2] for name in archive.namelist()]
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return False
+    return "archive_format" in names or any(name.startswith("code/") for name in names)
 
 
 def _check_sums(path: str | Path) -> None:

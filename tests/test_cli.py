@@ -139,6 +139,24 @@ def test_a_place_to_write_to(tmp_path, monkeypatch):
     assert (tmp_path / "a.pt").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_no_cloud_is_added_to_a_folder_that_is_read(tmp_path):
+    """Nor one replaced, with --force."""
+    (tmp_path / "scans" / "ball").mkdir(parents=True)
+    scan = tmp_path / "scans" / "ball" / "1.xyz"
+    scan.write_text("mine")
+    for path in (scan, scan.with_name("new.ply"), tmp_path / "scans" / "a.npy"):
+        with pytest.raises(InputError, match=r"lies in a folder that is read, where it would be one of the clouds;"):
+            refuse_existing(path, force=True, sources=[tmp_path / "scans"])
+    for path in (scan.with_name("a.json"), tmp_path / "a.ply", tmp_path / "scans2.ply"):
+        refuse_existing(path, force=False, sources=[tmp_path / "scans"])
+
+
+def test_an_output_has_the_suffix_of_its_kind(tmp_path):
+    with pytest.raises(InputError, match=r"^--output: must end in \.json, got '.*a\.csv'$"):
+        refuse_existing(tmp_path / "a.csv", force=False, suffix=".json")
+    refuse_existing(tmp_path / "a.JSON", force=False, suffix=".json")
+
+
 def test_what_is_read_is_never_replaced(tmp_path):
     source, link, hard = tmp_path / "a.pt", tmp_path / "link.pt", tmp_path / "hard.pt"
     source.write_text("weights")

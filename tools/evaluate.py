@@ -47,7 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> None:
     output = None
     if arguments.output is not None:
-        output = refuse_existing(arguments.output, arguments.force, sources=[arguments.checkpoint])
+        sources = [arguments.checkpoint, *(arguments.files or ())]
+        output = refuse_existing(arguments.output, arguments.force, sources=sources, suffix=".json")
     if arguments.votes is not None and arguments.votes < 1:
         raise InputError(f"--votes is {arguments.votes}, must be at least 1")
     refuse_split(arguments.overrides)

@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> None:
     output = None
     if arguments.output is not None:
-        output = refuse_existing(arguments.output, arguments.force, sources=[arguments.checkpoint])
+        output = refuse_existing(arguments.output, arguments.force, sources=[arguments.checkpoint], suffix=".json")
     refuse_split(arguments.overrides)
     check_overrides(arguments.overrides, ("data", "eval.batch_size", "log", "seed"))
     require_checkpoint(arguments.checkpoint)

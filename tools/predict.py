@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     output = None
     if arguments.output is not None:
         output = refuse_existing(
-            arguments.output, arguments.force, sources=[arguments.checkpoint, *arguments.files]
+            arguments.output, arguments.force, sources=[arguments.checkpoint, *arguments.files], suffix=".json"
         )  # fmt: skip
     for name, least in (("top", 1), ("seed", 0)):
         if getattr(arguments, name) < least:

@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
     from s2d3d.viz.sheet import sheet_paths, write_sheet
 
     if arguments.output is not None:
-        refuse_existing(sheet_paths(arguments.output, 1)[0], arguments.force)
+        refuse_existing(sheet_paths(arguments.output, 1)[0], arguments.force, sources=arguments.files or ())
     sheet = make_sheet(arguments, config)
     if arguments.output is not None:
         for path in sheet_paths(arguments.output, len(sheet.clouds)):
@@ -104,6 +104,8 @@ def make_sheet(arguments: argparse.Namespace, config: "Config | None") -> "Cloud
         split=arguments.split,
         num_clouds=arguments.num_clouds, seed=arguments.seed, device=arguments.device,
     )  # fmt: skip
+    if arguments.output is not None and not arguments.files and source.config.data.name == "files":
+        refuse_existing(arguments.output, True, sources=[source.config.data.root])
     if arguments.kind == "predictions":
         sheet, lines = kinds.predictions(source)
         print("\n".join(lines))

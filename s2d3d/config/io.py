@@ -1,5 +1,6 @@
 """Strict reading of YAML files, overrides, and error messages with one line per problem."""
 
+import contextlib
 import copy
 import re
 import reprlib
@@ -118,16 +119,32 @@ def apply_overrides(mapping: dict, overrides: Sequence[str]) -> tuple[dict[Loc, 
         try:
             value, problems = _parse(text)
         except yaml.YAMLError as error:
-            advice, right = "", f'{key}="{text}"'
-            plain = right.isprintable() and right.count('"') == 2 and len(right) < 100
-            if plain and isinstance(error, yaml.MarkedYAMLError):
-                advice = f"; text needs quotes here: {shlex.quote(right)}"
+            advice = _quoted(key, text) if isinstance(error, yaml.MarkedYAMLError) else ""
             lines.append(f"{where}: {_yaml_error(error, text)[1]}{advice}")
+            continue
+        if _has_comment(text, value):
+            lines.append(f"{where}: what follows # would be a comment{_quoted(key, text)}")
             continue
         lines += [Problem(loc + problem.loc, problem.text).line(where) for problem in problems]
         origins, problem = _set(mapping, loc, value, where, origins)
         lines += problem
     return origins, lines
+
+
+def _has_comment(text: str, value: object) -> bool:
+    """Tell whether YAML takes a part of a text for a comment."""
+    for mark in re.finditer(r"(?:^|\s)#", text):
+        with contextlib.suppress(yaml.YAMLError):
+            if _parse(text[: mark.start()])[0] == value:
+                return True
+    return False
+
+
+def _quoted(key: str, text: str) -> str:
+    """Advise to write an override with quotes, if it needs no others."""
+    right = f'{key}="{text}"'
+    plain = right.isprintable() and right.count('"') == 2 and len(right) < 100
+    return f"; text needs quotes here: {shlex.quote(right)}" if plain else ""
 
 
 def _remove(mapping: dict, override: str, where: str) -> list[str]:
@@ -395,6 +412,8 @@ def _refused(schema: type[BaseModel], item: Mapping) -> str:
     nullable = " (or null)" if _is_nullable(schema, item["loc"]) else ""
     got = item["input"]
     hint = did_you_mean(got, re.findall("'(.*?)'", must)) if kind == "literal_error" and isinstance(got, str) else ""
+    if kind == "string_type" and isinstance(got, (bool, int, float)):
+        hint = '; for text, put quotes around it: "..."'
     return f"{must}{nullable}, got {show(got)}{hint}"
 
 

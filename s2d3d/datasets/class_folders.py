@@ -235,19 +235,20 @@ def _folded(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def refuse_inside(root: str | os.PathLike, folder: str | os.PathLike) -> None:
+def refuse_inside(root: str | os.PathLike, folder: str | os.PathLike, key: str = "output_dir") -> None:
     """Refuse a folder to write to whose files would be looked at as those of a data set.
 
     Args:
         root: of the data set.
         folder: where files will be written.
+        key: of the config, that names this folder.
 
     Raises:
         InputError: it is `root` or lies inside, not hidden by a dot.
     """
     real, inside = real_path(root), real_path(folder)
     if inside.is_relative_to(real) and not any(map(_is_hidden, inside.relative_to(real).parts)):
-        raise InputError(f"output_dir: {folder} lies inside data.root, where it would be a class; choose one outside")
+        raise InputError(f"{key}: {folder} lies inside data.root, where it would be a class; choose one outside")
 
 
 def _refuse_deep_splits(root: Path, by_class: dict[str, dict[str, list[Path]]]) -> None:

@@ -28,8 +28,10 @@ def find_files(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
     it says so. In folders, names that begin with a dot are left out, and files of other kinds are counted in a warning.
 
     Raises:
-        InputError: a folder without such a file, or one that cannot be read.
+        InputError: an empty path; a folder without such a file, or one that cannot be read.
     """
+    if not all(map(str, paths)):
+        raise InputError("a path is empty; name a file or a folder, such as . for the current one")
     found: list[Path] = []
     for path in map(Path, paths):
         if not path.is_dir():

@@ -1,8 +1,10 @@
 """Files that people have: clouds and meshes in the usual formats, as the clouds that a model takes."""
 
+import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +50,20 @@ MOST_POINTS = 65536
 proportion to its size."""
 SUFFIXES = (".ply", ".pcd", ".off", ".obj", ".stl", ".glb", ".las", ".npy", ".npz", *_TEXTS)
 """Of the files that `read_points` reads."""
+
+
+_SAID: ContextVar[list[str] | None] = ContextVar("said", default=None)
+
+
+@contextlib.contextmanager
+def collected_warnings() -> Iterator[list[str]]:
+    """Collect what readers of files warn of inside, instead of logging it."""
+    said: list[str] = []
+    token = _SAID.set(said)
+    try:
+        yield said
+    finally:
+        _SAID.reset(token)
 
 
 def read_points(
@@ -261,5 +277,9 @@ def _finite_points(path: Path, points: np.ndarray, allow_missing: bool) -> np.nd
     if missing == len(points):
         raise InputError(f"{path}: none of its {missing} points is three finite numbers")
     if missing:
-        log.warning("%s: %d of %d points are not finite and left out", path, missing, len(points))
+        text = f"{path}: {missing} of {len(points)} points are not finite and left out"
+        if (said := _SAID.get()) is None:
+            log.warning("%s", text)
+        else:
+            said.append(text)
     return points[finite]

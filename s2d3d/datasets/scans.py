@@ -17,8 +17,8 @@ from ..channels import XYZ, by_group, groups
 from ..errors import InputError, first_line, printable, quoted
 from ..workers import worker_pool
 from .base import PointCloudDataset
-from .class_folders import ClassFolders, find_class_folders, is_text
-from .files import SURFACE_POINTS, as_cloud, read_points, spread_points
+from .class_folders import ClassFolders, find_class_folders, is_text, refuse_inside
+from .files import SURFACE_POINTS, as_cloud, collected_warnings, read_points, spread_points
 from .h5 import write_h5
 from .labelled import TRAIN
 from .modelnet40 import load_modelnet40
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 LEAST_POINTS = 32
 """A file with fewer points shows no shape."""
-_VERSION = 2
+_VERSION = 3
 """Of what is kept; a higher one makes it anew."""
 _HASH_BYTES = 16
 _FILE_ROWS = 1024
@@ -103,6 +103,8 @@ def load_scans(
     """
     if estimate_normals and "normal" not in groups(channels):
         raise InputError(f"data.estimate_normals needs data.channels with normals (xyz+normal), not {channels}")
+    if cache_dir is not None:
+        refuse_inside(root, cache_dir, "data.cache_dir")
     found = find_class_folders(
         root, test_fraction=test_fraction, split_seed=split_seed, allow_links=allow_links, labelled=labelled
     )
@@ -190,27 +192,32 @@ def read_stored(
     return spread_points(cloud, min(cloud.shape[1], stored_points(num_points)), num_points)[0].numpy()
 
 
-def _try_read(path: Path, options: Options) -> np.ndarray | str:
-    """Read a file, or return why that fails; for worker processes, whose errors would lose their type."""
-    try:
-        return read_stored(
-            path, options.num_points, options.normalize, options.channels, options.estimate_normals
-        )  # fmt: skip
-    except (InputError, OSError, MemoryError) as error:
-        return first_line(error, limit=1000)
+def _try_read(path: Path, options: Options) -> tuple[np.ndarray | str, list[str]]:
+    """Read a file, or return why that fails; for worker processes, whose errors would lose their type.
+
+    Returns:
+        The cloud or the reason, and what the reader warned of.
+    """
+    with collected_warnings() as said:
+        try:
+            return read_stored(
+                path, options.num_points, options.normalize, options.channels, options.estimate_normals
+            ), said  # fmt: skip
+        except (InputError, OSError, MemoryError) as error:
+            return first_line(error, limit=1000), said
 
 
 def _write_set(folder: Path, found: ClassFolders, options: Options) -> None:
     """Read all files and write them in the layout of `load_modelnet40`, with notes on what was left out."""
     labelled = [(split, path, label) for split, files in found.files.items() for path, label in files]
     parts = {split: _Part(folder, split, options.channels) for split in found.files}
-    skipped, num_short = [], 0
+    skipped, warned, num_short = [], [], 0
     num_points = options.num_points
     read = partial(_try_read, options=options)
     paths = [path for _, path, _ in labelled]
     with worker_pool(_workers(paths), __name__, doing="reading", remedy="free some and start again") as spread:
         clouds = tqdm(spread(read, paths), total=len(paths), desc="files (once)", disable=None, leave=False)
-        for (split, path, label), cloud in zip(labelled, clouds):
+        for (split, path, label), (cloud, warnings) in zip(labelled, clouds):
             name = str(path.relative_to(found.root))
             if not is_text(name):  # HDF5 keeps names in UTF-8
                 cloud = f"{printable(str(path))}: its name is not UTF-8; rename it"
@@ -227,6 +234,7 @@ def _write_set(folder: Path, found: ClassFolders, options: Options) -> None:
                     skipped.append(text)
                     continue
                 num_short += 1
+            warned += warnings
             repeated = np.resize(cloud, (stored_points(num_points), cloud.shape[1]))
             parts[split].add(repeated, label, name)
     for split, part in parts.items():
@@ -241,6 +249,8 @@ def _write_set(folder: Path, found: ClassFolders, options: Options) -> None:
     said = []
     if num_short:
         said.append(f"{num_short} of {len(paths)} files have fewer than {num_points} points; their points are repeated")
+    if warned:
+        said.append(f"{len(warned)} of {len(paths)} files hold points that are not finite, the first: {warned[0]}")
     if skipped:
         said.append(f"{len(skipped)} of {len(paths)} files are left out, the first: {skipped[0]}")
     write_json(folder / "notes.json", {"said": said, "skipped": sorted(skipped)})

@@ -11,11 +11,11 @@ from torch import nn
 from ..atomic import read_json, replacing, write_bytes
 from ..channels import XYZ, num_channels
 from ..config.keywords import check_types, keyword_fields
-from ..errors import InputError, UnreadableError, first_line, printable, quoted
+from ..errors import InputError, UnreadableError, first_line, quoted
 from ..machine import package_versions
 from ..models import create_for_classes, model_kwargs
 from ..s2d import MoFConfig, convert_to_mof_, is_sparse, merge_experts
-from ..unpickle import load_data
+from ..unpickle import KEY, SAFETENSORS, load_data, read_safetensors
 from ..version import __version__
 from .folder import HUB_CONFIG, HUB_WEIGHTS, is_hub_folder, require_checkpoint
 
@@ -50,7 +50,7 @@ def save_checkpoint(path: str | Path, payload: dict[str, Any], *, previous: str 
     Example:
         >>> save_checkpoint("dense.pt", load_checkpoint("runs/demo/merged.pt"))  # doctest: +SKIP
     """
-    if Path(path).suffix == SUFFIX:
+    if Path(path).suffix == SAFETENSORS:
         return save_safetensors(path, payload)
     header = {"format": FORMAT, "format_version": FORMAT_VERSION, "s2d3d_version": __version__}
     header["versions"] = package_versions()
@@ -59,12 +59,11 @@ def save_checkpoint(path: str | Path, payload: dict[str, Any], *, previous: str 
     return Path(path)
 
 
-def load_checkpoint(path: str | Path, *, map_location: torch.device | str = "cpu") -> dict[str, Any]:
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint of this package, in the current format version or an older one. Pickled code is never run.
 
     Args:
         path: a file, or a folder in the layout of the Hugging Face hub, see `read_hub_folder`.
-        map_location: device of the tensors.
 
     Returns:
         The payload given to `save_checkpoint`, plus `format`, `format_version`, `s2d3d_version` and `versions`. Older
@@ -79,10 +78,11 @@ def load_checkpoint(path: str | Path, *, map_location: torch.device | str = "cpu
         ['box', 'capsule']
     """
     require_checkpoint(path)
-    if Path(path).is_dir():
-        payload = read_hub_folder(path)
-    else:
-        payload = read_safetensors(path) if Path(path).suffix == SUFFIX else load_data(path, map_location=map_location)
+    payload = read_hub_folder(path) if Path(path).is_dir() else load_data(path)
+    if Path(path).suffix == SAFETENSORS and "format" not in payload:
+        beside = Path(path).parent
+        advice = f"name its folder, {beside}" if is_hub_folder(beside) else "it needs one of merge.py"
+        raise UnreadableError(f"{path}: holds weights but no description by s2d3d; {advice}")
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         what = "it needs one written by tools/train.py or tools/merge.py"
         raise UnreadableError(f"{path}: not a checkpoint of s2d3d; {what}")
@@ -304,11 +304,6 @@ _MIGRATIONS = {1: _from_version_1}
 """By version: the function that converts its content to the next version."""
 
 
-SUFFIX = ".safetensors"
-KEY = "s2d3d"
-"""Key of the file's metadata under which the description is stored, as JSON."""
-
-
 def save_safetensors(path: str | Path, payload: dict[str, Any]) -> Path:
     """Write the weights of a checkpoint atomically; its description is stored as metadata.
 
@@ -346,23 +341,6 @@ def description_of(payload: dict[str, Any]) -> dict[str, Any]:
     return {"format": FORMAT, "format_version": FORMAT_VERSION, "s2d3d_version": __version__, **kept}
 
 
-def read_safetensors(path: str | Path) -> dict[str, Any]:
-    """Return the payload given to `save_safetensors`, with `state_dict` on the CPU. Such a file cannot hold code.
-
-    Raises:
-        UnreadableError: the file is damaged, or has no description of this package.
-    """
-    metadata, weights = _read_weights(path)
-    if KEY not in metadata:
-        beside = Path(path).parent
-        advice = f"name its folder, {beside}" if is_hub_folder(beside) else "it needs one of merge.py"
-        raise UnreadableError(f"{path}: holds weights but no description by s2d3d; {advice}")
-    try:
-        return {**json.loads(metadata[KEY]), "state_dict": weights}
-    except (ValueError, TypeError, RecursionError) as error:
-        raise _not_safetensors(path, error) from error
-
-
 def read_hub_folder(path: str | Path) -> dict[str, Any]:
     """Return the payload of a folder in the layout of the Hugging Face hub: `config.json` and `model.safetensors`.
 
@@ -371,20 +349,4 @@ def read_hub_folder(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     description = read_json(path / HUB_CONFIG, advice="fetch or export the folder again")
-    return {**description, "state_dict": _read_weights(path / HUB_WEIGHTS)[1]}
-
-
-def _read_weights(path: str | Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """Return the metadata and the weights of a file of safetensors, on the CPU."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, no mapping
-    except (SafetensorError, ValueError, TypeError, RuntimeError, RecursionError) as error:
-        raise _not_safetensors(path, error) from error
-
-
-def _not_safetensors(path: str | Path, error: Exception) -> UnreadableError:
-    reason = printable(" ".join(str(error).split()))[:200]
-    return UnreadableError(f"{path}: cannot be read as safetensors (truncated, damaged or something else: {reason})")
+    return {**description, "state_dict": read_safetensors(path / HUB_WEIGHTS)[1]}

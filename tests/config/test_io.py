@@ -102,6 +102,8 @@ def test_byte_order_mark_and_windows_line_ends_are_read(base):
         ("data.augment.scale=null", "data.augment.scale", None),
         ("optim.clip_grad=", "optim.clip_grad", None),
         ("output_dir=a=b", "output_dir", "a=b"),
+        ("output_dir=a#b", "output_dir", "a#b"),
+        ('output_dir="a #b"', "output_dir", "a #b"),
         ("output_dir='3'", "output_dir", "3"),
         ("train.compile=true", "train.compile", True),
         ("s2d={kind: none}", "s2d.kind", "none"),
@@ -143,6 +145,8 @@ def test_an_override_can_repair_the_file(base):
             "not valid YAML: while scanning an alias expected alphabetic or numeric character, but found '.'; "
             "text needs quotes here: 'data.name=\"*.npy\"'",
         ),
+        ("data.root=scans #2", "what follows # would be a comment; text needs quotes here: 'data.root=\"scans #2\"'"),
+        ("output_dir=#2", "what follows # would be a comment; text needs quotes here: 'output_dir=\"#2\"'"),
         ("train={epochs: 20, epochs: 30}", "train.epochs: duplicate key"),
         ("train={epochs: 0}", "train.epochs: must be at least 1, got 0"),
         ("train.epochs.x=1", "train.epochs: must be a whole number, got {'x': 1}"),

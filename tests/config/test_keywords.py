@@ -96,7 +96,7 @@ def test_a_readers_keywords_are_filled_with_its_defaults_and_reach_it(blobs, tmp
         ({"side": "z"}, "data.side: must be 'x' or 'y', got 'z'"),
         ({"sizes": 1.0}, "data.sizes: must be a list, got 1.0"),
         ({"sizes": [1.0, "a"]}, "data.sizes.1: must be a number, got 'a'"),
-        ({"suffix": 3}, "data.suffix: must be text (or null), got 3"),
+        ({"suffix": 3}, 'data.suffix: must be text (or null), got 3; for text, put quotes around it: "..."'),
         ({"stretch": -1}, "data.stretch: must be above 0, got -1"),
         ({"variant": "OBJ_BG"}, "data.variant: only scanobjectnn has one, 'blobs' has not; remove it"),
     ],

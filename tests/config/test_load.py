@@ -123,6 +123,7 @@ def test_every_key_is_described():
 
 # Refused values: what stands after `a.yaml: `
 
+QUOTES = '; for text, put quotes around it: "..."'
 REFUSED = [
     ("train.epochs", "ten", "train.epochs: must be a whole number, got 'ten'"),
     ("train.epochs", "10", "train.epochs: must be a whole number, got '10'"),
@@ -162,7 +163,7 @@ REFUSED = [
     ("seed", -1, "seed: must be at least 0, got -1"),
     ("seed", 2**32, "seed: must be at most 4294967295, got 4294967296"),
     ("output_dir", "", "output_dir: must be a path, got ''"),
-    ("output_dir", 3, "output_dir: must be text, got 3"),
+    ("output_dir", 3, "output_dir: must be text, got 3" + QUOTES),
     ("output_dir", None, "output_dir: must be text, got null"),
     ("data.root", "a\0b", "data.root: must be a path, got 'a\\x00b'"),
     ("data.fraction", 0, "data.fraction: must be greater than 0, got 0"),
@@ -171,7 +172,7 @@ REFUSED = [
     ("data.classes", [], "data.classes: must not be empty"),
     ("data.classes", "chair", "data.classes: must be a list (or null), got 'chair'"),
     ("data.classes", ["sofa", "sofa"], "data.classes: names 'sofa' twice"),
-    ("data.classes", ["sofa", 3], "data.classes.1: must be text, got 3"),
+    ("data.classes", ["sofa", 3], "data.classes.1: must be text, got 3" + QUOTES),
     ("data.augment", None, "data.augment: must be a section of keys and values, got null"),
     ("data.augment.scale", [1, 2, 3], "data.augment.scale: must be [low, high], got [1, 2, 3]"),
     ("data.augment.scale", 1, "data.augment.scale: must be a list (or null), got 1"),
@@ -208,10 +209,10 @@ REFUSED = [
     ("model.num_classes", 40, "model.num_classes: comes from the data, remove it"),
     ("model.in_channels", 3, "model.in_channels: comes from the data, remove it"),
     ("model.pretrained", "", "model.pretrained: must be a path, got ''"),
-    ("model.pretrained", 3, "model.pretrained: must be text (or null), got 3"),
+    ("model.pretrained", 3, "model.pretrained: must be text (or null), got 3" + QUOTES),
     ("model.pretrain", "a.pth", "model.pretrain: unknown key; did you mean 'pretrained'?"),
     ("model.pretrained_up_axis", "x", "model.pretrained_up_axis: must be 'y' or 'z', got 'x'"),
-    ("model.name", 3, "model.name: must be text, got 3"),
+    ("model.name", 3, "model.name: must be text, got 3" + QUOTES),
     ("model.name", ["a"], "model.name: must be text, got ['a']"),
 ]
 

@@ -169,6 +169,17 @@ def test_lists_may_begin_with_a_byte_order_mark(modelnet_folder):
     assert torch.equal(found.points, expected.points) and found.class_names == expected.class_names
 
 
+def test_a_file_that_is_listed_to_train_and_to_test_is_said(modelnet_folder, caplog):
+    root = modelnet_folder()
+    assert load_modelnet40(root, "train", num_points=16) and not caplog.messages
+    lists = [root / f"{split}_files.txt" for split in ("train", "test")]
+    lists[1].write_text(lists[0].read_text().splitlines()[0] + "\n")
+    for split in ("train", "test"):
+        load_modelnet40(root, split, num_points=16)
+    (said,) = caplog.messages
+    assert said.startswith(f"{root}: 1 files are listed to train and to test, such as ")
+
+
 def test_coordinates_far_from_the_origin_keep_their_shape(modelnet_folder):
     """UTM coordinates in float64: the set is the same as without the offset; float32 cannot hold it."""
     root = modelnet_folder()

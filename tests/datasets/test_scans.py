@@ -232,6 +232,27 @@ def test_copies_between_the_splits_and_between_classes_are_said(clouds, caplog):
     assert test.count_trained(train.trained_files()) == 0, "what was in both then is no news"
 
 
+def test_points_that_are_left_out_are_said_each_time(clouds, caplog):
+    root, _ = clouds
+    points = np.random.default_rng(0).random((90, 3))
+    points[::2] = np.nan
+    for name in ("a", "b"):
+        np.save(root / "rod" / f"{name}.npy", points)
+    for _ in range(2):
+        caplog.clear()
+        create_dataset("files", root, "train", num_points=40)
+        said = [text for text in caplog.messages if "not finite" in text]
+        assert len(said) == 1 and said[0].startswith(f"{root}: 2 of ")
+        assert said[0].endswith(f"the first: {root}/rod/a.npy: 45 of 90 points are not finite and left out")
+
+
+def test_the_place_of_what_is_kept_is_no_class(clouds):
+    root, _ = clouds
+    with pytest.raises(InputError, match=r"^data\.cache_dir: .* lies inside data\.root, where it would be a class"):
+        create_dataset("files", root, "train", num_points=40, cache_dir=root / "cache")
+    create_dataset("files", root, "train", num_points=40, cache_dir=root / ".cache")
+
+
 def test_files_that_were_trained_on_are_counted_when_a_folder_has_grown(clouds):
     root, _ = clouds
     train, test = (create_dataset("files", root, split, num_points=40) for split in ("train", "test"))

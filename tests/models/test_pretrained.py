@@ -141,10 +141,11 @@ def test_files_of_other_trainers_load_whole(write, prefix, key):
     assert_same_weights(ours.state_dict(), expected)
 
 
-def test_the_head_follows_the_names_of_the_classes(tmp_path):
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_the_head_follows_the_names_of_the_classes(tmp_path, suffix):
     """A head whose rows mean other classes is reordered or left fresh, and that is said."""
     theirs, points = published_model(), clouds()
-    path = save_checkpoint(tmp_path / "ours.pt", our_payload(theirs))
+    path = save_checkpoint(tmp_path / f"ours.{suffix}", our_payload(theirs))
     with torch.no_grad():
         expected = theirs(points)
         for names, said in (("abcde", None), ("ecdab", "; its classes have another order, the rows of the last")):

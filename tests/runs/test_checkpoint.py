@@ -350,5 +350,13 @@ def test_safetensors_that_are_damaged_or_of_other_programs(tmp_path):
     save_file({"a": torch.zeros(3)}, path, metadata={"s2d3d": "[1]"})
     assert refusal(path).startswith("cannot be read as safetensors (")
     save_file({"a": torch.zeros(3)}, path, metadata={"s2d3d": "{}"})
-    assert refusal(path).startswith("not a checkpoint of s2d3d")
+    assert refusal(path).startswith("holds weights but no description by s2d3d")
     assert refusal(tmp_path / "absent.safetensors") == "no such checkpoint file"
+
+
+def test_an_exported_program_is_named(tmp_path):
+    path = tmp_path / "model.pt"
+    torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(path)
+    assert refusal(path) == "is an exported program, not a checkpoint; name merged.pt of the run"
+    torch.export.save(torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),)), tmp_path / "model.pt2")
+    assert refusal(tmp_path / "model.pt2") == "is an exported program, not a checkpoint; name merged.pt of the run"

@@ -200,6 +200,24 @@ def test_other_forms_of_output(visualize, checkpoint, tmp_path, capsys):
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'p_1.ply'}: exists already")
 
 
+def test_clouds_are_not_written_into_the_scans_that_are_drawn(visualize, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name in ("ball", "rod"):
+        (tmp_path / "scans" / name).mkdir(parents=True)
+        for number in range(4):
+            np.save(tmp_path / "scans" / name / f"{number}.npy", rng.random((64, 3)))
+    config = tmp_path / "files.yaml"
+    config.write_text(
+        f"output_dir: {tmp_path}/run\ndata: {{name: files, root: {tmp_path}/scans, num_points: 64}}\n"
+        "model: {name: point_bert_tiny}\n"
+    )
+    output = tmp_path / "scans" / "ball" / "look.ply"
+    for source in (["--config", config], ["--config", config, "--files", tmp_path / "scans"]):
+        assert visualize.main([*map(str, source), "--output", str(output)]) == 1
+        assert "lies in a folder that is read, where it would be one of the clouds" in capsys.readouterr().err
+    assert not list(output.parent.glob("*.ply"))
+
+
 def test_existing_output_stays_unless_forced(visualize, checkpoint, tmp_path, capsys, drawing):
     output = tmp_path / "old.png"
     output.write_bytes(b"old")
