@@ -43,11 +43,13 @@ def problems_across(config: "Config") -> list[Problem]:
         refused = build_problems(config.model.name, config.model.kwargs, in_channels=config.in_channels)
         problems += [Problem(("data", "channels"), f"{config.model.name}: {p.text}") for p in refused]
     if s2d.kind != "none":
+        from ..s2d.ewa import max_share_rate
+
         if "muon" in optim.name:
             text = "must not be a Muon optimizer with experts: it trains matrices, but stacks of matrices by AdamW"
             problems.append(Problem(("optim", "name"), f"{text}, got '{optim.name}'"))
-        experts, bound = s2d.num_experts, 1 - 1 / s2d.num_experts
-        if experts > 1 and s2d.share_rate > bound:
+        experts, bound = s2d.num_experts, max_share_rate(s2d.num_experts)
+        if s2d.share_rate > bound:
             text = f"must be at most {bound:.6g} = ({experts} - 1) / {experts}, above which the {experts} experts"
             problems.append(Problem(("s2d", "share_rate"), f"{text} overshoot their mean, got {s2d.share_rate:g}"))
         if s2d.init == "independent" and config.model.pretrained:

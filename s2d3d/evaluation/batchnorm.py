@@ -12,6 +12,7 @@ from ..errors import InputError
 from ..models import create_for_classes
 from ..models.mode import eval_mode
 from ..s2d import MoFConfig, convert_to_mof_
+from ..s2d.merge import linears_with_experts
 
 FORGOTTEN = 1e-5
 """Weight of the initial statistics below which they do not matter."""
@@ -94,7 +95,7 @@ def norms_behind_experts(
         converted: names of its expert layers; empty for a dense run.
         mof: which FFNs the sparse counterpart of a dense run converts.
     """
-    converted = converted or names_of_experts(config, mof)
+    converted = converted or names_of_experts(config, mof)[0]
     return batchnorms_behind(model, converted[0]) if converted else []
 
 
@@ -117,10 +118,10 @@ def unsettled_norms(model: nn.Module, updates: int) -> list[_BatchNorm]:
     return [norm for norm in norms if norm.momentum is not None and (1 - norm.momentum) ** updates > FORGOTTEN]
 
 
-def names_of_experts(config: Config, mof: MoFConfig) -> list[str]:
-    """Name the FFNs of a dense run that `mof` would convert; empty where the model has none."""
+def names_of_experts(config: Config, mof: MoFConfig) -> tuple[list[str], list[str]]:
+    """Name the FFNs of a dense run that `mof` would convert, and their linear layers; empty where there are none."""
     with torch.device("meta"):
         model = create_for_classes(config.model.name, 2, in_channels=config.in_channels, **config.model.kwargs)
         with contextlib.suppress(ValueError, TypeError):  # a dense model need not have an FFN
-            return convert_to_mof_(model, mof)
-    return []
+            return convert_to_mof_(model, mof), linears_with_experts(model)
+    return [], []

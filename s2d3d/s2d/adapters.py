@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,11 @@ class PairPart(nn.Module):
         layer = getattr(self.experts, self.part)
         assert isinstance(layer, StackedLinear)
         return layer
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Freeze the experts of this linear layer alone, or let them train."""
+        self.stacked.requires_grad_(requires_grad)
+        return self
 
     def averaged_expert(self) -> nn.Module:
         """Return the mean of the experts of this linear layer, of the original class."""

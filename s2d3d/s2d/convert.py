@@ -1,5 +1,6 @@
 """From a dense transformer to a sparse one: `convert_to_mof_`, before training."""
 
+import contextlib
 import copy
 import math
 from collections import Counter
@@ -70,6 +71,13 @@ class MoFConfig:
             raise ValueError(f"targets is '{self.targets}', must be a sequence of patterns such as ('*.mlp',)")
         if self.targets is not None:
             object.__setattr__(self, "targets", tuple(self.targets))
+            if not all(isinstance(target, str) for target in self.targets):
+                raise ValueError(f"targets is {self.targets}, must be patterns such as '*.mlp'")
+        for key in ("num_experts", "every", "top_k"):
+            if type(value := getattr(self, key)) is not int:
+                raise ValueError(f"{key} is {value!r}, must be a whole number")
+        if not isinstance(self.init_noise, (int, float)):
+            raise ValueError(f"init_noise is {self.init_noise!r}, must be a number")
         if self.num_experts < 1:
             raise ValueError(f"num_experts is {self.num_experts}, must be at least 1")
         if self.targets == ():
@@ -121,6 +129,8 @@ def convert_to_mof_(
         >>> convert_to_mof_(timm.create_model("vit_tiny_patch16_224", depth=4))
         ['blocks.1.mlp', 'blocks.3.mlp']
     """
+    if not isinstance(config, MoFConfig):
+        raise TypeError(f"config is a {type(config).__name__}, must be a MoFConfig")
     if is_sparse(model):
         raise ValueError("the model has experts already: convert the dense model, or merge it first")
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
@@ -129,10 +139,13 @@ def convert_to_mof_(
     matches = _matches(model, config, filter_fn, trials)
     chosen = matches[config.every - 1 :: config.every]
     if not chosen:
+        if not matches and filter_fn is not None and (rejected := _matches(model, config, None, trials)):
+            raise ValueError(f"filter_fn rejects all {len(rejected)} matches, such as '{rejected[0].name}'")
         raise ValueError(_nothing_to_convert(model, config, len(matches), trials))
     _check_apart(model, chosen)
     call = None if example is None else _as_call(example)
     ffns = [_located(model, ffn, trials, tried=call is not None) for ffn in chosen]
+    _check_untied(model, ffns)
     _check_references(model, ffns)
     dense, calls = (None, {}) if call is None else _run_dense(model, ffns, call)
     layouts = [_layout(model, ffn, trials, calls.get(ffn, ())) for ffn in ffns]
@@ -308,8 +321,7 @@ def _check_training(
     for ffn, layout in zip(ffns, layouts):
         _put_identical_(ffn, num_experts, sparse, layout)
     names = {sparse.get_submodule(part): ffn.name for ffn in ffns for part in ffn.parts}
-    with register_module_forward_pre_hook(lambda module, _: called.add(names.get(module))):
-        found = _run(sparse, call, " with experts")
+    found = _run(sparse, call, " with experts", lambda module, _: called.add(names.get(module)))
     if differ(found, wanted) > 10:  # rounding grows with depth
         raise TypeError("with identical experts the model does not train as the dense one on example=")
     missed = [ffn.name for ffn in ffns if ffn.name not in called]
@@ -317,8 +329,10 @@ def _check_training(
         raise TypeError(f"the experts of '{missed[0]}' are not used when the model runs on example=")
 
 
-def _run(model: nn.Module, call: Call, what: str) -> Any:
-    with quiet(model):
+def _run(model: nn.Module, call: Call, what: str, note: Callable[[nn.Module, Any], None] | None = None) -> Any:
+    with quiet(model), contextlib.ExitStack() as stack:
+        if note is not None:
+            stack.enter_context(register_module_forward_pre_hook(note))
         try:
             with pinned():
                 return copied_call(call).on(model.train())
@@ -342,15 +356,23 @@ def _refused(model: nn.Module, ffn: FFN, error: TypeError, trials: Trials) -> Ty
 
 
 def _check_apart(model: nn.Module, chosen: list[FFN]) -> None:
-    uses = Counter(parameter for _, parameter in model.named_parameters(remove_duplicate=False))
-    places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     names = {model.get_submodule(ffn.name): ffn.name for ffn in chosen}
     for ffn in chosen:
         module = model.get_submodule(ffn.name)
         for other in module.modules():
             if other is not module and other in names:
                 raise ValueError(f"module '{names[other]}' lies inside '{ffn.name}', which matches too: narrow targets")
-        tied = [key for key, parameter in module.named_parameters() if uses[parameter] > places[module]]
+
+
+def _check_untied(model: nn.Module, ffns: list[FFN]) -> None:
+    """Refuse FFNs, or linear layers of one, whose weights another module has too."""
+    uses = Counter(parameter for _, parameter in model.named_parameters(remove_duplicate=False))
+    places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
+    for ffn in ffns:
+        match, tied = model.get_submodule(ffn.name), []
+        for part in ffn.parts:
+            named = model.get_submodule(part).named_parameters(part[len(ffn.name) :].lstrip("."))
+            tied += [key for key, parameter in named if uses[parameter] > places[match]]
         if tied:
             raise ValueError(
                 f"module '{ffn.name}' shares {', '.join(tied)} with another module, experts would untie them"

@@ -96,8 +96,8 @@ class EWA:
         _check_share_rate(share_rate)
         if not callable(schedule) and schedule not in SCHEDULES:
             raise ValueError(f"schedule is '{schedule}', must be a function or one of {', '.join(SCHEDULES)}")
-        if total_steps < 1:
-            raise ValueError(f"total_steps is {total_steps}, must be at least 1")
+        if not (math.isfinite(total_steps) and total_steps >= 1):
+            raise ValueError(f"total_steps is {total_steps}, must be at least 1, and finite")
         if not 0 < stop_fraction <= 1:
             raise ValueError(f"stop_fraction is {stop_fraction}, must be in (0, 1]")
         self.layers = expert_layers(model)
@@ -152,7 +152,9 @@ class EWA:
         return {"num_steps": self.num_steps}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue from the position in `state`."""
+        """Continue from the position in `state`; raises ValueError where it is negative."""
+        if state["num_steps"] < 0:
+            raise ValueError(f"num_steps is {state['num_steps']}, must be at least 0")
         self.num_steps = int(state["num_steps"])
 
 

@@ -21,8 +21,8 @@ class NoWeightDecay:
     timm's layer decay goes by the number of dimensions, which stacked biases have two of.
     """
 
-    def __init__(self, own: Callable[[], Collection[str]] | None, names: list[str]) -> None:
-        self.own, self.names = own, names
+    def __init__(self, own: Callable[[], Collection[str]] | None, names: list[str], *, of_instance: bool) -> None:
+        self.own, self.names, self.of_instance = own, names, of_instance
 
     def __call__(self) -> set[str]:
         own = self.own() if self.own is not None else ()
@@ -42,7 +42,8 @@ def mark_no_weight_decay_(model: nn.Module) -> None:
             and (own is None or callable(own))
         ):
             biases = [f"{name.removeprefix(prefix)}.bias" for name in stacked]
-            module.__dict__["no_weight_decay"] = NoWeightDecay(own, biases)
+            of_instance = "no_weight_decay" in module.__dict__
+            module.__dict__["no_weight_decay"] = NoWeightDecay(own, biases, of_instance=of_instance)
 
 
 def merge_experts(
@@ -98,8 +99,11 @@ def merge_experts(
         return merged[model]
     replace_(model, merged)
     for module in model.modules():
-        if isinstance(module.__dict__.get("no_weight_decay"), NoWeightDecay):
+        replaced = module.__dict__.get("no_weight_decay")
+        if isinstance(replaced, NoWeightDecay):
             del module.__dict__["no_weight_decay"]
+            if replaced.of_instance:
+                module.__dict__["no_weight_decay"] = replaced.own
     return model
 
 
@@ -111,6 +115,14 @@ def is_sparse(model: nn.Module) -> bool:
         False
     """
     return any(isinstance(m, ExpertLayer) for m in model.modules())
+
+
+def linears_with_experts(model: nn.Module) -> list[str]:
+    """Name the linear layers that experts have for themselves, as they are called in the dense model."""
+    parts = [name for name, m in model.named_modules() if isinstance(m, PairPart)]
+    inside = tuple(f"{name}." for name in parts)
+    stacked = [name for name, m in model.named_modules() if isinstance(m, StackedLinear)]
+    return parts + [name for name in stacked if not name.startswith(inside)]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -120,7 +120,7 @@ def balance_loss(model: nn.Module) -> Tensor:
     Add it to the task's loss, times a weight such as 0.01.
 
     Raises:
-        ValueError: the model has no such layer, or one that has not run yet.
+        ValueError: the model has no such layer, or one that has not run yet, or ran without gradients.
 
     Example:
         >>> import timm
@@ -136,6 +136,13 @@ def balance_loss(model: nn.Module) -> Tensor:
     losses = [layer.balance_loss for layer in layers if layer.balance_loss is not None]
     if len(losses) < len(layers):
         raise ValueError("a TopKMoE layer has not run yet: call the model first")
+    for layer, loss in zip(layers, losses):
+        learns = layer.training and any(parameter.requires_grad for parameter in layer.router.parameters())
+        if learns and torch.is_grad_enabled() and not loss.requires_grad:
+            raise ValueError(
+                f"the loss of {layer.title()} has no gradient: it ran without one, as in a reentrant checkpoint; "
+                "pass use_reentrant=False to torch.utils.checkpoint"
+            )
     return torch.stack(losses).sum()
 
 

@@ -54,6 +54,8 @@ class ExpertLayer(nn.Module):
     """Another module whose mode counts as well, see `ExitLinear`."""
     watch: Watch | None = None
     """What must stay as it is for tokens in slots."""
+    _input = ""
+    """The name under which the FFN takes its tokens."""
     _template: nn.Module
 
     def __init__(self, ffn: nn.Module, num_experts: int, *, layout: Layout | None = None) -> None:
@@ -207,6 +209,8 @@ class ExpertLayer(nn.Module):
         x = args[0] if args else kwargs.get(self._name_of_tokens(kwargs))
         others = list(args[1:]) + [value for key, value in kwargs.items() if value is not x]
         alone = all(value is None for value in others)
+        if isinstance(x, Tensor) and x.is_nested:
+            raise TypeError(f"{self.title()} takes padded tokens, got a nested tensor: call to_padded_tensor first")
         if not isinstance(x, Tensor) or not (alone or self.layout.any_call):
             given = ", ".join(type(value).__name__ for value in [*args, *kwargs.values()])
             raise TypeError(

@@ -7,6 +7,7 @@ runs what training will run, on a copy with random weights (a branch that starts
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -106,7 +107,12 @@ def probe_ffn(ffn: nn.Module, num_experts: int, make: Make, calls: Sequence[Call
 
 
 def probe_pair(
-    layer: nn.Module, convert_: Convert, calls: Sequence[Call], routed: bool, parts: tuple[str, ...] = ()
+    layer: nn.Module,
+    num_experts: int,
+    convert_: Convert,
+    calls: Sequence[Call],
+    routed: bool,
+    parts: tuple[str, ...] = (),
 ) -> Layout:
     """Find the layout for an FFN that is spread over its transformer layer, by running copies of the whole layer.
 
@@ -115,6 +121,7 @@ def probe_pair(
 
     Args:
         layer: the transformer layer.
+        num_experts: K.
         convert_: puts experts into a copy of it, in place, in the layout that it is given.
         calls: what the model gives it.
         routed: a router chooses experts: only slots are possible.
@@ -128,7 +135,9 @@ def probe_pair(
         problem = ""
         for dtype in _precisions(layer):
             dense = randomised(layer, dtype)
-            trials = [widened(call, dtype) for call in calls] or [Call((x,), {}) for x in _pair_tokens(dense)]
+            trials = [widened(call, dtype) for call in calls] or [
+                Call((x,), {}) for x in _pair_tokens(dense, num_experts)
+            ]
             try:
                 with pinned():
                     for call in trials:
@@ -191,19 +200,20 @@ class Trials:
         self, layer: nn.Module, convert_: Convert, calls: Sequence[Call] = (), parts: tuple[str, ...] = ()
     ) -> Layout:
         """As `probe_pair`."""
-        return self._once(layer, calls, lambda: probe_pair(layer, convert_, calls, self.routed, parts), f"pair {parts}")
+        trial = partial(probe_pair, layer, self.num_experts, convert_, calls, self.routed, parts)
+        return self._once(layer, calls, trial, f"pair {parts}")
 
     def _once(self, module: nn.Module, calls: Sequence[Call], trial: Callable[[], Layout], kind: str) -> Layout:
         key: Any = kind, signature(module), repr([[tensor.shape for tensor in tensors_of(call)] for call in calls])
         results = self._results
         if kind == "ffn" and not calls and _is_stock(module):
             key, results = (*key, self.num_experts, self.make, self.routed, _forwards(module)), _STOCK
-        if key not in results:
+        if key not in results and key not in self._results:
             try:
                 results[key] = trial()
-            except TypeError as error:
-                results[key] = str(error)
-        result = results[key]
+            except TypeError as error:  # of this conversion alone: the next one may run under other conditions
+                self._results[key] = str(error)
+        result = results[key] if key in results else self._results[key]
         if isinstance(result, str):
             raise TypeError(result)
         return result
@@ -360,10 +370,11 @@ def _other_sizes(dense: nn.Module, calls: list[Call], channels_first: bool, num_
     return found
 
 
-def _pair_tokens(layer: nn.Module) -> list[Tensor]:
+def _pair_tokens(layer: nn.Module, num_experts: int) -> list[Tensor]:
     first = next(m for m in layer.modules() if is_linear(m))
     width = linear_features(first)[0]
-    return [noise((*shape, width), 0, next(layer.parameters())) for shape in ((5, 7), (4, 6))]
+    times = -(-num_experts // 24)
+    return [noise((groups * times, size, width), 0, next(layer.parameters())) for groups, size in ((5, 7), (4, 6))]
 
 
 def _places(x: Tensor, channels_first: bool) -> list[int]:

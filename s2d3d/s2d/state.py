@@ -2,6 +2,7 @@
 
 import dis
 import inspect
+import re
 from collections.abc import Callable
 from functools import partial
 from types import FunctionType
@@ -15,7 +16,8 @@ from .sharing import HOOKS, reach_of
 from .tokenwise import is_of_packages
 from .trial import differ, noise, quiet, randomised
 
-_ADAPTERS = ("lora", "adapter", "base_layer")
+_ADAPTERS = re.compile(r"(?<![a-z])(lora|adapter|base_layer)(?![a-z])")
+"""Words in names of modules, such as `lora_A`."""
 _PARAMETRIZED = ("parametrizations", "weight_g", "weight_v", "weight_orig", "weight_u", "_mask")
 
 
@@ -94,13 +96,13 @@ def _check_others(ffn: nn.Module, kind: str, linears: dict[str, nn.Module]) -> N
     known = {id(tensor) for m in norms for tensor in [*m._parameters.values(), *m._buffers.values()]}
     known |= {id(tensor) for tensor in owned}
     foreign = [name for name, tensor in [*ffn.named_parameters(), *ffn.named_buffers()] if id(tensor) not in known]
-    adapters = [name for name, _ in ffn.named_modules() if any(word in name.lower() for word in _ADAPTERS)]
+    adapters = [name for name, _ in ffn.named_modules() if _ADAPTERS.search(name.lower())]
     if not foreign and not adapters:
         return
     way = "name the module inside that holds linear and norm layers alone, or leave it out of targets"
     if any(word in name for name in foreign for word in _PARAMETRIZED):
         way = "remove the parametrization (weight norm, spectral norm, pruning), convert, and train without it"
-    elif adapters or any(word in name.lower() for name in foreign for word in _ADAPTERS):
+    elif adapters or any(_ADAPTERS.search(name.lower()) for name in foreign):
         way = "merge or remove the adapters (LoRA), convert, and add adapters to the merged model"
     raise TypeError(f"{kind} holds state outside its linear layers ({', '.join(foreign or adapters)}): {way}")
 

@@ -20,6 +20,7 @@ from ..models.freeze import freeze_
 from ..random_state import seed_all
 from ..runs.folder import find_pretrained
 from ..s2d import EWA, MoFConfig, TopKMoE, convert_to_mof_, is_sparse
+from ..s2d.mof import ExpertLayer
 from .loaders import Loaders
 from .optim import build_optimizer, build_scheduler
 
@@ -89,8 +90,9 @@ def build_model(config: Config, runtime: Runtime, class_names: list[str], *, pre
     mof = config.s2d.mof()
     converted = convert_to_mof_(model, mof) if config.s2d.kind != "none" else []
     frozen = freeze_(model, config.train.freeze) if config.train.freeze else []
-    idle = [name for name in converted if not all(p.requires_grad for p in model.get_submodule(name).parameters())]
-    if idle:
+    layers = [module for module in model.modules() if isinstance(module, ExpertLayer)]
+    idle = [layer.name for layer in layers if not all(p.requires_grad for p in layer.expert_parameters())]
+    if idle and converted:
         raise InputError(
             f"train.freeze: freezes {idle[0]}, whose experts would stay equal; set s2d.kind: none, or freeze others"
         )
@@ -119,7 +121,7 @@ def optimizer_of(config: Config, parts: ModelParts) -> torch.optim.Optimizer:
     """
     optim, multiplier, scaled = config.optim, config.s2d.lr_multiplier, None
     if config.s2d.kind == "none" and multiplier != 1 and not is_sparse(parts.model):  # a model may bring its experts
-        names = names_of_experts(config, parts.mof)
+        names = names_of_experts(config, parts.mof)[1]
         if not names:
             raise InputError("s2d.lr_multiplier: no FFN to apply it to; set it to 1, or see s2d.targets and s2d.every")
         scaled = [parameter for name in names for parameter in parts.model.get_submodule(name).parameters()]

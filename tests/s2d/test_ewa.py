@@ -319,6 +319,8 @@ def test_bound_of_a_model_is_that_of_its_smallest_layer_and_one_expert_has_none(
     [
         ({"schedule": "cosine"}, "schedule is 'cosine', must be a function or one of linear, constant"),
         ({"total_steps": 0}, "total_steps is 0, must be at least 1"),
+        ({"total_steps": float("inf")}, "total_steps is inf, must be at least 1, and finite"),
+        ({"total_steps": float("nan")}, "total_steps is nan, must be at least 1, and finite"),
         ({"stop_fraction": 0.0}, r"stop_fraction is 0.0, must be in \(0, 1\]"),
         ({"stop_fraction": 1.5}, r"stop_fraction is 1.5, must be in \(0, 1\]"),
     ],
@@ -362,3 +364,8 @@ def test_averaging_part_by_part_gives_the_same_bits(share_rate, make_layer, monk
         results.append(values(layer))
     for other in results[1:]:
         assert all(other[name].equal(value) for name, value in results[0].items())
+
+
+def test_a_position_before_the_first_update_is_refused(make_layer):
+    with pytest.raises(ValueError, match="num_steps is -3, must be at least 0"):
+        EWA(make_layer(2), share_rate=0.3, total_steps=3).load_state_dict({"num_steps": -3})

@@ -193,16 +193,27 @@ def test_multiplier_of_given_parameters_scales_these_alone():
     assert {group["lr"] for group in optimizer.param_groups if "lr_scale" in group} == {5e-4}
 
 
-def test_dense_run_scales_the_ffns_that_its_s2d_run_would_convert(tiny_config):
-    rates = {}
+@pytest.mark.parametrize("targets", ["['*.mlp']", "['blocks.blocks.?']"], ids=["FFNs", "blocks"])
+def test_dense_run_scales_the_ffns_that_its_s2d_run_would_convert(tiny_config, targets):
+    """The linear layers of these alone, also where a target names the block around an FFN."""
+    rates, options = {}, ("s2d.lr_multiplier=0.5", f"s2d.targets={targets}", "train.max_steps=1")
     for kind in ("none", "rup"):
-        trainer = Trainer(tiny_config(f"s2d.kind={kind}", "s2d.lr_multiplier=0.5", "train.max_steps=1"))
+        trainer = Trainer(tiny_config(f"s2d.kind={kind}", *options))
         trainer.fit()
         names = {id(p): name for name, p in trainer.model.named_parameters()}
         groups = trainer.optimizer.param_groups
         rates[kind] = {names[id(p)] for group in groups if "lr_scale" in group for p in group["params"]}
         shutil.rmtree(trainer.folder.root)
     assert rates["none"] and rates["none"] == rates["rup"], "stacked parameters have the names of the dense ones"
+    assert all(".mlp.fc" in name for name in rates["none"])
+
+
+def test_a_frozen_norm_beside_an_ffn_does_not_freeze_its_experts(tiny_config):
+    options = ("s2d.targets=['blocks.blocks.?']", "train.freeze=['blocks.blocks.1.norm1']", "train.max_steps=1")
+    trainer = Trainer(tiny_config(*options))
+    trainer.fit()
+    held = [name for name, p in trainer.model.named_parameters() if not p.requires_grad]
+    assert held == ["blocks.blocks.1.norm1.weight", "blocks.blocks.1.norm1.bias"]
 
 
 def test_lamb_clips_no_gradient_of_its_own():
