@@ -45,8 +45,8 @@ def problems_across(config: "Config") -> list[Problem]:
     if s2d.kind != "none":
         from ..s2d.ewa import max_share_rate
 
-        if "muon" in optim.name:
-            text = "must not be a Muon optimizer with experts: it trains matrices, but stacks of matrices by AdamW"
+        if any(name in optim.name for name in ("muon", "adamp", "sgdp", "mars")):
+            text = "must not be Muon, AdamP, SGDP or MARS with experts: they do other things with stacks of matrices"
             problems.append(Problem(("optim", "name"), f"{text}, got '{optim.name}'"))
         experts, bound = s2d.num_experts, max_share_rate(s2d.num_experts)
         if s2d.share_rate > bound:

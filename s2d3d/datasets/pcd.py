@@ -128,8 +128,9 @@ def _keep_extras(
         if not np.isfinite(values[0]).all() and values[0].dtype == np.float64:  # text has one word for all NaN
             raise InputError(f"{path}: its packed colours hold NaN, in which they are lost; store them as type U")
         with np.errstate(over="ignore"):
-            stored = as_announced(values[0], types[0] if types[0].kind in "iu" else "<f4", f"{path}: {NOUNS[group]}")
-            bits = stored.astype(np.int64) if types[0].kind in "iu" else stored.view("<u4")
+            whole = types[0].kind in "iu"
+            stored = as_announced(values[0], types[0] if whole else np.dtype("<f4"), f"{path}: {NOUNS[group]}")
+            bits = stored.astype(np.int64) if whole else stored.view("<u4")
         extras[group] = np.stack([bits >> shift & 255 for shift in (16, 8, 0)], axis=1).astype(np.uint8)
 
 

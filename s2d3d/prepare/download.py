@@ -242,7 +242,7 @@ def unpack(archive: str | os.PathLike, folder: str | os.PathLike) -> Path:
 
     Args:
         archive: the file.
-        folder: where to. Only a complete one is left behind.
+        folder: where to. What an interrupted call leaves is unpacked again by the next.
 
     Returns:
         The only folder at the top of the archive, or `folder`.

@@ -264,8 +264,8 @@ def test_missing_key(missing):
             "got 'independent'")
         ]),
         ({"optim": {"name": "adamuon"}, "s2d": {"kind": "rup"}}, [
-            ("optim.name: must not be a Muon optimizer with experts: it trains matrices, but stacks of matrices by "
-             "AdamW, got 'adamuon'")
+            ("optim.name: must not be Muon, AdamP, SGDP or MARS with experts: they do other things with stacks of "
+             "matrices, got 'adamuon'")
         ]),
         ({"train": {"epochs": 10}}, ["optim.warmup_epochs: must be less than train.epochs (10), got 10"]),
         ({"train": {"accum_steps": 5}}, ["train.accum_steps: must divide train.batch_size (32), got 5"]),
