@@ -22,12 +22,13 @@ from s2d3d import Trainer, datasets, load_config, load_model, models
 from s2d3d.config.reference import config_reference
 from s2d3d.config.schema import Config
 from s2d3d.s2d.analysis import expert_divergence
+from s2d3d.studies.stats import paired_t
 
 REPOSITORY = Path(__file__).parent.parent
 PAGES = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "data/README.md")]
 PAGES += sorted(REPOSITORY.glob("docs/**/*.md"))
-CLOSED = "configs/studies/beyond.yaml"
-"""A study whose options are gone from the package; its page and records stay."""
+CLOSED = ("configs/studies/beyond.yaml", "configs/studies/population.yaml")
+"""Studies of options that are gone from the repository; their pages and records stay."""
 
 
 def python_blocks(page: Path) -> list[str]:
@@ -75,7 +76,7 @@ def test_commands_name_tools_configs_and_targets_that_exist(page, repository):
     for tool in re.findall(r"\b(tools/\w+\.py|examples/\w+\.(?:py|ipynb)|tests/[\w/]+\.py)\b", text):
         assert (repository / tool).is_file() or "NAME" in tool, tool
     for config in re.findall(r"\b(configs/(?:studies/)?\w+\.yaml)\b", text):
-        assert (repository / config).is_file() or "NAME" in config or config == CLOSED, config
+        assert (repository / config).is_file() or "NAME" in config or config in CLOSED, config
     for target in re.findall(r"(?:^ {4}|`)make ([a-z-]+)", text, flags=re.MULTILINE):
         assert target in targets, target
 
@@ -191,6 +192,22 @@ def test_figures_of_the_results_page_follow_from_the_records(repository, monkeyp
     assert f"| {number} | {rest.replace(' [', ' | [')} |" in readme
     assert re.search(r"\| 37 \| -0\.18 \| \[-0\.38, \+0\.02\] \|", readme) and "33 of 37 pairs" in readme
     assert "together: n 37, -0.18 [-0.38, +0.02], p 0.001" in pairs and training.endswith("higher in 33")
+
+
+def test_figures_of_the_closed_study_population_follow_from_its_records(repository):
+    pages = [(repository / "docs" / name).read_text() for name in ("results.md", "results/population.md")]
+    comparisons = json.loads((repository / "docs/results/population.json").read_text())["comparisons"]
+    rows = ["the dense model on batches of views", "experts with views of their own"]
+    rows.append("the same, experts' learning rate x 2")
+    for row, item in zip(rows, comparisons, strict=True):
+        numbers = [item[key] for key in ("mean", "t_low", "t_high", "bonferroni_low", "bonferroni_high")]
+        mean, low, high, first, last = (f"{100 * number:+.2f}" for number in numbers)
+        assert f"| {row} | 10 | {mean} | [{low}, {high}] | [{first}, {last}] |" in pages[0]
+    records = map(json.loads, (repository / "docs/results/population.jsonl").read_text().splitlines())
+    scores = {(record["arm"], record["seed"]): 100 * record["results"][record["kept"]]["oa"] for record in records}
+    for arm, shown in (("population", pages), ("population_x2", pages[1:])):
+        pair = paired_t([scores[arm, seed] - scores["dense_views", seed] for seed in range(800, 810)])
+        assert all(f"{pair.mean:+.2f} [{pair.low:+.2f}, {pair.high:+.2f}]" in page for page in shown)
 
 
 def test_the_simulated_step_of_the_mean_is_that_of_the_page(repository):

@@ -87,6 +87,8 @@ def build_model(config: Config, runtime: Runtime, class_names: list[str], *, pre
         )
         if runtime.is_main:
             logger.info(report.summary())
+    if config.s2d.kind == "none" and is_sparse(model):
+        raise InputError(f"model.name: {config.model.name} brings experts of its own; build it dense, and set s2d.kind")
     mof = config.s2d.mof()
     converted = convert_to_mof_(model, mof) if config.s2d.kind != "none" else []
     frozen = freeze_(model, config.train.freeze) if config.train.freeze else []
@@ -120,7 +122,7 @@ def optimizer_of(config: Config, parts: ModelParts) -> torch.optim.Optimizer:
         InputError: there is no FFN to apply it to; see also `build_optimizer`.
     """
     optim, multiplier, scaled = config.optim, config.s2d.lr_multiplier, None
-    if config.s2d.kind == "none" and multiplier != 1 and not is_sparse(parts.model):  # a model may bring its experts
+    if config.s2d.kind == "none" and multiplier != 1:
         names = names_of_experts(config, parts.mof)[1]
         if not names:
             raise InputError("s2d.lr_multiplier: no FFN to apply it to; set it to 1, or see s2d.targets and s2d.every")

@@ -10,6 +10,7 @@ from torch import nn
 
 from s2d3d import MoFConfig, Trainer, convert_to_mof_, create_model
 from s2d3d.errors import InputError
+from s2d3d.models import create_for_classes
 from s2d3d.training.optim import base_lr, build_optimizer, build_scheduler, no_decay_names
 
 TINY = dict(trans_dim=24, depth=2, num_heads=2, num_group=12, group_size=8, encoder_dims=24, encoder_width=8)
@@ -273,3 +274,18 @@ def test_layer_decay_multiplies_the_rate_of_experts_through_the_whole_schedule()
         assert rates["blocks.blocks.1.mlp.fc1.weight"] == rates["blocks.blocks.1.mlp.fc1.bias"] == pytest.approx(1.5)
         assert rates["blocks.blocks.0.mlp.fc2.weight"] == pytest.approx(0.75)
         assert rates["cls_token"] == rates["encoder.first_conv.0.bias"] == pytest.approx(0.125)
+
+
+def test_a_model_with_experts_of_its_own_is_refused(tiny_config, monkeypatch):
+    """Its run would end in a file that no model fits."""
+
+    def create(*args, **kwargs):
+        model = create_for_classes(*args, **kwargs)
+        convert_to_mof_(model)
+        return model
+
+    monkeypatch.setattr("s2d3d.training.parts.create_for_classes", create)
+    trainer = Trainer(tiny_config("s2d.kind=none"))
+    with pytest.raises(InputError, match=r"model\.name: point_bert_tiny brings experts of its own; build it dense"):
+        trainer.fit()
+    assert not trainer.folder.root.exists()
