@@ -274,7 +274,8 @@ def require_checkpoint(path: str | Path) -> None:
     if is_hub_folder(path):
         return
     if Path(path).is_dir():
-        raise InputError(f"{path}: is a folder; name the file, such as {Path(path) / 'merged.pt'}")
+        places = [Path(path) / "merged.pt", Path(path).parent / "merged.pt", *sorted(Path(path).glob("*.pt"))]
+        raise InputError(f"{path}: is a folder; name the file, such as {next(filter(Path.is_file, places), places[0])}")
     if not Path(path).is_file():
         raise InputError(f"{path}: no such checkpoint file")
 

@@ -100,7 +100,8 @@ def _read(folder: RunFolder, name: str) -> RunRecord:
     require_run(folder.root)
     log = read_log(folder.log) if folder.log.is_file() else []
     if not log:
-        raise InputError(f"{folder.log}: holds no epoch; wait for the end of the first one")
+        advice = "was it removed?" if folder.merged.is_file() else "wait for the end of the first one"
+        raise InputError(f"{folder.log}: holds no epoch; {advice}")
     ends = [path for path in (folder.final, folder.merged) if path.is_file()]
     return RunRecord(
         name=name,

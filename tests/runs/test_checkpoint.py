@@ -244,6 +244,9 @@ def test_sparse_weights_do_not_fit_a_dense_model():
 def test_paths_that_are_no_file(path, tmp_path):
     assert refusal(path) == "no such checkpoint file"
     assert refusal(tmp_path) == f"is a folder; name the file, such as {tmp_path}/merged.pt"
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "merged.pt").touch()
+    assert refusal(tmp_path / "run" / "checkpoints").endswith(f"such as {tmp_path}/run/merged.pt")
 
 
 @pytest.mark.parametrize("share", [0, 0.001, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999])

@@ -64,6 +64,7 @@ def test_equal_names_are_told_apart_by_their_paths(make_run):
         (lambda folder: folder.config.unlink(), "run: holds no config.yaml; the folder of a run is needed"),
         (lambda folder: folder.log.unlink(), "log.csv: holds no epoch; wait for the end of the first"),
         (lambda folder: folder.log.write_text("epoch,lr\n"), "log.csv: holds no epoch"),
+        (lambda folder: (folder.merged.touch(), folder.log.unlink()), "log.csv: holds no epoch; was it removed?"),
         (lambda folder: folder.log.write_text("a,b\n1,2\n"), "log.csv: line 2 has no number in column 'epoch'"),
         (lambda folder: folder.log.write_bytes(b"epoch\n\xff\xfe"), "log.csv: not a CSV file"),
         (lambda folder: folder.metrics.write_text("{"), "metrics.json: not a JSON file"),
