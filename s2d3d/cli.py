@@ -233,15 +233,14 @@ def refuse_existing(
         raise InputError(f"{path}: is a folder; name a file, such as {path / 'FILE'}")
     if path.exists() and any(path.samefile(source) for source in sources if Path(source).exists()):
         raise InputError(f"{path}: is what is read; choose another output")
-    if suffix and path.suffix.lower() != suffix:
-        raise InputError(f"--output: must end in {suffix}, got {quoted(str(path))}")
-    folders = [source for source in map(Path, sources) if source.is_dir()]
-    if path.suffix.lower() in CLOUD_FILES.split() and any(
-        real_path(path).is_relative_to(real_path(f)) for f in folders
-    ):
-        raise InputError(f"{path}: lies in a folder that is read, where it would be one of the clouds; choose another")
+    real, is_cloud = real_path(path), path.suffix.lower() in CLOUD_FILES.split()
+    for folder in (real_path(source) for source in sources if is_cloud and Path(source).is_dir()):
+        if real.is_relative_to(folder) and not any(part.startswith(".") for part in real.relative_to(folder).parts):
+            raise InputError(f"{path}: lies in {folder}, which is read, and would be one of its clouds; choose another")
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: is a device, a pipe or a socket; name a file")
+    if suffix and path.suffix.lower() != suffix:
+        raise InputError(f"--output: must end in {suffix}, got {quoted(str(path))}")
     if os.path.lexists(path) and not force:
         raise InputError(f"{path}: exists already; choose another output or pass --force")
     check_parent(path)

@@ -69,7 +69,9 @@ def load_data(
         except (ValueError, TypeError, RecursionError) as error:
             raise _not_safetensors(path, error) from error
     if _is_program(path):
-        raise UnreadableError(f"{path}: is an exported program, not a checkpoint; name merged.pt of the run")
+        raise UnreadableError(
+            f"{path}: is an exported program, not a checkpoint; name merged.pt of the run, or weights"
+        )
     try:
         _check_sums(path)
         with torch.serialization.safe_globals(list(allow)), warnings.catch_warnings():

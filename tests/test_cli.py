@@ -145,10 +145,12 @@ def test_no_cloud_is_added_to_a_folder_that_is_read(tmp_path):
     scan = tmp_path / "scans" / "ball" / "1.xyz"
     scan.write_text("mine")
     for path in (scan, scan.with_name("new.ply"), tmp_path / "scans" / "a.npy"):
-        with pytest.raises(InputError, match=r"lies in a folder that is read, where it would be one of the clouds;"):
+        with pytest.raises(InputError, match=r"which is read, and would be one of its clouds;"):
             refuse_existing(path, force=True, sources=[tmp_path / "scans"])
-    for path in (scan.with_name("a.json"), tmp_path / "a.ply", tmp_path / "scans2.ply"):
+    (tmp_path / "scans" / ".hidden").mkdir()
+    for path in (scan.with_name("a.json"), tmp_path / "a.ply", tmp_path / "scans2.ply", scan.with_name(".a.ply")):
         refuse_existing(path, force=False, sources=[tmp_path / "scans"])
+    refuse_existing(tmp_path / "scans" / ".hidden" / "a.ply", force=False, sources=[tmp_path / "scans"])
 
 
 def test_an_output_has_the_suffix_of_its_kind(tmp_path):

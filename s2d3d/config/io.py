@@ -135,7 +135,7 @@ def _has_comment(text: str, value: object) -> bool:
     """Tell whether YAML takes a part of a text for a comment."""
     for mark in re.finditer(r"(?:^|\s)#", text):
         with contextlib.suppress(yaml.YAMLError):
-            if _parse(text[: mark.start()])[0] == value:
+            if repr(_parse(text[: mark.start()])[0]) == repr(value):  # NaN is not equal to itself
                 return True
     return False
 

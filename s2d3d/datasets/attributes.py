@@ -49,19 +49,26 @@ def unit_normals(normals: np.ndarray, where: str) -> np.ndarray:
     return values / np.maximum(np.linalg.norm(values, axis=-1, keepdims=True), tiny)
 
 
-def as_announced(values: np.ndarray, kind: np.dtype | type, where: str) -> np.ndarray:
-    """Return numbers read from text in the type that the file announces.
+def as_announced(values: np.ndarray, kind: np.dtype | type, where: str, *, points: np.ndarray) -> np.ndarray:
+    """Return numbers (N, ...) read from text in the type that the file announces.
+
+    Args:
+        values: of each point.
+        kind: as announced.
+        where: the file, for the message.
+        points: (N, 3); those that are not finite are left out later, and their values do not matter.
 
     Raises:
         InputError: it is a type of whole numbers, and a value is not one of them.
 
     Example:
-        >>> as_announced(np.array([1.0, 255.0]), np.uint8, "a.ply")
+        >>> as_announced(np.array([1.0, 255.0]), np.uint8, "a.ply", points=np.zeros((2, 3)))
         array([  1, 255], dtype=uint8)
     """
     with np.errstate(invalid="ignore", over="ignore"):
         found = values.astype(kind)
-    if found.dtype.kind in "iu" and (wrong := found != values).any():
+    wrong = (found != values) & np.isfinite(points).all(axis=1).reshape(-1, *[1] * (values.ndim - 1))
+    if found.dtype.kind in "iu" and wrong.any():
         shown = f"{values[wrong][0]:g}, its header announces {found.dtype}"
         raise InputError(f"{where}: holds {shown}; correct the type in the header")
     return found

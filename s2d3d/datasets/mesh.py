@@ -306,6 +306,7 @@ def read_glb(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         scene = trimesh.load(io.BytesIO(data), file_type="glb", force="scene", process=False, skip_materials=True)
         parts = scene.dump()  # type: ignore[attr-defined]  # a scene, as forced
         meshes = [(np.asarray(part.vertices, np.float64), getattr(part, "faces", None)) for part in parts]
+        has_points = any(isinstance(part, trimesh.PointCloud) and len(part.vertices) for part in parts)
     except _GLB_ERRORS as error:
         raise InputError(f"{path}: is damaged: trimesh cannot read it; export it again") from error
     meshes = [(vertices, faces) for vertices, faces in meshes if len(vertices)]
@@ -314,7 +315,7 @@ def read_glb(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     faces = [np.asarray(faces) + start for (_, faces), start in zip(meshes, starts) if faces is not None]
     if not faces:
         return vertices, None
-    if len(faces) < len(meshes):
+    if has_points:  # lines, such as edges, are passed over
         raise InputError(f"{path}: holds points beside meshes; export one of them alone")
     corners = np.concatenate(faces)
     return vertices, fan_triangles(corners.ravel(), np.full(len(corners), 3), len(vertices), str(path))

@@ -5,6 +5,7 @@ train_files.txt, test_files.txt     one HDF5 file a line
 ply_data_train0.h5, ...             data (n, P, 3), label (n,) or (n, 1), optional name, normal
 """
 
+import contextlib
 import logging
 import os
 from collections import Counter
@@ -84,10 +85,10 @@ def load_modelnet40(
         check_up_axis(up_axis)
     _check_folder(root, f"put ModelNet40 there (see data/README.md) or run: {PREPARE}")
     files = list_files(root, split, allow_links=allow_links)
-    if split == SPLITS[0] and (root / f"{SPLITS[1]}_files.txt").is_file():
-        both = set(files) & set(list_files(root, SPLITS[1], allow_links=allow_links))
-        if both:
-            log.warning("%s: %d files are listed to train and to test, such as %s", root, len(both), min(both).name)
+    if split == SPLITS[0]:
+        with contextlib.suppress(InputError):  # of the test list, which is not read here
+            if both := set(files) & set(list_files(root, SPLITS[1], allow_links=allow_links)):
+                log.warning("%s: %d files are listed to train and to test, such as %s", root, len(both), min(both).name)
     labelled = labelled or _has_labels(root, allow_links=allow_links)
     class_names = read_class_names(root, allow_links=allow_links) if labelled else [UNLABELLED]
     stored: torch.Tensor | StreamedClouds

@@ -74,7 +74,7 @@ def read_pcd(path: Path, extras: Extras | None = None) -> np.ndarray:
         if len(found) != points:
             state = "is cut short" if len(found) < points else "is damaged"
             raise InputError(f"{path}: {state}: {points} points are announced, {len(found)} rows follow the header")
-        _keep_extras(path, extras, further, [found[:, number] for number in range(3, len(axes))], kinds)
+        _keep_extras(path, extras, further, list(found.T), kinds)
         return found[:, :3]
     fields = [(f"f{place}", kind, (count,)) for place, (kind, count) in enumerate(zip(kinds, counts))]
     record = np.dtype(fields)
@@ -98,7 +98,7 @@ def read_pcd(path: Path, extras: Extras | None = None) -> np.ndarray:
         columns = [np.frombuffer(flat, kinds[axis], points, offset) for axis, offset in zip(axes, offsets)]
     else:
         raise InputError(f"{path}: its data are {quoted(form, 30)}, must be ascii, binary or binary_compressed")
-    _keep_extras(path, extras, further, columns[3:], kinds)
+    _keep_extras(path, extras, further, columns, kinds)
     return np.stack([column.astype(np.float64) for column in columns[:3]]).T
 
 
@@ -115,22 +115,24 @@ def _further_fields(names: list[str], sizes: list[int], counts: list[int]) -> di
 def _keep_extras(
     path: Path, extras: Extras | None, further: dict[str, list[int]], columns: list[np.ndarray], kinds: list[np.dtype]
 ) -> None:
-    """Put the columns of normals and colours into `extras`, in the types that the header names."""
-    at = 0
+    """Put the columns of normals and colours into `extras`, in the types that the header names; first are x, y, z."""
+    points, at = np.stack(columns[:3], axis=1), 3
     for group, fields in further.items():
         assert extras is not None
         values, types = columns[at : at + len(fields)], [kinds[field] for field in fields]
         at += len(fields)
         if len(fields) == 3:
             where = f"{path}: {NOUNS[group]}"
-            extras[group] = np.stack([as_announced(*typed, where) for typed in zip(values, types)], axis=1)
+            typed = [as_announced(value, kind, where, points=points) for value, kind in zip(values, types)]
+            extras[group] = np.stack(typed, axis=1)
             continue
         if not np.isfinite(values[0]).all() and values[0].dtype == np.float64:  # text has one word for all NaN
             raise InputError(f"{path}: its packed colours hold NaN, in which they are lost; store them as type U")
         with np.errstate(over="ignore"):
-            whole = types[0].kind in "iu"
-            stored = as_announced(values[0], types[0] if whole else np.dtype("<f4"), f"{path}: {NOUNS[group]}")
-            bits = stored.astype(np.int64) if whole else stored.view("<u4")
+            if types[0].kind in "iu":  # 32 bits, with or without a sign
+                bits = as_announced(values[0], np.int64, f"{path}: {NOUNS[group]}", points=points)
+            else:
+                bits = values[0].astype("<f4").view("<u4")
         extras[group] = np.stack([bits >> shift & 255 for shift in (16, 8, 0)], axis=1).astype(np.uint8)
 
 

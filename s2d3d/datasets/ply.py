@@ -99,7 +99,7 @@ def read_ply(path: Path, extras: Extras | None = None) -> tuple[np.ndarray, np.n
                 assert extras is not None
                 stored = found[:, 3 * number : 3 * number + 3]
                 kind = np.result_type(*(element.properties[place].type for place in places))
-                extras[group] = as_announced(stored, kind, f"{path}: {NOUNS[group]}")
+                extras[group] = as_announced(stored, kind, f"{path}: {NOUNS[group]}", points=vertices)
         elif is_face and wanted >= 0 and element.count:
             corners = found
         elif element.count and (is_face or element.name == "tristrips"):

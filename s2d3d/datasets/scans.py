@@ -144,7 +144,15 @@ def load_scans(
         ) from error
     dataset.source, dataset.skipped = str(root), tuple(notes["skipped"])
     dataset.normalized = normalize  # file by file, before points were chosen
-    dataset.file_hashes = {split: [*filter(_is_content, contents)] for split, contents in hashes.items()}
+    kept_classes = shared.get("classes") or found.class_names
+    dataset.file_hashes = {
+        part: [
+            content
+            for (_, label), content in zip(found.files[part], contents)
+            if _is_content(content) and found.class_names[label] in kept_classes
+        ]
+        for part, contents in hashes.items()
+    }
     return dataset
 
 

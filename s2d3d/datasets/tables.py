@@ -142,7 +142,7 @@ def _sample(data: bytes) -> list[tuple[int, int, bytes]]:
         line += 1
         end = data.find(b"\n", start) + 1 or len(data)
         text = without_comments(data[start:end]).strip()
-        if text and not text.startswith(COMMENTS) and not (line == 1 and text.startswith(b"sep=")):  # for Excel
+        if text and not text.startswith(COMMENTS) and not (line == 1 and re.match(rb'"?sep=', text, re.I)):  # for Excel
             found.append((line, start, text))
         start = end
     return found
@@ -152,16 +152,16 @@ def _find_separator(path: Path, rows: list[bytes]) -> tuple[bytes | None, bool]:
     """Tell what separates the numbers of some rows, and whether commas are decimal."""
     for separator in (b";", b"\t"):
         if all(separator in row for row in rows):
-            fields = [field for row in rows for field in split_fields(row, separator)]
-            if any(b" " in field for field in fields):  # tabs among blanks
+            split = [split_fields(row, separator) for row in rows]
+            if any(b" " in field for fields in split for field in fields):  # tabs among blanks
                 continue
-            _refuse_thousands(path, fields)
-            return separator, any(b"," in field for field in fields)
+            _refuse_thousands(path, split)
+            return separator, any(b"," in field for fields in split for field in fields)
     if not any(b"," in row for row in rows):
         return None, False
     words = [row.split() for row in rows]
     if all(len(row) >= 3 and all(_DECIMAL.fullmatch(word) for word in row) for row in words):
-        _refuse_thousands(path, [word for row in words for word in row])
+        _refuse_thousands(path, words)
         return None, True
     fields = [field for row in rows for field in split_fields(row, b",")]
     doubtful = any(re.fullmatch(rb"-0|[-+]?0\d+", field) for field in fields)
@@ -173,13 +173,16 @@ def _find_separator(path: Path, rows: list[bytes]) -> tuple[bytes | None, bool]:
     return b",", False
 
 
-def _refuse_thousands(path: Path, fields: list[bytes]) -> None:
-    """Refuse numbers such as 895 beside 1,038, whose comma separates thousands, or else decimals."""
-    with_comma = [field for field in fields if b"," in field]
-    whole = any(field.lstrip(b"+-").isdigit() for field in fields)
-    if with_comma and whole and all(map(_THOUSANDS.fullmatch, with_comma)):
-        shown = with_comma[0].decode()
-        raise InputError(f"{path}: does the comma in {shown} separate thousands? Write whole numbers without commas")
+def _refuse_thousands(path: Path, rows: list[list[bytes]]) -> None:
+    """Refuse a column with numbers such as 895 and 1,038, whose comma separates thousands, or else decimals."""
+    for column in zip(*rows):
+        with_comma = [field for field in column if b"," in field]
+        whole = any(re.fullmatch(rb"[-+]?\d{1,3}", field) for field in column)
+        if with_comma and whole and all(map(_THOUSANDS.fullmatch, with_comma)):
+            raise InputError(
+                f"{path}: does the comma in {with_comma[0].decode()} separate thousands or decimals? Write numbers "
+                "without commas, with decimal points"
+            )
 
 
 def _one_decimal(row: bytes) -> bool:
@@ -254,5 +257,5 @@ def _no_number(path: Path, lines: list[tuple[int, int, bytes]]) -> InputError:
     line, words = (rows or split)[0]
     word = next((word for word in words if number(word) is None), lines[0][2])
     shown = quoted(word.decode("utf-8", "replace"), 40)
-    advice = "; remove this column" if len(rows) > 1 else ""
+    advice = "; remove this column" if len(rows) > 1 and not re.search(rb"[\d#]", word) else ""
     return InputError(f"{path}: cannot be read as a table: line {line}: {shown} is not a number{advice}")

@@ -20,7 +20,7 @@ MAX_THREADS = 4
 FAST_BYTES = 2**18
 """Blocks from this size on are given to pandas, whose import takes as long as parsing a smaller one."""
 COMMENTS = (b"#", b"//", b"%")
-_COMMENT = re.compile(rb"(?<!\d\.)#[^\n]*")
+_COMMENT = re.compile(rb"(?<!\d\.)#[^\n]*|(?<=\d\.)#(?!IND|INF|[QS]NAN)[^\n]*", re.IGNORECASE)
 """What a `#` begins, unless it is part of a number that is none, as in `-1.#IND` and `1.#QNAN` of Windows."""
 
 _UTF8 = b"\xef\xbb\xbf"

@@ -1,10 +1,10 @@
 """From a dense transformer to a sparse one: `convert_to_mof_`, before training."""
 
-import contextlib
 import copy
 import math
+import numbers
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -70,13 +70,15 @@ class MoFConfig:
         if isinstance(self.targets, str):
             raise ValueError(f"targets is '{self.targets}', must be a sequence of patterns such as ('*.mlp',)")
         if self.targets is not None:
+            if not (isinstance(self.targets, Iterable) and all(isinstance(target, str) for target in self.targets)):
+                raise ValueError(f"targets is {self.targets!r}, must be patterns such as '*.mlp'")
             object.__setattr__(self, "targets", tuple(self.targets))
-            if not all(isinstance(target, str) for target in self.targets):
-                raise ValueError(f"targets is {self.targets}, must be patterns such as '*.mlp'")
         for key in ("num_experts", "every", "top_k"):
-            if type(value := getattr(self, key)) is not int:
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
                 raise ValueError(f"{key} is {value!r}, must be a whole number")
-        if not isinstance(self.init_noise, (int, float)):
+            object.__setattr__(self, key, int(value))
+        if isinstance(self.init_noise, bool) or not isinstance(self.init_noise, numbers.Real):
             raise ValueError(f"init_noise is {self.init_noise!r}, must be a number")
         if self.num_experts < 1:
             raise ValueError(f"num_experts is {self.num_experts}, must be at least 1")
@@ -321,7 +323,8 @@ def _check_training(
     for ffn, layout in zip(ffns, layouts):
         _put_identical_(ffn, num_experts, sparse, layout)
     names = {sparse.get_submodule(part): ffn.name for ffn in ffns for part in ffn.parts}
-    found = _run(sparse, call, " with experts", lambda module, _: called.add(names.get(module)))
+    with register_module_forward_pre_hook(lambda module, _: called.add(names.get(module))):
+        found = _run(sparse, call, " with experts")
     if differ(found, wanted) > 10:  # rounding grows with depth
         raise TypeError("with identical experts the model does not train as the dense one on example=")
     missed = [ffn.name for ffn in ffns if ffn.name not in called]
@@ -329,10 +332,8 @@ def _check_training(
         raise TypeError(f"the experts of '{missed[0]}' are not used when the model runs on example=")
 
 
-def _run(model: nn.Module, call: Call, what: str, note: Callable[[nn.Module, Any], None] | None = None) -> Any:
-    with quiet(model), contextlib.ExitStack() as stack:
-        if note is not None:
-            stack.enter_context(register_module_forward_pre_hook(note))
+def _run(model: nn.Module, call: Call, what: str) -> Any:
+    with quiet(model):
         try:
             with pinned():
                 return copied_call(call).on(model.train())

@@ -21,6 +21,9 @@ class NoWeightDecay:
     timm's layer decay goes by the number of dimensions, which stacked biases have two of.
     """
 
+    of_instance = False
+    """Whether the model had it as an attribute of its own."""
+
     def __init__(self, own: Callable[[], Collection[str]] | None, names: list[str], *, of_instance: bool) -> None:
         self.own, self.names, self.of_instance = own, names, of_instance
 

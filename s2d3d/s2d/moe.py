@@ -140,8 +140,8 @@ def balance_loss(model: nn.Module) -> Tensor:
         learns = layer.training and any(parameter.requires_grad for parameter in layer.router.parameters())
         if learns and torch.is_grad_enabled() and not loss.requires_grad:
             raise ValueError(
-                f"the loss of {layer.title()} has no gradient: it ran without one, as in a reentrant checkpoint; "
-                "pass use_reentrant=False to torch.utils.checkpoint"
+                f"the loss of {layer.title()} has no gradient, for the layer ran without one: in a checkpoint pass "
+                "use_reentrant=False; for the value alone call this under torch.no_grad()"
             )
     return torch.stack(losses).sum()
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
 
 from .linear import is_linear, linear_features
 from .passes import difference, meets_several_experts, reorders
@@ -96,7 +97,7 @@ def probe_ffn(ffn: nn.Module, num_experts: int, make: Make, calls: Sequence[Call
                 continue
             pristine, tried = copied(unused), copied(unused)
             sparse = make(pristine, num_experts, layout=layout)
-            problem = difference(tried, sparse, trials, in_slots)
+            problem = difference(tried, sparse, trials, in_slots) or _left_slots(sparse, in_slots)
             if not (problem or in_slots) and meets_several_experts(sparse, trials[0], channels_first):
                 raise TypeError(f"{kind} gives its linear layers other tokens, or in another order: {_LEAVE}")
             if not problem:
@@ -160,7 +161,7 @@ def probe_pair(
             if in_slots and not (trusted or watched):
                 continue
             convert_(sparse, layout)
-            problem = difference(tried, sparse, trials, in_slots)
+            problem = difference(tried, sparse, trials, in_slots) or _left_slots(sparse, in_slots)
             if not (problem or in_slots) and parts and reorders(sparse, trials[0], parts):
                 raise TypeError(f"{kind} gives its linear layers other tokens, or in another order: {_LEAVE}")
             if not problem:
@@ -168,6 +169,12 @@ def probe_pair(
     raise TypeError(
         f"{kind} with identical experts does not train as the dense layer: {problem}; leave it out of targets"
     )
+
+
+def _left_slots(sparse: nn.Module, in_slots: bool) -> str:
+    """Say that a trial in slots was none: hooks on all modules, such as a profiler's, make experts leave them."""
+    layouts = [layout for m in sparse.modules() if isinstance(layout := getattr(m, "layout", None), Layout)]
+    return "hooks are set on all modules" if in_slots and not all(layout.in_slots for layout in layouts) else ""
 
 
 def _to_watch(layer: nn.Module, parts: tuple[str, ...]) -> tuple[str, ...]:
@@ -207,7 +214,8 @@ class Trials:
         key: Any = kind, signature(module), repr([[tensor.shape for tensor in tensors_of(call)] for call in calls])
         results = self._results
         if kind == "ffn" and not calls and _is_stock(module):
-            key, results = (*key, self.num_experts, self.make, self.routed, _forwards(module)), _STOCK
+            hooked = bool(_global_forward_hooks)
+            key, results = (*key, self.num_experts, self.make, self.routed, _forwards(module), hooked), _STOCK
         if key not in results and key not in self._results:
             try:
                 results[key] = trial()

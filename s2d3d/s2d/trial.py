@@ -39,14 +39,10 @@ def quiet(module: nn.Module) -> Iterator[None]:
     """Keep random states, and what is compiled or cast around the trial, as they are."""
     devices = sorted({tensor.device.index for tensor in module.parameters() if tensor.is_cuda})
     state, kinds = random.getstate(), {tensor.device.type for tensor in module.parameters()}
-    global_hooks = [value for key, value in vars(nn.modules.module).items() if _is_global_hooks(key, value)]
     with contextlib.ExitStack() as stack:
         stack.callback(random.setstate, state)
         if (numpy := sys.modules.get("numpy")) is not None:
             stack.callback(numpy.random.set_state, numpy.random.get_state())
-        for hooks in global_hooks:  # of a profiler, say: they are no part of the module
-            stack.callback(hooks.update, hooks.copy())
-            hooks.clear()
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.random.fork_rng(devices))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -58,10 +54,6 @@ def quiet(module: nn.Module) -> Iterator[None]:
         }:  # it is tried with memory, whatever the caller builds in
             stack.enter_context(torch.device("cpu"))
         yield
-
-
-def _is_global_hooks(key: str, value: Any) -> bool:
-    return key.startswith("_global_") and "hooks" in key and isinstance(value, dict)
 
 
 class pinned(TorchDispatchMode):

@@ -387,8 +387,8 @@ ROWS = "".join(f"{n + 0.5} {n + 1.5} {n * n + 2.5} {n + 3.5}\n" for n in range(2
         (".ply", PLY.format("uchar", "3").replace("0 1 0\n", "0 1 1.#INF\n"), "line 12: '1.#INF' is not a number"),
         (".off", "OFF 3 1 0\n0 0 0\n1 0 -1.#IND\n0 1 0\n3 0 1 2\n", "line 3: '-1.#IND' is not a number"),
         (".off", "nOFF\n3\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n", "of four or n dimensions, which is not read"),
-        (".txt", "-232 139 -789\n1,038 12 13\n", "does the comma in 1,038 separate thousands?"),
-        (".csv", "-232;139;-789\n1,038;12;13\n", "does the comma in 1,038 separate thousands?"),
+        (".txt", "-232 139 -789\n1,038 12 13\n", "does the comma in 1,038 separate thousands or decimals?"),
+        (".csv", "-232;139;-789\n1,038;12;13\n", "does the comma in 1,038 separate thousands or decimals?"),
         (".csv", "1,303.16;2.5;3.5\n1,5;2;3\n", "line 1: '1,303.16' is not a number"),
         (".txt", "0.5 0.7 0.9 chair\n" * 9, "line 1: 'chair' is not a number; remove this column"),
         (".csv", "x,y,z,name\n" + "0.5,0.7,0.9,chair\n" * 9, "line 2: 'chair' is not a number; remove this column"),
@@ -420,6 +420,43 @@ def test_colours_of_text_have_the_type_that_the_header_announces(tmp_path, suffi
     message = f"colours: holds {shown}, its header announces uint8; correct the type in the header"
     with pytest.raises(InputError, match=message):
         read_points(path, 3, channels="xyz+rgb")
+
+
+def test_colours_of_points_that_are_left_out_do_not_matter(tmp_path):
+    head = PLY_HEAD + "".join(f"property uchar {name}\n" for name in ("red", "green", "blue")) + "end_header\n"
+    (tmp_path / "a.ply").write_text(f"{head}0 0 0 1 2 3\nnan nan nan nan nan nan\n0 1 0 255 0 0\n")
+    assert read_points(tmp_path / "a.ply", 2, channels="xyz+rgb").tolist()[1] == [0, 1, 0, 1, 0, 0]
+
+
+def test_a_packed_colour_may_be_written_without_a_sign(tmp_path):
+    head = "VERSION .7\nFIELDS x y z rgb\nSIZE 4 4 4 4\nTYPE F F F I\nCOUNT 1 1 1 1\nWIDTH 2\nHEIGHT 1\nPOINTS 2\n"
+    value = 0xFFFF0080
+    (tmp_path / "a.pcd").write_text(f"{head}DATA ascii\n0 0 0 {value}\n1 0 0 {value - 2**32}\n")
+    found = read_points(tmp_path / "a.pcd", 2, channels="xyz+rgb")
+    np.testing.assert_allclose(found[:, 3:], np.array([[255, 0, 128]] * 2) / 255, atol=1e-6)
+
+
+@pytest.mark.parametrize("separator", [";", "\t", " "])
+@pytest.mark.parametrize("extra", ["2", "255 17 0"])
+def test_three_decimals_behind_a_comma_may_stand_beside_whole_numbers(tmp_path, separator, extra):
+    row = separator.join(["6,096", "3,158", "-1,368", *extra.split()])
+    other = separator.join(["1,096", "3,250", "1,360", *extra.split()])
+    (tmp_path / "a.txt").write_text(f"{row}\n{other}\n" * 3)
+    assert read_points(tmp_path / "a.txt", 2)[:2].tolist() == [[6.096, 3.158, -1.368], [1.096, 3.25, 1.36]]
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.xyz", "0 0 0.# a\n1. 2. 3.# last\n"),
+        ("a.obj", "v 0. 0. 0.#c\nv 1. 2. 3.#c\n"),
+        ("a.csv", '"sep=,"\nx,y,z\n0,0,0\n1,2,3.#d\n'),
+        ("b.csv", "SEP=;\n0;0;0\n1;2;3\n"),
+    ],
+)
+def test_a_comment_may_follow_a_decimal_point(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert read_points(tmp_path / name, 2).tolist() == [[0, 0, 0], [1, 2, 3]]
 
 
 def test_a_spreadsheets_line_that_names_the_separator_is_passed_over(tmp_path):
@@ -454,6 +491,9 @@ def test_points_beside_a_mesh_are_not_dropped(tmp_path):
     (tmp_path / "a.glb").write_bytes(scene.export(file_type="glb"))
     with pytest.raises(InputError, match="holds points beside meshes; export one of them alone"):
         read_points(tmp_path / "a.glb", 8)
+    edges = trimesh.load_path(np.array([[[2.0, 0, 0], [3, 0, 0]]]))
+    (tmp_path / "b.glb").write_bytes(trimesh.Scene([trimesh.creation.box(), edges]).export(file_type="glb"))
+    assert read_points(tmp_path / "b.glb", 400).max() <= 0.5, "edges are no surface"
 
 
 def test_a_binary_stl_may_begin_as_a_text_does(tmp_path):

@@ -73,7 +73,7 @@ def test_a_fingerprint_knows_every_file_of_both_splits(tmp_path, split):
     """Of 80 training clouds, the numbers of 64 at most are compared."""
     rng = np.random.default_rng(0)
     for part, count in (("train", 40), ("test", 2)):
-        for kind in ("a", "b"):
+        for kind in ("a", "b", "c"):
             (tmp_path / part / kind).mkdir(parents=True)
             for number in range(count):
                 np.save(tmp_path / part / kind / f"{number:02d}.npy", rng.random((40, 3)))
@@ -81,6 +81,14 @@ def test_a_fingerprint_knows_every_file_of_both_splits(tmp_path, split):
     assert same_data(before, create_dataset("files", tmp_path, "train", num_points=16).fingerprint())
     np.save(tmp_path / split / "a" / "01.npy", rng.random((40, 3)))
     after = create_dataset("files", tmp_path, "train", num_points=16).fingerprint()
+    other, changed = (create_dataset("files", tmp_path, "train", num_points=16, classes=[c, "c"]) for c in "ab")
+    np.save(tmp_path / split / "b" / "00.npy", rng.random((40, 3)))
+    assert same_data(
+        other.fingerprint(),
+        create_dataset("files", tmp_path, "train", num_points=16, classes=["a", "c"]).fingerprint(),
+    ), "a class that is not chosen does not matter"
+    again = create_dataset("files", tmp_path, "train", num_points=16, classes=["b", "c"]).fingerprint()
+    assert not same_data(changed.fingerprint(), again)
     assert not same_data(before, after) and before["labels"] == after["labels"]
     if split == "test":
         assert before["clouds"] == after["clouds"]

@@ -176,6 +176,8 @@ def test_a_file_that_is_listed_to_train_and_to_test_is_said(modelnet_folder, cap
     lists[1].write_text(lists[0].read_text().splitlines()[0] + "\n")
     for split in ("train", "test"):
         load_modelnet40(root, split, num_points=16)
+    lists[1].write_text("no_such_file.h5\n")
+    load_modelnet40(root, "train", num_points=16)
     (said,) = caplog.messages
     assert said.startswith(f"{root}: 1 files are listed to train and to test, such as ")
 
@@ -211,6 +213,10 @@ def test_a_cloud_without_extent_is_refused(modelnet_folder):
     with h5py.File(root / "ply_data_train1.h5", "r+") as file:
         file["data"][2] = 0.5
     with pytest.raises(InputError, match=r"train1\.h5: sample 2 of dataset 'data': all its points are equal"):
+        load(root)
+    with h5py.File(root / "ply_data_train1.h5", "r+") as file:
+        file["data"][2] = np.arange(file["data"][2].size).reshape(file["data"][2].shape) * np.float32(1e-25)
+    with pytest.raises(InputError, match=r"sample 2 of dataset 'data' spans .*, must be at least 1e-18; scale it up"):
         load(root)
 
 

@@ -360,6 +360,9 @@ def test_safetensors_that_are_damaged_or_of_other_programs(tmp_path):
 def test_an_exported_program_is_named(tmp_path):
     path = tmp_path / "model.pt"
     torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(path)
-    assert refusal(path) == "is an exported program, not a checkpoint; name merged.pt of the run"
+    assert refusal(path) == "is an exported program, not a checkpoint; name merged.pt of the run, or weights"
     torch.export.save(torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),)), tmp_path / "model.pt2")
-    assert refusal(tmp_path / "model.pt2") == "is an exported program, not a checkpoint; name merged.pt of the run"
+    assert (
+        refusal(tmp_path / "model.pt2")
+        == "is an exported program, not a checkpoint; name merged.pt of the run, or weights"
+    )

@@ -3,6 +3,7 @@
 import copy
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -195,11 +196,18 @@ def test_the_model_itself_is_never_replaced():
         ({"top_k": 1.5}, "top_k is 1.5, must be a whole number"),
         ({"targets": (None,)}, r"targets is \(None,\), must be patterns"),
         ({"init_noise": "0.1"}, "init_noise is '0.1', must be a number"),
+        ({"init_noise": True}, "init_noise is True, must be a number"),
+        ({"targets": 3}, "targets is 3, must be patterns"),
     ],
 )
 def test_config_values_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         MoFConfig(**options)
+
+
+def test_config_values_may_be_numpys():
+    config = MoFConfig(num_experts=np.int64(3), every=np.int32(2), init_noise=np.float32(0.5))
+    assert (config.num_experts, config.every) == (3, 2) and type(config.num_experts) is int
 
 
 # Shared modules

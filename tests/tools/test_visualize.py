@@ -214,7 +214,7 @@ def test_clouds_are_not_written_into_the_scans_that_are_drawn(visualize, tmp_pat
     output = tmp_path / "scans" / "ball" / "look.ply"
     for source in (["--config", config], ["--config", config, "--files", tmp_path / "scans"]):
         assert visualize.main([*map(str, source), "--output", str(output)]) == 1
-        assert "lies in a folder that is read, where it would be one of the clouds" in capsys.readouterr().err
+        assert "which is read, and would be one of its clouds" in capsys.readouterr().err
     assert not list(output.parent.glob("*.ply"))
 
 
