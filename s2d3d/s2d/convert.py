@@ -70,9 +70,10 @@ class MoFConfig:
         if isinstance(self.targets, str):
             raise ValueError(f"targets is '{self.targets}', must be a sequence of patterns such as ('*.mlp',)")
         if self.targets is not None:
-            if not (isinstance(self.targets, Iterable) and all(isinstance(target, str) for target in self.targets)):
+            targets = tuple(self.targets) if isinstance(self.targets, Iterable) else (self.targets,)
+            if not all(isinstance(target, str) for target in targets):
                 raise ValueError(f"targets is {self.targets!r}, must be patterns such as '*.mlp'")
-            object.__setattr__(self, "targets", tuple(self.targets))
+            object.__setattr__(self, "targets", targets)
         for key in ("num_experts", "every", "top_k"):
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, numbers.Integral):

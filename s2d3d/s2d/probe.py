@@ -212,7 +212,7 @@ class Trials:
 
     def _once(self, module: nn.Module, calls: Sequence[Call], trial: Callable[[], Layout], kind: str) -> Layout:
         key: Any = kind, signature(module), repr([[tensor.shape for tensor in tensors_of(call)] for call in calls])
-        results = self._results
+        results: dict[Any, Any] = self._results
         if kind == "ffn" and not calls and _is_stock(module):
             hooked = bool(_global_forward_hooks)
             key, results = (*key, self.num_experts, self.make, self.routed, _forwards(module), hooked), _STOCK
@@ -227,7 +227,7 @@ class Trials:
         return result
 
 
-_STOCK: dict[Any, Layout | str] = {}
+_STOCK: dict[Any, Layout] = {}
 """The results of trials of FFNs whose code does not change while a process runs; shared by all conversions."""
 _STOCK_PACKAGES = ("torch", "timm", "s2d3d")
 

@@ -205,6 +205,10 @@ def test_config_values_out_of_range(options, message):
         MoFConfig(**options)
 
 
+def test_targets_may_come_one_by_one():
+    assert MoFConfig(targets=(name for name in ("*.mlp", "*.ffn"))).targets == ("*.mlp", "*.ffn")
+
+
 def test_config_values_may_be_numpys():
     config = MoFConfig(num_experts=np.int64(3), every=np.int32(2), init_noise=np.float32(0.5))
     assert (config.num_experts, config.every) == (3, 2) and type(config.num_experts) is int
