@@ -22,6 +22,7 @@ from .base import PointCloudDataset
 from .class_folders import SPLITS, UNLABELLED
 from .h5 import SEE, CloudFile, CloudLayout, check_up_axis, has_labels, read_h5
 from .h5_checks import check_shapes
+from .labelled import TEST, TRAIN
 from .links import check_inside
 from .prefix import cache_folders
 from .selection import choose_shapes
@@ -85,9 +86,9 @@ def load_modelnet40(
         check_up_axis(up_axis)
     _check_folder(root, f"put ModelNet40 there (see data/README.md) or run: {PREPARE}")
     files = list_files(root, split, allow_links=allow_links)
-    if split == SPLITS[0]:
+    if split == TRAIN:
         with contextlib.suppress(InputError):  # of the test list, which is not read here
-            if both := set(files) & set(list_files(root, SPLITS[1], allow_links=allow_links)):
+            if both := set(files) & set(list_files(root, TEST, allow_links=allow_links)):
                 log.warning("%s: %d files are listed to train and to test, such as %s", root, len(both), min(both).name)
     labelled = labelled or _has_labels(root, allow_links=allow_links)
     class_names = read_class_names(root, allow_links=allow_links) if labelled else [UNLABELLED]

@@ -116,7 +116,7 @@ def _keep_extras(
     path: Path, extras: Extras | None, further: dict[str, list[int]], columns: list[np.ndarray], kinds: list[np.dtype]
 ) -> None:
     """Put the columns of normals and colours into `extras`, in the types that the header names; first are x, y, z."""
-    points, at = np.stack(columns[:3], axis=1), 3
+    points, at = np.stack(columns[:3], axis=1) if further else np.empty((0, 3)), 3
     for group, fields in further.items():
         assert extras is not None
         values, types = columns[at : at + len(fields)], [kinds[field] for field in fields]
