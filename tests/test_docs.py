@@ -167,31 +167,33 @@ def test_figures_of_the_results_page_follow_from_the_records(repository, monkeyp
         "all_layers": "| [all_layers](results/all_layers.md)",
         "scarce without pair 209": "| scarce without pair 209",
         "rate": "| [rate](results/rate.md), `b_0.05`",
-        "together": "| **the four studies together**",
+        "reporting": "| [reporting](results/reporting.md)",
+        "together": "| **the five studies together**",
         "images_300, s2d": "| [images_300](results/images_300.md), `s2d`",
         "images_300, s2d_all": "| the same, `s2d_all`",
     }
     found = dict(line.split(": ", 1) for line in pairs if not line.startswith(" "))
-    assert found.keys() == {*rows, "together, b_0.75", "together, b_0.05_x2", "together without 105, 106 and 209"}
+    others = {"together without 105, 106 and 209", "together, the first three", "together, without reporting"}
+    assert found.keys() == {*rows, *others, "together, b_0.75", "together, b_0.05_x2"}
     for name, line in found.items():
         number, mean, low, high, p = re.fullmatch(r"n (\d+), (\S+) \[(\S+), (\S+)\], p (\S+)", line).groups()
         if name not in rows:
-            assert f"{mean} [{low}, {high}]" in page and number in ("37", "34"), name
+            assert f"{mean} [{low}, {high}]" in page and number in ("44", "41", "37", "27"), name
             continue
         (row,) = (row for row in page.split("\n## ")[0].splitlines() if row.startswith(rows[name]))
         cells = [cell.strip(" *") for cell in row.split("|")[2:-1]]
-        assert cells == [number, mean, f"[{low}, {high}]", p], name
+        assert cells == [number, mean, f"[{low}, {high}]", p.replace("0.000", "< 0.001")], name
     place = next(index for index, line in enumerate(pairs) if line.startswith("together: "))
     training, test = pairs[place + 1 : place + 3]
     for name, line in (("training loss, last epoch", training), ("test loss", test)):
         mean, low, high, higher = re.fullmatch(r"  (\S+) \[(\S+), (\S+)\], higher in (\d+)", line).groups()
-        assert f"| {name} | 37 | {mean} | [{low}, {high}] | {higher} |" in page
+        assert f"| {name} | 44 | {mean} | [{low}, {high}] | {higher} |" in page
     assert count == ["26 comparisons", "['every_1'] above zero", "['s2d_25'] below zero"]
     readme = (repository / "README.md").read_text()
     number, rest = re.fullmatch(r"n (\d+), (.*), p .*", found["images_300, s2d"]).groups()
     assert f"| {number} | {rest.replace(' [', ' | [')} |" in readme
-    assert re.search(r"\| 37 \| -0\.18 \| \[-0\.38, \+0\.02\] \|", readme) and "33 of 37 pairs" in readme
-    assert "together: n 37, -0.18 [-0.38, +0.02], p 0.001" in pairs and training.endswith("higher in 33")
+    assert "| 44 | -0.20 | [-0.37, -0.03] |" in readme and "40 of 44 pairs" in readme
+    assert "together: n 44, -0.20 [-0.37, -0.03], p 0.000" in pairs and training.endswith("higher in 40")
 
 
 def test_figures_of_the_closed_study_population_follow_from_its_records(repository):
