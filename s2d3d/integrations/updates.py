@@ -1,5 +1,6 @@
 """EWA after each update of an optimizer, whoever calls its `step`."""
 
+import sys
 from collections.abc import Callable, Sequence
 
 from torch import nn
@@ -29,7 +30,7 @@ def average_after_updates(ewa: EWA, optimizer: Optimizer) -> RemovableHandle:
 
     Raises:
         InputError: an expert that requires a gradient is not in the optimizer, no expert requires one, the experts are
-            sharded, or the optimizer has no hook after its step.
+            sharded, or the optimizer has no hook after its step, or got it behind its scheduler.
 
     Example:
         >>> import torch
@@ -48,8 +49,15 @@ def average_after_updates(ewa: EWA, optimizer: Optimizer) -> RemovableHandle:
     if name in UPDATES_IN_BACKWARD or not hasattr(inner, "_optimizer_step_post_hooks"):
         raise InputError(f"{name} makes its updates outside of a step with hooks: call ewa.step() after each of them")
     _check_experts(ewa, inner)
+    inner._patch_step_function()  # which timm's Lookahead does not do when it is built
+    if getattr(inner.step, "_wrapped_by_lr_sched", False) and not getattr(inner.step, "hooked", False):
+        raise InputError(
+            f"{name} got its scheduler before its hooks: call its zero_grad() before you build the scheduler"
+        )
 
     def average(stepped: Optimizer, *_: object) -> None:
+        if _is_nested(stepped):
+            return
         found_inf = getattr(stepped, "found_inf", None)  # set by the scaler while a fused optimizer steps
         if not (found_inf is not None and bool(found_inf)) and _has_gradient(stepped):
             ewa.step()
@@ -130,6 +138,17 @@ def _check_experts(ewa: EWA, optimizer: Optimizer) -> None:
             trained += parameter.requires_grad
     if not trained:
         raise InputError("no expert requires a gradient, so that there is nothing to average: train the converted FFNs")
+
+
+def _is_nested(optimizer: Optimizer) -> bool:
+    """Tell whether a `step` calls that of its parent class, which runs the hooks as well: the update goes on."""
+    around = sys._getframe(2)  # torch's function around the step of a class
+    outer = around.f_back
+    while outer is not None:
+        if outer.f_code is around.f_code and any(value is optimizer for value in outer.f_locals.values()):
+            return True
+        outer = outer.f_back
+    return False
 
 
 def _parameters(optimizer: Optimizer) -> set[int]:

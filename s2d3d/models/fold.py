@@ -1,11 +1,13 @@
 """BatchNorm folded into the linear layers before it: the same function for inference, with fewer passes over memory."""
 
-import copy
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from ..s2d.sharing import copied, has_hooks
 
 
 @torch.no_grad()
@@ -17,7 +19,8 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     The copy is for inference: its state dict has other keys, and in train mode it has no BatchNorm any more.
 
     Pairs are found in every `nn.Sequential` (a linear or 1-wide convolution, then its BatchNorm), and where a module
-    names them itself as `foldable_pairs`, (linear, BatchNorm) attribute names. Other BatchNorm layers stay.
+    names them itself as `foldable_pairs`, (linear, BatchNorm) attribute names. Other BatchNorm layers stay, and those
+    of a linear layer that is used or tied elsewhere, or has hooks.
 
     Args:
         model: dense or merged, in eval mode. Left as it is.
@@ -30,20 +33,33 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
         >>> folded
         Sequential(
           (0): Linear(in_features=3, out_features=8, bias=True)
-          (1): Identity()
+          (1): FoldedNorm()
           (2): ReLU()
         )
     """
     if any(module.training for module in model.modules()):
         raise ValueError("fold_batchnorm needs the model in eval mode: call model.eval() first")
-    model = copy.deepcopy(model)
+    model = copied(model)
+    uses = Counter(id(value) for _, value in model.named_parameters(remove_duplicate=False))
     for parent in list(model.modules()):
         for linear_name, norm_name in _pairs(parent):
             linear, norm = getattr(parent, linear_name), getattr(parent, norm_name)
-            if _folds(linear, norm):
+            if _folds(linear, norm) and all(uses[id(value)] == 1 for value in linear.parameters()):
                 _fold_(linear, norm)
-                setattr(parent, norm_name, nn.Identity())
+                setattr(parent, norm_name, FoldedNorm() if isinstance(linear, nn.Linear) else nn.Identity())
     return model
+
+
+class FoldedNorm(nn.Identity):
+    """Stands where a BatchNorm was folded into the linear layer before it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the input (N, C); raise ValueError for more dimensions: BatchNorm takes channels from dimension 1."""
+        if input.dim() != 2:
+            raise ValueError(
+                f"BatchNorm1d was folded for inputs (N, C), got {input.dim()} dimensions: do not fold this model"
+            )
+        return input
 
 
 def _pairs(parent: nn.Module) -> Iterator[tuple[str, str]]:
@@ -58,6 +74,8 @@ def _folds(linear: nn.Module, norm: nn.Module) -> bool:
     if not (type(linear) is nn.Linear or type(linear) is nn.Conv1d):
         return False
     if type(norm) is not nn.BatchNorm1d or norm.running_mean is None:
+        return False
+    if has_hooks(linear) or has_hooks(norm):  # pruning computes the weight in one
         return False
     return linear.weight.shape[0] == norm.num_features
 

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from .linear import StackedLinear, is_linear, linear_features
 from .mof import ExpertLayer, Plan, RUPMoF
 from .probe import Layout, Trials, signature
-from .sharing import take_hooks_
+from .sharing import copy_hooks_, take_hooks_
 from .trial import noise, quiet, randomised
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
@@ -64,7 +64,7 @@ class PairPart(nn.Module):
         """Return the mean of the experts of this linear layer, of the original class."""
         layer = getattr(self.experts, self.part)  # the mean itself, in the copy that `merge_experts` makes
         linear = layer.averaged_linear() if isinstance(layer, StackedLinear) else layer
-        take_hooks_(linear, self)
+        copy_hooks_(linear, self)
         return linear
 
     @property
@@ -118,7 +118,7 @@ class EntryLinear(PairPart):
         return self.stacked.on_tokens(x, self.plan)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"plan": None}  # of a call that was given up
+        return super().__getstate__() | {"plan": None}  # of a call that was given up
 
 
 class ExitLinear(PairPart):

@@ -11,16 +11,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch import Tensor, nn
 
 from .adapters import FFN, EntryLinear, ExitLinear, LinearPair, find_block_ffns, find_ffn, find_ffns
 from .linear import StackedLinear, is_linear, linear_parameters
 from .merge import is_sparse, mark_no_weight_decay_, replace_
 from .moe import TopKMoE, check_top_k
-from .mof import ExpertLayer, RUPMoF
+from .mof import ExpertLayer, Plan, RUPMoF
 from .probe import Layout, Trials
-from .sharing import HOOKS, OF_EVERY_MODULE, Reach, copied, drop_hooks_, own_ids
+from .sharing import HOOKS, OF_EVERY_MODULE, Reach, copied, drop_hooks_, own_ids, take_hooks_
 from .state import check_state
 from .tokenwise import Watch
 from .trial import Call, copied_call, differ, first_line, pinned, quiet
@@ -136,6 +135,10 @@ def convert_to_mof_(
         raise TypeError(f"config is a {type(config).__name__}, must be a MoFConfig")
     if is_sparse(model):
         raise ValueError("the model has experts already: convert the dense model, or merge it first")
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "parameters that are made under torch.inference_mode() cannot be trained: convert outside of it"
+        )
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise ValueError(f"the model is inside {type(model).__name__}: convert model.module, and wrap it afterwards")
     trials = Trials(config.num_experts, RUPMoF, routed=config.kind == "topk")
@@ -256,6 +259,8 @@ def _to_experts(config: MoFConfig, initialise: Initialiser | None, layout: Layou
     else:
         experts = RUPMoF(ffn, config.num_experts, layout=layout)
     stacked = dict(experts.stacked_layers())
+    for module, source in ((experts, ffn), *((layer, ffn.get_submodule(name)) for name, layer in stacked.items())):
+        take_hooks_(module, source)  # whoever holds a handle goes on removing his hook
     if config.init == "independent":
 
         def redraw(module: nn.Module) -> None:
@@ -304,8 +309,9 @@ def _run_dense(model: nn.Module, ffns: list[FFN], call: Call) -> tuple[Any, dict
     for ffn in ffns:
 
         def note(module: nn.Module, args: Any, kwargs: Any, seen: list[Call] = calls[ffn]) -> None:
-            if not seen:  # an FFN that is used in several places is tried on what the first passes
-                seen.append(copied_call(Call(args, kwargs)))
+            call = Call(args, kwargs)
+            if all(call.form != other.form for other in seen):  # an FFN may be used in several places
+                seen.append(copied_call(call))
 
         place = ffn.parts[0] if len(ffn.parts) == 1 else ffn.name
         dense.get_submodule(place).register_forward_pre_hook(note, with_kwargs=True)
@@ -320,17 +326,23 @@ def _check_training(
     model: nn.Module, ffns: list[FFN], layouts: list[Layout], num_experts: int, call: Call, wanted: Any
 ) -> None:
     """Refuse a conversion unless the whole model with identical experts trains on a sample input as the dense one."""
-    sparse, called = _copied(model), set()
+    sparse, called = _copied(model), set[str]()
     for ffn, layout in zip(ffns, layouts):
         _put_identical_(ffn, num_experts, sparse, layout)
-    names = {sparse.get_submodule(part): ffn.name for ffn in ffns for part in ffn.parts}
-    with register_module_forward_pre_hook(lambda module, _: called.add(names.get(module))):
-        found = _run(sparse, call, " with experts")
+    for layer in sparse.modules():
+        if isinstance(layer, ExpertLayer):  # a hook would make tokens leave their slots
+            layer.draw = partial(_noted_draw, called, layer.name, layer.draw)  # type: ignore[method-assign]
+    found = _run(sparse, call, " with experts")
     if differ(found, wanted) > 10:  # rounding grows with depth
         raise TypeError("with identical experts the model does not train as the dense one on example=")
     missed = [ffn.name for ffn in ffns if ffn.name not in called]
     if missed:
         raise TypeError(f"the experts of '{missed[0]}' are not used when the model runs on example=")
+
+
+def _noted_draw(called: set[str], name: str, draw: Callable[[Tensor], Plan], x: Tensor) -> Plan:
+    called.add(name)
+    return draw(x)
 
 
 def _run(model: nn.Module, call: Call, what: str) -> Any:

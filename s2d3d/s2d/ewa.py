@@ -96,8 +96,9 @@ class EWA:
         _check_share_rate(share_rate)
         if not callable(schedule) and schedule not in SCHEDULES:
             raise ValueError(f"schedule is '{schedule}', must be a function or one of {', '.join(SCHEDULES)}")
-        if not (math.isfinite(total_steps) and total_steps >= 1):
-            raise ValueError(f"total_steps is {total_steps}, must be at least 1, and finite")
+        whole = not isinstance(total_steps, bool) and math.isfinite(total_steps) and total_steps == int(total_steps)
+        if not whole or total_steps < 1:
+            raise ValueError(f"total_steps is {total_steps}, must be a whole number and at least 1")
         if not 0 < stop_fraction <= 1:
             raise ValueError(f"stop_fraction is {stop_fraction}, must be in (0, 1]")
         self.layers = expert_layers(model)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .dispatch import combine, dispatch
-from .sharing import OF_EVERY_MODULE, shared_by, take_hooks_
+from .sharing import OF_EVERY_MODULE, copy_hooks_, shared_by
 
 if TYPE_CHECKING:
     from .mof import ExpertLayer, Plan
@@ -45,7 +45,7 @@ class StackedLinear(nn.Module):
         # The linear layer without its weights: what `averaged_linear` fills again.
         without_weights = {id(parameter): None for parameter in linear.parameters()}
         object.__setattr__(self, "_shell", copy.deepcopy(linear, shared_by(linear) | without_weights))
-        take_hooks_(self, linear)
+        copy_hooks_(self, linear)
         self.training = linear.training
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class StackedLinear(nn.Module):
             if self.channels_first:
                 return self._shell._conv_forward(x, weight, bias)  # type: ignore[operator]
             return F.linear(x, weight.t() if self.input_first else weight, bias)
-        if not (torch.compiler.is_compiling() or owner.running or _is_in_backward()):
+        if not owner.running and (torch.compiler.is_compiling() or not _is_in_backward()):
             raise TypeError(
                 f"{owner.title()}: a part of it is called, not the whole, so that its tokens cannot be spread: "
                 "leave it out of targets"
@@ -122,7 +122,7 @@ class StackedLinear(nn.Module):
         linear.weight = _like(self.weight, weight)
         if bias is not None and self.bias is not None:
             linear.bias = _like(self.bias, bias)
-        take_hooks_(linear, self)
+        copy_hooks_(linear, self)
         linear.__dict__.update((key, value) for key, value in vars(self).items() if key not in _OWN)
         return linear.train(self.training)
 

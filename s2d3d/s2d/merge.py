@@ -10,7 +10,7 @@ from .adapters import EntryLinear, PairPart
 from .linear import StackedLinear
 from .moe import TopKMoE
 from .mof import ExpertLayer
-from .sharing import copied
+from .sharing import copied, take_hooks_
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +96,10 @@ def merge_experts(
     for name, layer in model.named_modules():
         if isinstance(layer, (ExpertLayer, PairPart)) and layer not in owned:
             merged[layer] = layer.averaged_expert()
+            if inplace:
+                take_hooks_(merged[layer], layer)
+                for part, linear in layer.stacked_layers() if isinstance(layer, ExpertLayer) else ():
+                    take_hooks_(merged[layer].get_submodule(part), linear)
             if check_finite:
                 _check_finite(merged[layer], name)
     if isinstance(model, ExpertLayer):

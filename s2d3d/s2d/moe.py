@@ -1,6 +1,7 @@
 """The classic mixture of experts: a learned top-k gate with a load-balancing loss, the baseline of RUP-MoF."""
 
 import math
+import numbers
 from typing import Any
 
 import torch
@@ -108,7 +109,8 @@ class TopKMoE(ExpertLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         # What the last batch left is part of its autograd graph, which can be neither copied nor pickled.
-        return {key: value for key, value in self.__dict__.items() if key not in ("balance_loss", "dropped_fraction")}
+        left = ("balance_loss", "dropped_fraction")
+        return {key: value for key, value in super().__getstate__().items() if key not in left}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, top_k={self.top_k}, capacity_factor={self.capacity_factor}"
@@ -148,7 +150,7 @@ def balance_loss(model: nn.Module) -> Tensor:
 
 def check_top_k(num_experts: int, top_k: int, capacity_factor: float | None) -> None:
     """Raise ValueError when a setting of the router is out of range."""
-    if not 1 <= top_k <= num_experts:
-        raise ValueError(f"top_k is {top_k}, must be in [1, num_experts] = [1, {num_experts}]")
+    if isinstance(top_k, bool) or not isinstance(top_k, numbers.Integral) or not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k is {top_k!r}, must be in [1, num_experts] = [1, {num_experts}]")
     if capacity_factor is not None and not (math.isfinite(capacity_factor) and capacity_factor > 0):
         raise ValueError(f"capacity_factor is {capacity_factor}, must be greater than 0, or None to drop nothing")

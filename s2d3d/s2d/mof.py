@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import numbers
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from .dispatch import Partition, combine, dispatch, random_partition
 from .linear import StackedLinear, is_linear
 from .probe import Layout, probe_ffn
-from .sharing import drop_hooks_, shared_by, take_hooks_
+from .sharing import copy_hooks_, drop_hooks_, shared_by
 from .state import check_state
 from .tokenwise import Watch
 
@@ -71,6 +72,8 @@ class ExpertLayer(nn.Module):
             TypeError: `ffn` cannot become experts, see `check_state` and `probe_ffn`.
         """
         super().__init__()
+        if isinstance(num_experts, bool) or not isinstance(num_experts, numbers.Integral):
+            raise ValueError(f"num_experts is {num_experts!r}, must be a whole number")
         if num_experts < 1:
             raise ValueError(f"num_experts is {num_experts}, must be at least 1")
         check_state(ffn)
@@ -88,7 +91,7 @@ class ExpertLayer(nn.Module):
             if isinstance(module, StackedLinear):
                 object.__setattr__(module, "_owner", self)  # not a sub-module
         drop_hooks_(template)  # those of the FFN see tokens, here
-        take_hooks_(self, ffn)
+        copy_hooks_(self, ffn)
         # The children are registered here, under their own names; the template only lends its forward method.
         object.__setattr__(self, "_template", template)
         for key in ("_modules", "_buffers", "_parameters", "_non_persistent_buffers_set"):
@@ -112,8 +115,6 @@ class ExpertLayer(nn.Module):
             return self._template(*args, **kwargs)
         x = self._tokens(args, kwargs)
         plan = self.draw(x)
-        if torch.compiler.is_compiling() and self.layout.in_slots:
-            return self._run(x, plan, args, kwargs)
         self.running = True
         try:
             if not torch.compiler.is_compiling():
@@ -186,7 +187,7 @@ class ExpertLayer(nn.Module):
         linears = {id(m): m for m in self._template.modules() if is_linear(m)}  # averaged already, see `merge_experts`
         linears |= {id(layer): layer.averaged_linear() for _, layer in self.stacked_layers()}
         ffn = copy.deepcopy(self._template, shared_by(self._template) | linears)
-        take_hooks_(ffn, self)
+        copy_hooks_(ffn, self)
         return ffn
 
     def stacked_layers(self) -> Iterator[tuple[str, StackedLinear]]:
@@ -232,6 +233,8 @@ class ExpertLayer(nn.Module):
         template = self.__dict__.get("_template")
         if template is None or not self._is_of_ffn(name) or isinstance(value, (nn.Module, nn.Parameter)):
             super().__setattr__(name, value)
+            if template is not None and name == "training":  # its forward may look at its own
+                template.training = value
         else:  # read there, and kept by the merge
             setattr(template, name, value)
             self.look_for_changes()

@@ -1,6 +1,7 @@
 """The passes of an FFN and of its experts side by side: where do they differ?"""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 from .linear import StackedLinear, linear_parameters
 from .sharing import copied
 from .trial import Call, copied_call, differ, first_line, left_behind, noise, pinned, tensors_of
+
+LEAVE = "a token would meet several experts; leave it out of targets"
 
 
 def difference(dense: nn.Module, sparse: nn.Module, calls: list[Call], in_slots: bool) -> str:
@@ -86,17 +89,46 @@ def meets_several_experts(sparse: nn.Module, call: Call, channels_first: bool) -
 
 
 @torch.no_grad()
-def reorders(sparse: nn.Module, call: Call, parts: tuple[str, ...]) -> bool:
+def check_pair(sparse: nn.Module, call: Call, parts: tuple[str, ...], in_slots: bool) -> None:
+    """Refuse a transformer layer that uses the two linear layers of its FFN in another way than one after the other.
+
+    Args:
+        sparse: a transformer layer with identical experts; it gets hooks, and so leaves slots.
+        call: how it is called.
+        parts: names of the two linear layers.
+        in_slots: a trial has shown that each token stays in its place between the two.
+
+    Raises:
+        TypeError: one is called more often, a weight is used outside its linear layer, or tokens change places.
+    """
+    kind, entry, exit_ = type(sparse).__name__, *(sparse.get_submodule(part) for part in parts)
+    order: list[nn.Module] = []
+    for part in (entry, exit_):
+        part.register_forward_pre_hook(lambda module, _: order.append(module))
+    with pinned():
+        wanted = copied_call(call).on(sparse.train())
+    if not order or order != [entry, exit_] * (len(order) // 2):
+        raise TypeError(f"{kind} does not call its linear layers one after the other: {LEAVE}")
+    for part in (entry, exit_):
+        part._averaged = partial(_blank, part.stacked)  # type: ignore[assignment, arg-type]
+    with pinned():
+        found = copied_call(call).on(sparse)
+    if differ(found, wanted) > 1:
+        raise TypeError(f"{kind} uses a weight outside its linear layer, and each expert has another one")
+    if not in_slots and _reorders(sparse, call, entry, exit_):
+        raise TypeError(f"{kind} gives its linear layers other tokens, or in another order: {LEAVE}")
+
+
+def _blank(stacked: StackedLinear) -> tuple[Tensor, Tensor | None]:
+    weight, bias = stacked.averaged()
+    return weight * torch.nan, None if bias is None else bias * torch.nan
+
+
+def _reorders(sparse: nn.Module, call: Call, entry: nn.Module, exit_: nn.Module) -> bool:
     """Tell whether a token stands in another place at the second linear layer of an FFN than it left the first.
 
     The results of the first are changed in some places: the second must get something else in each of these.
-
-    Args:
-        sparse: a transformer layer with identical experts, out of slots; it gets hooks.
-        call: how it is called.
-        parts: names of the two linear layers.
     """
-    entry, exit_ = (sparse.get_submodule(part) for part in parts)
     marks, seen, seed = torch.zeros(0), [], 0
 
     def change(module: nn.Module, args: Any, output: Tensor) -> None:

@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_hooks
 
 from .linear import is_linear, linear_features
-from .passes import difference, meets_several_experts, reorders
+from .passes import LEAVE, check_pair, difference, meets_several_experts
 from .sharing import copied, has_hooks
 from .state import check_state
-from .tokenwise import is_of_packages, is_tokenwise, tokenwise_between
+from .tokenwise import has_global_hooks, is_of_packages, is_tokenwise, tokenwise_between
 from .trial import (
     Call,
     copied_call,
@@ -29,11 +28,9 @@ from .trial import (
     quiet,
     randomised,
     seed_generators,
-    tensors_of,
     widened,
 )
 
-_LEAVE = "a token would meet several experts; leave it out of targets"
 _EXAMPLE = "; pass a sample input of the model, example=, where it is called in another way"
 
 
@@ -98,8 +95,10 @@ def probe_ffn(ffn: nn.Module, num_experts: int, make: Make, calls: Sequence[Call
             pristine, tried = copied(unused), copied(unused)
             sparse = make(pristine, num_experts, layout=layout)
             problem = difference(tried, sparse, trials, in_slots) or _left_slots(sparse, in_slots)
-            if not (problem or in_slots) and meets_several_experts(sparse, trials[0], channels_first):
-                raise TypeError(f"{kind} gives its linear layers other tokens, or in another order: {_LEAVE}")
+            if not (problem or in_slots) and any(
+                meets_several_experts(sparse, call, channels_first) for call in trials[: len(calls) or 1]
+            ):
+                raise TypeError(f"{kind} gives its linear layers other tokens, or in another order: {LEAVE}")
             if not problem:
                 return layout
     raise TypeError(
@@ -162,8 +161,9 @@ def probe_pair(
                 continue
             convert_(sparse, layout)
             problem = difference(tried, sparse, trials, in_slots) or _left_slots(sparse, in_slots)
-            if not (problem or in_slots) and parts and reorders(sparse, trials[0], parts):
-                raise TypeError(f"{kind} gives its linear layers other tokens, or in another order: {_LEAVE}")
+            if not problem and parts:
+                for call in trials[: len(calls) or 1]:
+                    check_pair(sparse, call, parts, in_slots)
             if not problem:
                 return layout
     raise TypeError(
@@ -211,11 +211,11 @@ class Trials:
         return self._once(layer, calls, trial, f"pair {parts}")
 
     def _once(self, module: nn.Module, calls: Sequence[Call], trial: Callable[[], Layout], kind: str) -> Layout:
-        key: Any = kind, signature(module), repr([[tensor.shape for tensor in tensors_of(call)] for call in calls])
+        key: Any = kind, signature(module), tuple(call.form for call in calls)
         results: dict[Any, Any] = self._results
         if kind == "ffn" and not calls and _is_stock(module):
-            hooked = bool(_global_forward_hooks)
-            key, results = (*key, self.num_experts, self.make, self.routed, _forwards(module), hooked), _STOCK
+            key = *key, self.num_experts, self.make, self.routed, _forwards(module), has_global_hooks()
+            results = _STOCK
         if key not in results and key not in self._results:
             try:
                 results[key] = trial()

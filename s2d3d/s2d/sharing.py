@@ -116,8 +116,14 @@ def has_hooks(module: nn.Module) -> bool:
     return any(module.__dict__[key] for key in HOOKS)
 
 
+def copy_hooks_(module: nn.Module, source: nn.Module) -> None:
+    """Give `module` the forward and backward hooks that `source` has now."""
+    for key in HOOKS:
+        module.__dict__[key] = copy.copy(source.__dict__[key])
+
+
 def take_hooks_(module: nn.Module, source: nn.Module) -> None:
-    """Give `module` the forward and backward hooks of `source`; the handles of these go on removing them."""
+    """Put `module` in the place of `source`, whose hooks are its own from now on: their handles remove them there."""
     for key in HOOKS:
         module.__dict__[key] = source.__dict__[key]
 

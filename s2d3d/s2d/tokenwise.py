@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
-from torch.nn.modules.module import _global_forward_hooks
+from torch.nn.modules import module as of_all_modules
 
 from .linear import CONVOLUTIONS, StackedLinear, is_linear
 from .sharing import OF_EVERY_MODULE, has_hooks
@@ -43,6 +43,7 @@ _MODULES = frozenset(
         *(nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Threshold, nn.Identity, nn.Dropout),
     )
 )
+_GLOBAL_HOOKS = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
 _BY_ATTRIBUTES = frozenset((nn.LayerNorm, nn.RMSNorm, nn.GLU, nn.Softmax, nn.LogSoftmax))
 
 
@@ -66,7 +67,7 @@ class Watch:
     def sees_change(self) -> bool:
         """Tell whether anything is another one than at the conversion, or has got hooks."""
         return (
-            bool(_global_forward_hooks)
+            has_global_hooks()
             or any(
                 type(m) is not kind or kind.forward is not forward or "forward" in vars(m) or has_hooks(m)
                 for m, kind, forward in self.kinds
@@ -79,6 +80,11 @@ class Watch:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state | {"kinds": [(m, kind, kind.forward) for m, kind in state["kinds"]]})
+
+
+def has_global_hooks() -> bool:
+    """Tell whether hooks are set on all modules, such as those of a profiler."""
+    return any(getattr(of_all_modules, f"_global_{kind}") for kind in _GLOBAL_HOOKS)
 
 
 def is_of_packages(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from .linear import is_linear
 from .sharing import OF_EVERY_MODULE, copied, drop_hooks_
@@ -29,6 +29,20 @@ class Call(NamedTuple):
         if self.args:
             return Call((tokens, *self.args[1:]), self.kwargs)
         return Call((), self.kwargs | {next(iter(self.kwargs)): tokens})
+
+    @property
+    def form(self) -> str:
+        """Tells calls apart by all but the values of their tensors."""
+        leaves, structure = tree_flatten(tuple(self))
+        forms = [
+            (leaf.shape, leaf.dtype)
+            if isinstance(leaf, Tensor)
+            else leaf
+            if isinstance(leaf, (bool, int, float, str, type(None)))
+            else (id(leaf), [tensor.shape for tensor in tensors_of(leaf)])
+            for leaf in leaves
+        ]
+        return repr((forms, structure))
 
     def on(self, module: nn.Module) -> Any:
         return module(*self.args, **self.kwargs)

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from timm.layers import Mlp
+from timm.optim import create_optimizer_v2
 from torch.utils.data import DataLoader, TensorDataset
 
 from s2d3d import EWA, MoFConfig, convert_to_mof_, merge_experts
@@ -67,6 +68,44 @@ def test_it_does_what_a_loop_by_hand_does(build):
         assert ewa.num_steps == 3
         results.append(weights(net))
     assert torch.equal(*results)
+
+
+class Twice(torch.optim.AdamW):
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+def twice(net: Net) -> torch.optim.Optimizer:
+    """Its step runs the hooks, and so does that of its parent class as soon as there is an instance of this."""
+    torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])
+    return Twice(net.parameters(), lr=0.1)
+
+
+def lookahead(net: Net) -> torch.optim.Optimizer:
+    """Has no hooks until its zero_grad is called."""
+    return create_optimizer_v2(net, opt="lookahead_adamw", lr=0.1)
+
+
+@pytest.mark.parametrize("build", [twice, lookahead])
+def test_each_update_counts_once(build):
+    net = sparse()
+    ewa, optimizer = EWA(net, share_rate=0.5, total_steps=3), build(net)
+    average_after_updates(ewa, optimizer)
+    for updates in range(1, 4):
+        net.zero_grad()
+        loss_of(net).backward()
+        optimizer.step()
+        assert ewa.num_steps == updates
+
+
+def test_a_scheduler_that_was_built_before_the_hooks_is_refused(monkeypatch):
+    net = sparse()
+    ewa, optimizer = EWA(net, share_rate=0.5, total_steps=3), lookahead(net)
+    kind = type(optimizer)  # may have hooks already, from another instance
+    monkeypatch.setattr(kind, "step", getattr(kind.step, "__wrapped__", kind.step))
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: 1.0)
+    with pytest.raises(InputError, match=r"call its zero_grad\(\) before you build the scheduler"):
+        average_after_updates(ewa, optimizer)
 
 
 @pytest.mark.parametrize("build", [sgd, fused])

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from s2d3d import create_model, fold_batchnorm
 
@@ -62,6 +63,28 @@ def test_what_cannot_be_folded_stays():
     assert [type(module) for module in folded] == [type(module) for module in model]
     x = torch.randn(8, 4)
     assert torch.equal(folded(x), model(x))
+
+
+@torch.no_grad()
+def test_a_linear_layer_that_others_use_or_that_has_hooks_is_not_folded():
+    shared, tied, pruned = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+    prune.l1_unstructured(pruned, "weight", 0.5)
+    parts = [nn.Sequential(shared, nn.BatchNorm1d(4)), nn.Sequential(shared, nn.BatchNorm1d(4))]
+    parts += [nn.Sequential(tied, nn.BatchNorm1d(4)), nn.Sequential(pruned, nn.BatchNorm1d(4)), nn.Linear(4, 4)]
+    parts[-1].weight = tied.weight
+    model, x = with_statistics(nn.Sequential(*parts)), torch.randn(8, 4)
+    model(x)
+    folded = fold_batchnorm(model)
+    torch.testing.assert_close(folded(x), model(x))
+    assert sum(isinstance(m, nn.BatchNorm1d) for m in folded.modules()) == 4
+
+
+@torch.no_grad()
+def test_a_folded_linear_layer_refuses_more_dimensions():
+    """BatchNorm takes channels from dimension 1, a linear layer has them in the last."""
+    folded = fold_batchnorm(with_statistics(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6))))
+    with pytest.raises(ValueError, match="got 3 dimensions"):
+        folded(torch.randn(5, 6, 4))
 
 
 def test_a_model_in_train_mode_is_refused():

@@ -57,7 +57,7 @@ def test_hooks_on_all_modules_are_not_taken_for_the_ffns_own():
 def test_a_conversion_does_not_depend_on_one_that_failed():
     with pytest.raises(TypeError):
         convert_to_mof_(Model(nn.Sequential(nn.Linear(C, H), nn.Linear(7, C))), EACH)
-    with torch.inference_mode():
+    with torch.inference_mode(), pytest.raises(ValueError, match="convert outside of it"):
         convert_to_mof_(Model(), EACH)
     assert convert_to_mof_(Model(), EACH) == ["block.mlp"]
 
