@@ -7,7 +7,7 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def load_data(
     if Path(path).suffix == SAFETENSORS:
         metadata, weights = read_safetensors(path)
         try:
-            return {**json.loads(metadata[KEY]), "state_dict": weights} if KEY in metadata else weights
+            return with_weights(json.loads(metadata[KEY]), weights) if KEY in metadata else weights
         except (ValueError, TypeError, RecursionError) as error:
             raise _not_safetensors(path, error) from error
     if _is_program(path):
@@ -81,6 +81,27 @@ def load_data(
         if isinstance(error, OSError) and error.filename is not None:
             raise  # the file cannot be opened; without a name it is torch that seeks where there is nothing
         raise UnreadableError(f"{path}: cannot be read as a checkpoint ({printable(_reason(error))})") from error
+
+
+def with_weights(description: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Return the payload of a checkpoint, from its weights and its description that was stored as JSON."""
+    payload = {**description, "state_dict": weights}
+    files = file_numbers(payload.get("trained_files"))
+    return payload if files is None else payload | {"trained_files": files}
+
+
+def file_numbers(value: object) -> torch.Tensor | None:
+    """Return `trained_files` of a checkpoint, or of the JSON of one, as (n,) int64; None if the value is no such thing.
+
+    Example:
+        >>> file_numbers([3, 5]), file_numbers([0.5])
+        (tensor([3, 5]), None)
+    """
+    if isinstance(value, list) and all(type(number) is int and -(2**63) <= number < 2**63 for number in value):
+        return torch.tensor(value, dtype=torch.int64)
+    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or value.is_meta:
+        return None
+    return value if value.dtype == torch.int64 and value.dim() == 1 else None
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:

@@ -103,6 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
         wrong, facts = write_and_compare(trained, folder / MODEL, "onnx", *clouds, shown=output / MODEL)
         if wrong:
             raise InputError(f"{differs(output / MODEL)}; no page is written")
+        facts.pop("trained_files", None)  # the page has no use for them
         write_site(folder, facts, runtime)
     print(f"written to {output}; show it with: python -m http.server --bind 127.0.0.1 --directory {output}")
     return 0
@@ -172,6 +173,7 @@ def write_and_compare(
         model=described["name"], class_names=trained.class_names, up_axis=described["up_axis"],
         normalize=trained.config.data.normalize, files_up_axis=trained.up_axis_of_files, channels=trained.channels,
         config={"seed": config["seed"], "data": data, "eval": config["eval"]},
+        trained_files=trained.payload.get("trained_files"),
     )  # fmt: skip
     export_model(trained.model, path, format=kind, num_points=count, in_channels=channels, metadata=facts)
     exported = load_exported(path, threads=torch.get_num_threads())

@@ -34,6 +34,7 @@ class LabelledDataset(torch.utils.data.Dataset):
         noun: what a sample is, in the plural, for messages and pages.
         skipped: a line for each file that the reader left out.
         file_hashes: hashes of the content of all files, by split, of a reader that gives them.
+        hash_by_name: of the same files, those of the other split too, by the names of their samples.
 
     Raises:
         InputError: no samples.
@@ -51,6 +52,7 @@ class LabelledDataset(torch.utils.data.Dataset):
     noun: ClassVar[str] = "samples"
     skipped: Sequence[str] = ()
     file_hashes: Mapping[str, Sequence[bytes]] = {}
+    hash_by_name: Mapping[str, bytes] = {}
 
     def __init__(
         self,
@@ -165,12 +167,18 @@ class LabelledDataset(torch.utils.data.Dataset):
         }
 
     def trained_files(self) -> Tensor:
-        """Return a number for each file of the training split alone, (n,) int64; none where files are unknown."""
-        return _as_numbers(set(self.file_hashes.get(TRAIN, ())) - set(self.file_hashes.get(TEST, ())))
+        """Return a number for each file of this set alone, (n,) int64; none where files are unknown.
+
+        A file with a copy among those that the set leaves out, to test or to validate, is not counted.
+        """
+        own, known = set(self.names), self.hash_by_name
+        others = {content for name, content in known.items() if name not in own}
+        return as_numbers({known[name] for name in own if name in known} - others)
 
     def count_trained(self, numbers: Tensor) -> int:
-        """Count the files of the test split that a result of `trained_files` names."""
-        return int(torch.isin(_as_numbers(self.file_hashes.get(TEST, ())), numbers).sum())
+        """Count the files of this set that a result of `trained_files` names."""
+        known = self.hash_by_name
+        return int(torch.isin(as_numbers(known[name] for name in self.names if name in known), numbers).sum())
 
     def subset(self, indices: Tensor | Sequence[int]) -> Self:
         """Return the samples at `indices`, in that order; what is stored is shared, not copied.
@@ -201,7 +209,8 @@ class LabelledDataset(torch.utils.data.Dataset):
         return {**self.__dict__, "_item_generator": None}
 
 
-def _as_numbers(hashes: Iterable[bytes]) -> Tensor:
+def as_numbers(hashes: Iterable[bytes]) -> Tensor:
+    """Return the first 8 bytes of each hash as a number, (n,) int64, in ascending order."""
     numbers = sorted(int.from_bytes(content[:8], "little", signed=True) for content in hashes)
     return torch.tensor(numbers, dtype=torch.int64)
 

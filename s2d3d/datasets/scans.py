@@ -3,13 +3,15 @@
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from ..atomic import locked, read_json, workspace, write_json, write_text
@@ -20,7 +22,7 @@ from .base import PointCloudDataset
 from .class_folders import ClassFolders, find_class_folders, is_text, refuse_inside
 from .files import SURFACE_POINTS, as_cloud, collected_warnings, read_points, spread_points
 from .h5 import write_h5
-from .labelled import TRAIN
+from .labelled import TRAIN, as_numbers
 from .modelnet40 import load_modelnet40
 from .prefix import cache_folders, can_hold
 
@@ -145,14 +147,16 @@ def load_scans(
     dataset.source, dataset.skipped = str(root), tuple(notes["skipped"])
     dataset.normalized = normalize  # file by file, before points were chosen
     kept_classes = shared.get("classes") or found.class_names
-    dataset.file_hashes = {
-        part: [
-            content
-            for (_, label), content in zip(found.files[part], contents)
+    known = {
+        part: {
+            str(path.relative_to(root)): content
+            for (path, label), content in zip(found.files[part], contents)
             if _is_content(content) and found.class_names[label] in kept_classes
-        ]
+        }
         for part, contents in hashes.items()
     }
+    dataset.file_hashes = {part: list(by_name.values()) for part, by_name in known.items()}
+    dataset.hash_by_name = {name: content for by_name in known.values() for name, content in by_name.items()}
     return dataset
 
 
@@ -340,6 +344,11 @@ def _copies(found: ClassFolders, hashes: dict[str, list[bytes]]) -> list[str]:
 def _file_hashes(found: ClassFolders, split: str) -> list[bytes]:
     with ThreadPoolExecutor(4) as pool:
         return list(pool.map(_file_hash, [path for path, _ in found.files[split]]))
+
+
+def count_trained(paths: Iterable[Path], numbers: Tensor) -> int:
+    """Count the files that a result of `LabelledDataset.trained_files` names."""
+    return int(torch.isin(as_numbers(filter(_is_content, map(_file_hash, paths))), numbers).sum())
 
 
 def _is_content(content: bytes) -> bool:

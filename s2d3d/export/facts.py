@@ -3,8 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from ..channels import CHANNELS, XYZ, num_channels
 from ..errors import InputError
+from ..unpickle import file_numbers
 
 MAX_POINTS = 2**20
 """Most points of a cloud that a file may ask for."""
@@ -20,6 +23,7 @@ def model_facts(
     files_up_axis: str = "z",
     channels: str = XYZ,
     config: Mapping[str, Any] | None = None,
+    trained_files: Tensor | None = None,
 ) -> dict[str, Any]:
     """Return what the user of an exported model must know beyond its shapes, which `export_model` adds.
 
@@ -31,6 +35,7 @@ def model_facts(
         files_up_axis: vertical axis of files, unless their user says another.
         channels: the numbers of a point, one of `s2d3d.channels.CHANNELS`.
         config: sections of the run's config by which `evaluate` scores the file, without places on this machine.
+        trained_files: of the checkpoint, by which `evaluate` refuses to score files of the training.
 
     Example:
         >>> facts = model_facts(model="m", class_names=["box", "mug"], up_axis="z", normalize=True)
@@ -45,6 +50,7 @@ def model_facts(
         "files_up_axis": files_up_axis,
         "channels": channels,
         "config": dict(config or {}),
+        **({} if trained_files is None else {"trained_files": trained_files.tolist()}),
     }
 
 
@@ -79,6 +85,7 @@ def check_facts(facts: Mapping[str, Any], where: str) -> None:
         "up_axis": facts["up_axis"] == "z",
         "normalize": facts["normalize"] in NORMALIZE.values(),
         "config": isinstance(facts.get("config", {}), dict),
+        "trained_files": file_numbers(facts.get("trained_files", [])) is not None,
     }
     for key, holds in right.items():
         if not holds:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..channels import CHANNELS, WIDTH, XYZ, columns, groups, num_channels
 from ..errors import InputError, first_difference
-from ..unpickle import load_data
+from ..unpickle import file_numbers, load_data, with_weights
 
 WRAPPINGS = ("base_model", "state_dict", "model_state_dict", "model", "net")
 """Keys under which a file holds its weights: of the published checkpoints, our own, and those of other trainers."""
@@ -41,6 +41,7 @@ class PretrainedReport:
         classes: how the classes that the file names differ from those of the model; empty if they do not.
         channels: which channels of the first layers are of the file and which are not; empty if all are.
         sizes: sizes without a tensor, such as the number of heads, that the model has otherwise than the file.
+        origin: what a file of this package says of its training: `class_names`, `config`, `trained_files`.
     """
 
     path: Path
@@ -53,6 +54,7 @@ class PretrainedReport:
     classes: str = ""
     channels: str = ""
     sizes: str = ""
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
     def summary(self) -> str:
         """Return one line: how many tensors matched, and what did not, counted by the first part of the key."""
@@ -82,6 +84,7 @@ def load_pretrained_(
     up_axis: str = "z",
     class_names: Sequence[str] | None = None,
     channels: str = XYZ,
+    description: Mapping[str, Any] | None = None,
 ) -> PretrainedReport:
     """Load a published checkpoint, or one of ours, into a dense model, in place.
 
@@ -103,6 +106,7 @@ def load_pretrained_(
         class_names: of the model's outputs. A checkpoint of this package names its classes: where they are the same in
             another order, the rows of the last layer are put in this order; where they are others, it stays fresh.
         channels: of a point, as the model takes them.
+        description: of plain weights: what a checkpoint of this package says of them, such as the config.json beside.
 
     Returns:
         What matched. The last layer stays fresh where it has another number of classes, or other ones.
@@ -120,9 +124,11 @@ def load_pretrained_(
     if up_axis not in UP_AXES:
         raise InputError(f"up_axis is {up_axis!r}, must be 'y' or 'z'")
     content = load_data(path, allow=numpy_scalars())
+    if description:
+        content = with_weights(description, content)
     if up_axis == "y" and _description(content).get("up_axis") == "z":
         raise InputError(f"{path}: was trained on clouds z up; model.pretrained_up_axis=y is for published files")
-    file = _unwrap(content, path)
+    file, origin = _unwrap(content, path), _origin(content, path)
     own, last = model.state_dict(), _last_layer(model)
     prefix = next((p for p in PRETRAINING_PREFIXES if _begins(p, file) and not _begins(p, own)), "")
     names = {key.removeprefix(prefix): key for key in file if key.startswith(prefix)}
@@ -151,6 +157,7 @@ def load_pretrained_(
         classes=classes,
         channels=_compare_channels(theirs, channels),
         sizes=_compare_sizes(content, model),
+        origin=origin,
     )
 
 
@@ -288,6 +295,16 @@ def _description(content: object) -> Mapping[str, object]:
     """Return what a file of this package says of its model; of other files nothing."""
     described = content.get("model") if isinstance(content, Mapping) else None
     return described if isinstance(described, Mapping) else {}
+
+
+def _origin(content: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+    """Return what a file of this package says of its training; of other files nothing."""
+    origin = {key: content[key] for key in ("class_names", "config", "trained_files") if key in content}
+    if "format" not in content or not isinstance(origin.get("config"), Mapping):
+        return {}
+    if (files := file_numbers(origin.get("trained_files", []))) is None:
+        raise InputError(f"{path}: its trained_files cannot be what s2d3d wrote")
+    return origin | ({"trained_files": files} if "trained_files" in origin else {})
 
 
 def _compare_sizes(content: object, model: nn.Module) -> str:

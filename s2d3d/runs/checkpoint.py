@@ -15,7 +15,7 @@ from ..errors import InputError, UnreadableError, first_line, quoted
 from ..machine import package_versions
 from ..models import create_for_classes, model_kwargs
 from ..s2d import MoFConfig, convert_to_mof_, is_sparse, merge_experts
-from ..unpickle import KEY, SAFETENSORS, load_data, read_safetensors
+from ..unpickle import KEY, SAFETENSORS, file_numbers, load_data, read_safetensors, with_weights
 from ..version import __version__
 from .folder import HUB_CONFIG, HUB_WEIGHTS, is_hub_folder, require_checkpoint
 
@@ -269,7 +269,7 @@ def _check_content(payload: dict[str, Any], path: str | Path) -> None:
         "state_dict": isinstance(weights, dict) and _is_state_dict(weights, MAX_EXPANSION * _size(path)),
         "class_names": isinstance(names, list) and all(isinstance(name, str) for name in names),
         "config": isinstance(payload["config"], dict),
-        "trained_files": isinstance(payload.get("trained_files", torch.empty(0)), torch.Tensor),
+        "trained_files": "trained_files" not in payload or _is_files(payload["trained_files"]),
     }
     if fits["model"] and fits["class_names"]:
         outputs = payload["model"].get("num_classes", len(names))
@@ -278,6 +278,10 @@ def _check_content(payload: dict[str, Any], path: str | Path) -> None:
     wrong = [key for key in fits if not fits[key]]
     if wrong:
         raise UnreadableError(f"{path}: checkpoint is damaged, its {', '.join(wrong)} cannot be what s2d3d wrote")
+
+
+def _is_files(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and file_numbers(value) is not None
 
 
 def _size(path: str | Path) -> int:
@@ -336,9 +340,20 @@ def write_weights(path: str | Path, state_dict: dict[str, torch.Tensor], *, meta
 
 
 def description_of(payload: dict[str, Any]) -> dict[str, Any]:
-    """Return a checkpoint without weights and training state, as it is stored beside safetensors."""
-    kept = {key: payload[key] for key in MODEL_KEYS if key != "state_dict"}
+    """Return a checkpoint without weights and training state as plain types, to be stored beside safetensors."""
+    kept = {key: payload[key] for key in KEPT_KEYS if key != "state_dict" and key in payload}
+    if "trained_files" in kept:
+        kept["trained_files"] = kept["trained_files"].tolist()
     return {"format": FORMAT, "format_version": FORMAT_VERSION, "s2d3d_version": __version__, **kept}
+
+
+def description_beside(path: str | Path) -> dict[str, Any]:
+    """Return what config.json says of the weights of a folder in the hub's layout; of other files nothing."""
+    path = Path(path)
+    if path.name != HUB_WEIGHTS or not is_hub_folder(path.parent):
+        return {}
+    description = read_json(path.with_name(HUB_CONFIG), advice="fetch or export the folder again")
+    return description if description.get("format") == FORMAT else {}
 
 
 def read_hub_folder(path: str | Path) -> dict[str, Any]:
@@ -347,6 +362,5 @@ def read_hub_folder(path: str | Path) -> dict[str, Any]:
     Raises:
         UnreadableError: a file is damaged, or is not of this package.
     """
-    path = Path(path)
-    description = read_json(path / HUB_CONFIG, advice="fetch or export the folder again")
-    return {**description, "state_dict": read_safetensors(path / HUB_WEIGHTS)[1]}
+    description = read_json(Path(path, HUB_CONFIG), advice="fetch or export the folder again")
+    return with_weights(description, read_safetensors(Path(path, HUB_WEIGHTS))[1])

@@ -26,7 +26,7 @@ def sample_clouds(trained: TrainedModel, count: int, *, required: bool = False) 
     """
     data, further = trained.config.data, trained.payload["model"]["in_channels"] - 3
     if required or Path(data.root).exists():
-        dataset = trained.dataset()
+        dataset = trained.dataset(scored=False)
         chosen = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long()
         return dataset.batch(chosen, augment=False)[0], f"test clouds of {data.name}"
 

@@ -296,12 +296,14 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def find_pretrained(path: str | Path) -> Path:
-    """Return the file that `model.pretrained` means: a file, or the final dense model of a run folder.
+    """Return the file that `model.pretrained` means: a file, or the weights of a run folder or of one for the hub.
 
     Raises:
         InputError: there is none.
     """
     path = Path(path)
+    if is_hub_folder(path):
+        return path / HUB_WEIGHTS
     if path.is_dir():
         folder = RunFolder(path)
         if folder.merged.is_file():

@@ -20,7 +20,9 @@ from ..export.facts import check_facts
 from ..export.write import Exported, load_exported
 from ..machine import choose_device
 from ..models import list_models
+from ..unpickle import file_numbers
 from .checkpoint import build_model, load_checkpoint, stored_channels
+from .trained_files import refuse_trained
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,12 @@ class TrainedModel:
         """The vertical axis of files that are named, unless their user says another: that of its own class folders."""
         return up_axis_of_files(self.config) if self.unknown_data is None else "z"
 
-    def dataset(self, split: str = "test") -> LabelledDataset:
+    def dataset(self, split: str = "test", *, scored: bool = True) -> LabelledDataset:
         """Read a split of the data set that the config names.
+
+        Args:
+            split: "train" or "test".
+            scored: refuse a test split with files that the model was trained on.
 
         Raises:
             InputError: the data set cannot be read or is not registered, its classes differ from those of the model, or
@@ -88,13 +94,17 @@ class TrainedModel:
             ) from error
         if labelled:
             check_classes(dataset, self.class_names, self.path)
-        trained = self.payload.get("trained_files")
-        if split != TRAIN and trained is not None and (known := dataset.count_trained(trained)):
-            raise InputError(
-                f"{root}: {known} of its {len(dataset)} test files were trained on by {self.path}, as files were added "
-                "or divided otherwise; score new files by --files, or divide all into folders train/ and test/"
-            )
+        if scored and split != TRAIN:
+            self.refuse_trained(dataset)
         return dataset
+
+    def refuse_trained(self, dataset: LabelledDataset, part: str = "test") -> None:
+        """Refuse to score files that the model was trained on, see `trained_files.refuse_trained`."""
+        advice = (
+            "as files were added or divided otherwise; score new files by --files, or divide all into folders train/ "
+            "and test/"
+        )
+        refuse_trained(dataset, self.payload, self.path, advice=advice, part=part)
 
     def require_clouds(self, use: str) -> None:
         """Check that the model takes point clouds; no data is read.
@@ -242,7 +252,7 @@ class ExportedModel(TrainedModel):
 
     root_given: bool = False
 
-    def dataset(self, split: str = "test") -> LabelledDataset:
+    def dataset(self, split: str = "test", *, scored: bool = True) -> LabelledDataset:
         """Read a split of the data set that metadata and overrides name.
 
         Raises:
@@ -250,7 +260,7 @@ class ExportedModel(TrainedModel):
         """
         if not self.root_given:
             raise InputError(f"{self.path}: an exported model does not say where its data set lies; add data.root=DIR")
-        return super().dataset(split)
+        return super().dataset(split, scored=scored)
 
 
 def open_exported(path: str | Path, overrides: Sequence[str] = ()) -> ExportedModel:
@@ -278,6 +288,8 @@ def open_exported(path: str | Path, overrides: Sequence[str] = ()) -> ExportedMo
     model, s2d = {"name": "point_bert_tiny"}, {"kind": "none"}
     config = {"output_dir": "unused", "model": model, "s2d": s2d, **sections, "data": data}
     payload = {"config": config, "model": model | {"channels": channels}, "class_names": facts["class_names"]}
+    if (files := file_numbers(facts.get("trained_files"))) is not None:
+        payload["trained_files"] = files
     given = any(override_key(override) == "data.root" for override in overrides)
     return ExportedModel(
         str(path), payload, stored_config(payload, path, overrides), _Network(exported),

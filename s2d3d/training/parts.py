@@ -1,8 +1,9 @@
 """The parts of a run: model, optimizer, schedule, EWA and EMA. One function makes each of them from the config."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from timm.scheduler import CosineLRScheduler
@@ -18,6 +19,7 @@ from ..machine import Runtime
 from ..models import create_for_classes, load_pretrained_
 from ..models.freeze import freeze_
 from ..random_state import seed_all
+from ..runs.checkpoint import description_beside
 from ..runs.folder import find_pretrained
 from ..s2d import EWA, MoFConfig, TopKMoE, convert_to_mof_, is_sparse
 from ..s2d.mof import ExpertLayer
@@ -41,6 +43,7 @@ class ModelParts:
         frozen: names of the modules that are not trained.
         dense_parameters: number of parameters without additional experts.
         training_parameters: number of parameters of `model`.
+        origin: what the file of `model.pretrained` says of its training, see `PretrainedReport`; empty without one.
     """
 
     model: nn.Module
@@ -52,6 +55,7 @@ class ModelParts:
     frozen: list[str]
     dense_parameters: int
     training_parameters: int
+    origin: Mapping[str, Any]
 
     def counts(self) -> dict[str, int]:
         """Return the numbers of parameters for metrics.json: in training, and of the final model."""
@@ -77,14 +81,18 @@ def build_model(config: Config, runtime: Runtime, class_names: list[str], *, pre
         config.model.name, len(class_names), in_channels=config.in_channels, **config.model.kwargs
     )
     dense_parameters = count_parameters(model)
+    origin: Mapping[str, Any] = {}
     if config.model.pretrained and pretrained:  # before the conversion, so that experts start as copies
+        path = find_pretrained(config.model.pretrained)
         report = load_pretrained_(
             model,
-            find_pretrained(config.model.pretrained),
+            path,
             up_axis=config.model.pretrained_up_axis,
             class_names=class_names,
             channels=config.data.channels,
+            description=description_beside(path),
         )
+        origin = report.origin
         if runtime.is_main:
             logger.info(report.summary())
     if config.s2d.kind == "none" and is_sparse(model):
@@ -111,7 +119,7 @@ def build_model(config: Config, runtime: Runtime, class_names: list[str], *, pre
     if config.train.compile:
         network = cast(nn.Module, torch.compile(network, mode=config.train.compile_mode))
     return ModelParts(
-        model, network, parallel, mof, converted, routed, frozen, dense_parameters, count_parameters(model)
+        model, network, parallel, mof, converted, routed, frozen, dense_parameters, count_parameters(model), origin
     )
 
 

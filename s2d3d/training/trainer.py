@@ -26,6 +26,7 @@ from ..runs.folder import RunFolder, find_pretrained
 from ..runs.log import COLUMNS, epoch_line, epoch_row
 from ..runs.metrics import run_metrics, run_summary
 from ..runs.resume import Progress, check_same_data, check_same_run, read_run, restoring
+from ..runs.trained_files import refuse_trained
 from ..runs.training_state import checked_progress, checked_state, gather_states
 from ..s2d import balance_loss
 from .callbacks import Callback
@@ -149,6 +150,7 @@ class Trainer:
         self.task = task_of(cfg, runtime)
         self.task.check(self.data)
         self._build_model(pretrained=state is None)
+        self._note_files(state)
         self.optimizer = optimizer_of(cfg, self.parts)
         self.scheduler = scheduler_of(cfg, self.optimizer, self.steps_per_epoch)
         self.ewa = ewa_of(cfg, self.parts, self.scheduler, self.steps_per_epoch)
@@ -188,6 +190,22 @@ class Trainer:
         self.class_names = self.task.class_names(self.data.class_names)
         self.parts = build_model(self.config, self.runtime, self.class_names, pretrained=pretrained)
         self.model, self.network = self.parts.model, self.parts.network
+
+    def _note_files(self, state: dict[str, Any] | None) -> None:
+        """Refuse test files that the pretrained model was trained on; note which files the new model was trained on."""
+        origin, own = state or self.parts.origin, self.data.train.dataset.trained_files()
+        advice = (
+            "the file of model.pretrained; divide the files as its run did, by its data.split_seed or, if files were "
+            "added, by folders train/ and test/; or remove model.pretrained"
+        )
+        for part, loader in {"test": self.data.test, "validation": self.data.val}.items():
+            if loader and not state:
+                refuse_trained(loader.dataset, origin, str(self.config.model.pretrained), advice=advice, part=part)
+        # The labels of a pre-training were not seen.
+        inherits = "trained_files" in origin and bool(origin.get("class_names")) == bool(self.class_names)
+        self.trained_files: Tensor | None = own if self.data.train.dataset.hash_by_name else None
+        if inherits:
+            self.trained_files = torch.cat([own, origin["trained_files"]]).unique()
 
     # --------------------------------------------------------------- training
 
@@ -368,12 +386,12 @@ class Trainer:
     # ------------------------------------------------------------------ state
 
     def _payload(self, model: nn.Module) -> dict[str, Any]:
-        cfg, trained = self.config, self.data.train.dataset.trained_files()
+        cfg = self.config
         payload = model_payload(
             model, name=cfg.model.name, in_channels=cfg.in_channels, kwargs=cfg.model.kwargs,
             class_names=self.class_names, mof=self.parts.mof, config=cfg.to_dict(), channels=cfg.data.channels,
         )  # fmt: skip
-        return payload | ({"trained_files": trained} if len(trained) else {})
+        return payload | ({} if self.trained_files is None else {"trained_files": self.trained_files})
 
     def _barrier(self) -> None:
         if self.runtime.is_distributed:

@@ -70,6 +70,7 @@ def predict_run(record: RunRecord, overrides: Sequence[str] = (), *, device: tor
     config = trained.config
     if config.eval.split == "validation":
         _, scored = split_train_validation(trained.dataset(TRAIN), config.data.val_fraction, config.seed)
+        trained.refuse_trained(scored, "validation")
     else:
         scored = trained.dataset()
     dataset = require_clouds(scored, "a report with clouds")
