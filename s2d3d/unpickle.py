@@ -125,7 +125,10 @@ def _not_safetensors(path: str | Path, error: Exception) -> UnreadableError:
 
 
 def _is_program(path: str | Path) -> bool:
-    """Tell whether a file is of TorchScript or torch.export."""
+    """Tell whether a file is of ONNX, TorchScript or torch.export."""
+    with open(path, "rb") as file:
+        if file.read(1) == b"\x08" or Path(path).suffix.lower() == ".onnx":  # ONNX begins so, and no pickle does
+            return True
     if not zipfile.is_zipfile(path):
         return False
     try:

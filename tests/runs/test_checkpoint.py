@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from tiny_onnx import write_tiny_model
 
 from s2d3d import MoFConfig, convert_to_mof_, create_model, is_sparse, load_checkpoint, load_model, merge_experts
 from s2d3d import save_checkpoint as save
@@ -361,6 +362,10 @@ def test_an_exported_program_is_named(tmp_path):
     path = tmp_path / "model.pt"
     torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(path)
     assert refusal(path) == "is an exported program, not a checkpoint; name merged.pt of the run, or weights"
+    for path in (tmp_path / "model.onnx", tmp_path / "renamed.pt", tmp_path / "cut.ONNX"):
+        write_tiny_model(path, ["a", "b"])
+        path.write_bytes(path.read_bytes()[: 0 if path.stem == "cut" else None])
+        assert refusal(path) == "is an exported program, not a checkpoint; name merged.pt of the run, or weights"
     torch.export.save(torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),)), tmp_path / "model.pt2")
     assert (
         refusal(tmp_path / "model.pt2")

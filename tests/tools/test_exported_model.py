@@ -99,3 +99,23 @@ def test_a_trained_checkpoint_and_its_export_say_the_same(call, trained, shapes_
         theirs["probabilities"], abs=1e-4
     )
     assert our_report["confusion"] == their_report["confusion"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["merge", "--output", "m.pt"],
+        ["export", "--output", "m.pt"],
+        ["visualize", "--output", "m.png"],
+        ["linear_probe"],
+    ],
+)
+def test_commands_that_need_a_checkpoint_say_so(refuses, model, command):
+    tool, *rest = command
+    line = refuses(tool, "--checkpoint", model, *rest)
+    assert line == f"{model}: is an exported program, not a checkpoint; name merged.pt of the run, or weights"
+
+
+def test_a_training_cannot_begin_with_an_export(refuses, model, trained, tmp_path):
+    line = refuses("train", trained.config, f"model.pretrained={model}", f"output_dir={tmp_path}/run")
+    assert line == f"{model}: is an exported program, not a checkpoint; name merged.pt of the run, or weights"
