@@ -62,5 +62,6 @@ def first_line(error: BaseException, limit: int = 200) -> str:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return "; did you mean '...'?" for the nearest known word, or an empty string."""
-    near = difflib.get_close_matches(word, list(known), n=1)
+    known = list(known)
+    near = [name for name in known if name.casefold() == word.casefold()] or difflib.get_close_matches(word, known, n=1)
     return f"; did you mean '{near[0]}'?" if near else ""

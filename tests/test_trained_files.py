@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -174,3 +175,32 @@ def test_a_pre_training_has_seen_no_labels(home, capsys):
 def test_an_export_needs_no_files_that_are_new(home, tmp_path, capsys):
     output = ["--output", str(tmp_path / "m.onnx"), "--clouds", "2"]
     assert main(["export", "--checkpoint", "runs/a/merged.pt", *output, OTHER]) == 0, "nothing is scored"
+
+
+@pytest.mark.parametrize("kind", ["pt", "onnx"])
+def test_scored_files_that_were_trained_on_are_counted(kind, home, tmp_path, capsys):
+    path = "runs/a/merged.pt"
+    if kind == "onnx":
+        path = str(tmp_path / "m.onnx")
+        assert main(["export", "--checkpoint", "runs/a/merged.pt", "--output", path, "--clouds", "2"]) == 0
+    new = tmp_path / "new"
+    write_scans(new, count=12, first=10)
+    capsys.readouterr()
+    assert evaluate(path, "--files", str(new)) == 0
+    assert capsys.readouterr().err == ""
+    (new / "ball" / "part1").mkdir()
+    for file in (home / "scans" / "ball").iterdir():
+        shutil.copyfile(file, new / "ball" / "part1" / f"renamed_{file.name}")
+    assert evaluate(path, "--files", str(new)) == 0
+    said = capsys.readouterr()
+    assert "(14 samples)" in said.out
+    assert said.err.endswith(f"8 of these 14 files were trained on by {path}; this is not its accuracy on new files\n")
+
+
+@pytest.mark.parametrize("folder", ["Ball", "BALL/part1", "bal"])
+def test_a_folder_that_is_nearly_a_class_gets_a_hint(folder, home, tmp_path, capsys):
+    write_scans(tmp_path, count=1)
+    (tmp_path / "mine" / folder).mkdir(parents=True)
+    (tmp_path / "ball" / "0.xyz").rename(tmp_path / "mine" / folder / "0.xyz")
+    assert evaluate("runs/a/merged.pt", "--files", str(tmp_path / "mine")) == 1
+    assert capsys.readouterr().err.endswith("is none of the 2 classes of runs/a/merged.pt; did you mean 'ball'?\n")

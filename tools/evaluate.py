@@ -18,7 +18,7 @@ from s2d3d.cli import (
     refuse_split,
     run_tool,
 )
-from s2d3d.errors import InputError
+from s2d3d.errors import InputError, did_you_mean
 from s2d3d.runs.folder import require_checkpoint
 
 if TYPE_CHECKING:
@@ -120,27 +120,32 @@ def run(arguments: argparse.Namespace) -> None:
 
 def read_datasets(arguments: argparse.Namespace, trained: "TrainedModel") -> "Sequence[Any]":
     """Read the test split of the checkpoint's data set, or the named files: a set for each number of points."""
-    from s2d3d.datasets.file_set import find_files, folder_labels, folder_name, group_files
+    from s2d3d.datasets.file_set import find_files, folder_labels, folder_names, group_files
+    from s2d3d.runs.trained_files import warn_of_trained
 
     if not arguments.files:
         return [trained.dataset()]
     trained.require_clouds("--files")
     class_names, config = trained.class_names, trained.config
     files = find_files(arguments.files)
-    labels = folder_labels(files, class_names)
+    labels = folder_labels(files, class_names, arguments.files)
     if labels is None:
-        other = next(file for file in files if folder_labels([file], class_names) is None)
+        other = next(file for file in files if folder_labels([file], class_names, arguments.files) is None)
+        hints = (did_you_mean(name, class_names) for name in folder_names(other, arguments.files))
+        advice = "; name folders after classes, or classify without labels: tools/predict.py"
         raise InputError(
-            f"{other}: its folder '{folder_name(other)}' is none of the {len(class_names)} classes of "
-            f"{arguments.checkpoint}; name folders after classes, or classify without labels: tools/predict.py"
+            f"{other}: its folder '{folder_names(other)[0]}' is none of the {len(class_names)} classes of "
+            f"{arguments.checkpoint}{next(filter(None, hints), advice)}"
         )
     data = config.data
-    return group_files(
+    groups = group_files(
         files, class_names, labels, data.num_points, least=getattr(trained.model, "min_points", None),
         up_axis=arguments.up_axis or trained.up_axis_of_files, normalize=bool(data.normalize), seed=config.seed,
         allow_missing=not arguments.refuse_missing, channels=trained.channels,
         estimate_normals=arguments.estimate_normals or trained.estimates_normals,
     )  # fmt: skip
+    warn_of_trained(files, trained.payload, arguments.checkpoint)
+    return groups
 
 
 def main(argv: Sequence[str] | None = None) -> int:

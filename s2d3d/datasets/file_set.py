@@ -47,10 +47,17 @@ def find_files(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
     return found
 
 
-def folder_labels(files: Sequence[Path], class_names: Sequence[str]) -> list[int] | None:
-    """Return the class of each file, which the name of its folder tells; None if one is in another folder.
+def folder_labels(
+    files: Sequence[Path], class_names: Sequence[str], paths: Sequence[str | os.PathLike[str]] = ()
+) -> list[int] | None:
+    """Return the class of each file, which the name of a folder tells; None if one is in no such folder.
 
-    It is the folder of the path as given: of a link, the one that the link lies in.
+    It is a folder of the path as given: of a link, the one that the link lies in. See `folder_names`.
+
+    Args:
+        files: of `find_files`.
+        class_names: of the model.
+        paths: the files and folders that were named.
 
     Example:
         >>> folder_labels([Path("test/mug/1.off"), Path("box/a.ply")], ["box", "mug"])
@@ -58,19 +65,26 @@ def folder_labels(files: Sequence[Path], class_names: Sequence[str]) -> list[int
         >>> folder_labels([Path("mug/1.off"), Path("Downloads/a.ply")], ["box", "mug"])
     """
     numbers = {name: label for label, name in enumerate(class_names)}
-    labels = [numbers.get(folder_name(file)) for file in files]
+    labels = [next((numbers[n] for n in folder_names(file, paths) if n in numbers), None) for file in files]
     known = [label for label in labels if label is not None]
     return known if len(known) == len(labels) else None
 
 
-def folder_name(file: Path) -> str:
-    """Return the name of the folder that a file lies in, links not followed.
+def folder_names(file: Path, paths: Sequence[str | os.PathLike[str]] = ()) -> list[str]:
+    """Return the names of the folders that may tell the class of a file, the first known one does; links not followed.
+
+    In a named folder these are the folders below it from the top, as in a data set, and its own name. Of a file that is
+    named itself it is the folder that it lies in.
 
     Example:
-        >>> folder_name(Path("mug/1.off"))
-        'mug'
+        >>> folder_names(Path("scans/mug/old/1.off"), ["scans"]), folder_names(Path("scans/mug/1.off"))
+        (['mug', 'old', 'scans'], ['mug'])
     """
-    return Path(os.path.abspath(file)).parent.name
+    own = Path(os.path.abspath(file)).parent
+    for folder in (Path(os.path.abspath(path)) for path in paths if Path(path) != file):
+        if own.is_relative_to(folder):
+            return [*own.relative_to(folder).parts, folder.name]
+    return [own.name]
 
 
 def load_files(

@@ -188,7 +188,7 @@ def _read_files(
 ) -> tuple[PointCloudDataset, bool]:
     """Read files as a data set; also return whether all of them are in folders named after classes."""
     files = find_files(paths)
-    labels = folder_labels(files, class_names)
+    labels = folder_labels(files, class_names, paths)
     dataset = load_files(
         files, class_names or ["file"], labels, num_points=config.data.num_points, up_axis=up_axis,
         normalize=bool(config.data.normalize), seed=seed, allow_missing=allow_missing, channels=config.data.channels,

@@ -34,6 +34,25 @@ def test_a_relative_path_has_the_folder_it_is_called_from(tmp_path, monkeypatch)
     assert folder_labels(find_files(["1.npy"]), ["box", "mug"]) == [1]
 
 
+def test_folders_below_a_class_belong_to_it_as_in_a_training(tmp_path, monkeypatch):
+    names, folder = ["box", "mug"], tmp_path / "mug"
+    touch(folder / "part1" / "1.npy")
+    touch(folder / "box" / "2.npy")
+    assert folder_labels(find_files([tmp_path]), names, [tmp_path]) == [1, 1], "the folder of the class stands first"
+    assert folder_labels(find_files([folder / "part1"]), names, [folder / "part1"]) is None, (
+        "what lies above says nothing"
+    )
+    assert folder_labels(find_files([folder]), names, [folder]) == [0, 1], "below the folder named, else its own name"
+    (tmp_path / "scans").symlink_to(tmp_path / "elsewhere")
+    touch(tmp_path / "elsewhere" / "train" / "box" / "old" / "3.npy")
+    monkeypatch.chdir(tmp_path)
+    for place in ("scans", "./scans/", "scans/train", str(tmp_path / "scans")):
+        assert folder_labels(find_files([place]), names, [place]) == [0], place
+    files = ["mug/part1/1.npy", "mug/box/2.npy"]
+    assert folder_labels(find_files(files), names, files) is None, "of a file, the folder that it lies in"
+    assert folder_labels(find_files(files[1:]), names, files[1:]) == [0]
+
+
 def test_links_in_a_circle_end(tmp_path):
     touch(tmp_path / "a" / "1.npy")
     (tmp_path / "a" / "b").symlink_to(tmp_path, target_is_directory=True)
