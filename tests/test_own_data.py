@@ -97,3 +97,18 @@ def test_a_run_does_not_write_into_its_data(scans, capsys):
     assert main(["train", "configs/files.yaml", "data.root=scans", "output_dir=scans/runs", *SHORT]) == 1
     assert "output_dir: scans/runs lies inside data.root" in capsys.readouterr().err
     assert not (scans / "scans" / "runs").exists()
+
+
+def test_one_class_is_refused_whether_chosen_or_all_there_is(scans, capsys):
+    setting = ["configs/files.yaml", "data.root=scans", "output_dir=runs/one", *SHORT]
+    assert main(["train", *setting, "data.classes=[ball]"]) == 1
+    assert capsys.readouterr().err.endswith(
+        "error: scans: one class, 'ball', is left to train on; a classifier needs two, see data.classes\n"
+    )
+    assert main(["visualize", "--config", *setting, "data.classes=[ball]", "--output", "ball.png"]) == 0, (
+        "to draw it will do"
+    )
+    (scans / "scans" / "rod").rename(scans / "rod")
+    assert main(["train", *setting]) == 1
+    assert "scans: holds one class, 'ball'; the files of at least two classes are needed" in capsys.readouterr().err
+    assert not (scans / "runs").exists()

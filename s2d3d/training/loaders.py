@@ -8,7 +8,7 @@ from ..config.data import build_dataset, build_test_loader
 from ..config.load import Config
 from ..datasets import BatchLoader, LabelledDataset, split_train_validation
 from ..datasets.orientation import look_turned
-from ..errors import InputError
+from ..errors import InputError, quoted
 from ..machine import Runtime
 
 logger = logging.getLogger(__name__)
@@ -46,8 +46,8 @@ def build_loaders(
         datasets: training and test set that replace those of the config.
 
     Raises:
-        InputError: the data is missing or wrong, its splits have different classes, or `train.batch_size` is not
-            divisible by `train.accum_steps` times the number of processes.
+        InputError: the data is missing or wrong, has one class, its splits have different ones, or `train.batch_size`
+            is not divisible by `train.accum_steps` times the number of processes.
 
     Example:
         >>> import torch
@@ -67,6 +67,9 @@ def build_loaders(
             raise InputError(f"{text}; set data.channels={found}")
     if train.class_names != test.class_names:
         raise InputError(f"{config.data.root}: training and test split have different classes")
+    if config.task == "classify" and len(train.class_names) < 2:
+        found = f"one class, {quoted(train.class_names[0])}, is left to train on"
+        raise InputError(f"{config.data.root}: {found}; a classifier needs two, see data.classes")
     if runtime.is_main and look_turned(train, test):
         logger.warning(
             "%s: the test split looks turned against the training split, y for z; check the attribute up_axis of its "
