@@ -183,7 +183,7 @@ class Trainer:
             if self.progress.epoch:
                 self.folder.stands()
             if self.progress.epoch >= cfg.train.epochs:
-                logger.info(f"{checkpoint}: all {cfg.train.epochs} epochs were trained; --extend adds some")
+                logger.info(f"{checkpoint}: all {cfg.train.epochs} epochs were trained; --extend sets a higher number")
             logger.info(describe(cfg, runtime, self.data, self.parts))
 
     def _build_model(self, *, pretrained: bool = True) -> None:
