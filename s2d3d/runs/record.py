@@ -167,8 +167,10 @@ def find_reference(checkpoint: str | Path) -> Path | None:
     """
     folder = Path(checkpoint).parent
     folder = folder.parent if folder.name == "checkpoints" else folder
+    if "s2d" not in folder.name:  # a file here, such as model.onnx, has a folder without a name
+        return None
     path = RunFolder(folder.with_name(folder.name.replace("s2d", "dense"))).robustness
-    return path if "s2d" in folder.name and path.is_file() else None
+    return path if path.is_file() else None
 
 
 def read_robustness(path: str | Path) -> dict[str, Any]:

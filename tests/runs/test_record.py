@@ -129,6 +129,7 @@ def test_dense_twin_is_the_folder_beside(tmp_path):
     twin = tmp_path / "modelnet_dense_small" / "robustness.json"
     for checkpoint in ("modelnet_s2d_small/merged.pt", "modelnet_s2d_small/checkpoints/last.pt"):
         assert find_reference(tmp_path / checkpoint) is None
+    assert find_reference("model.onnx") is None, "a file here"
     twin.parent.mkdir()
     twin.write_text("{}")
     for checkpoint in ("modelnet_s2d_small/merged.pt", "modelnet_s2d_small/checkpoints/last.pt"):
