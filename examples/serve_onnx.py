@@ -4,13 +4,15 @@
     python examples/serve_onnx.py model.onnx chair.ply scan.npy table.off
 
 Reads .ply (ASCII and binary; vertices, and polygons as a mesh), .off (meshes) and .npy (N, 3). Points are sampled from
-the surface of a mesh. More points than the model takes: farthest point sampling, as in the evaluation of s2d3d.
+the surface of a mesh, whose polygons must be convex or nearly so. More points than the model takes: farthest point
+sampling, as in the evaluation of s2d3d.
 """
 
 import argparse
 import json
 import sys
 import tokenize
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -122,10 +124,25 @@ def read_points(path: Path, num_points: int, seed: int = 0) -> np.ndarray:
     if vertices.shape[0] == 3 < vertices.shape[1]:
         raise ValueError(f"holds an array of shape {vertices.shape}; are points its columns? Transpose it")
     vertices = vertices[:, :3].astype(np.float64)
-    corners = np.array([(f[0], f[i], f[i + 1]) for f in faces for i in range(1, len(f) - 1)], dtype=np.int64)
-    if corners.size and not 0 <= corners.min() <= corners.max() < len(vertices):
+    if not all(0 <= corner < len(vertices) for face in faces for corner in face):
         raise ValueError(f"a face names a vertex outside the {len(vertices)} of the file")
+    corners = np.array([triangle for face in faces for triangle in fan(face, vertices)], dtype=np.int64)
     return sample_mesh(vertices[corners], num_points, seed) if corners.size else vertices
+
+
+def fan(face: list[int], vertices: np.ndarray) -> list[tuple[int, int, int]]:
+    """Cut a polygon into triangles that share a corner, the first or the second one."""
+    for first in range(2):
+        face = face[first:] + face[:first]
+        triangles = [(face[0], b, c) for b, c in pairwise(face[1:])]
+        if len(face) <= 3:
+            return triangles
+        a, b, c = vertices[np.array(triangles)].transpose(1, 0, 2)
+        normals = np.cross(b - a, c - a)
+        normal, area = normals.sum(axis=0), np.linalg.norm(normals, axis=1).sum()
+        if (normals @ normal >= -1e-4 * (normal @ normal)).all() and np.linalg.norm(normal) >= 1e-4 * area:
+            return triangles
+    raise ValueError("a face is not convex, so a fan of triangles does not cover it; save triangles")
 
 
 def sample_mesh(triangles: np.ndarray, count: int, seed: int) -> np.ndarray:

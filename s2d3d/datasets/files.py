@@ -79,7 +79,7 @@ def read_points(
 
     `.npy` and `.npz` hold arrays, see `read_array`; `.txt`, `.xyz`, `.csv` and `.pts` rows of numbers, see
     `read_text_table`; `.pcd` and `.las` are clouds; `.ply`, `.off`, `.obj`, `.stl` and `.glb` are meshes, or clouds
-    where they have no faces. Polygons become fans of triangles.
+    where they have no faces. Polygons are cut into triangles.
 
     Normals of a mesh are those of its faces. Normals and colours of a cloud, and colours of a mesh, are those of the
     file, see `attributes`; .stl and .glb have no colours here.

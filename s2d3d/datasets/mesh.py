@@ -13,6 +13,7 @@ import numpy as np
 
 from ..errors import InputError, quoted
 from .attributes import Extras
+from .polygons import cut_polygons, spans
 from .text import number, parse_lines, read_bytes, without_comments
 
 _OFF = re.compile(rb"\s*((ST)?(C)?(N)?(4)?n?OFF)(\s+BINARY)?", re.IGNORECASE)
@@ -30,7 +31,7 @@ _GLB_ERRORS = (
 def read_off(
     path: str | os.PathLike, *, faces_required: bool = True, extras: Extras | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Read a mesh. Polygons become fans of triangles; colours and normals are passed over, as are comments.
+    """Read a mesh. Polygons are cut into triangles; colours and normals are passed over, as are comments.
 
     The keyword may be any of OFF, COFF, NOFF, STOFF and their combinations, in small letters, or missing. Some files of
     ModelNet have the counts on the line of the keyword, `OFF490 518 0`. Vertices and faces stand one a line, with what
@@ -98,7 +99,7 @@ def read_off(
     vertices = vertices[:, :3]
     if faces_required and not np.isfinite(vertices).all():
         raise InputError(f"{path}: a vertex is not three finite numbers")
-    return vertices, fan_triangles(corners, lengths, num_vertices, str(path))
+    return vertices, cut_polygons(corners, lengths, vertices, str(path))
 
 
 def _off_counts(path: Path, data: bytes, start: int) -> tuple[int, int, int]:
@@ -132,7 +133,7 @@ def _off_lines(
     if len(counts) > num_vertices + num_faces:
         return num_vertices + num_faces
     lengths = lengths.astype(np.int64)
-    return vertices, flat[_spans(first + 1, lengths)], lengths
+    return vertices, flat[spans(first + 1, lengths)], lengths
 
 
 def _off_stream(
@@ -150,7 +151,7 @@ def _off_stream(
         at += 1 + int(flat[at])
     if at != len(flat):
         return None
-    return flat[: num_vertices * width].reshape(-1, width)[:, :need], flat[_spans(starts, lengths)], lengths
+    return flat[: num_vertices * width].reshape(-1, width)[:, :need], flat[spans(starts, lengths)], lengths
 
 
 def _off_error(
@@ -177,7 +178,7 @@ def read_obj(path: Path, extras: Extras | None = None) -> tuple[np.ndarray, np.n
             the normals `vn` where there is one for each vertex.
 
     Returns:
-        (V, 3) float64 vertices; (F, 3) int64 triangles, None without faces. Polygons become fans.
+        (V, 3) float64 vertices; (F, 3) int64 triangles, None without faces. Polygons are cut.
 
     Raises:
         InputError: a line that is no vertex or face, or a face beyond the vertices; the message names the line.
@@ -232,7 +233,7 @@ def read_obj(path: Path, extras: Extras | None = None) -> tuple[np.ndarray, np.n
             extras[group] = np.array(values, dtype=np.float64).reshape(-1, 3)
     if not lengths:
         return points, None
-    return points, fan_triangles(np.array(corners, dtype=object), np.array(lengths), len(points), str(path))
+    return points, cut_polygons(np.array(corners, dtype=object), np.array(lengths), points, str(path))
 
 
 def _shown(text: bytes) -> str:
@@ -318,7 +319,7 @@ def read_glb(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     if has_points:  # lines, such as edges, are passed over
         raise InputError(f"{path}: holds points beside meshes; export one of them alone")
     corners = np.concatenate(faces)
-    return vertices, fan_triangles(corners.ravel(), np.full(len(corners), 3), len(vertices), str(path))
+    return vertices, cut_polygons(corners.ravel(), np.full(len(corners), 3), vertices, str(path))
 
 
 def _unread_parts(tree: dict[str, Any]) -> str:
@@ -330,43 +331,3 @@ def _unread_parts(tree: dict[str, Any]) -> str:
         return "sparse accessors"
     modes = {part.get("mode", 4) for mesh in tree.get("meshes", []) for part in mesh.get("primitives", [])}
     return "triangle strips or fans" if modes & {5, 6} else ""
-
-
-def fan_triangles(corners: np.ndarray, counts: np.ndarray, num_vertices: int, where: str) -> np.ndarray:
-    """Cut polygons into fans of triangles.
-
-    Args:
-        corners: (C,) indices of vertices, polygon after polygon.
-        counts: (F,) corners of each polygon.
-        num_vertices: indices must lie in [0, num_vertices).
-        where: file, for the message.
-
-    Returns:
-        (T, 3) int64, in the order of the polygons.
-
-    Raises:
-        InputError: a polygon with fewer than three corners, or an index out of range.
-
-    Example:
-        >>> fan_triangles(np.array([0, 1, 2, 3]), np.array([4]), 4, "a.off").tolist()
-        [[0, 1, 2], [0, 2, 3]]
-    """
-    if not len(counts):
-        return np.empty((0, 3), np.int64)
-    if counts.min() < 3:
-        raise InputError(f"{where}: face {int(counts.argmin())} has {int(counts.min())} corners, must have 3 or more")
-    wrong = ~((corners >= 0) & (corners < num_vertices))
-    indices = np.where(wrong, 0, corners).astype(np.int64)
-    wrong = wrong.astype(bool) | (indices != corners)
-    if wrong.any():
-        face = int(np.searchsorted(np.cumsum(counts), int(wrong.argmax()), side="right"))
-        raise InputError(f"{where}: a face names a vertex outside the {num_vertices} of the file (face {face})")
-    starts = np.repeat(np.cumsum(counts) - counts, counts - 2)
-    seconds = _spans(np.cumsum(counts) - counts + 1, counts - 2)
-    return np.stack([indices[starts], indices[seconds], indices[seconds + 1]], axis=1)
-
-
-def _spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Return the places `starts[i]`, ..., `starts[i] + lengths[i] - 1`, one span after the other."""
-    ends = np.cumsum(lengths)
-    return np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(starts - ends + lengths, lengths)

@@ -13,7 +13,7 @@ import numpy as np
 from ..channels import NOUNS
 from ..errors import InputError, quoted
 from .attributes import Extras, as_announced, named_columns
-from .mesh import fan_triangles
+from .polygons import cut_polygons
 from .text import CHUNK, count_lines, parse_lines, parse_rows
 
 TYPES = {
@@ -68,7 +68,7 @@ def read_ply(path: Path, extras: Extras | None = None) -> tuple[np.ndarray, np.n
         extras: takes the normals and colours of the vertices, where given.
 
     Returns:
-        (V, 3) float64 vertices; (F, 3) int64 triangles, None without faces. Polygons become fans.
+        (V, 3) float64 vertices; (F, 3) int64 triangles, None without faces. Polygons are cut.
 
     Raises:
         InputError: not such a file, cut short, more in it than announced, or a face beyond the vertices.
@@ -111,7 +111,7 @@ def read_ply(path: Path, extras: Extras | None = None) -> tuple[np.ndarray, np.n
     if corners is None:
         return vertices, None
     flat, counts = corners
-    return vertices, fan_triangles(flat, counts, len(vertices), str(path))
+    return vertices, cut_polygons(flat, counts, vertices, str(path))
 
 
 def _read_header(path: Path, data: bytes) -> tuple[str, list[_Element], int, int]:

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 LEAST_POINTS = 32
 """A file with fewer points shows no shape."""
-_VERSION = 3
+_VERSION = 4
 """Of what is kept; a higher one makes it anew."""
 _HASH_BYTES = 16
 _FILE_ROWS = 1024

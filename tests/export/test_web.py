@@ -1,9 +1,7 @@
 """The web page of an exported model, in a real browser: what it says is what `predict` says, and damage is one line."""
 
-import base64
 import functools
 import http.server
-import itertools
 import json
 import os
 import sys
@@ -14,11 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import quick
 from tiny_onnx import POINTS, write_tiny_model
 
 from s2d3d import create_dataset
-from s2d3d.datasets.files import SURFACE_POINTS, read_cloud, read_points
+from s2d3d.datasets.files import read_cloud
 from s2d3d.errors import InputError
 from s2d3d.export.web import PACKAGE, RUNTIME_FILES, check_site, find_runtime, new_site, page_files, write_site
 from s2d3d.ops.points import farthest_point_sample
@@ -222,50 +219,6 @@ def test_a_dropped_file_is_taken(page, files):
     )
     page.wait(f"{ENDED} && document.getElementById('message').textContent === 'dropped.xyz'")
     assert shown_classes(page) == expected
-
-
-@pytest.mark.parametrize("step", quick(1, [5, 1]))
-def test_every_variant_of_a_file_is_read_as_in_python(page, tmp_path, step):
-    """Whole and damaged files of tests/faults: the same points, or refused by both."""
-    from faults.variants import COUNT, damaged
-    from faults.variants_clouds import pcd
-    from faults.variants_meshes import obj, off
-    from faults.variants_ply import ply
-    from faults.variants_tables import tables
-
-    rng = np.random.default_rng(5)
-    whole = itertools.islice(
-        itertools.chain.from_iterable(make(rng) for make in (ply, pcd, tables, obj, off)), 0, None, step
-    )
-    variants = [variant for one in whole for variant in (one, *damaged(one, rng, 2))]
-    kinds = (".ply", ".pcd", ".obj", ".off", ".xyz", ".csv", ".txt", ".pts")
-    variants = [variant for variant in variants if variant.suffix in kinds]
-    names = [f"{number}{variant.suffix}" for number, variant in enumerate(variants)]
-    state = np.random.default_rng(0).bit_generator.state["state"]
-    facts = {"num_points": COUNT, "mesh_generator": {"state": str(state["state"]), "increment": str(state["inc"])}}
-    sent = [[name, base64.b64encode(variant.content).decode()] for name, variant in zip(names, variants)]
-    answers = page.evaluate(
-        f"(async () => {{ const {{readPoints}} = await import('./cloud.js');"
-        f" return {json.dumps(sent)}.map(([name, text]) => {{ try {{"
-        f"   const bytes = Uint8Array.from(atob(text), letter => letter.charCodeAt(0));"
-        f"   return Array.from(readPoints(name, bytes, {json.dumps(facts)}).points);"
-        "  } catch (error) { return error.constructor.name + ': ' + error.message; } }); })()"
-    )
-    read = 0
-    for name, variant, answer in zip(names, variants, answers, strict=True):
-        path = tmp_path / name
-        path.write_bytes(variant.content)
-        try:
-            expected = read_points(path, SURFACE_POINTS * COUNT)
-        except InputError as error:
-            one_line = isinstance(answer, str) and answer.startswith("FileError: ") and "\n" not in answer
-            assert one_line, (variant.name, str(error), answer)
-            continue
-        assert not isinstance(answer, str), (variant.name, answer)
-        assert np.allclose(np.reshape(answer, (-1, 3)), expected, rtol=1e-12, atol=1e-12), variant.name
-        read += 1
-    refused = len(variants) - read
-    assert min(read, refused) > 150 / step, (read, refused)
 
 
 def open_with(browser, site, serve, folder: Path, **changes) -> str:

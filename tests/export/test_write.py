@@ -329,6 +329,7 @@ def test_the_example_keeps_the_shape_of_clouds_far_from_the_origin(repository, t
         ("below.off", b"OFF 3 1 0 0 0 0 1 0 0 0 1 0 3 0 1 -1", "names a vertex outside the 3"),
         ("cut.off", b"OFF 3 1 0 0 0 0 1 0 0 0 1 0 3 0 1", "is cut short"),
         ("flat.off", b"OFF 3 1 0 0 0 0 1 0 0 2 0 0 3 0 1 2", "area 0"),
+        ("letter.off", b"OFF 8 1 0 0 0 0 3 0 0 3 1 0 1 1 0 1 2 0 3 2 0 3 3 0 0 3 0 8 0 1 2 3 4 5 6 7", "not convex"),
     ],
 )  # fmt: skip
 def test_the_example_refuses_files_that_contradict_themselves(repository, tmp_path, name, content, message):
@@ -336,6 +337,13 @@ def test_the_example_refuses_files_that_contradict_themselves(repository, tmp_pa
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         example["read_points"](tmp_path / name, 16)
+
+
+def test_the_example_draws_no_point_outside_a_polygon_that_is_not_convex(repository, tmp_path):
+    (tmp_path / "notch.off").write_text("OFF 5 1 0 0 0 0 3 0 0 1 1 0 1 2 0 0 3 0 5 1 2 3 4 0")
+    example = runpy.run_path(str(repository / "examples" / "serve_onnx.py"))
+    x, y, _ = example["read_points"](tmp_path / "notch.off", 500).T
+    assert ((x <= 1) | (y <= (3 - x) / 2 + 1e-9)).all()
 
 
 def test_the_example_names_a_model_that_it_cannot_use(repository, tmp_path, monkeypatch, capsys):

@@ -27,14 +27,19 @@ class Variant:
 
 
 def clouds(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Clouds of ordinary, tiny, large, and georeferenced coordinates, and of whole numbers."""
+    """Clouds of ordinary, tiny, large, and georeferenced coordinates, and of whole numbers; `FACES` are convex."""
     plain = rng.normal(size=(COUNT, 3)).round(6)
+    whole = rng.integers(-500, 500, size=(COUNT, 3)).astype(np.float64)
+    for face in (face for face in FACES if len(face) > 3):
+        angles = np.arange(len(face)) * 2 * np.pi / len(face) + 0.3
+        ring = np.stack([np.cos(angles), np.sin(angles), np.cos(angles) / 2], axis=1)
+        plain[face], whole[face] = ring.round(6), (400 * ring).round()
     return {
         "plain": plain,
         "tiny": plain * 1e-6,
         "large": plain * 1e6,
         "utm": plain + np.array([691_000.25, 5_334_000.5, 520.125]),
-        "whole": rng.integers(-500, 500, size=(COUNT, 3)).astype(np.float64),
+        "whole": whole,
     }
 
 

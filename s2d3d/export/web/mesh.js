@@ -3,28 +3,47 @@
 
 import {FileError, number, parseLines, quoted, readText} from "./text.js";
 
+const FOLDED = 1e-4;  // share of the area of a polygon that a triangle of its fan may have on the wrong side
+
 // (F, 3) corners of triangles, one after the other, from polygons: their corners and how many each has.
-function fanTriangles(corners, counts, numVertices) {
+function fanTriangles(corners, counts, points) {
   if (!counts.length) return null;
-  const short = counts.findIndex(count => count < 3);
+  const short = counts.findIndex(count => count < 3), numVertices = points.length / 3;
   if (short >= 0) throw new FileError(`face ${short} has ${counts[short]} corners, must have 3 or more`);
   const faces = new Int32Array(3 * counts.reduce((sum, count) => sum + count - 2, 0));
   let start = 0, filled = 0;
   counts.forEach((count, face) => {
-    for (let k = 0; k < count; k++) {
-      const corner = corners[start + k];
-      if (!(Number.isInteger(corner) && corner >= 0 && corner < numVertices)) {
-        throw new FileError(`a face names a vertex outside the ${numVertices} of the file (face ${face})`);
-      }
+    const polygon = corners.slice(start, start + count);
+    if (!polygon.every(corner => Number.isInteger(corner) && corner >= 0 && corner < numVertices)) {
+      throw new FileError(`a face names a vertex outside the ${numVertices} of the file (face ${face})`);
+    }
+    if (count > 3 && isFolded(polygon, points)) {
+      polygon.push(polygon.shift());
+      if (isFolded(polygon, points)) throw new FileError(`face ${face} is not convex, and this page cuts no such polygons; save triangles`);
     }
     for (let k = 1; k < count - 1; k++) {
-      faces[filled++] = corners[start];
-      faces[filled++] = corners[start + k];
-      faces[filled++] = corners[start + k + 1];
+      faces[filled++] = polygon[0];
+      faces[filled++] = polygon[k];
+      faces[filled++] = polygon[k + 1];
     }
     start += count;
   });
   return faces;
+}
+
+// Twice the area of a triangle, along its normal.
+function normalOf(points, a, b, c) {
+  const side = corner => [0, 1, 2].map(k => points[3 * corner + k] - points[3 * a + k]), p = side(b), q = side(c);
+  return [p[1] * q[2] - p[2] * q[1], p[2] * q[0] - p[0] * q[2], p[0] * q[1] - p[1] * q[0]];
+}
+
+// Whether a triangle of the fan of a polygon is turned over.
+function isFolded(polygon, points) {
+  const normals = polygon.slice(1, -1).map((corner, k) => normalOf(points, polygon[0], corner, polygon[k + 2]));
+  const normal = [0, 1, 2].map(k => normals.reduce((sum, one) => sum + one[k], 0));
+  const dot = one => one[0] * normal[0] + one[1] * normal[1] + one[2] * normal[2], square = dot(normal);
+  const area = normals.reduce((sum, one) => sum + Math.hypot(...one), 0);
+  return normals.some(one => dot(one) < -FOLDED * square) || square < (FOLDED * area) ** 2;
 }
 
 const OFF = /^\s*((ST)?(C)?(N)?(4)?(n)?OFF)(\s+BINARY)?/i;
@@ -51,7 +70,7 @@ function readOff(bytes) {
   const first = text.slice(0, body).split("\n").length;
   const rows = [...parseLines(text.slice(body).split("\n"), {first, what: "not an OFF file: "})];
   const mesh = offLines(rows, numVertices, numFaces) || offStream(rows, head, numVertices, numFaces);
-  if (mesh) return {points: mesh.points, faces: fanTriangles(mesh.corners, mesh.counts, numVertices)};
+  if (mesh) return {points: mesh.points, faces: fanTriangles(mesh.corners, mesh.counts, mesh.points)};
   if (!head) throw new FileError("not an OFF file, its first word must be OFF, and its numbers fit no mesh");
   throw offError(rows, numVertices, numFaces);
 }
@@ -132,7 +151,8 @@ function readObj(bytes) {
       throw new FileError(`line ${index + 1}: free-form curves and surfaces are not read; convert it to a mesh`);
     }
   });
-  return {points: Float64Array.from(vertices), faces: fanTriangles(corners, counts, vertices.length / 3)};
+  const points = Float64Array.from(vertices);
+  return {points, faces: fanTriangles(corners, counts, points)};
 }
 
 // The random numbers of numpy.random.default_rng, from the state that model.json holds: PCG64, XSL-RR.
@@ -161,8 +181,7 @@ function sampleMesh(points, faces, count, generator) {
     for (const vertex of [a, b, c]) {
       if (!vertex.every(Number.isFinite)) throw new FileError("a vertex of a face is not three finite numbers; correct it");
     }
-    const [p, q] = [b.map((value, i) => value - a[i]), c.map((value, i) => value - a[i])];
-    const x = p[1] * q[2] - p[2] * q[1], y = p[2] * q[0] - p[0] * q[2], z = p[0] * q[1] - p[1] * q[0];
+    const [x, y, z] = normalOf(points, ...faces.subarray(3 * t, 3 * t + 3));
     total += Math.sqrt(x * x + y * y + z * z);
     cumulative[t] = total;
   }

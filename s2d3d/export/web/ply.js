@@ -124,7 +124,7 @@ function readAscii(bytes, start, line, elements) {
     else corners = found;
   }
   refuseRest(lines.slice(at).join("\n"));
-  return {points, faces: fanTriangles(corners, counts, points.length / 3)};
+  return {points, faces: fanTriangles(corners, counts, points)};
 }
 
 // Where each property of a row lies among its numbers; null if they are too few or too many.
@@ -185,7 +185,7 @@ function readBinary(bytes, start, little, elements) {
     }
   }
   refuseRest(latin(bytes.subarray(at)));
-  return {points, faces: fanTriangles(corners, counts, points.length / 3)};
+  return {points, faces: fanTriangles(corners, counts, points)};
 }
 
 export {readPly};
