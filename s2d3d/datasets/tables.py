@@ -18,6 +18,7 @@ _DECIMAL = re.compile(rb"[-+]?\d*,\d+(?:[eE][-+]?\d+)?|[-+]?\d+(?:[eE][-+]?\d+)?
 _BOTH_COMMAS = re.compile(rb"[-+]?\d+,\d+(?:,\s+[-+]?\d+,\d+)+")
 """Commas with blanks behind every second one."""
 _THOUSANDS = re.compile(rb"[-+]?[1-9]\d{0,2},\d{3}")
+_WHOLE = re.compile(rb"[-+]?\d{1,3}")
 _MAX_COLUMNS = 10_000
 _ANNOUNCE = {"columns", "column", "fields", "field", "format", "header", "names", "order"}
 """Words of a comment after which names of columns follow."""
@@ -64,6 +65,8 @@ def read_text_table(path: Path, extras: Extras | None = None) -> np.ndarray:
     """
     data = read_bytes(path)
     layout = _find_layout(path, data)
+    if layout.decimal_comma:
+        _refuse_thousands(path, data[layout.start :], layout.separator)
     further: dict[str, list[int]] = {}
     if extras is not None:
         unnamed = {UNNAMED: list(range(3, layout.columns))} if layout.columns > 3 else {}
@@ -114,8 +117,7 @@ def _find_layout(path: Path, data: bytes) -> _Layout:
     if any(re.search(rb'"[-+]?\d*,\d+(?:[eE][-+]?\d+)?"', row) for row in rows):
         raise InputError(f"{path}: holds decimal commas in quotes; write decimal points")
     separator, decimal_comma = _find_separator(path, rows)
-    (names, is_header), count = _comment_names(data), None
-    named_in = 0
+    names, is_header, named_in, count = None, False, 0, None
     for line, start, text in lines:
         fields = split_fields(text.replace(b",", b".") if decimal_comma else text, separator)
         values = [number(field) for field in fields]
@@ -124,6 +126,8 @@ def _find_layout(path: Path, data: bytes) -> _Layout:
         elif all(value is None for value in values) and any(fields) and not named_in:
             names, named_in = _words(text) if separator is None else _named_fields(text, separator), line
         else:
+            if not named_in:
+                names, is_header = _comment_names(data[:start])
             axes = _find_axes(path, names, len(fields), named_in, is_header)
             if len(fields) < 3:
                 raise InputError(f"{path}: line {line} holds {len(fields)} numbers, must be 3 or more: x, y, z")
@@ -152,16 +156,14 @@ def _find_separator(path: Path, rows: list[bytes]) -> tuple[bytes | None, bool]:
     """Tell what separates the numbers of some rows, and whether commas are decimal."""
     for separator in (b";", b"\t"):
         if all(separator in row for row in rows):
-            split = [split_fields(row, separator) for row in rows]
-            if any(b" " in field for fields in split for field in fields):  # tabs among blanks
+            fields = [field for row in rows for field in split_fields(row, separator)]
+            if any(b" " in field for field in fields):  # tabs among blanks
                 continue
-            _refuse_thousands(path, split)
-            return separator, any(b"," in field for fields in split for field in fields)
+            return separator, any(b"," in field for field in fields)
     if not any(b"," in row for row in rows):
         return None, False
     words = [row.split() for row in rows]
     if all(len(row) >= 3 and all(_DECIMAL.fullmatch(word) for word in row) for row in words):
-        _refuse_thousands(path, words)
         return None, True
     fields = [field for row in rows for field in split_fields(row, b",")]
     doubtful = any(re.fullmatch(rb"-0|[-+]?0\d+", field) for field in fields)
@@ -173,14 +175,24 @@ def _find_separator(path: Path, rows: list[bytes]) -> tuple[bytes | None, bool]:
     return b",", False
 
 
-def _refuse_thousands(path: Path, rows: list[list[bytes]]) -> None:
+def _refuse_thousands(path: Path, rows: bytes, separator: bytes | None) -> None:
     """Refuse a column with numbers such as 895 and 1,038, whose comma separates thousands, or else decimals."""
-    for column in zip(*rows):
-        with_comma = [field for field in column if b"," in field]
-        whole = any(re.fullmatch(rb"[-+]?\d{1,3}", field) for field in column)
-        if with_comma and whole and all(map(_THOUSANDS.fullmatch, with_comma)):
+    doubtful: dict[int, bytes] = {}
+    whole, decimal = set(), set()
+    for row in rows.split(b"\n"):
+        for column, field in enumerate(split_fields(row, separator)):
+            if b"," not in field:
+                if column not in whole and _WHOLE.fullmatch(field):
+                    whole.add(column)
+            elif column not in decimal:
+                if _THOUSANDS.fullmatch(field):
+                    doubtful.setdefault(column, field)
+                else:
+                    decimal.add(column)
+    for column, field in doubtful.items():
+        if column in whole - decimal:
             raise InputError(
-                f"{path}: does the comma in {with_comma[0].decode()} separate thousands or decimals? Write numbers "
+                f"{path}: does the comma in {field.decode()} separate thousands or decimals? Write numbers "
                 "without commas, with decimal points"
             )
 
@@ -191,18 +203,21 @@ def _one_decimal(row: bytes) -> bool:
     return len(decimals) >= 3 and row.count(b",") % 2 == 1 and all(re.fullmatch(rb"\d", part) for part in decimals)
 
 
-def _comment_names(data: bytes) -> tuple[list[str] | None, bool]:
+def _comment_names(head: bytes) -> tuple[list[str] | None, bool]:
     """Return the words of a comment in front of the table that names x, y and z, and if they are surely a header."""
-    for line in data[:4096].split(b"\n"):
+    found = None
+    for line in head.split(b"\n"):
         text = line.strip()
-        if text and not text.startswith(COMMENTS):
-            break
+        if not text.startswith(COMMENTS):
+            continue
         words = [re.sub(r"(?<=.)[\[(].*$", "", word) for word in _words(text)]
         announced = bool(words) and words[0].removesuffix(":") in _ANNOUNCE
         words = words[1:] if announced or (words and words[0].endswith(":")) else words
         if {"x", "y", "z"} <= set(words):
-            return words, announced or set(words) <= _COLUMN_NAMES
-    return None, False
+            if announced or set(words) <= _COLUMN_NAMES:
+                return words, True
+            found = found or words
+    return found, False
 
 
 def _words(text: bytes) -> list[str]:

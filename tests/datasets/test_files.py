@@ -510,6 +510,29 @@ def test_a_comment_names_the_columns(tmp_path, comment):
     assert read_points(tmp_path / "a.xyz", 8)[0].tolist() == [1.5, 2.5, 3.5]
 
 
+@pytest.mark.parametrize("count", ["", "20\n", "\n20\n# a\n"])
+@pytest.mark.parametrize("further", ["", "# " + "much more of it " * 400 + "\n", "# made by x y z of Z\n" * 300])
+@pytest.mark.parametrize("comment", ["# y x z", "// fields: y x z", "# y[m] x[m] z[m]"])
+def test_a_comment_names_the_columns_wherever_it_stands_in_front_of_them(tmp_path, count, further, comment):
+    rows = "".join(" ".join(row.split()[:3]) + "\n" for row in ROWS.splitlines())
+    expected = [[float(row.split()[place]) for place in (1, 0, 2)] for row in ROWS.splitlines()]
+    for text in (count + further + comment + "\n" + rows, further + comment + "\n" + count + rows):
+        (tmp_path / "a.xyz").write_text(text)
+        assert read_points(tmp_path / "a.xyz", 8).tolist() == expected
+
+
+@pytest.mark.parametrize("separator", [";", "\t", " "])
+@pytest.mark.parametrize("first", [0, 1])
+def test_thousands_are_found_in_every_row(tmp_path, separator, first):
+    parts = [row.replace(";", separator) for row in ("1,000;1,001;1,002\n" * 60, "895;120;333\n" * 9)]
+    path = tmp_path / "a.txt"
+    path.write_text(parts[first] + parts[1 - first])
+    with pytest.raises(InputError, match="does the comma in 1,000 separate thousands or decimals"):
+        read_points(path, 8)
+    path.write_text(parts[first] + parts[1 - first] + "0,5;0,25;0,125\n".replace(";", separator))
+    assert read_points(path, 8)[-1].tolist() == [0.5, 0.25, 0.125], "no thousands"
+
+
 @pytest.mark.parametrize(
     "array", [np.zeros((48, 64, 3), np.uint8), np.random.default_rng(0).random((200, 64))], ids=["image", "features"]
 )
