@@ -32,6 +32,10 @@ _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.r
 
 COUNTED = 16
 """Fewest rows of which a column is taken to count or number them."""
+DATE = 1e8
+"""From here on, beside smaller numbers, a column holds times: seconds since 1970, since 1980, or shorter units."""
+WEEK = (1e5, 7 * 86_400)
+"""Between these, rising and 50 times as large as the other numbers, a column holds seconds of the week, as of GPS."""
 _NARROW = 16
 """Points of a row of a map; in a narrower one neighbours are not close."""
 _DAMAGED = (
@@ -210,20 +214,35 @@ def refuse_numbering(path: Path, points: np.ndarray, remedy: str) -> None:
         remedy: what to do else than to remove the column.
 
     Raises:
-        InputError: all numbers of the first column are whole, but few of the next two columns; they are multiples of
-            their own constant step; or they rise all the time from 100 million or more.
+        InputError: as said; `docs/own_data.md` lists how they are told from coordinates.
     """
-    if len(points) < COUNTED:
-        return
     with np.errstate(all="ignore"):
-        first, steps = points[:, 0], np.diff(points[:, 0])
-        numbers = not (first % 1).any() and ((points[:, 1:3] % 1) != 0).mean(axis=0).min() > 0.5
-        counts = first / steps[0]
-        even = bool((np.abs(counts - np.round(counts)) < 0.01).all() and (np.abs(np.diff(counts) - 1) < 0.01).all())
-        times = bool((steps > 0).all()) and first[0] >= 1e8
-    if numbers or even or times:
-        holds = "counts the rows" if even else "seems to hold times" if times else "holds whole numbers only"
-        raise InputError(f"{path}: its first column {holds}, so it is not taken for x; remove it, or {remedy}")
+        held = _held_instead_of_x(points[np.isfinite(points[:, :3]).all(axis=1), :3])
+    if held:
+        raise InputError(f"{path}: its first column {held}, so it is not taken for x; remove it, or {remedy}")
+
+
+def _held_instead_of_x(points: np.ndarray) -> str:
+    """Say what the first of three columns (N, 3) seems to hold; empty for coordinates."""
+    count = len(points)
+    if count < COUNTED:
+        return ""
+    first, steps = points[:, 0], np.diff(points[:, 0])
+    low, others = first.min(), np.abs(points[:, 1:]).max()
+    counts = first / steps[0]
+    if (np.abs(counts - np.round(counts)) < 0.01).all() and (np.abs(np.diff(counts) - 1) < 0.01).all():
+        return "counts the rows"
+    of_week = WEEK[0] <= low <= first.max() <= WEEK[1] and low > 50 * max(others, np.ptp(first))
+    if (of_week and (steps >= 0).all()) or (low >= DATE and (others < DATE or (steps > 0).all())):
+        return "seems to hold times"
+    if (first % 1).any():
+        return ""
+    if ((points[:, 1:] % 1) != 0).mean(axis=0).min() > 0.5:
+        return "holds whole numbers only"
+    kinds, *along = (len(np.unique(column)) for column in points.T)
+    if kinds == count and count**2 > 8 * (np.ptp(first) + 1):  # by chance, four pairs or more would be equal
+        return "seems to number the rows"
+    return "seems to hold labels" if low >= -1 and first.max() < 1000 and min(along) >= 20 * kinds else ""
 
 
 def refuse_transposed(path: Path, shape: tuple[int, ...]) -> None:

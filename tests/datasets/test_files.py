@@ -571,6 +571,69 @@ def test_an_array_whose_first_column_numbers_its_rows_is_refused(tmp_path):
         read_points(tmp_path / "a.npy", 8)
 
 
+def first_columns(count: int) -> dict[str, np.ndarray]:
+    """First columns that are no x, by what is said of them, in forms that files have."""
+    rng = np.random.default_rng(3)
+    jitter = np.cumsum(rng.integers(0, 3, count))  # with ties
+    return {
+        "times 1": 1.6e9 + jitter * 1e-3, "times 2": 1.6e9 + rng.permutation(count) * 1.7e-3,
+        "times 3": 1.6e18 + jitter * 1e3, "times 4": 345678.9 + jitter * 1e-3, "times 5": 3.1e8 + jitter * 0.1,
+        "labels 1": rng.integers(0, 5, count), "labels 2": rng.integers(-1, 2, count), "labels 3": np.full(count, 7),
+        "labels 4": np.sort(rng.integers(0, 64, count))[::-1] if count > 9000 else rng.integers(0, 3, count),
+        "number 1": np.sort(rng.choice(5 * count, count, replace=False)), "number 2": rng.permutation(count),
+        "number 3": rng.permutation(count) + 100_000, "number 4": rng.choice(5 * count, count, replace=False),
+        "counts 1": np.arange(count), "counts 2": 5.0 - 0.25 * np.arange(count),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", ["npy", "txt"])
+@pytest.mark.parametrize("count", [200, 10_000])
+def test_a_first_column_of_times_labels_or_numbers_is_not_taken_for_x(tmp_path, suffix, count):
+    """Beside millimetres, which are whole numbers, as beside metres."""
+    metres = np.random.default_rng(1).normal(size=(count, 3))
+    for held, column in first_columns(count).items():
+        for coordinates in (metres, (metres * 1000).round()):
+            path, table = tmp_path / f"a.{suffix}", np.column_stack([column, coordinates])
+            np.save(path, table) if suffix == "npy" else np.savetxt(
+                path, table, fmt="%.9g" if held[0] == "c" else "%.4f"
+            )
+            with pytest.raises(
+                InputError, match=r"its first column .*, so it is not taken for x; remove it, or"
+            ) as error:
+                read_points(path, 8)
+            if coordinates is not metres:
+                assert held.split()[0] in str(error.value)
+
+
+def real_clouds() -> dict[str, np.ndarray]:
+    """Coordinates as instruments and programs write them."""
+    rng = np.random.default_rng(2)
+    object_ = rng.normal(size=(3000, 3)) * (2, 1, 0.7)
+    rows, columns = np.mgrid[0:40, 0:50]
+    voxels = np.unique((object_ * (2, 10, 10)).round(), axis=0)
+    clouds = {
+        "UTM": object_ + (3.1e5, 5.1e6, 100), "Switzerland": object_ + (2_600_000, 1_200_000, 400),
+        "UTM, mm": (1000 * (object_ + (3.1e5, 5.1e6, 100))).round(), "northing first": object_ + (5.1e6, 3.1e5, 100),
+        "mm": (1000 * object_).round(), "mm, 60 points": (1000 * object_[:60]).round(), "cm": (100 * object_).round(),
+        "in front of a car": object_ / 3 + (25, 1, -1), "the same in mm": (object_ * 300 + (25_000, 900, -900)).round(),
+        "voxels": voxels, "positive voxels": voxels - voxels.min(axis=0),
+        "heights": np.stack([columns.ravel() * 10, rows.ravel() * 10, rng.random(2000) * 9], axis=1),
+        "heights in mm": np.stack([columns.ravel(), rows.ravel(), rng.integers(0, 900, 2000)], axis=1),
+        "turntable": np.stack([np.cos(np.arange(2000) / 9), np.sin(np.arange(2000) / 9), np.arange(2000) / 99], axis=1),
+        "along a tunnel": object_ * (20, 1, 1) + (123_456, 0, 0),
+    }  # fmt: skip
+    clouds |= {f"{name}, in order": cloud[np.lexsort(cloud.T[::-1])] for name, cloud in clouds.items()}
+    del clouds["along a tunnel, in order"]  # docs/own_data.md says so
+    return clouds
+
+
+@pytest.mark.parametrize("name", real_clouds())
+def test_coordinates_are_not_taken_for_times_labels_or_numbers(tmp_path, name):
+    cloud = real_clouds()[name]
+    np.save(tmp_path / "a.npy", np.column_stack([cloud, np.arange(len(cloud)) % 255]))
+    assert np.array_equal(read_points(tmp_path / "a.npy", 8), cloud)
+
+
 @pytest.mark.parametrize("shape", [(33, 400, 3), (2, 16, 6)])
 def test_a_batch_of_clouds_is_no_map(tmp_path, shape):
     np.save(tmp_path / "a.npy", np.random.default_rng(0).normal(size=shape))
