@@ -609,11 +609,12 @@ def real_clouds() -> dict[str, np.ndarray]:
     """Coordinates as instruments and programs write them."""
     rng = np.random.default_rng(2)
     object_ = rng.normal(size=(3000, 3)) * (2, 1, 0.7)
+    utm, swiss = np.array([3.1e5, 5.1e6, 100]), np.array([2_600_000, 1_200_000, 400])
     rows, columns = np.mgrid[0:40, 0:50]
     voxels = np.unique((object_ * (2, 10, 10)).round(), axis=0)
     clouds = {
-        "UTM": object_ + (3.1e5, 5.1e6, 100), "Switzerland": object_ + (2_600_000, 1_200_000, 400),
-        "UTM, mm": (1000 * (object_ + (3.1e5, 5.1e6, 100))).round(), "northing first": object_ + (5.1e6, 3.1e5, 100),
+        "UTM": object_ + utm, "Switzerland": object_ + swiss,
+        "UTM, mm": (1000 * (object_ + utm)).round(), "northing first": object_ + utm[[1, 0, 2]],
         "mm": (1000 * object_).round(), "mm, 60 points": (1000 * object_[:60]).round(), "cm": (100 * object_).round(),
         "in front of a car": object_ / 3 + (25, 1, -1), "the same in mm": (object_ * 300 + (25_000, 900, -900)).round(),
         "voxels": voxels, "positive voxels": voxels - voxels.min(axis=0),
