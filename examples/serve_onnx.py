@@ -127,6 +127,8 @@ def read_points(path: Path, num_points: int, seed: int = 0) -> np.ndarray:
     if not all(0 <= corner < len(vertices) for face in faces for corner in face):
         raise ValueError(f"a face names a vertex outside the {len(vertices)} of the file")
     corners = np.array([triangle for face in faces for triangle in fan(face, vertices)], dtype=np.int64)
+    if corners.size and 2 * len(np.unique(corners)) < len(vertices):
+        raise ValueError("most of its vertices are corners of no face; remove them, or the faces if it is a cloud")
     return sample_mesh(vertices[corners], num_points, seed) if corners.size else vertices
 
 

@@ -81,6 +81,8 @@ def read_points(
     `read_text_table`; `.pcd` and `.las` are clouds; `.ply`, `.off`, `.obj`, `.stl` and `.glb` are meshes, or clouds
     where they have no faces. Polygons are cut into triangles.
 
+    Vertices that are corners of no face are passed over, unless they are more than half.
+
     Normals of a mesh are those of its faces. Normals and colours of a cloud, and colours of a mesh, are those of the
     file, see `attributes`; .stl and .glb have no colours here.
 
@@ -98,8 +100,9 @@ def read_points(
         in [0, 1].
 
     Raises:
-        InputError: no such file, an unknown kind, unreadable content, no point, no surface, no extent, or a number that
-            is not finite and not allowed to be missing; a channel is not in the file; a package is needed and missing.
+        InputError: no such file, an unknown kind, unreadable content, no point, no surface, most vertices without a
+            face, no extent, or a number that is not finite and not allowed to be missing; a channel is not in the file;
+            a package is needed and missing.
 
     Example:
         >>> import tempfile
@@ -122,6 +125,11 @@ def read_points(
         raise InputError(f"{path}: holds no points, or is not a {suffix} file")
     if faces is not None and len(faces):
         used = points[np.unique(faces)]
+        if 2 * len(used) < len(points):
+            raise InputError(
+                f"{path}: {len(points) - len(used)} of its {len(points)} vertices are corners of no face, and points "
+                "are drawn from faces alone; remove these vertices, or the faces if it is a cloud"
+            )
         if np.isfinite(used).all():
             check_extent(used, str(path))
         colors = _vertex_colors(path, extras, channels)

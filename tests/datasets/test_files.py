@@ -496,6 +496,33 @@ def test_points_beside_a_mesh_are_not_dropped(tmp_path):
     assert read_points(tmp_path / "b.glb", 400).max() <= 0.5, "edges are no surface"
 
 
+@pytest.mark.parametrize("suffix", [".off", ".obj", ".ply"])
+def test_vertices_that_no_face_uses_are_passed_over_unless_they_are_most(tmp_path, suffix):
+    """Half of them, as in cleaned meshes, change nothing; a cloud with one face is no mesh."""
+    path = tmp_path / f"a{suffix}"
+
+    def write(unused):
+        rows = ["0 0 0", "1 0 0", "0 1 0", *(f"{n} 9 9" for n in range(unused))]
+        texts = {
+            ".off": f"OFF {len(rows)} 1 0\n" + "\n".join(rows) + "\n3 0 1 2\n",
+            ".obj": "v " + "\nv ".join(rows) + "\nf 1 2 3\n",
+            ".ply": PLY.format("uchar", "3").replace("vertex 3", f"vertex {len(rows)}").replace(
+                "0 0 0\n1 0 0\n0 1 0\n", "\n".join(rows) + "\n"
+            ),
+        }  # fmt: skip
+        path.write_text(texts[suffix])
+
+    write(0)
+    expected = read_points(path, 30)
+    write(3)
+    assert np.array_equal(read_points(path, 30), expected)
+    write(1997)
+    with pytest.raises(
+        InputError, match=r"1997 of its 2000 vertices are corners of no face, .*; remove these vertices,"
+    ):
+        read_points(path, 30)
+
+
 def test_a_binary_stl_may_begin_as_a_text_does(tmp_path):
     (tmp_path / "a.stl").write_bytes(b"solid".ljust(80) + (1).to_bytes(4, "little") + bytes(52))
     with pytest.raises(InputError, match="1 facets take 134 bytes, 136 are there"):

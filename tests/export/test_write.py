@@ -329,6 +329,7 @@ def test_the_example_keeps_the_shape_of_clouds_far_from_the_origin(repository, t
         ("below.off", b"OFF 3 1 0 0 0 0 1 0 0 0 1 0 3 0 1 -1", "names a vertex outside the 3"),
         ("cut.off", b"OFF 3 1 0 0 0 0 1 0 0 0 1 0 3 0 1", "is cut short"),
         ("flat.off", b"OFF 3 1 0 0 0 0 1 0 0 2 0 0 3 0 1 2", "area 0"),
+        ("cloud.off", b"OFF 7 1 0 0 0 0 1 0 0 0 1 0 1 1 1 1 2 1 2 1 1 2 2 2 3 0 1 2", "corners of no face"),
         ("letter.off", b"OFF 8 1 0 0 0 0 3 0 0 3 1 0 1 1 0 1 2 0 3 2 0 3 3 0 0 3 0 8 0 1 2 3 4 5 6 7", "not convex"),
     ],
 )  # fmt: skip

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 COUNT = 60
-FACES = [[0, 1, 2, 3], [4, 5, 6], [7, 8, 9, 10, 11], [12, 13, 14]]
-TRIANGLES = [(0, 1, 2), (0, 2, 3), (4, 5, 6), (7, 8, 9), (7, 9, 10), (7, 10, 11), (12, 13, 14)]
+_MORE = [(corner, corner + 1, corner + 2) for corner in range(15, 36, 3)]  # vertices are corners of faces, most of them
+FACES = [[0, 1, 2, 3], [4, 5, 6], [7, 8, 9, 10, 11], [12, 13, 14], *map(list, _MORE)]
+TRIANGLES = [(0, 1, 2), (0, 2, 3), (4, 5, 6), (7, 8, 9), (7, 9, 10), (7, 10, 11), (12, 13, 14), *_MORE]
 
 
 @dataclass(frozen=True)

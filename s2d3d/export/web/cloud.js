@@ -5,7 +5,7 @@ import {Generator, readObj, readOff, sampleMesh} from "./mesh.js";
 import {readPcd} from "./pcd.js";
 import {readPly} from "./ply.js";
 import {readTable} from "./table.js";
-import {FileError} from "./text.js";
+import {FileError, general} from "./text.js";
 
 const READERS = {
   ".ply": readPly, ".pcd": readPcd, ".off": readOff, ".obj": readObj, ".xyz": readTable, ".txt": readTable,
@@ -17,16 +17,21 @@ const FAR_RADII = 64;  // from so many radii off the origin on, a cloud is centr
 const MAX_COORDINATE = 1e18;
 const SURFACE_POINTS = 2;  // drawn from a mesh for each one that is wanted
 const MOST_POINTS = 65536;  // a larger cloud is first thinned to this, evenly in the order of its points
+const MIN_EXTENT = 1 / MAX_COORDINATE;
 const TINY = 1.1754943508222875e-38;
 
 // The points of a file, (N, 3) float64 one after the other, and what to tell about them.
 function readPoints(name, bytes, facts) {
   const suffix = name.includes(".") ? name.slice(name.lastIndexOf(".")).toLowerCase() : "", notes = [];
   if (!(suffix in READERS)) throw new FileError(`unknown kind of file (known here: ${SUFFIXES.join(", ")})`);
-  const {points, faces} = READERS[suffix](bytes);
+  const {points, faces} = READERS[suffix](bytes, suffix);
   if (!points.length) throw new FileError(`holds no points, or is not a ${suffix} file`);
   if (faces && faces.length) {
-    const used = usedVertices(points, faces);
+    const used = usedVertices(points, faces), unused = (points.length - used.length) / 3;
+    if (2 * used.length < points.length) {
+      throw new FileError(`${unused} of its ${points.length / 3} vertices are corners of no face, and points are drawn `
+        + "from faces alone; remove these vertices, or the faces if it is a cloud");
+    }
     if (used.every(Number.isFinite)) checkExtent(used, "");
     const count = SURFACE_POINTS * facts.num_points;
     notes.push(`a mesh: ${count} points are drawn from its surface`);
@@ -85,11 +90,12 @@ function bounds(points) {
 function checkExtent(points, what) {
   const {low, high} = bounds(points);
   const extent = Math.max(...high.map((value, i) => value - low[i])), offset = Math.max(...high, ...low.map(value => -value));
-  if (offset > MAX_COORDINATE) throw new FileError(`${what}holds coordinates above ${MAX_COORDINATE}; scale it down`);
+  if (offset > MAX_COORDINATE) throw new FileError(`${what}holds coordinates above 1e+18; scale it down`);
   if (extent === 0) throw new FileError(`${what}all ${points.length / 3} points are equal, a cloud without extent`);
+  if (extent < MIN_EXTENT) throw new FileError(`${what}spans ${general(extent)}, must be at least 1e-18; scale it up`);
   const lost = single => extent <= FEW_STEPS * spacing(single ? Math.fround(offset) : offset, single);
   if (lost(true) && (isSingle(points) || lost(false))) {
-    throw new FileError(`${what}spans ${extent.toPrecision(3)} at a distance of ${offset.toPrecision(3)} from the origin, a few `
+    throw new FileError(`${what}spans ${general(extent)} at a distance of ${general(offset)} from the origin, a few `
       + "steps of the numbers it is stored in, so its shape is lost; move it to the origin before storing it");
   }
 }

@@ -1,7 +1,7 @@
 // Meshes: OFF and OBJ files, polygons cut into triangles, and points drawn from a surface, as s2d3d/datasets/mesh.py.
 "use strict";
 
-import {FileError, number, parseLines, quoted, readText} from "./text.js";
+import {FileError, general, number, parseLines, quoted, readText, strip, withoutComments} from "./text.js";
 
 const FOLDED = 1e-4;  // share of the area of a polygon that a triangle of its fan may have on the wrong side
 
@@ -19,7 +19,9 @@ function fanTriangles(corners, counts, points) {
     }
     if (count > 3 && isFolded(polygon, points)) {
       polygon.push(polygon.shift());
-      if (isFolded(polygon, points)) throw new FileError(`face ${face} is not convex, and this page cuts no such polygons; save triangles`);
+      if (isFolded(polygon, points)) {
+        throw new FileError(`face ${face} is not convex, and this page cuts no such polygons; save triangles`);
+      }
     }
     for (let k = 1; k < count - 1; k++) {
       faces[filled++] = polygon[0];
@@ -46,18 +48,18 @@ function isFolded(polygon, points) {
   return normals.some(one => dot(one) < -FOLDED * square) || square < (FOLDED * area) ** 2;
 }
 
-const OFF = /^\s*((ST)?(C)?(N)?(4)?(n)?OFF)(\s+BINARY)?/i;
+const OFF = /^\s*((ST)?(C)?(N)?(4)?n?OFF)(\s+BINARY)?/i;
 
 function readOff(bytes) {
   let text = readText(bytes);
   const headless = /^\s*(#[^\n]*\n\s*)*\d/.test(text);
-  if (!OFF.test(text) && !headless && !OFF.test(text.slice(0, 10000).replace(/#[^\n]*/g, ""))) {
+  if (!OFF.test(text) && !headless && !OFF.test(withoutComments(text.slice(0, 10000)))) {
     throw new FileError("not an OFF file, its first word must be OFF");
   }
-  text = text.replace(/#[^\n]*/g, "");
+  text = withoutComments(text);
   const head = OFF.exec(text);
-  if (head && (head[5] || head[6] || head[7])) {
-    const kind = head[7] ? "binary" : "of four or n dimensions";
+  if (head && (head[5] || head[6] || head[1].includes("nOFF"))) {  // with capitals otherwise, n is a dimension
+    const kind = head[6] ? "binary" : "of four or n dimensions";
     throw new FileError(`an OFF file that is ${kind}, which is not read; write it as text in three dimensions`);
   }
   const start = head ? head[0].length : 0, rest = text.slice(start);
@@ -122,23 +124,27 @@ function offError(rows, numVertices, numFaces) {
     return new FileError(`not an OFF file: line ${rows[place].line} begins ${what}`);
   }
   const what = place < numVertices ? "vertex" : "face";
-  return new FileError(`not an OFF file: line ${rows[place].line} is no ${what}: ${quoted(rows[place].values.join(" "))}`);
+  const shown = quoted(Array.from(rows[place].values, value => general(value, 9)).join(" "));
+  return new FileError(`not an OFF file: line ${rows[place].line} is no ${what}: ${what} ${shown}`);
 }
 
 function readObj(bytes) {
   const vertices = [], corners = [], counts = [];
   let pending = "";
   readText(bytes).split("\n").forEach((raw, index) => {
-    let text = pending + raw.split("#", 1)[0].trim();
+    let text = pending + strip(withoutComments(raw));
     pending = "";
     if (text.endsWith("\\")) {
       pending = text.slice(0, -1) + " ";
       return;
     }
-    const [word, ...rest] = text.trim().split(/\s+/);
+    const [name, ...rest] = strip(text).split(/[ \t\n\r\v\f]+/), word = name.toLowerCase();
     if (word === "v") {
       const values = rest.slice(0, 3).map(number);
       if (values.length !== 3 || values.includes(undefined)) throw new FileError(`not an OBJ file: line ${index + 1} is no vertex: ${quoted(text)}`);
+      if (rest.length === 4 && ![0, 1].includes(number(rest[3]))) {
+        throw new FileError(`line ${index + 1}: a fourth number other than 1 is a weight: write three numbers`);
+      }
       vertices.push(...values);
     } else if (word === "f" || word === "fo") {  // corners such as 3, 3/1/2 or -1, which counts from the last vertex so far
       const found = rest.map(corner => /^[-+]?\d+$/.test(corner.split("/", 1)[0]) ? Number(corner.split("/", 1)[0]) : 0);
@@ -151,6 +157,7 @@ function readObj(bytes) {
       throw new FileError(`line ${index + 1}: free-form curves and surfaces are not read; convert it to a mesh`);
     }
   });
+  if (strip(pending)) throw new FileError("is cut short: its last line goes on after a backslash");
   const points = Float64Array.from(vertices);
   return {points, faces: fanTriangles(corners, counts, points)};
 }

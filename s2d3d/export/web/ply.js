@@ -100,8 +100,11 @@ function readAscii(bytes, start, line, elements) {
   if (announced > there) throw new FileError(`is cut short: ${announced} rows are announced, ${there} lines follow the header`);
   let at = 0, points = null, corners = [], counts = [];
   for (const element of elements) {
-    const part = lines.slice(at, at + element.count), wanted = wantedOf(element), options = {first: line + at};
-    at += element.count;
+    const begin = at, wanted = wantedOf(element), options = {first: line + begin};
+    for (let left = element.count; left && at < lines.length; at++) {
+      if (lines[at].trim()) left--;  // blank lines are passed over
+    }
+    const part = lines.slice(begin, at);
     if (element.name === "vertex" && element.properties.every(item => item.counts === null)) {
       points = parseRows(part, element.properties.length, wanted, options);
       if (points.length !== 3 * element.count) {
