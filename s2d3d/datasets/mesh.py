@@ -21,6 +21,13 @@ _STL_FACET = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attri
 _STL_NAME = re.compile(rb"(?m)(^[^\S\n]*solid\b|(?<=endsolid))((?!facet\s+normal)[^\r\n])*")
 """The name of a solid, at its begin and its end."""
 _STL_VERTEX = re.compile(rb"\bvertex\s+(\S+)\s+(\S+)\s+(\S+)", re.IGNORECASE)
+_LOOKS = (
+    "KHR_materials", "KHR_texture", "KHR_lights", "KHR_xmp", "EXT_texture", "EXT_lights", "MSFT_texture",
+)  # fmt: skip
+"""How extensions of GLB begin that change looks or say something, and no shapes."""
+_SHAPES = {"EXT_mesh_gpu_instancing", "KHR_mesh_quantization", "KHR_node_visibility"}
+"""Extensions of GLB that a file may use without requiring them, and whose meshes are then others or elsewhere."""
+_DRACO = "KHR_draco_mesh_compression"
 _GLB_ERRORS = (
     ValueError, LookupError, TypeError, AttributeError, ArithmeticError, OSError, RuntimeError, AssertionError,
     struct.error,
@@ -288,13 +295,20 @@ def read_glb(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     magic, version, length = struct.unpack_from("<4sII", data) if len(data) >= 20 else (b"", 0, 0)
     if magic != b"glTF" or version != 2 or length != len(data):
         raise InputError(f"{path}: is no GLB file of version 2, or cut short")
+    size = int.from_bytes(data[12:16], "little")
     try:
-        tree = json.loads(data[20 : 20 + int.from_bytes(data[12:16], "little")])
+        tree = json.loads(data[20 : 20 + size])
         sizes = [item["count"] for item in tree.get("accessors", [])]
         foreign = [item for item in tree.get("buffers", []) if "uri" in item]
         if not all(isinstance(size, int) and 0 <= size <= len(data) for size in sizes) or foreign:
             raise ValueError
         unread = _unread_parts(tree)
+        parts = [part for mesh in tree.get("meshes", []) for part in mesh["primitives"]]
+        if any(part.get("extensions", {}).pop(_DRACO, None) for part in parts):  # its accessors hold the same
+            text = json.dumps(tree).encode()
+            text += b" " * (-len(text) % 4)
+            head = struct.pack("<4sIII", magic, version, length - size + len(text), len(text))
+            data = head + data[16:20] + text + data[20 + size :]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{path}: is damaged, or keeps parts in other files; export it again as one GLB") from None
     if unread:
@@ -325,9 +339,19 @@ def read_glb(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
 def _unread_parts(tree: dict[str, Any]) -> str:
     """Name what the reader of GLB files would pass over or take for something else; empty if there is nothing."""
     for name in map(str, tree.get("extensionsRequired", [])):
-        if not name.startswith(("KHR_materials", "KHR_texture", "KHR_lights")):  # looks, not shapes
+        if not name.startswith(_LOOKS):
             return f"the extension {name}"
-    if any("sparse" in item for item in tree.get("accessors", [])):
+    for name in sorted(_SHAPES.intersection(map(str, tree.get("extensionsUsed", [])))):
+        return f"the extension {name}"
+    accessors, meshes, nodes = (tree.get(key, []) for key in ("accessors", "meshes", "nodes"))
+    if any("sparse" in item for item in accessors):
         return "sparse accessors"
-    modes = {part.get("mode", 4) for mesh in tree.get("meshes", []) for part in mesh.get("primitives", [])}
-    return "triangle strips or fans" if modes & {5, 6} else ""
+    parts = [part for mesh in meshes for part in mesh.get("primitives", [])]
+    if any(part.get("mode", 4) in (5, 6) for part in parts):
+        return "triangle strips or fans"
+    used = [place for part in parts for place in (part["attributes"].get("POSITION"), part.get("indices"))]
+    if any("bufferView" not in accessors[place] for place in used if place is not None):
+        return "vertices or faces whose numbers are missing, or in an extension alone"
+    if any(weight != 0 for item in (*meshes, *nodes) for weight in item.get("weights", [])):
+        return "morph targets that are in use"
+    return "a skin, which moves its vertices" if any("skin" in node for node in nodes) else ""

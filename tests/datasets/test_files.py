@@ -716,34 +716,76 @@ def test_a_damaged_archive_is_one_line_however_it_is_compressed(tmp_path, kind):
             read_points(path, 8)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"accessors": [{"sparse": {"count": 1}}]}, "holds sparse accessors"),
-        ({"meshes": [{"primitives": [{"mode": 6}]}]}, "holds triangle strips or fans"),
-        ({"extensionsRequired": ["EXT_meshopt_compression"]}, "holds the extension EXT_meshopt_compression"),
-    ],
-)
-def test_parts_of_a_glb_that_are_not_read_are_named(tmp_path, changes, message):
-    trimesh = pytest.importorskip("trimesh")
-    path = tmp_path / "a.glb"
-    data = trimesh.creation.box().export(file_type="glb")
+def write_glb(path, change) -> None:
+    """Write a box whose description is changed."""
+    data = pytest.importorskip("trimesh").creation.box().export(file_type="glb")
     size = int.from_bytes(data[12:16], "little")
     tree = json.loads(data[20 : 20 + size])
-    for key, value in changes.items():
-        items = tree.setdefault(key, value)
-        if items is not value:
-            if key == "accessors":
-                items[0] |= value[0]
-            else:
-                items[0]["primitives"][0] |= value[0]["primitives"][0]
+    change(tree)
     text = json.dumps(tree).encode()
     text += b" " * (-len(text) % 4)
     rest = data[20 + size :]
     head = struct.pack("<4sIII", b"glTF", 2, 20 + len(text) + len(rest), len(text))
     path.write_bytes(head + b"JSON" + text + rest)
-    with pytest.raises(InputError, match=message):
-        read_points(path, 8)
+
+
+def compressed(tree) -> None:
+    """Add a second, compressed form of the box."""
+    tree["extensionsUsed"] = ["KHR_draco_mesh_compression"]
+    draco = {"KHR_draco_mesh_compression": {"bufferView": 0, "attributes": {"POSITION": 0}}}
+    tree["meshes"][0]["primitives"][0]["extensions"] = draco
+
+
+def compressed_alone(tree) -> None:
+    compressed(tree)
+    for accessor in tree["accessors"]:
+        accessor.pop("bufferView")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tree: tree["accessors"][0].update(sparse={"count": 1}), "holds sparse accessors"),
+        (lambda tree: tree["accessors"][0].pop("bufferView"), "holds vertices or faces whose numbers are missing"),
+        (compressed_alone, "holds vertices or faces whose numbers are missing, or in an extension alone"),
+        (lambda tree: tree["meshes"][0]["primitives"][0].update(mode=6), "holds triangle strips or fans"),
+        (lambda tree: tree["meshes"][0].update(weights=[0, 0.5]), "holds morph targets that are in use"),
+        (lambda tree: tree["nodes"][-1].update(weights=[1]), "holds morph targets that are in use"),
+        (lambda tree: tree["nodes"][-1].update(skin=0), "holds a skin, which moves its vertices"),
+        *(
+            (lambda tree, key=key, name=name: tree.update({key: ["KHR_materials_unlit", name]}),
+            f"holds the extension {name}")
+            for key, name in [
+                ("extensionsRequired", "EXT_meshopt_compression"), ("extensionsRequired", "KHR_draco_mesh_compression"),
+                ("extensionsUsed", "EXT_mesh_gpu_instancing"), ("extensionsUsed", "KHR_mesh_quantization"),
+                ("extensionsUsed", "KHR_node_visibility"),
+            ]
+        ),
+    ],
+)  # fmt: skip
+def test_parts_of_a_glb_that_are_not_read_are_named(tmp_path, change, message):
+    write_glb(tmp_path / "a.glb", change)
+    with pytest.raises(InputError, match=f"{message}.*: this is not read; export it again without"):
+        read_points(tmp_path / "a.glb", 8)
+
+
+LOOKS = ["EXT_texture_webp", "EXT_texture_avif", "MSFT_texture_dds", "KHR_xmp_json_ld", "KHR_texture_basisu"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tree: tree.update(extensionsUsed=LOOKS, extensionsRequired=LOOKS),
+        lambda tree: tree["meshes"][0].update(weights=[0, 0]),
+        compressed,
+    ],
+    ids=["looks", "morph targets at rest", "Draco beside plain numbers"],
+)
+def test_what_changes_no_shape_of_a_glb_is_passed_over(tmp_path, capfd, caplog, change):
+    write_glb(tmp_path / "a.glb", lambda tree: None)
+    write_glb(tmp_path / "b.glb", change)
+    assert np.array_equal(read_points(tmp_path / "a.glb", 99), read_points(tmp_path / "b.glb", 99))
+    assert capfd.readouterr() == ("", "") and caplog.messages == []
 
 
 @pytest.mark.parametrize(
