@@ -60,8 +60,9 @@ def first_line(error: BaseException, limit: int = 200) -> str:
     return printable(lines[0][:limit].rstrip(".:")) if lines else type(error).__name__
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str], *, likeness: float = 0.6) -> str:
     """Return "; did you mean '...'?" for the nearest known word, or an empty string."""
     known = list(known)
-    near = [name for name in known if name.casefold() == word.casefold()] or difflib.get_close_matches(word, known, n=1)
+    same = [name for name in known if name.casefold() == word.casefold()]
+    near = same or difflib.get_close_matches(word, known, n=1, cutoff=likeness)
     return f"; did you mean '{near[0]}'?" if near else ""

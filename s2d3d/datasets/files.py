@@ -43,6 +43,12 @@ _MESHES: dict[str, Callable[..., tuple[np.ndarray, np.ndarray | None]]] = {
     ".stl": lambda path, extras=None: read_stl(path),
     ".glb": lambda path, extras=None: read_glb(path),
 }
+_ADVICE = {
+    ".asc": "; rename it to .xyz if each row is a point",
+    ".laz": "; decompress it to .las",
+    ".gltf": "; export it as one .glb",
+}
+"""What to do with files of some other kinds."""
 SURFACE_POINTS = 2
 """Points drawn from a mesh for each one that is wanted; farthest point sampling makes the rest an even cloud."""
 MOST_POINTS = 65536
@@ -114,8 +120,8 @@ def read_points(
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        near = did_you_mean(suffix, SUFFIXES) if suffix else ""
-        raise InputError(f"{path}: unknown kind of file{near} (known: {', '.join(SUFFIXES)})")
+        near = did_you_mean(suffix, SUFFIXES, likeness=0.8) if suffix else ""  # .stp is no misspelt .stl
+        raise InputError(f"{path}: unknown kind of file{_ADVICE.get(suffix, near)} (known: {', '.join(SUFFIXES)})")
     if not path.is_file():
         state = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "no such file"
         raise InputError(f"{path}: {state}; name a file with points")

@@ -156,6 +156,7 @@ def read_label(path: Path, file: h5py.File, count: int, num_classes: int | None)
     if item.dtype.kind not in "iuf":
         raise InputError(f"{path}: dataset 'label' has dtype {item.dtype}, must be an integer; {SEE}")
     label = item[()].reshape(-1)
+    label = label.astype(np.float64) if label.dtype.kind == "f" else label  # float16 ends below the bound of labels
     bad = ~np.isfinite(label) | (label != np.floor(label))
     if bad.any():
         first = int(bad.argmax())

@@ -45,9 +45,11 @@ def test_points_keep_their_values_and_float16_its_type(write, clouds, dtype):
 
 
 @pytest.mark.parametrize("shape", [(4,), (4, 1)])
-@pytest.mark.parametrize("dtype", ["u1", "i2", "u8", ">i4", "f4", "f8"])
-def test_labels_of_every_shape_and_type_become_int64(write, shape, dtype):
-    label = read_h5(write(label=np.array([2, 0, 1, 2]).reshape(shape).astype(dtype)), num_classes=3).label
+@pytest.mark.parametrize("dtype", ["u1", "i2", "u8", ">i4", "f2", "f4", "f8"])
+@pytest.mark.parametrize("num_classes", [None, 3, 100_000])
+@pytest.mark.filterwarnings("error")
+def test_labels_of_every_shape_and_type_become_int64(write, shape, dtype, num_classes):
+    label = read_h5(write(label=np.array([2, 0, 1, 2]).reshape(shape).astype(dtype)), num_classes=num_classes).label
     assert label.dtype == np.int64 and label.tolist() == [2, 0, 1, 2]
 
 
