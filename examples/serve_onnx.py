@@ -126,25 +126,36 @@ def read_points(path: Path, num_points: int, seed: int = 0) -> np.ndarray:
     vertices = vertices[:, :3].astype(np.float64)
     if not all(0 <= corner < len(vertices) for face in faces for corner in face):
         raise ValueError(f"a face names a vertex outside the {len(vertices)} of the file")
-    corners = np.array([triangle for face in faces for triangle in fan(face, vertices)], dtype=np.int64)
+    triangles, folded = [], []
+    for face in faces:
+        own, fits = fan(face, vertices)
+        triangles.extend(own)
+        folded.extend([not fits] * len(own))
+    corners = np.array(triangles, dtype=np.int64).reshape(-1, 3)
+    a, b, c = vertices[corners].transpose(1, 0, 2)
+    area = np.linalg.norm(np.cross(b - a, c - a), axis=1)
+    if area[np.array(folded, dtype=bool)].sum() > 1e-3 * area.sum():
+        raise ValueError("a face is not convex, so a fan of triangles does not cover it; save triangles")
     if corners.size and 2 * len(np.unique(corners)) < len(vertices):
         raise ValueError("most of its vertices are corners of no face; remove them, or the faces if it is a cloud")
     return sample_mesh(vertices[corners], num_points, seed) if corners.size else vertices
 
 
-def fan(face: list[int], vertices: np.ndarray) -> list[tuple[int, int, int]]:
-    """Cut a polygon into triangles that share a corner, the first or the second one."""
+def fan(face: list[int], vertices: np.ndarray) -> tuple[list[tuple[int, int, int]], bool]:
+    """Cut a polygon into triangles that share a corner, the first or the second one; tell whether they cover it."""
     for first in range(2):
         face = face[first:] + face[:first]
         triangles = [(face[0], b, c) for b, c in pairwise(face[1:])]
         if len(face) <= 3:
-            return triangles
+            return triangles, True
         a, b, c = vertices[np.array(triangles)].transpose(1, 0, 2)
         normals = np.cross(b - a, c - a)
         normal, area = normals.sum(axis=0), np.linalg.norm(normals, axis=1).sum()
         if (normals @ normal >= -1e-4 * (normal @ normal)).all() and np.linalg.norm(normal) >= 1e-4 * area:
-            return triangles
-    raise ValueError("a face is not convex, so a fan of triangles does not cover it; save triangles")
+            return triangles, True
+    sides, normal = vertices[face] - vertices[face[0]], normals[np.linalg.norm(normals, axis=1).argmax()]
+    is_flat = np.abs(sides @ normal).max() <= 0.05 * np.abs(sides).max() * np.linalg.norm(normal)
+    return triangles, len(face) == 4 and not is_flat  # a quad that is not flat has no plane in which it could be folded
 
 
 def sample_mesh(triangles: np.ndarray, count: int, seed: int) -> np.ndarray:

@@ -73,17 +73,17 @@ def folder_labels(
 def folder_names(file: Path, paths: Sequence[str | os.PathLike[str]] = ()) -> list[str]:
     """Return the names of the folders that may tell the class of a file, the first known one does; links not followed.
 
-    In a named folder these are the folders below it from the top, as in a data set, and its own name. Of a file that is
+    In a named folder these are its own name and the folders below it from the top, as in a data set. Of a file that is
     named itself it is the folder that it lies in.
 
     Example:
         >>> folder_names(Path("scans/mug/old/1.off"), ["scans"]), folder_names(Path("scans/mug/1.off"))
-        (['mug', 'old', 'scans'], ['mug'])
+        (['scans', 'mug', 'old'], ['mug'])
     """
     own = Path(os.path.abspath(file)).parent
     for folder in (Path(os.path.abspath(path)) for path in paths if Path(path) != file):
         if own.is_relative_to(folder):
-            return [*own.relative_to(folder).parts, folder.name]
+            return [folder.name, *own.relative_to(folder).parts]
     return [own.name]
 
 

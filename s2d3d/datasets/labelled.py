@@ -33,8 +33,7 @@ class LabelledDataset(torch.utils.data.Dataset):
     Attributes:
         noun: what a sample is, in the plural, for messages and pages.
         skipped: a line for each file that the reader left out.
-        file_hashes: hashes of the content of all files, by split, of a reader that gives them.
-        hash_by_name: of the same files, those of the other split too, by the names of their samples.
+        file_hashes: hashes of the content of all files, by split and name of the sample, of a reader that gives them.
 
     Raises:
         InputError: no samples.
@@ -51,8 +50,7 @@ class LabelledDataset(torch.utils.data.Dataset):
 
     noun: ClassVar[str] = "samples"
     skipped: Sequence[str] = ()
-    file_hashes: Mapping[str, Sequence[bytes]] = {}
-    hash_by_name: Mapping[str, bytes] = {}
+    file_hashes: Mapping[str, Mapping[str, bytes]] = {}
 
     def __init__(
         self,
@@ -157,8 +155,8 @@ class LabelledDataset(torch.utils.data.Dataset):
         digest.update(self.labels.contiguous().numpy().data)
         weights = torch.arange(samples.shape[-1], dtype=torch.float64) % 3 + 1
         flat = samples.flatten(1)
-        files = hashlib.blake2b(b"".join(self.file_hashes.get(TRAIN, ())), digest_size=12)
-        files.update(b"".join([b"test", *sorted(self.file_hashes.get(TEST, ()))]))
+        files = hashlib.blake2b(b"".join(self.file_hashes.get(TRAIN, {}).values()), digest_size=12)
+        files.update(b"".join([b"test", *sorted(self.file_hashes.get(TEST, {}).values())]))
         return {
             "labels": digest.hexdigest(),
             "clouds": (samples.square() * weights).flatten(1).mean(1).tolist(),
@@ -171,14 +169,17 @@ class LabelledDataset(torch.utils.data.Dataset):
 
         A file with a copy among those that the set leaves out, to test or to validate, is not counted.
         """
-        own, known = set(self.names), self.hash_by_name
+        own, known = set(self.names), self._hashes()
         others = {content for name, content in known.items() if name not in own}
         return as_numbers({known[name] for name in own if name in known} - others)
 
     def count_trained(self, numbers: Tensor) -> int:
         """Count the files of this set that a result of `trained_files` names."""
-        known = self.hash_by_name
+        known = self._hashes()
         return int(torch.isin(as_numbers(known[name] for name in self.names if name in known), numbers).sum())
+
+    def _hashes(self) -> dict[str, bytes]:
+        return {name: content for by_name in self.file_hashes.values() for name, content in by_name.items()}
 
     def subset(self, indices: Tensor | Sequence[int]) -> Self:
         """Return the samples at `indices`, in that order; what is stored is shared, not copied.

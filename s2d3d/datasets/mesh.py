@@ -25,7 +25,7 @@ _LOOKS = (
     "KHR_materials", "KHR_texture", "KHR_lights", "KHR_xmp", "EXT_texture", "EXT_lights", "MSFT_texture",
 )  # fmt: skip
 """How extensions of GLB begin that change looks or say something, and no shapes."""
-_SHAPES = {"EXT_mesh_gpu_instancing", "KHR_mesh_quantization", "KHR_node_visibility"}
+_SHAPES = {"EXT_mesh_gpu_instancing", "KHR_mesh_quantization"}
 """Extensions of GLB that a file may use without requiring them, and whose meshes are then others or elsewhere."""
 _DRACO = "KHR_draco_mesh_compression"
 _GLB_ERRORS = (
@@ -352,6 +352,9 @@ def _unread_parts(tree: dict[str, Any]) -> str:
     used = [place for part in parts for place in (part["attributes"].get("POSITION"), part.get("indices"))]
     if any("bufferView" not in accessors[place] for place in used if place is not None):
         return "vertices or faces whose numbers are missing, or in an extension alone"
-    if any(weight != 0 for item in (*meshes, *nodes) for weight in item.get("weights", [])):
+    shown = [node for node in nodes if "mesh" in node]
+    if any(any(node.get("weights") or meshes[node["mesh"]].get("weights") or ()) for node in shown):
         return "morph targets that are in use"
+    if any(node.get("extensions", {}).get("KHR_node_visibility", {}).get("visible") is False for node in nodes):
+        return "nodes that are not visible"
     return "a skin, which moves its vertices" if any("skin" in node for node in nodes) else ""

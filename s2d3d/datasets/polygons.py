@@ -6,8 +6,12 @@ from ..errors import InputError
 
 NEGLIGIBLE = 1e-3
 """Share of the surface in polygons that cross themselves, up to which they become fans all the same."""
-MOST_CORNERS = 2000
+MOST_CORNERS = 5000
 """Of a polygon that is cut ear by ear: the time grows with the square of its corners, or worse."""
+FLAT = 0.05
+"""Distance from its plane, relative to its size, up to which a polygon is flat. Others have no plane to cross in."""
+ROUNDED = 1e-5
+"""Size of a polygon, relative to its coordinates, below which its corners may be rounded."""
 FOLDED = 1e-4
 """Share of the area of a polygon that a triangle of its fan may have on the wrong side."""
 
@@ -25,7 +29,7 @@ def cut_polygons(corners: np.ndarray, counts: np.ndarray, vertices: np.ndarray, 
         (T, 3) int64, in the order of the polygons.
 
     Raises:
-        InputError: a polygon with fewer than three corners, or one that crosses itself; an index out of range.
+        InputError: a polygon with fewer than three corners, or a flat one that crosses itself; an index out of range.
 
     Example:
         >>> square = np.array([[0.0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0]])
@@ -60,10 +64,10 @@ def cut_polygons(corners: np.ndarray, counts: np.ndarray, vertices: np.ndarray, 
         begin = firsts[face] - 2 * face
         polygon = indices[firsts[face] : firsts[face] + counts[face]]
         ears = _cut_ears(vertices[polygon]) if counts[face] <= MOST_CORNERS else None
-        if ears is None:
-            crossing.append(face)
-        else:
+        if ears is not None:
             triangles[begin : begin + sizes[face]] = polygon[ears]
+        elif _is_flat(vertices[polygon]):
+            crossing.append(face)
     if area[crossing].sum() > NEGLIGIBLE * area.sum():
         worst = crossing[int(area[crossing].argmax())]
         raise InputError(f"{where}: face {worst} crosses itself, or cannot be cut into triangles; save triangles")
@@ -88,6 +92,15 @@ def _folded(triangles: np.ndarray, sizes: np.ndarray, vertices: np.ndarray) -> t
     square = (normal**2).sum(axis=1)
     least = np.minimum.reduceat((normals * np.repeat(normal, sizes, axis=0)).sum(axis=1), starts)
     return (least < -FOLDED * square) | (square < (FOLDED * area) ** 2), area
+
+
+def _is_flat(polygon: np.ndarray) -> bool:
+    sides = polygon - polygon[0]
+    size = np.abs(sides).max()
+    normals = np.cross(sides[1:-1], sides[2:])
+    lengths = np.linalg.norm(normals, axis=1)
+    normal = normals[lengths.argmax()]
+    return bool(size > ROUNDED * np.abs(polygon).max() and np.abs(sides @ normal).max() <= FLAT * size * lengths.max())
 
 
 def _cut_ears(polygon: np.ndarray) -> list[list[int]] | None:

@@ -147,7 +147,7 @@ def load_scans(
     dataset.source, dataset.skipped = str(root), tuple(notes["skipped"])
     dataset.normalized = normalize  # file by file, before points were chosen
     kept_classes = shared.get("classes") or found.class_names
-    known = {
+    dataset.file_hashes = {
         part: {
             str(path.relative_to(root)): content
             for (path, label), content in zip(found.files[part], contents)
@@ -155,8 +155,6 @@ def load_scans(
         }
         for part, contents in hashes.items()
     }
-    dataset.file_hashes = {part: list(by_name.values()) for part, by_name in known.items()}
-    dataset.hash_by_name = {name: content for by_name in known.values() for name, content in by_name.items()}
     return dataset
 
 

@@ -17,26 +17,26 @@ def refuse_trained(
 ) -> None:
     """Refuse a set to be scored that holds files of a model's training.
 
-    A pre-training has not seen their labels: this is a warning. So is a model of class folders that does not name its
-    files, as older checkpoints and exports.
+    A warning is enough for a pre-training, which has not seen their labels, for files to validate, which the lists of
+    older checkpoints hold, and for a model of class folders that does not name its files, as older ones.
 
     Args:
         dataset: the set.
         origin: what the model's checkpoint says of it, see `load_checkpoint`; its weights are not needed.
         where: names the checkpoint in messages.
         advice: what to do; ends the message.
-        part: what to call the set, "test" or "validation".
+        part: what the set is for, "test" or "validation".
 
     Raises:
-        InputError: the model was trained on files of the set and their labels.
+        InputError: the model was trained on files of the test set and their labels.
     """
-    if not dataset.hash_by_name or _is_silent(origin, where):
+    if not dataset.file_hashes or _is_silent(origin, where):
         return
     if known := dataset.count_trained(origin["trained_files"]):
         text = f"{dataset.source}: {known} of its {len(dataset)} {part} files were trained on by {where}"
-        if origin.get("class_names"):
+        if origin.get("class_names") and part == "test":
             raise InputError(f"{text}, {advice}")
-        log.warning("%s, without their labels", text)
+        log.warning("%s%s", text, "" if origin.get("class_names") else ", without their labels")
 
 
 def warn_of_trained(files: Sequence[Path], origin: Mapping[str, Any], where: str | Path) -> None:

@@ -93,7 +93,7 @@ def check_pair(sparse: nn.Module, call: Call, parts: tuple[str, ...], in_slots: 
     """Refuse a transformer layer that uses the two linear layers of its FFN in another way than one after the other.
 
     Args:
-        sparse: a transformer layer with identical experts; it gets hooks, and so leaves slots.
+        sparse: a copy of a transformer layer with identical experts; of no use afterwards.
         call: how it is called.
         parts: names of the two linear layers.
         in_slots: a trial has shown that each token stays in its place between the two.

@@ -163,7 +163,7 @@ def probe_pair(
             problem = difference(tried, sparse, trials, in_slots) or _left_slots(sparse, in_slots)
             if not problem and parts:
                 for call in trials[: len(calls) or 1]:
-                    check_pair(sparse, call, parts, in_slots)
+                    check_pair(copied(sparse), call, parts, in_slots)
             if not problem:
                 return layout
     raise TypeError(

@@ -203,7 +203,7 @@ class Trainer:
                 refuse_trained(loader.dataset, origin, str(self.config.model.pretrained), advice=advice, part=part)
         # The labels of a pre-training were not seen.
         inherits = "trained_files" in origin and bool(origin.get("class_names")) == bool(self.class_names)
-        self.trained_files: Tensor | None = own if self.data.train.dataset.hash_by_name else None
+        self.trained_files: Tensor | None = own if self.data.train.dataset.file_hashes else None
         if inherits:
             self.trained_files = torch.cat([own, origin["trained_files"]]).unique()
 

@@ -42,7 +42,7 @@ def test_folders_below_a_class_belong_to_it_as_in_a_training(tmp_path, monkeypat
     assert folder_labels(find_files([folder / "part1"]), names, [folder / "part1"]) is None, (
         "what lies above says nothing"
     )
-    assert folder_labels(find_files([folder]), names, [folder]) == [0, 1], "below the folder named, else its own name"
+    assert folder_labels(find_files([folder]), names, [folder]) == [1, 1], "a folder that is named as a class is one"
     (tmp_path / "scans").symlink_to(tmp_path / "elsewhere")
     touch(tmp_path / "elsewhere" / "train" / "box" / "old" / "3.npy")
     monkeypatch.chdir(tmp_path)

@@ -79,6 +79,24 @@ def test_quads_that_are_bent_stay_as_they_are():
     assert cut_polygons(np.arange(4), np.array([4]), vertices, "a").tolist() == [[0, 1, 2], [0, 2, 3]]
 
 
+def test_quads_far_from_flat_are_no_crossing_polygons():
+    """A noisy depth map: quads have no plane in which they could cross themselves."""
+    noisy = np.random.default_rng(0)
+    size = 30
+    x, y = np.meshgrid(np.arange(size), np.arange(size))
+    vertices = np.stack([x, y, noisy.normal(size=x.shape)], axis=-1).reshape(-1, 3)
+    first = (np.arange(size - 1)[:, None] * size + np.arange(size - 1)).ravel()
+    quads = np.stack([first, first + 1, first + size + 1, first + size], axis=1)
+    triangles = cut_polygons(quads.ravel(), np.full(len(quads), 4), vertices, "a")
+    assert sorted(set(triangles[:2].ravel())) == sorted(quads[0]) and len(triangles) == 2 * len(quads)
+
+
+def test_corners_that_are_rounded_far_from_the_origin_are_no_crossing():
+    """What is wrong with such a file is said where its extent is looked at."""
+    bow = np.array([[0.0, 0, 0], [1, 1, 0], [1, 0, 0], [0, 1, 0]])
+    assert len(cut_polygons(np.arange(4), np.array([4]), bow + 1e6, "a")) == 2
+
+
 def write(path, polygon, more=()):
     """Write a mesh of one polygon and other faces, as .off, .obj or .ply."""
     corners = [f"{x!r} {y!r} 0" for x, y in np.asarray(polygon, float).tolist()]

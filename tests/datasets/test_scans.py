@@ -225,7 +225,7 @@ def test_copies_between_the_splits_and_between_classes_are_said(clouds, caplog):
         (root / name).with_name(f"copy_{Path(name).name}").write_bytes((root / name).read_bytes())
     (root / "rod" / f"ball{Path(tested[0]).suffix}").write_bytes((root / tested[0]).read_bytes())
     train, test = (create_dataset("files", root, split, num_points=40) for split in ("train", "test"))
-    both = set(train.file_hashes["train"]) & set(train.file_hashes["test"])
+    both = {*train.file_hashes["train"].values()} & {*train.file_hashes["test"].values()}
     said = [record.getMessage() for record in caplog.records]
     assert both and any(f"{root}: {len(both)} files to test are copies of files to train, the first" in t for t in said)
     assert any("1 files are copies of files of another class, the first" in text for text in said)

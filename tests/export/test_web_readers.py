@@ -89,6 +89,19 @@ def test_polygons_that_are_not_convex(page_reads, tmp_path):
         "letter.off": off(LETTER, [range(8)]),
         "pentagon.off": off([*ARROW[:3], (-1, 1.5), (-1, 0.5)], [range(5)]),
     }
+    noise = np.random.default_rng(0).normal(size=400)
+    bent = [(x, y, noise[20 * y + x]) for y in range(20) for x in range(20)]
+    quads = [(20 * y + x, 20 * y + x + 1, 20 * y + x + 21, 20 * y + x + 20) for y in range(19) for x in range(19)]
+    files["noisy.off"] = "\n".join(
+        [
+            f"OFF 400 {len(quads)} 0",
+            *(f"{x} {y} {z!r}" for x, y, z in bent),
+            *(f"4 {a} {b} {c} {d}" for a, b, c, d in quads),
+        ]
+    )
+    files["tiny_bow.off"] = off(
+        [(0, 0), (0.01, 0.01), (0.01, 0), (0, 0.01), (9, 0), (9, 9), (0, 9)], [range(4), range(3, 7)]
+    )
     stricter = compare(page_reads, tmp_path, files)
     assert stricter == {"letter.off": "face 0 is not convex, and this page cuts no such polygons; save triangles"}
 

@@ -93,6 +93,28 @@ def test_the_two_layers_of_a_pair_are_used_one_after_the_other(wrong, message, e
         convert_to_mof_(model, config, example=example)
 
 
+class ReadsLong(Layer):
+    """Uses a weight outside its linear layer for long sequences alone."""
+
+    def forward(self, x):
+        self.wrong = "reads" if x.shape[1] > 6 else ""
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("sizes", [(4, 9), (9, 4)])
+def test_a_layer_is_checked_in_each_of_its_calls(sizes):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([ReadsLong("")])
+
+        def forward(self, x):
+            return [self.layers[0](x[:, :size]) for size in sizes]
+
+    with pytest.raises(TypeError, match="uses a weight outside its linear layer"):
+        convert_to_mof_(Twice(), MoFConfig(every=1, targets=("layers.*",)), example=torch.randn(4, 9, C))
+
+
 class CallsParts(nn.Module):
     def __init__(self):
         super().__init__()

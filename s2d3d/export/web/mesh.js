@@ -3,7 +3,8 @@
 
 import {FileError, general, number, parseLines, quoted, readText, strip, withoutComments} from "./text.js";
 
-const FOLDED = 1e-4;  // share of the area of a polygon that a triangle of its fan may have on the wrong side
+// As in s2d3d/datasets/polygons.py.
+const FOLDED = 1e-4, FLAT = 0.05, ROUNDED = 1e-5, NEGLIGIBLE = 1e-3;
 
 // (F, 3) corners of triangles, one after the other, from polygons: their corners and how many each has.
 function fanTriangles(corners, counts, points) {
@@ -11,17 +12,22 @@ function fanTriangles(corners, counts, points) {
   const short = counts.findIndex(count => count < 3), numVertices = points.length / 3;
   if (short >= 0) throw new FileError(`face ${short} has ${counts[short]} corners, must have 3 or more`);
   const faces = new Int32Array(3 * counts.reduce((sum, count) => sum + count - 2, 0));
-  let start = 0, filled = 0;
+  let start = 0, filled = 0, total = 0, crossing = 0, worst = [0, 0];
   counts.forEach((count, face) => {
     const polygon = corners.slice(start, start + count);
     if (!polygon.every(corner => Number.isInteger(corner) && corner >= 0 && corner < numVertices)) {
       throw new FileError(`a face names a vertex outside the ${numVertices} of the file (face ${face})`);
     }
-    if (count > 3 && isFolded(polygon, points)) {
+    let fits = count === 3 || !isFolded(polygon, points);
+    if (!fits) {
       polygon.push(polygon.shift());
-      if (isFolded(polygon, points)) {
-        throw new FileError(`face ${face} is not convex, and this page cuts no such polygons; save triangles`);
-      }
+      fits = !isFolded(polygon, points) || (count === 4 && !isFlat(polygon, points));
+    }
+    const area = fanOf(polygon, points).reduce((sum, one) => sum + Math.hypot(...one), 0);
+    total += area;
+    if (!fits) {
+      crossing += area;
+      if (area > worst[0]) worst = [area, face];
     }
     for (let k = 1; k < count - 1; k++) {
       faces[filled++] = polygon[0];
@@ -30,6 +36,9 @@ function fanTriangles(corners, counts, points) {
     }
     start += count;
   });
+  if (crossing > NEGLIGIBLE * total) {
+    throw new FileError(`face ${worst[1]} is not convex, and this page cuts no such polygons; save triangles`);
+  }
   return faces;
 }
 
@@ -39,9 +48,22 @@ function normalOf(points, a, b, c) {
   return [p[1] * q[2] - p[2] * q[1], p[2] * q[0] - p[0] * q[2], p[0] * q[1] - p[1] * q[0]];
 }
 
+function fanOf(polygon, points) {
+  return polygon.slice(1, -1).map((corner, k) => normalOf(points, polygon[0], corner, polygon[k + 2]));
+}
+
+function isFlat(polygon, points) {
+  const normal = fanOf(polygon, points).reduce((most, one) => Math.hypot(...one) > Math.hypot(...most) ? one : most);
+  const sides = polygon.map(corner => [0, 1, 2].map(k => points[3 * corner + k] - points[3 * polygon[0] + k]));
+  const size = Math.max(...sides.flat().map(Math.abs));
+  const far = Math.max(...polygon.flatMap(corner => [0, 1, 2].map(k => Math.abs(points[3 * corner + k]))));
+  const off = Math.max(...sides.map(side => Math.abs(side[0] * normal[0] + side[1] * normal[1] + side[2] * normal[2])));
+  return size > ROUNDED * far && off <= FLAT * size * Math.hypot(...normal);
+}
+
 // Whether a triangle of the fan of a polygon is turned over.
 function isFolded(polygon, points) {
-  const normals = polygon.slice(1, -1).map((corner, k) => normalOf(points, polygon[0], corner, polygon[k + 2]));
+  const normals = fanOf(polygon, points);
   const normal = [0, 1, 2].map(k => normals.reduce((sum, one) => sum + one[k], 0));
   const dot = one => one[0] * normal[0] + one[1] * normal[1] + one[2] * normal[2], square = dot(normal);
   const area = normals.reduce((sum, one) => sum + Math.hypot(...one), 0);
