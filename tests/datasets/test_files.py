@@ -749,6 +749,17 @@ def compressed_alone(tree) -> None:
         accessor.pop("bufferView")
 
 
+def visibility(shown):
+    return {"extensions": {"KHR_node_visibility": {"visible": shown}}}
+
+
+def at_rest_in_the_node(tree):
+    """Weights of a node stand in the place of those of its mesh."""
+    tree["meshes"][0]["weights"] = [1]
+    for node in tree["nodes"]:
+        node["weights"] = [0]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -759,13 +770,13 @@ def compressed_alone(tree) -> None:
         (lambda tree: tree["meshes"][0].update(weights=[0, 0.5]), "holds morph targets that are in use"),
         (lambda tree: tree["nodes"][-1].update(weights=[1]), "holds morph targets that are in use"),
         (lambda tree: tree["nodes"][-1].update(skin=0), "holds a skin, which moves its vertices"),
+        (lambda tree: tree["nodes"][0].update(visibility(False)), "holds nodes that are not visible"),
         *(
             (lambda tree, key=key, name=name: tree.update({key: ["KHR_materials_unlit", name]}),
             f"holds the extension {name}")
             for key, name in [
                 ("extensionsRequired", "EXT_meshopt_compression"), ("extensionsRequired", "KHR_draco_mesh_compression"),
                 ("extensionsUsed", "EXT_mesh_gpu_instancing"), ("extensionsUsed", "KHR_mesh_quantization"),
-                ("extensionsUsed", "KHR_node_visibility"),
             ]
         ),
     ],
@@ -784,9 +795,11 @@ LOOKS = ["EXT_texture_webp", "EXT_texture_avif", "MSFT_texture_dds", "KHR_xmp_js
     [
         lambda tree: tree.update(extensionsUsed=LOOKS, extensionsRequired=LOOKS),
         lambda tree: tree["meshes"][0].update(weights=[0, 0]),
+        at_rest_in_the_node,
+        lambda tree: tree["nodes"][0].update(visibility(True)),
         compressed,
     ],
-    ids=["looks", "morph targets at rest", "Draco beside plain numbers"],
+    ids=["looks", "morph targets at rest", "at rest in the node", "visible", "Draco beside plain numbers"],
 )
 def test_what_changes_no_shape_of_a_glb_is_passed_over(tmp_path, capfd, caplog, change):
     write_glb(tmp_path / "a.glb", lambda tree: None)
