@@ -30,7 +30,7 @@ def average_after_updates(ewa: EWA, optimizer: Optimizer) -> RemovableHandle:
 
     Raises:
         InputError: an expert that requires a gradient is not in the optimizer, no expert requires one, the experts are
-            sharded, or the optimizer has no hook after its step, or got it behind its scheduler.
+            sharded, the optimizer has no hook after its step, or its scheduler was built before it had one.
 
     Example:
         >>> import torch
