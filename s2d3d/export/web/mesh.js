@@ -12,7 +12,7 @@ function fanTriangles(corners, counts, points) {
   const short = counts.findIndex(count => count < 3), numVertices = points.length / 3;
   if (short >= 0) throw new FileError(`face ${short} has ${counts[short]} corners, must have 3 or more`);
   const faces = new Int32Array(3 * counts.reduce((sum, count) => sum + count - 2, 0));
-  let start = 0, filled = 0, total = 0, crossing = 0, worst = [0, 0];
+  let start = 0, filled = 0, crossing = 0, worst = [0, 0];
   counts.forEach((count, face) => {
     const polygon = corners.slice(start, start + count);
     if (!polygon.every(corner => Number.isInteger(corner) && corner >= 0 && corner < numVertices)) {
@@ -23,9 +23,8 @@ function fanTriangles(corners, counts, points) {
       polygon.push(polygon.shift());
       fits = !isFolded(polygon, points) || (count === 4 && !isFlat(polygon, points));
     }
-    const area = fanOf(polygon, points).reduce((sum, one) => sum + Math.hypot(...one), 0);
-    total += area;
     if (!fits) {
+      const area = fanOf(polygon, points).reduce((sum, one) => sum + Math.hypot(...one), 0);
       crossing += area;
       if (area > worst[0]) worst = [area, face];
     }
@@ -36,6 +35,8 @@ function fanTriangles(corners, counts, points) {
     }
     start += count;
   });
+  let total = 0;
+  for (let t = 0; crossing && t < filled; t += 3) total += Math.hypot(...normalOf(points, ...faces.subarray(t, t + 3)));
   if (crossing > NEGLIGIBLE * total) {
     throw new FileError(`face ${worst[1]} is not convex, and this page cuts no such polygons; save triangles`);
   }
